@@ -1,0 +1,1 @@
+"""Training and retrieval for the retrievers that language models lean on."""

@@ -1,0 +1,86 @@
+"""What every entry point does alike: parse arguments, set up logging, show a user's error in one line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import transformers
+from transformers import HfArgumentParser
+
+from src import distributed
+from src.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class _Parser(HfArgumentParser):
+    """Reports a bad command line as the rest of the toolkit does: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def parse_args(
+    dataclass_types: Sequence[type], argv: Sequence[str] | None = None, **defaults: Any
+) -> tuple[tuple[Any, ...], frozenset[str]]:
+    """Fill dataclasses from the command line.
+
+    Args:
+        dataclass_types: settings classes without a field in common.
+        argv: arguments without the program name; those of this process when None.
+        defaults: defaults of this entry point that differ from the classes'.
+
+    Returns:
+        One instance per class, and the names of the flags that the command line set itself.
+
+    Raises:
+        UserError: unknown or malformed flags.
+        TypeError: a name in `defaults` that no class has.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(dataclass_types, allow_abbrev=False)
+    names = {action.dest for action in parser._actions}
+    if unknown := sorted(set(defaults) - names):
+        raise TypeError(f"defaults for flags that do not exist: {', '.join(unknown)}")
+    parser.set_defaults(**defaults)
+    try:
+        instances = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown arguments")
+        ) from error
+    unset = object()
+    seen, _ = parser.parse_known_args(argv, namespace=argparse.Namespace(**dict.fromkeys(names, unset)))
+    return instances, frozenset(name for name, value in vars(seen).items() if value is not unset)
+
+
+def setup_logging() -> None:
+    """Log lines of the main process to stderr; warnings of libraries only."""
+    level = logging.INFO if distributed.launched_rank() == 0 else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for name in ("src", "evaluation", "scripts", "__main__"):
+        logging.getLogger(name).setLevel(level)
+    transformers.logging.set_verbosity_error()
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run an entry point and exit: 0 when done, 2 after a `UserError` shown as one message."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    setup_logging()
+    code = 0
+    try:
+        main()
+    except UserError as error:
+        if distributed.launched_rank() == 0:
+            sys.stderr.write(f"error: {error}\n")
+        code = 2
+    finally:
+        distributed.destroy_process_group()
+    sys.exit(code)

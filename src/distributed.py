@@ -1,0 +1,175 @@
+"""The one module that knows torch.distributed; every function is a no-op for a single process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from src.errors import UserError
+
+T = TypeVar("T")
+
+
+def launched_processes() -> int:
+    """How many processes the launcher (torchrun) started; 1 without one. Needs no process group."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """The rank the launcher gave this process; 0 without one. Needs no process group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_initialized() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def rank() -> int:
+    """Rank of this process among all."""
+    return dist.get_rank() if is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and shows messages."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def init_process_group(use_cpu: bool) -> torch.device:
+    """Join the group that torchrun prepared, if any, and return this process's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    use_cuda = torch.cuda.is_available() and not use_cpu
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if launched_processes() > 1 and not is_initialized():
+        dist.init_process_group("nccl" if use_cuda else "gloo")
+    return device
+
+
+def destroy_process_group() -> None:
+    """Leave the group, if there is one."""
+    if is_initialized():
+        dist.destroy_process_group()
+
+
+def broadcast_object(value: T) -> T:
+    """The main process's `value`, on every process."""
+    if world_size() == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call `function` on the main process and return its result on every process.
+
+    Raises:
+        UserError: the one that `function` raised, on every process, so that none waits for the others.
+    """
+    if world_size() == 1:
+        return function()
+    result: tuple[Any, str | None] = (None, None)
+    if is_main():
+        try:
+            result = (function(), None)
+        except UserError as error:
+            result = (None, str(error))
+    value, message = broadcast_object(result)
+    if message is not None:
+        raise UserError(message)
+    return value
+
+
+def _communication_device() -> torch.device:
+    """Where tensors must lie for a collective: NCCL only takes CUDA tensors."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def all_gather_array(array: np.ndarray) -> list[np.ndarray]:
+    """Every process's `array`, in rank order. Sizes may differ along the first axis only."""
+    if world_size() == 1:
+        return [array]
+    device = _communication_device()
+    local = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    sizes = gather_sizes(len(local), device)
+    padded = local.new_zeros((max(sizes), *local.shape[1:]))
+    padded[: len(local)] = local
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return [tensor[:size].cpu().numpy() for tensor, size in zip(gathered, sizes, strict=True)]
+
+
+def gather_sizes(size: int, device: torch.device) -> list[int]:
+    """Every process's `size`, in rank order."""
+    if world_size() == 1:
+        return [size]
+    local = torch.tensor([size], dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(gathered, local)
+    return [int(tensor) for tensor in gathered]
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather along the first axis, whose backward sums the gradient of every process's copy.
+
+    Each process's loss depends on all rows, so the gradient of a row is the sum over processes of
+    what their losses say of it: all-reduce, then the local slice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        ctx.sizes = sizes
+        padded = local.new_zeros((max(sizes), *local.shape[1:]))
+        padded[: len(local)] = local
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([tensor[:size] for tensor, size in zip(gathered, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient = gradients[0].contiguous().clone()
+        dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
+        start = sum(ctx.sizes[: rank()])
+        return gradient[start : start + ctx.sizes[rank()]], None
+
+
+def gather_with_grad(local: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Rows of all processes, in rank order, with exact gradients.
+
+    Args:
+        local: ``(sizes[rank], ...)`` rows of this process.
+        sizes: how many rows each process holds, see `gather_sizes`.
+
+    Returns:
+        ``(sum(sizes), ...)``; its backward is a collective call that every process must reach.
+    """
+    return local if world_size() == 1 else _GatherRows.apply(local, sizes)
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum of `values` (on the CPU, any shape) over all processes."""
+    if world_size() == 1:
+        return values
+    moved = values.to(_communication_device())
+    dist.all_reduce(moved, op=dist.ReduceOp.SUM)
+    return moved.cpu()

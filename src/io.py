@@ -1,0 +1,139 @@
+"""Paths, atomic writes and the names of output files."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from src.errors import UserError
+
+DATA_PREFIX = "llm-embedder:"
+
+
+def resolve_path(path: str, data_root: str) -> str:
+    """Replace the prefix ``llm-embedder:`` by `data_root`.
+
+    Raises:
+        UserError: the path starts with another ``word:`` prefix, or climbs out of `data_root`.
+    """
+    if path.startswith(DATA_PREFIX):
+        relative = path[len(DATA_PREFIX) :]
+        root = os.path.abspath(os.path.expanduser(data_root))
+        resolved = os.path.abspath(os.path.join(root, relative))
+        if os.path.commonpath([root, resolved]) != root:
+            raise UserError(f"{path!r} leads outside of data_root ({root}): name a path below it, or a plain path")
+        return resolved
+    head, colon, _ = path.partition(":")
+    if colon and not os.path.exists(path) and os.sep not in head and len(head) > 1:
+        raise UserError(f"unknown path prefix {head + ':'!r} in {path!r}: the only one is {DATA_PREFIX!r}")
+    return os.path.expanduser(path)
+
+
+def existing_file(path: str, flag: str) -> str:
+    """`path` itself when it is a readable file.
+
+    Raises:
+        UserError: it is missing or no file; `flag` names the argument it came from.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"--{flag}: {path} is a folder, a JSON lines file is needed")
+    if not os.path.isfile(path):
+        raise UserError(
+            f"--{flag}: no such file: {path} (paths starting with {DATA_PREFIX!r} are looked up below --data_root, "
+            "by default the LLM_EMBEDDER_DATA environment variable)"
+        )
+    return path
+
+
+def expand_data_paths(paths: Sequence[str], data_root: str, flag: str) -> list[str]:
+    """Resolve prefixes and globs; a file named twice stays twice, the matches of a glob are sorted.
+
+    Raises:
+        UserError: a path or a glob matches nothing.
+    """
+    files: list[str] = []
+    for path in paths:
+        resolved = resolve_path(path, data_root)
+        if not os.path.exists(resolved) and glob.has_magic(resolved):
+            matches = sorted(glob.glob(resolved, recursive=True))
+            if not matches:
+                raise UserError(f"--{flag}: no file matches {resolved}")
+            files.extend(existing_file(match, flag) for match in matches)
+        else:
+            files.append(existing_file(resolved, flag))
+    return files
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path` and rename it to `path` when the block ends without an error.
+
+    A crash or an exception leaves an existing `path` as it was and no temporary file behind.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+    try:
+        with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_write(path) as file:
+        json.dump(value, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> int:
+    """Write `rows` as JSON lines, atomically, and return how many there were."""
+    count = 0
+    with atomic_write(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def read_json(path: str | os.PathLike[str], what: str) -> Any:
+    """Read one JSON file.
+
+    Raises:
+        UserError: it is missing or broken; `what` says what it should have been.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{what}: no such file: {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{what}: {path} is not valid JSON: {error}") from error
+
+
+def derived_path(
+    source: str, field: str, save_name: str | None = None, output_dir: str | None = None, extension: str | None = None
+) -> str:
+    """``<stem>.<field>[.<save_name>]<ext>`` next to `source`, or in `output_dir` when it is given.
+
+    ``derived_path("a/train.json", "neg", "bge")`` is ``a/train.neg.bge.json``.
+    """
+    path = Path(source)
+    parts = [path.stem, field] + ([save_name] if save_name else [])
+    name = ".".join(parts) + (extension if extension is not None else path.suffix)
+    return str((Path(output_dir) if output_dir else path.parent) / name)

@@ -1,0 +1,239 @@
+"""JSON lines files read in place: an index of line offsets over a memory map.
+
+Opening a file scans it once, in parallel for large files, checks every row and keeps a few numbers per
+row. Rows are parsed when asked for, so memory does not grow with the file, and every column of a row,
+known or not, comes back as it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from tqdm import tqdm
+
+from src.errors import UserError
+from src.io import atomic_write
+
+#: What a row check returns: the problems found, one number or string per column of `Scan.columns`.
+RowCheck = Callable[[Any], tuple[list[str], dict[str, Any]]]
+
+SHOWN_PROBLEMS = 10
+CHUNK_BYTES = 64 << 20
+CACHE_VERSION = 1
+
+
+@dataclass
+class Scan:
+    """What one pass over a file found.
+
+    Attributes:
+        offsets: int64 ``(rows,)``, first byte of each row.
+        lengths: int64 ``(rows,)``, bytes of each row, line end excluded.
+        lines: int64 ``(rows,)``, 1-based line number of each row (blank lines hold no row).
+        columns: per name an array ``(rows,)`` of what the row check returned.
+        problems: the first `SHOWN_PROBLEMS` as (line, text).
+        problem_count: how many there are in all.
+    """
+
+    offsets: np.ndarray
+    lengths: np.ndarray
+    lines: np.ndarray
+    columns: dict[str, np.ndarray]
+    problems: list[tuple[int, str]] = field(default_factory=list)
+    problem_count: int = 0
+
+
+class JsonLines(Sequence[dict[str, Any]]):
+    """The rows of one file, parsed on access. Picklable: workers open their own memory map."""
+
+    def __init__(self, path: str, scan: Scan) -> None:
+        self.path = path
+        self.scan = scan
+        self._map: mmap.mmap | None = None
+
+    def __len__(self) -> int:
+        return len(self.scan.offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if self._map is None:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        start = int(self.scan.offsets[index])
+        return json.loads(self._map[start : start + int(self.scan.lengths[index])])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_map": None}
+
+    def where(self, index: int) -> str:
+        """``file:line`` of a row, for messages."""
+        return f"{self.path}:{self.scan.lines[index]}"
+
+
+def _scan_range(path: str, start: int, end: int, check: RowCheck) -> tuple[Scan, int]:
+    """Scan the lines that begin in ``[start, end)``; line numbers count from 1 at `start`.
+
+    Returns the scan and the number of lines passed over.
+    """
+    offsets, lengths, lines = [], [], []
+    values: list[dict[str, Any]] = []
+    problems: list[tuple[int, str]] = []
+    problem_count = 0
+    line = 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        position = start
+        while position < end and (raw := file.readline()):
+            line += 1
+            begin, position = position, position + len(raw)
+            body = raw.rstrip(b"\r\n")
+            if not body.strip():
+                continue
+            if begin == 0 and body.startswith(b"\xef\xbb\xbf"):
+                body, begin = body[3:], 3
+            found, row_values = _check_line(body, check)
+            problem_count += len(found)
+            problems.extend((line, text) for text in found[: SHOWN_PROBLEMS - len(problems)])
+            offsets.append(begin)
+            lengths.append(len(body))
+            lines.append(line)
+            values.append(row_values)
+    names = next((row.keys() for row in values if row), ())
+    columns = {} if problem_count else {name: np.array([row[name] for row in values]) for name in names}
+    integers = (np.array(numbers, dtype=np.int64) for numbers in (offsets, lengths, lines))
+    return Scan(*integers, columns, problems, problem_count), line
+
+
+def _check_line(body: bytes, check: RowCheck) -> tuple[list[str], dict[str, Any]]:
+    try:
+        row = json.loads(body)
+    except UnicodeDecodeError as error:
+        return [f"not valid UTF-8: {error.reason} at byte {error.start + 1}"], {}
+    except json.JSONDecodeError as error:
+        return [f"not valid JSON: {error.msg} at column {error.colno}"], {}
+    except RecursionError:
+        return ["not valid JSON: nested too deeply"], {}
+    if not isinstance(row, dict):
+        return [f"a row must be a JSON object, found {type(row).__name__}"], {}
+    return check(row)
+
+
+def _chunks(path: str, size: int) -> list[tuple[int, int]]:
+    """Byte ranges of about `CHUNK_BYTES` that begin at line starts."""
+    bounds = [0]
+    with open(path, "rb") as file:
+        for guess in range(CHUNK_BYTES, size, CHUNK_BYTES):
+            file.seek(guess)
+            file.readline()
+            if bounds[-1] < file.tell() < size:
+                bounds.append(file.tell())
+    return list(zip(bounds, bounds[1:] + [size], strict=True))
+
+
+def _merge(parts: Sequence[tuple[Scan, int]]) -> Scan:
+    first_lines = np.cumsum([0] + [lines for _, lines in parts])
+    scans = [scan for scan, _ in parts]
+    names = next((scan.columns.keys() for scan in scans if scan.columns), ())
+    filled = [scan for scan in scans if scan.columns]
+    problems = [
+        (line + int(first), text)
+        for scan, first in zip(scans, first_lines, strict=False)
+        for line, text in scan.problems
+    ]
+    return Scan(
+        np.concatenate([scan.offsets for scan in scans]),
+        np.concatenate([scan.lengths for scan in scans]),
+        np.concatenate([scan.lines + first for scan, first in zip(scans, first_lines, strict=False)]),
+        {name: np.concatenate([scan.columns[name] for scan in filled]) for name in names},
+        problems[:SHOWN_PROBLEMS],
+        sum(scan.problem_count for scan in scans),
+    )
+
+
+def available_cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def scan_file(path: str, check: RowCheck) -> Scan:
+    """Scan a whole file, over all cores when it is large."""
+    size = os.path.getsize(path)
+    chunks = _chunks(path, size)
+    workers = min(available_cores(), len(chunks))
+    if workers == 1:
+        return _merge([_scan_range(path, start, end, check) for start, end in chunks])
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_scan_range, path, start, end, check) for start, end in chunks]
+        bar = tqdm(futures, desc=f"checking {os.path.basename(path)}", unit="chunk")
+        return _merge([future.result() for future in bar])
+
+
+def _cache_path(path: str, check_name: str, cache_dir: str) -> Path:
+    stat = os.stat(path)
+    key = f"{CACHE_VERSION}|{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{check_name}"
+    return Path(cache_dir) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+
+
+def _load_cached(path: Path) -> Scan | None:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            columns = {name[7:]: arrays[name] for name in arrays.files if name.startswith("column_")}
+            return Scan(arrays["offsets"], arrays["lengths"], arrays["lines"], columns)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def open_jsonl(path: str, check: RowCheck, check_name: str, cache_dir: str | None = None) -> JsonLines:
+    """Scan and check a file, and return its rows.
+
+    Args:
+        path: a JSON lines file.
+        check: called with every row; must be picklable. The keys of what it returns are the same for
+            all rows.
+        check_name: changes whenever `check` does; part of the cache key.
+        cache_dir: folder that keeps the scans of unchanged files, so that a restart is quick.
+
+    Raises:
+        UserError: the file holds no row, or rows with problems: all are counted, the first ten shown.
+    """
+    cache = _cache_path(path, check_name, cache_dir) if cache_dir else None
+    scan = _load_cached(cache) if cache else None
+    if scan is None:
+        scan = scan_file(path, check)
+        if scan.problem_count:
+            raise UserError(_describe_problems(path, scan))
+        if len(scan.offsets) == 0:
+            raise UserError(f"{path} is empty: it must hold one JSON object per line")
+        if cache:
+            arrays = {f"column_{name}": values for name, values in scan.columns.items()}
+            with atomic_write(cache, "wb") as file:
+                np.savez(file, offsets=scan.offsets, lengths=scan.lengths, lines=scan.lines, **arrays)
+    return JsonLines(path, scan)
+
+
+def _describe_problems(path: str, scan: Scan) -> str:
+    shown = [f"{path}:{line}: {text}" for line, text in scan.problems]
+    if scan.problem_count == 1:
+        return shown[0]
+    hidden = scan.problem_count - len(shown)
+    kinds = Counter(text for _, text in scan.problems)
+    head = f"{scan.problem_count} problems in {path}" + (
+        f" (most often: {kinds.most_common(1)[0][0]})" if hidden else ""
+    )
+    return "\n  ".join([f"{head}:", *shown] + ([f"(+{hidden} more)"] if hidden else []))

@@ -1,0 +1,36 @@
+"""Metrics, arguments and command, appended to a readable log and as one JSON object to the file beside it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+
+def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[str, Any]) -> None:
+    """Append a block to `log_path` and a line to the same path with the ending ``.jsonl``.
+
+    Args:
+        log_path: created with its folder when missing.
+        metrics: name to value.
+        arguments: anything JSON can hold; other values are written as text.
+    """
+    path = Path(log_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    time = datetime.now().astimezone().isoformat(timespec="seconds")
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    record = {"time": time, "command": command, "metrics": dict(metrics), "arguments": dict(arguments)}
+    line = json.dumps(record, ensure_ascii=False, default=str)
+    with open(path, "a", encoding="utf-8") as file:
+        shown = json.dumps(record["arguments"], ensure_ascii=False, default=str)
+        file.write(f"{time}\ncommand: {command}\narguments: {shown}\n")
+        file.writelines(f"  {name:<16} {value:.4f}\n" for name, value in metrics.items())
+        file.write("\n")
+    with open(
+        path.with_suffix(path.suffix + "l" if path.suffix == ".json" else ".jsonl"), "a", encoding="utf-8"
+    ) as file:
+        file.write(line + "\n")

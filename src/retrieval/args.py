@@ -1,0 +1,260 @@
+"""Every flag of the retrieval entry points, with its default, help and checks.
+
+`__post_init__` checks values and fills in names that transformers has renamed; it resolves no path and
+reads no file.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from src.errors import UserError
+from src.retrieval.tasks import VERSIONS
+
+METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg")
+POOLING_METHODS = ("cls", "mean", "last", "decoder", "dense")
+DENSE_METRICS = ("cos", "ip", "l2")
+DTYPES = ("fp32", "fp16", "bf16")
+RETRIEVAL_METHODS = ("dense", "bm25", "random", "no")
+SELECT_POSITIVE = ("first", "random", "teacher", "teacher-pos")
+SELECT_NEGATIVE = ("random", "first", "teacher+", "teacher-")
+INBATCH_POLICIES = ("epoch", "epoch-static", "epoch-random", "random")
+EVAL_METHODS = ("retrieval", "rerank")
+
+
+def _flag(default: object, help: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def check_choice(flag: str, value: str | None, choices: tuple[str, ...]) -> None:
+    """Raise a UserError naming the choices unless `value` is one of them (or None)."""
+    if value is not None and value not in choices:
+        raise UserError(f"--{flag} {value!r} is unknown: choose from {', '.join(choices)}")
+
+
+def check_positive(**values: float | None) -> None:
+    """Raise a UserError for the first value that is given and not above 0."""
+    for flag, value in values.items():
+        if value is not None and value <= 0:
+            raise UserError(f"--{flag} must be above 0, found {value}")
+
+
+def _default_data_root() -> str:
+    return os.environ.get("LLM_EMBEDDER_DATA", "/data/llm-embedder")
+
+
+@dataclass
+class DataArgs:
+    """Files to read, what to compute from them and where results go."""
+
+    model_cache_dir: str | None = _flag(None, "Folder where models from the hub are kept.")
+    dataset_cache_dir: str | None = _flag(
+        None, "Folder where the scans of data files are kept, so that a restart on unchanged files is quick."
+    )
+    data_root: str = field(
+        default_factory=_default_data_root,
+        metadata={"help": "What the path prefix llm-embedder: stands for (LLM_EMBEDDER_DATA sets the default)."},
+    )
+    train_data: list[str] | None = _flag(
+        None, "Training files (JSON lines), globs allowed; a file named twice counts twice."
+    )
+    eval_data: str | None = _flag(None, "Evaluation file (JSON lines).")
+    corpus: str | None = _flag(None, "Corpus file (JSON lines) that pos_index refers to.")
+    key_template: str = _flag("{title} {text}", "How a corpus row becomes a key: columns in braces.")
+    task: str | None = _flag(
+        None, "Task of rows that name none: qa, convsearch, chat, lrlm, icl or tool (else the path's folder tells)."
+    )
+    metrics: list[str] = _flag(["mrr", "recall", "ndcg"], f"Any of {', '.join(METRICS)}.")
+    cutoffs: list[int] = _flag([1, 5, 10, 100], "Ranks at which metrics are computed.")
+    filter_answers: bool = _flag(False, "Mining: leave out hits that contain one of the row's answers.")
+    max_neg_num: int = _flag(100, "Mining: most negatives per row.")
+    load_result: bool = _flag(False, "Evaluate the saved result file instead of retrieving.")
+    save_result: bool = _flag(True, "Save query ids, hits and scores to output_dir.")
+    save_name: str | None = _flag(None, "Middle part of output file names: <stem>.<field>.<save_name><ext>.")
+    save_to_output: bool = _flag(False, "Write mined and collated files to output_dir instead of next to eval_data.")
+    trust_remote_code: bool = _flag(False, "Run model code that comes with a checkpoint.")
+
+    def __post_init__(self) -> None:
+        for metric in self.metrics:
+            check_choice("metrics", metric, METRICS)
+        check_positive(max_neg_num=self.max_neg_num)
+        if not self.cutoffs or min(self.cutoffs) < 1:
+            raise UserError(f"--cutoffs must be ranks of 1 or more, found {self.cutoffs}")
+        if self.eval_data and self.eval_data.endswith(tuple("*?]")):
+            raise UserError(f"--eval_data {self.eval_data!r}: one file is needed, no glob")
+
+
+@dataclass
+class BM25Args:
+    """Lexical retrieval."""
+
+    anserini_dir: str | None = _flag(None, "Folder with Anserini, for --retrieval_method bm25.")
+    k1: float = _flag(0.82, "BM25 term-frequency saturation.")
+    b: float = _flag(0.68, "BM25 length normalisation.")
+    storeDocvectors: bool = _flag(False, "BM25: store document vectors in the index.")  # noqa: N815
+    hits: int = _flag(200, "Keys to retrieve per query.")
+    language: str = _flag("en", "BM25: language of the analyzer.")
+    threads: int = _flag(32, "BM25: indexing and search threads.")
+    load_index: bool = _flag(False, "Load the saved index instead of encoding and indexing the corpus.")
+    load_collection: bool = _flag(False, "BM25: reuse the collection folder written before.")
+
+
+@dataclass
+class DenseArgs:
+    """The dual encoder and its index."""
+
+    query_encoder: str = _flag(
+        "BAAI/bge-base-en",
+        "Encoder: a hub name, a transformers or sentence-transformers folder, or one of our checkpoints.",
+    )
+    key_encoder: str = _flag("BAAI/bge-base-en", "Key encoder, used with --tie_encoders False.")
+    add_instruction: bool = _flag(True, "Put the instructions of --version before queries and keys.")
+    version: str = _flag("bge", f"Instruction set: {', '.join(VERSIONS)}.")
+    query_max_length: int = _flag(256, "Most tokens of a query, instruction included.")
+    key_max_length: int = _flag(256, "Most tokens of a key, instruction included.")
+    truncation_side: str = _flag("right", "Side that loses tokens of a text too long: right or left.")
+    pooling_method: list[str] = _flag(
+        ["cls"],
+        "cls, mean, last (last token, for decoder-only models) or decoder (T5 start token), optionally followed by "
+        "dense. Taken from the checkpoint when it tells and the flag is not given.",
+    )
+    dense_dim: int | None = _flag(
+        None, "Width of a new dense layer, when pooling_method names dense and the checkpoint has none."
+    )
+    tie_encoders: bool = _flag(True, "One encoder (query_encoder) for queries and keys.")
+    dense_metric: str = _flag("cos", "Similarity: cos, ip or l2 (taken from the checkpoint like pooling_method).")
+    faiss_index_factory: str = _flag("Flat", "FAISS index factory string.")
+    batch_size: int = _flag(1000, "Most texts encoded in one batch.")
+    load_encode: bool = _flag(False, "Load saved corpus embeddings instead of encoding.")
+    save_encode: bool = _flag(False, "Save corpus embeddings to output_dir.")
+    save_index: bool = _flag(False, "Save the FAISS index to output_dir.")
+    embedding_name: str = _flag("embeddings", "Name of saved embeddings and index.")
+    dtype: str = _flag("fp16", "Precision of encoding: fp32, fp16 or bf16 (fp32 on a CPU without it).")
+    cpu: bool = _flag(False, "Use the CPU even when there is a GPU.")
+
+    def __post_init__(self) -> None:
+        check_choice("version", self.version, VERSIONS)
+        check_choice("dense_metric", self.dense_metric, DENSE_METRICS)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("truncation_side", self.truncation_side, ("right", "left"))
+        for pooling in self.pooling_method:
+            check_choice("pooling_method", pooling, POOLING_METHODS)
+        if self.pooling_method not in [[p] for p in POOLING_METHODS[:4]] + [[p, "dense"] for p in POOLING_METHODS[:4]]:
+            raise UserError(
+                f"--pooling_method {' '.join(self.pooling_method)}: give one of {', '.join(POOLING_METHODS[:4])}, "
+                "optionally followed by dense"
+            )
+        check_positive(
+            query_max_length=self.query_max_length,
+            key_max_length=self.key_max_length,
+            batch_size=self.batch_size,
+            dense_dim=self.dense_dim,
+        )
+
+
+@dataclass
+class RetrievalArgs(DenseArgs, BM25Args, DataArgs):
+    """All settings of retrieval over a corpus."""
+
+    retrieval_method: str = _flag("dense", f"How to retrieve: {', '.join(RETRIEVAL_METHODS)}.")
+
+    def __post_init__(self) -> None:
+        DataArgs.__post_init__(self)
+        DenseArgs.__post_init__(self)
+        check_choice("retrieval_method", self.retrieval_method, RETRIEVAL_METHODS)
+        check_positive(hits=self.hits, k1=self.k1, threads=self.threads)
+        if self.load_result and not self.eval_data:
+            raise UserError("--load_result needs --eval_data")
+
+
+@dataclass
+class RetrievalTrainingArgs(TrainingArguments):
+    """transformers' TrainingArguments, with this toolkit's defaults and settings added."""
+
+    output_dir: str = _flag("data/outputs/", "Folder for checkpoints and results.")
+    eval_method: str = _flag("retrieval", "retrieval (over the corpus) or rerank (the keys in each evaluation row).")
+
+    use_train_config: bool = _flag(False, "Use the training settings of each task (of --version) over the flags.")
+    inbatch_same_dataset: str | None = _flag(
+        None,
+        "Batches of rows from one file only. epoch: cut anew each epoch; epoch-static: cut once, order shuffled; "
+        "epoch-random: a file drawn in proportion to the rows left in it; random: file and rows drawn for each step.",
+    )
+    negative_cross_device: bool = _flag(True, "Use the keys of all processes as negatives.")
+    cos_temperature: float = _flag(0.01, "Cosine scores are divided by this.")
+    teacher_temperature: float = _flag(
+        1.0, "Teacher scores are divided by this (plain distillation; graded takes them as they are)."
+    )
+    student_temperature: float = _flag(1.0, "Student scores are divided by this (plain distillation).")
+    contrastive_weight: float = _flag(0.2, "Weight of the contrastive loss.")
+    distill_weight: float = _flag(1.0, "Weight of the distillation loss.")
+    stable_distill: bool = _flag(False, "Graded distillation: a contrastive loss per rank of the teacher.")
+
+    max_sample_num: int | None = _flag(None, "Most rows of each training file, drawn by --seed.")
+    train_group_size: int = _flag(8, "Keys per query: one positive, the rest negatives.")
+    select_positive: str = _flag(
+        "first", "first, random, teacher (best teacher score of all candidates) or teacher-pos (best positive)."
+    )
+    select_negative: str = _flag("random", "random, first, teacher+ (best scores first) or teacher- (worst first).")
+    teacher_scores_margin: float | None = _flag(None, "Drop rows whose teacher scores spread less than this.")
+    teacher_scores_min: float | None = _flag(None, "Drop rows whose best teacher score is below this.")
+
+    per_device_train_batch_size: int = _flag(16, "Queries per process and step.")
+    learning_rate: float = _flag(5e-6, "Peak learning rate.")
+    warmup_ratio: float = _flag(0.1, "Share of the steps with rising learning rate (--warmup_steps wins).")
+    weight_decay: float = _flag(0.01, "AdamW weight decay.")
+    fp16: bool = _flag(True, "Train in fp16 autocast where the device can; weights stay fp32.")
+    ddp_find_unused_parameters: bool | None = _flag(False, "Passed on to DistributedDataParallel.")
+    remove_unused_columns: bool = _flag(False, "Must be False: rows are tokenized in the collator.")
+    evaluation_strategy: str = _flag("steps", "When to evaluate during training, with eval_data: no, steps, epoch.")
+    save_steps: float = _flag(2000, "Save a checkpoint every so many steps.")
+    logging_steps: float = _flag(100, "Log every so many steps.")
+    report_to: str = _flag("none", "none, or where transformers reports to: tensorboard, wandb, all.")
+    no_cuda: bool = _flag(False, "Older name of --use_cpu.")
+    early_exit_steps: int | None = _flag(None, "Stop (and save) after so many steps of the same schedule.")
+    log_path: str = _flag("data/results/performance.log", "Metrics are appended here, and as JSON lines beside it.")
+
+    def __post_init__(self) -> None:
+        check_choice("eval_method", self.eval_method, EVAL_METHODS)
+        check_choice("inbatch_same_dataset", self.inbatch_same_dataset, INBATCH_POLICIES)
+        check_choice("select_positive", self.select_positive, SELECT_POSITIVE)
+        check_choice("select_negative", self.select_negative, SELECT_NEGATIVE)
+        check_choice("evaluation_strategy", self.evaluation_strategy, ("no", "steps", "epoch"))
+        check_positive(
+            train_group_size=self.train_group_size,
+            cos_temperature=self.cos_temperature,
+            teacher_temperature=self.teacher_temperature,
+            student_temperature=self.student_temperature,
+            max_sample_num=self.max_sample_num,
+            early_exit_steps=self.early_exit_steps,
+            per_device_train_batch_size=self.per_device_train_batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+        )
+        if self.contrastive_weight < 0 or self.distill_weight < 0:
+            raise UserError("--contrastive_weight and --distill_weight must not be negative")
+        if self.remove_unused_columns:
+            raise UserError("--remove_unused_columns must stay False: the collator needs every column")
+        # Without this a torchrun on a machine without accelerator trains unconnected copies of the model.
+        self.use_cpu = self.use_cpu or self.no_cuda or not torch.cuda.is_available()
+        if self.fp16 and (self.bf16 or self.use_cpu):
+            self.fp16 = False
+        if self.warmup_steps == 0:
+            self.warmup_steps = self.warmup_ratio
+        if str(self.eval_strategy) in ("no", "IntervalStrategy.NO"):
+            self.eval_strategy = self.evaluation_strategy
+        if self.eval_steps is None:
+            self.eval_steps = self.save_steps
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        # `python run_dense.py` on a machine with several GPUs uses the first; torchrun uses all.
+        self._n_gpu = min(self._n_gpu, 1)

@@ -1,0 +1,45 @@
+"""From training examples to padded token tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from src.retrieval.data import TrainExample
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
+    """int64 tensors ``(len(texts), longest)``, cut to `max_length` tokens and padded to the longest."""
+    encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    return dict(encoded)
+
+
+@dataclass(frozen=True)
+class TrainCollator:
+    """Tokenizes B examples into ``query`` (B rows), ``key`` (B*N rows, groups one after the other) and
+    ``teacher_scores`` (fp32 ``(B, N)``, NaN for a row without, or None when no row has any); ``source`` is the number
+    of the file of the first example, by which the loss settings are looked up."""
+
+    query_tokenizer: PreTrainedTokenizerBase
+    key_tokenizer: PreTrainedTokenizerBase
+    query_max_length: int
+    key_max_length: int
+
+    def __call__(self, examples: Sequence[TrainExample]) -> dict[str, Any]:
+        scores = None
+        if any(example.scores for example in examples):
+            scores = torch.tensor(
+                [example.scores or [math.nan] * len(example.keys) for example in examples], dtype=torch.float32
+            )
+        return {
+            "query": tokenize(self.query_tokenizer, [e.query for e in examples], self.query_max_length),
+            "key": tokenize(self.key_tokenizer, [key for e in examples for key in e.keys], self.key_max_length),
+            "teacher_scores": scores,
+            "source": examples[0].source,
+        }

@@ -1,0 +1,73 @@
+"""Retrieval metrics as pure functions of a hit matrix: one value per query, no loop over hits.
+
+`relevant` is a bool matrix (queries, hits), best hit first; `positives` counts the relevant rows of the corpus
+per query. Formulas as in trec_eval with binary relevance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def relevance_matrix(hits: np.ndarray, pos_index: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Which hits are positives.
+
+    Args:
+        hits: int ``(queries, hits)`` corpus row numbers, -1 for none.
+        pos_index: per query its positives; doubles count once.
+
+    Returns:
+        bool ``(queries, hits)`` and int64 ``(queries,)``, the number of distinct positives.
+    """
+    unique = [sorted(set(positives)) for positives in pos_index]
+    counts = np.array([len(positives) for positives in unique], dtype=np.int64)
+    flat = np.array([row for positives in unique for row in positives], dtype=np.int64)
+    span = int(max(flat.max(initial=0), hits.max(initial=0))) + 2
+    owners = np.repeat(np.arange(len(unique)), counts)
+    wanted = owners * span + flat
+    found = np.arange(len(hits))[:, None] * span + np.where(hits < 0, span - 1, hits)
+    return np.isin(found, wanted), counts
+
+
+def reciprocal_rank(relevant: np.ndarray, cutoff: int) -> np.ndarray:
+    """1 / rank of the first positive among the first `cutoff` hits, 0 without one; ``(queries,)``."""
+    top = relevant[:, :cutoff]
+    return np.where(top.any(1), 1.0 / (top.argmax(1) + 1), 0.0)
+
+
+def recall(relevant: np.ndarray, positives: np.ndarray, cutoff: int) -> np.ndarray:
+    """Share of the positives among the first `cutoff` hits; ``(queries,)``."""
+    return relevant[:, :cutoff].sum(1) / positives
+
+
+def ndcg(relevant: np.ndarray, positives: np.ndarray, cutoff: int) -> np.ndarray:
+    """DCG / ideal DCG over the first `cutoff` hits, gain 1 / log2(rank + 1) (Järvelin and Kekäläinen 2002)."""
+    gains = 1.0 / np.log2(np.arange(2, cutoff + 2))
+    dcg = relevant[:, :cutoff] @ gains[: relevant.shape[1]]
+    ideal = np.cumsum(gains)[np.minimum(positives, cutoff) - 1]
+    return dcg / ideal
+
+
+def retrieval_metrics(
+    hits: np.ndarray, pos_index: Sequence[Sequence[int]], metrics: Sequence[str], cutoffs: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Per-query values of mrr, recall and ndcg, such as ``{"ndcg@10": (queries,)}``.
+
+    Args:
+        hits: int ``(queries, hits)``.
+        pos_index: per query at least one positive.
+        metrics: any names; those other than these three are passed over.
+        cutoffs: ranks.
+    """
+    relevant, positives = relevance_matrix(hits, pos_index)
+    values = {}
+    for cutoff in sorted(set(cutoffs)):
+        if "mrr" in metrics:
+            values[f"mrr@{cutoff}"] = reciprocal_rank(relevant, cutoff)
+        if "recall" in metrics:
+            values[f"recall@{cutoff}"] = recall(relevant, positives, cutoff)
+        if "ndcg" in metrics:
+            values[f"ndcg@{cutoff}"] = ndcg(relevant, positives, cutoff)
+    return values

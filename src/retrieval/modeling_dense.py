@@ -1,0 +1,313 @@
+"""The dual encoder: load, pool, embed, save."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from src.errors import UserError
+from src.retrieval.pooling import DENSE_FOLDER, DenseLayer, PoolingSpec, pool, read_pooling_spec, write_own_file
+
+logger = logging.getLogger(__name__)
+
+TIED = "encoder"
+UNTIED = ("query_encoder", "key_encoder")
+DEFAULT_POOLING = ("cls",)
+DEFAULT_METRIC = "cos"
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """How to load the dual encoder; None for pooling and metric means what the checkpoint says."""
+
+    query_encoder: str
+    key_encoder: str | None = None
+    tie_encoders: bool = True
+    pooling_method: tuple[str, ...] | None = None
+    dense_metric: str | None = None
+    dense_dim: int | None = None
+    truncation_side: str = "right"
+    query_max_length: int = 256
+    key_max_length: int = 256
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+
+
+class TextEncoder(nn.Module):
+    """A transformer, a pooling method and possibly a dense layer."""
+
+    def __init__(self, backbone: PreTrainedModel, pooling_method: tuple[str, ...], dense: DenseLayer | None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pooling_method = pooling_method
+        self.dense = dense
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Token tensors ``(n, length)`` to vectors ``(n, D)``."""
+        kwargs = dict(inputs)
+        if self.pooling_method[0] == "decoder":
+            start = self.backbone.config.decoder_start_token_id
+            kwargs["decoder_input_ids"] = torch.full_like(inputs["input_ids"][:, :1], start)
+        states = self.backbone(**kwargs).last_hidden_state
+        pooled = pool(states, inputs["attention_mask"], self.pooling_method[0])
+        return pooled if self.dense is None else self.dense(pooled)
+
+
+class DenseRetriever(nn.Module):
+    """Embeds queries and keys, with one encoder for both or one each.
+
+    Args:
+        encoders: ``{"encoder": …}`` when tied, else ``{"query_encoder": …, "key_encoder": …}``; the names are those
+            of the checkpoint's folders.
+        tokenizers: one per encoder.
+        metric: ``cos`` (vectors are scaled to unit length), ``ip`` or ``l2``.
+    """
+
+    def __init__(
+        self, encoders: Mapping[str, TextEncoder], tokenizers: Mapping[str, PreTrainedTokenizerBase], metric: str
+    ) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleDict(dict(encoders))
+        self.tokenizers = dict(tokenizers)
+        self.metric = metric
+
+    @property
+    def query_name(self) -> str:
+        """Name of the encoder of queries."""
+        return TIED if TIED in self.encoders else UNTIED[0]
+
+    @property
+    def key_name(self) -> str:
+        """Name of the encoder of keys."""
+        return TIED if TIED in self.encoders else UNTIED[1]
+
+    @property
+    def query_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of queries."""
+        return self.tokenizers[self.query_name]
+
+    @property
+    def key_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer of keys."""
+        return self.tokenizers[self.key_name]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.parameters()).device
+
+    def _embed(self, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        vectors = self.encoders[name](inputs).float()
+        return F.normalize(vectors, dim=-1) if self.metric == "cos" else vectors
+
+    def embed_query(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Token tensors ``(n, length)`` to fp32 vectors ``(n, D)``."""
+        return self._embed(self.query_name, inputs)
+
+    def embed_key(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Token tensors ``(n, length)`` to fp32 vectors ``(n, D)``."""
+        return self._embed(self.key_name, inputs)
+
+    def forward(self, query: Mapping[str, Tensor], key: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Vectors of queries ``(B, D)`` and keys ``(B*N, D)``, fp32."""
+        return self.embed_query(query), self.embed_key(key)
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute activations in the backward pass; called by the Trainer.
+
+        Non-reentrant, because the other kind fails under DistributedDataParallel when one encoder runs twice.
+        """
+        kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
+        for encoder in self.encoders.values():
+            encoder.backbone.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=kwargs, every_n_layers=every_n_layers, offload=offload
+            )
+
+    def save(self, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write each encoder as a transformers checkpoint with its tokenizer below `folder`.
+
+        Args:
+            folder: gets ``encoder``, or ``query_encoder`` and ``key_encoder``.
+            state_dict: weights of this module gathered from elsewhere (DeepSpeed); its own when None.
+        """
+        state = self.state_dict() if state_dict is None else state_dict
+        for name, encoder in self.encoders.items():
+            target = os.path.join(folder, name)
+            weights = _below(state, f"encoders.{name}.backbone.")
+            encoder.backbone.save_pretrained(target, state_dict=weights)
+            self.tokenizers[name].save_pretrained(target)
+            if encoder.dense is not None:
+                encoder.dense.save(os.path.join(target, DENSE_FOLDER), _below(state, f"encoders.{name}.dense."))
+            write_own_file(target, encoder.pooling_method, self.metric)
+
+    def load_weights(self, folder: str) -> None:
+        """Take the weights that `save` wrote below `folder`.
+
+        Raises:
+            UserError: an encoder's folder is missing there, or of another shape.
+        """
+        for name, encoder in self.encoders.items():
+            source = os.path.join(folder, name)
+            if not os.path.isdir(source):
+                raise UserError(f"{folder} has no {name!r} folder: was it trained with the same --tie_encoders?")
+            backbone = type(encoder.backbone).from_pretrained(
+                source, dtype=torch.float32, **_no_pooler(type(encoder.backbone))
+            )
+            encoder.backbone.load_state_dict(backbone.state_dict())
+            if encoder.dense is not None:
+                encoder.dense.load_state_dict(DenseLayer.load(os.path.join(source, DENSE_FOLDER)).state_dict())
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _no_pooler(model_class: type) -> dict[str, bool]:
+    """Leave the pooler out where the class has one: unused parameters stop DistributedDataParallel."""
+    accepts = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if accepts else {}
+
+
+def _checkpoint_folder(path: str, name: str) -> str:
+    """The encoder folder that `path` means: itself, or a checkpoint-N around it."""
+    for inner in (name, TIED):
+        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+            candidate = os.path.join(path, inner)
+            if os.path.isfile(os.path.join(candidate, "config.json")):
+                return candidate
+    return path
+
+
+def _load_error(checkpoint: str, error: Exception) -> UserError:
+    lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
+    advice = (
+        "the folder must hold config.json, model.safetensors and the tokenizer's files"
+        if os.path.isdir(checkpoint)
+        else "no such folder here; as a hub name it must be in the cache already when there is no network, "
+        "see --model_cache_dir"
+    )
+    return UserError(f"cannot load the encoder {checkpoint!r}: {reason} ({advice})")
+
+
+def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> PreTrainedModel:
+    options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
+    try:
+        model_config = AutoConfig.from_pretrained(checkpoint, **options)
+        if decoder and not model_config.is_encoder_decoder:
+            raise UserError(f"--pooling_method decoder needs an encoder-decoder model such as T5, not {checkpoint!r}")
+        if model_config.is_encoder_decoder and not decoder:
+            if type(model_config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
+                raise UserError(f"{checkpoint!r}: the encoder of this model type cannot be used alone, T5's can")
+            return AutoModelForTextEncoding.from_pretrained(checkpoint, dtype=torch.float32, **options)
+        pooler = _no_pooler(MODEL_MAPPING[type(model_config)]) if type(model_config) in MODEL_MAPPING else {}
+        return AutoModel.from_pretrained(checkpoint, dtype=torch.float32, **options, **pooler)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise _load_error(checkpoint, error) from error
+
+
+def _load_tokenizer(checkpoint: str, config: EncoderConfig) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _load_error(checkpoint, error) from error
+    tokenizer.truncation_side = config.truncation_side
+    # Right padding keeps absolute positions and causal attention untouched by padding; pooling reads the mask.
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.info("%s: the tokenizer has no padding token, its end token is used (and masked)", checkpoint)
+    return tokenizer
+
+
+def _check_lengths(backbone: PreTrainedModel, checkpoint: str, config: EncoderConfig) -> None:
+    limit = getattr(backbone.config, "max_position_embeddings", None)
+    if backbone.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") and limit:
+        limit -= backbone.config.pad_token_id + 1
+    for flag in ("query_max_length", "key_max_length"):
+        if limit and getattr(config, flag) > limit:
+            raise UserError(f"--{flag} {getattr(config, flag)}: {checkpoint!r} takes {limit} tokens at most")
+
+
+def _load_dense(spec: PoolingSpec, width: int, dense_dim: int | None, checkpoint: str) -> DenseLayer:
+    if spec.dense_folder is not None:
+        return DenseLayer.load(spec.dense_folder)
+    if dense_dim is None:
+        raise UserError(
+            f"--pooling_method names dense, but {checkpoint!r} has no dense layer: give --dense_dim N to train a new one"
+        )
+    return DenseLayer(width, dense_dim)
+
+
+def _load_encoder(checkpoint: str, config: EncoderConfig) -> tuple[TextEncoder, PreTrainedTokenizerBase, str]:
+    """One encoder, its tokenizer and the metric."""
+    spec = read_pooling_spec(checkpoint, config.cache_dir)
+    methods = config.pooling_method or spec.pooling_method or DEFAULT_POOLING
+    metric = config.dense_metric or spec.dense_metric or DEFAULT_METRIC
+    tokenizer = _load_tokenizer(checkpoint, config)
+    backbone = _load_backbone(checkpoint, methods[0] == "decoder", config)
+    backbone.config.use_cache = False
+    _check_lengths(backbone, checkpoint, config)
+    dense = None
+    if "dense" in methods:
+        dense = _load_dense(spec, backbone.config.hidden_size, config.dense_dim, checkpoint)
+    logger.info(
+        "%s: pooling %s (%s), similarity %s (%s)",
+        checkpoint,
+        "+".join(methods),
+        "flag" if config.pooling_method else spec.origin if spec.pooling_method else "default",
+        metric,
+        "flag" if config.dense_metric else spec.origin if spec.dense_metric else "default",
+    )
+    return TextEncoder(backbone, methods, dense), tokenizer, metric
+
+
+def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:
+    """Load the dual encoder from hub names, transformers or sentence-transformers folders, or our checkpoints.
+
+    Weights are fp32. A checkpoint-N folder stands for the encoders inside it.
+
+    Raises:
+        UserError: a checkpoint cannot be loaded, or does not fit the settings.
+    """
+    query_folder = _checkpoint_folder(config.query_encoder, UNTIED[0])
+    if config.tie_encoders:
+        encoder, tokenizer, metric = _load_encoder(query_folder, config)
+        return DenseRetriever({TIED: encoder}, {TIED: tokenizer}, metric)
+    key_folder = _checkpoint_folder(config.key_encoder or config.query_encoder, UNTIED[1])
+    query, query_tokenizer, metric = _load_encoder(query_folder, config)
+    key, key_tokenizer, key_metric = _load_encoder(key_folder, config)
+    if metric != key_metric:
+        raise UserError(f"the query encoder compares by {metric}, the key encoder by {key_metric}: give --dense_metric")
+    return DenseRetriever(
+        dict(zip(UNTIED, (query, key), strict=True)),
+        dict(zip(UNTIED, (query_tokenizer, key_tokenizer), strict=True)),
+        metric,
+    )

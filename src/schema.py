@@ -1,0 +1,192 @@
+"""Row types of the training, evaluation and corpus files, and the checks a row must pass.
+
+A check takes one parsed row and returns (problems, numbers): texts for the user without file and line,
+which the reader adds, and the few numbers per row that filters need without parsing the row again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from string import Formatter
+from typing import Any, TypedDict
+
+from src.errors import UserError
+
+TRAIN_CHECK = "train-1"
+EVAL_CHECK = "eval-1"
+
+
+class TrainRow(TypedDict, total=False):
+    """A training row; chat rows carry `history` in place of `pos` and `neg`."""
+
+    query: str
+    pos: list[str]
+    neg: list[str]
+    history: list[str]
+    pos_index: list[int]
+    neg_index: list[int]
+    teacher_scores: list[float]
+    answers: list[str]
+    context: str
+    task: str
+    query_id: int | str
+
+
+class EvalRow(TypedDict, total=False):
+    """An evaluation row."""
+
+    query: str
+    pos_index: list[int]
+    answers: list[str]
+    key: list[str]
+    key_index: list[int]
+    task: str
+    query_id: int | str
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _text_problems(row: dict[str, Any], field: str, required: bool) -> list[str]:
+    value = row.get(field)
+    if value is None:
+        return [f"field {field!r} is missing: every row needs it as a string"] if required else []
+    return [] if isinstance(value, str) else [f"field {field!r} must be a string, found {type(value).__name__}"]
+
+
+def _list_problems(row: dict[str, Any], field: str, kind: str, required: bool = False) -> list[str]:
+    """Problems of an (optional) list of 'strings', 'indices' or 'numbers'."""
+    value = row.get(field)
+    if value is None:
+        return [f"field {field!r} is missing: give a list of {kind} (or 'history' for a chat row)"] if required else []
+    if not isinstance(value, list):
+        return [f"field {field!r} must be a list of {kind}, found {type(value).__name__}"]
+    for position, item in enumerate(value):
+        if kind == "strings" and not isinstance(item, str):
+            return [f"field {field!r}[{position}] must be a string, found {type(item).__name__}"]
+        if kind == "indices" and not (_is_int(item) and item >= 0):
+            return [f"field {field!r}[{position}] must be a row number of the corpus (0 or more), found {item!r}"]
+        if kind == "numbers" and not (_is_number(item) and math.isfinite(item)):
+            return [f"field {field!r}[{position}] must be a finite number, found {item!r}"]
+    return []
+
+
+def _common_problems(row: dict[str, Any]) -> list[str]:
+    problems = _text_problems(row, "query", required=True)
+    problems += _text_problems(row, "task", required=False)
+    problems += _list_problems(row, "answers", "strings")
+    problems += _list_problems(row, "pos_index", "indices")
+    query_id = row.get("query_id")
+    if query_id is not None and not (_is_int(query_id) or isinstance(query_id, str)):
+        problems.append(f"field 'query_id' must be an integer or a string, found {type(query_id).__name__}")
+    return problems
+
+
+def candidates(row: TrainRow | dict[str, Any]) -> tuple[list[str], list[str]]:
+    """(positives, negatives) of a training row; a chat row's past turns are all negatives."""
+    if row.get("history") is not None:
+        return [], row["history"]
+    return row["pos"], row["neg"]
+
+
+def check_train_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Check one training row.
+
+    Returns:
+        The problems, and the numbers ``positives``, ``negatives`` (counts), ``score_max`` and
+        ``score_spread`` (highest minus lowest teacher score; NaN without scores), ``best`` (position of
+        the highest score in pos + neg, -1 without scores), ``task`` (str, empty when missing).
+    """
+    problems = _common_problems(row)
+    if row.get("history") is not None:
+        problems += _list_problems(row, "history", "strings")
+        problems += [
+            f"field {field!r} stands beside 'history': a chat row's candidates are its past turns, remove one of them"
+            for field in ("pos", "neg")
+            if row.get(field)
+        ]
+    else:
+        problems += _list_problems(row, "pos", "strings", required=True)
+        problems += _list_problems(row, "neg", "strings", required=True)
+    problems += _list_problems(row, "neg_index", "indices")
+    problems += _list_problems(row, "teacher_scores", "numbers")
+    if problems:
+        return problems, {}
+
+    positives, negatives = candidates(row)
+    scores = row.get("teacher_scores")
+    if scores is not None and len(scores) != len(positives) + len(negatives):
+        return [
+            f"field 'teacher_scores' has {len(scores)} numbers for {len(positives)} positives + {len(negatives)} "
+            "negatives (or past turns): one score per candidate is needed, in that order"
+        ], {}
+    return [], {
+        "positives": len(positives),
+        "negatives": len(negatives),
+        "score_max": max(scores) if scores else math.nan,
+        "score_spread": max(scores) - min(scores) if scores else math.nan,
+        "best": scores.index(max(scores)) if scores else -1,
+        "task": row.get("task") or "",
+    }
+
+
+def check_eval_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Check one evaluation row.
+
+    Returns:
+        The problems, and ``positives`` (count), ``pos_index_max`` (-1 without positives), ``answers``
+        and ``keys`` (counts), ``task`` (str, empty when missing).
+    """
+    problems = _common_problems(row)
+    problems += _list_problems(row, "key", "strings")
+    problems += _list_problems(row, "key_index", "indices")
+    if problems:
+        return problems, {}
+    pos_index = row.get("pos_index") or []
+    return [], {
+        "positives": len(pos_index),
+        "pos_index_max": max(pos_index, default=-1),
+        "answers": len(row.get("answers") or []),
+        "keys": len(row.get("key") or []),
+        "task": row.get("task") or "",
+    }
+
+
+def template_columns(template: str) -> list[str]:
+    """The columns that a key template such as ``{title} {text}`` names.
+
+    Raises:
+        UserError: it names none, or holds anything but plain ``{column}`` fields.
+    """
+    try:
+        fields = [(name, spec, conversion) for _, name, spec, conversion in Formatter().parse(template)]
+    except ValueError as error:
+        raise UserError(f"--key_template {template!r} is not a valid template: {error}") from error
+    columns = []
+    for name, spec, conversion in fields:
+        if name is None:
+            continue
+        if not name.replace("_", "a").replace("-", "a").isalnum() or name.isdigit() or spec or conversion:
+            raise UserError(f"--key_template {template!r}: fields must be plain column names such as {{text}}")
+        columns.append(name)
+    if not columns:
+        raise UserError(f"--key_template {template!r} names no column: use for example '{{title}} {{text}}'")
+    return columns
+
+
+def check_corpus_row(row: dict[str, Any], columns: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Check that a corpus row has the template's `columns` as strings (null counts as empty)."""
+    problems = []
+    for column in columns:
+        if column not in row:
+            present = ", ".join(sorted(row)) or "none"
+            problems.append(f"column {column!r} of --key_template is missing (this row has: {present})")
+        elif not (row[column] is None or isinstance(row[column], str)):
+            problems.append(f"column {column!r} must be a string, found {type(row[column]).__name__}")
+    return problems, {}
