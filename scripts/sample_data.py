@@ -57,6 +57,10 @@ REQUEST_FILES = (
 FUNCTION_FILES = ("irrelevance", "live_irrelevance", "live_relevance")
 
 
+#: Negatives of a row whose request came with no other tool.
+RANDOM_NEGATIVES = 4
+
+
 class SampleDataError(Exception):
     """A problem that the user can fix; its text is the whole message."""
 
@@ -112,20 +116,22 @@ def normalise(text: str) -> str:
 
 
 def render_tool(function: dict[str, Any]) -> str:
-    """The text under which a function is retrieved: its name as words, its description and its parameters."""
+    """The text under which a function is retrieved: its name as words, its description, its parameters' names.
+
+    The descriptions of the parameters are left out: they more than double the length (and so the time), and a tuned
+    MiniLM found tools no better with them.
+    """
     schema = function.get("parameters") or {}
-    parameters = []
-    for name, parameter in (schema.get("properties") or {}).items():
-        description = parameter.get("description", "") if isinstance(parameter, dict) else ""
-        words = split_words(name).lower()
-        parameters.append(f"{words}: {description.strip()}" if description.strip() else words)
+    parameters = [split_words(name).lower() for name in schema.get("properties") or {}]
     text = f"{split_words(function['name'])}. {function['description'].strip()}"
     if parameters:
-        text += f" Parameters: {'; '.join(parameters)}"
+        text += f" Parameters: {', '.join(parameters)}"
     return re.sub(r"\s+", " ", text)
 
 
-def load(data_dir: Path, render: Callable[[dict[str, Any]], str] = render_tool) -> tuple[list[Tool], list[Request]]:
+def load(
+    data_dir: Path, render: Callable[[dict[str, Any]], str] = render_tool
+) -> tuple[list[Tool], list[Request]]:
     """All tools, in order of first sight, and all requests that at least one offered tool answers."""
     tools: list[Tool] = []
     tool_ids: dict[tuple[str, str], int] = {}
@@ -145,7 +151,9 @@ def load(data_dir: Path, render: Callable[[dict[str, Any]], str] = render_tool) 
         }
         for row in read_rows(data_dir / f"BFCL_v4_{stem}.json"):
             query = "\n".join(m["content"] for m in row["question"][0] if m["role"] == "user").strip()
-            ids = [(function["name"] in answering[row["id"]], tool_id(function)) for function in row["function"]]
+            ids = [
+                (function["name"] in answering[row["id"]], tool_id(function)) for function in row["function"]
+            ]
             if not query or not any(answers for answers, _ in ids):
                 continue
             request = requests.setdefault(query, Request(row["id"], query, stem.startswith("live"), [], []))
@@ -235,3 +243,143 @@ def split(
         [request for request in requests if request.query_id in parts["dev"]],
         [request for request in requests if request.query_id in parts["test"]],
     )
+
+
+def training_rows(
+    tools: Sequence[Tool],
+    requests: Sequence[Request],
+    tool_groups: Sequence[Any],
+    barred: set[Any],
+    max_per_name: int,
+    rng: random.Random,
+) -> list[dict[str, Any]]:
+    """One row for every request and tool that answers it, at most ``max_per_name`` rows for one function name.
+
+    The cap keeps rows of one function from meeting in a batch, where each would be a false negative of the other. A
+    row's first positive is its own; the request's other answers follow. Negatives are the tools offered with the
+    request that do not answer it, else random ones, from the groups that are not ``barred``.
+    """
+    allowed = [number for number, group in enumerate(tool_groups) if group not in barred]
+    pairs = [(request, number) for request in requests for number in request.answers]
+    rng.shuffle(pairs)
+    taken: dict[str, int] = defaultdict(int)
+    rows = []
+    for request, number in pairs:
+        name = normalise(tools[number].name)
+        if taken[name] == max_per_name:
+            continue
+        taken[name] += 1
+        positives = [number, *(other for other in request.answers if other != number)]
+        texts = {tools[i].text for i in positives}
+        negatives = (
+            distinct(tools, (i for i in request.offered if tool_groups[i] not in barred), texts)
+            or distinct(tools, rng.sample(allowed, RANDOM_NEGATIVES + len(positives)), texts)[
+                :RANDOM_NEGATIVES
+            ]
+        )
+        rows.append(
+            {
+                "query_id": f"{request.query_id}#{number}",
+                "query": request.query,
+                "pos": [tools[i].text for i in positives],
+                "neg": [tools[i].text for i in negatives],
+                "pos_index": positives,
+                "neg_index": negatives,
+                "task": TASK,
+            }
+        )
+    return rows
+
+
+def distinct(tools: Sequence[Tool], numbers: Iterable[int], seen: set[str]) -> list[int]:
+    """The tools whose texts are neither in ``seen`` nor repeated."""
+    kept: dict[str, int] = {}
+    for number in numbers:
+        if tools[number].text not in seen:
+            kept.setdefault(tools[number].text, number)
+    return list(kept.values())
+
+
+def evaluation_rows(requests: Iterable[Request]) -> list[dict[str, Any]]:
+    """Requests with the corpus rows that answer them."""
+    return [
+        {"query_id": request.query_id, "query": request.query, "pos_index": request.answers, "task": TASK}
+        for request in requests
+    ]
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines under a temporary name, then rename: the file is whole or absent."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SampleDataError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def build(args: argparse.Namespace) -> str:
+    """Write the four files and return the line of counts."""
+    tools, requests = load(find_data_dir())
+    tool_groups, request_groups = group_by_name(tools, requests)
+    train, dev, test = split(requests, request_groups, args.test_every, args.dev_every, args.seed)
+    barred = {tool_groups[number] for request in [*dev, *test] for number in request.answers}
+    rows = training_rows(tools, train, tool_groups, barred, args.max_per_name, random.Random(args.seed))
+    folder = Path(args.output_dir) / TASK
+    write_rows(folder / "corpus.json", ({"text": tool.text, "name": tool.name} for tool in tools))
+    write_rows(folder / "test.json", evaluation_rows(test))
+    write_rows(folder / "dev.json", evaluation_rows(dev))
+    write_rows(folder / "train.json", rows)
+    return (
+        f"{len(requests)} requests, {len(tools)} tools, {len(rows)} train pairs, {len(dev)} dev requests, "
+        f"{len(test)} held-out requests, in {folder}"
+    )
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Build the tool-retrieval sample data from the installed package bfcl-eval.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output_dir", default="data/sample", help="folder in which tool/ is written")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split and of the random negatives")
+    parser.add_argument(
+        "--test_every", type=positive_int, default=6, help="hold out one group of requests in this many"
+    )
+    parser.add_argument(
+        "--dev_every",
+        type=positive_int,
+        default=12,
+        help="of the rest, one group in this many is for dev.json",
+    )
+    parser.add_argument(
+        "--max_per_name", type=positive_int, default=4, help="training rows of one function name, at most"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; 0, or 2 after one line about what to fix."""
+    try:
+        print(build(parse_args(argv)))
+    except SampleDataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
