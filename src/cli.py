@@ -26,7 +26,7 @@ class _Parser(HfArgumentParser):
 
 
 def parse_args(
-    dataclass_types: Sequence[type], argv: Sequence[str] | None = None, **defaults: Any
+    dataclass_types: Sequence[Any], argv: Sequence[str] | None = None, **defaults: Any
 ) -> tuple[tuple[Any, ...], frozenset[str]]:
     """Fill dataclasses from the command line.
 

@@ -92,7 +92,7 @@ def _scan_range(path: str, start: int, end: int, check: RowCheck) -> tuple[Scan,
     Returns the scan and the number of lines passed over.
     """
     offsets, lengths, lines = [], [], []
-    values: list[dict[str, Any]] = []
+    values_of_rows: list[dict[str, Any]] = []
     problems: list[tuple[int, str]] = []
     problem_count = 0
     line = 0
@@ -113,11 +113,11 @@ def _scan_range(path: str, start: int, end: int, check: RowCheck) -> tuple[Scan,
             offsets.append(begin)
             lengths.append(len(body))
             lines.append(line)
-            values.append(row_values)
-    names = next((row.keys() for row in values if row), ())
-    columns = {} if problem_count else {name: np.array([row[name] for row in values]) for name in names}
-    integers = (np.array(numbers, dtype=np.int64) for numbers in (offsets, lengths, lines))
-    return Scan(*integers, columns, problems, problem_count), line
+            values_of_rows.append(row_values)
+    names = next((row.keys() for row in values_of_rows if row), ())
+    columns = {} if problem_count else {name: np.array([row[name] for row in values_of_rows]) for name in names}
+    starts, sizes, numbers = (np.array(values, dtype=np.int64) for values in (offsets, lengths, lines))
+    return Scan(starts, sizes, numbers, columns, problems, problem_count), line
 
 
 def _check_line(body: bytes, check: RowCheck) -> tuple[list[str], dict[str, Any]]:
@@ -143,7 +143,7 @@ def _chunks(path: str, size: int) -> list[tuple[int, int]]:
             file.readline()
             if bounds[-1] < file.tell() < size:
                 bounds.append(file.tell())
-    return list(zip(bounds, bounds[1:] + [size], strict=True))
+    return list(zip(bounds, [*bounds[1:], size], strict=True))
 
 
 def _merge(parts: Sequence[tuple[Scan, int]]) -> Scan:
@@ -221,7 +221,7 @@ def open_jsonl(path: str, check: RowCheck, check_name: str, cache_dir: str | Non
         if len(scan.offsets) == 0:
             raise UserError(f"{path} is empty: it must hold one JSON object per line")
         if cache:
-            arrays = {f"column_{name}": values for name, values in scan.columns.items()}
+            arrays: dict[str, Any] = {f"column_{name}": values for name, values in scan.columns.items()}
             with atomic_write(cache, "wb") as file:
                 np.savez(file, offsets=scan.offsets, lengths=scan.lengths, lines=scan.lines, **arrays)
     return JsonLines(path, scan)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -26,7 +27,7 @@ INBATCH_POLICIES = ("epoch", "epoch-static", "epoch-random", "random")
 EVAL_METHODS = ("retrieval", "rerank")
 
 
-def _flag(default: object, help: str):
+def _flag(default: Any, help: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})

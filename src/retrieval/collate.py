@@ -95,7 +95,8 @@ def mine_negatives(
     positives = list(row["pos"]) if row.get("pos") else [text_of(index) for index in row.get("pos_index") or []]
     answers = row.get("answers") or []
     seen = {text.strip() for text in positives} | {text_of(index).strip() for index in positive_index}
-    negatives, negative_index = [], []
+    negatives: list[str] = []
+    negative_index: list[int] = []
     for index in hits.tolist():
         if index < 0 or len(negatives) == max_neg_num:
             break

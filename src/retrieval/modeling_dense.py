@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -85,9 +85,14 @@ class DenseRetriever(nn.Module):
         self, encoders: Mapping[str, TextEncoder], tokenizers: Mapping[str, PreTrainedTokenizerBase], metric: str
     ) -> None:
         super().__init__()
-        self.encoders = nn.ModuleDict(dict(encoders))
+        self.modules_by_name = nn.ModuleDict(dict(encoders))
         self.tokenizers = dict(tokenizers)
         self.metric = metric
+
+    @property
+    def encoders(self) -> dict[str, TextEncoder]:
+        """The encoders by name."""
+        return {name: cast(TextEncoder, module) for name, module in self.modules_by_name.items()}
 
     @property
     def query_name(self) -> str:
@@ -156,11 +161,11 @@ class DenseRetriever(nn.Module):
         state = self.state_dict() if state_dict is None else state_dict
         for name, encoder in self.encoders.items():
             target = os.path.join(folder, name)
-            weights = _below(state, f"encoders.{name}.backbone.")
+            weights = _below(state, f"modules_by_name.{name}.backbone.")
             encoder.backbone.save_pretrained(target, state_dict=weights)
             self.tokenizers[name].save_pretrained(target)
             if encoder.dense is not None:
-                encoder.dense.save(os.path.join(target, DENSE_FOLDER), _below(state, f"encoders.{name}.dense."))
+                encoder.dense.save(os.path.join(target, DENSE_FOLDER), _below(state, f"modules_by_name.{name}.dense."))
             write_own_file(target, encoder.pooling_method, self.metric)
 
     def load_weights(self, folder: str) -> None:
@@ -185,9 +190,9 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _no_pooler(model_class: type) -> dict[str, bool]:
+def _no_pooler(model_class: type) -> dict[str, Any]:
     """Leave the pooler out where the class has one: unused parameters stop DistributedDataParallel."""
-    accepts = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    accepts = "add_pooling_layer" in inspect.signature(model_class).parameters
     return {"add_pooling_layer": False} if accepts else {}
 
 
@@ -223,7 +228,7 @@ def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> Pre
             if type(model_config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
                 raise UserError(f"{checkpoint!r}: the encoder of this model type cannot be used alone, T5's can")
             return AutoModelForTextEncoding.from_pretrained(checkpoint, dtype=torch.float32, **options)
-        pooler = _no_pooler(MODEL_MAPPING[type(model_config)]) if type(model_config) in MODEL_MAPPING else {}
+        pooler = _no_pooler(MODEL_MAPPING[type(model_config)]) if type(model_config) in MODEL_MAPPING else {}  # type: ignore[arg-type]
         return AutoModel.from_pretrained(checkpoint, dtype=torch.float32, **options, **pooler)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, UserError):
@@ -261,7 +266,7 @@ def _load_dense(spec: PoolingSpec, width: int, dense_dim: int | None, checkpoint
         return DenseLayer.load(spec.dense_folder)
     if dense_dim is None:
         raise UserError(
-            f"--pooling_method names dense, but {checkpoint!r} has no dense layer: give --dense_dim N to train a new one"
+            f"--pooling_method names dense, but {checkpoint!r} has no dense layer: give --dense_dim N for a new one"
         )
     return DenseLayer(width, dense_dim)
 

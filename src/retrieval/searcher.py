@@ -241,7 +241,8 @@ def _load_vectors(config: DenseSearchConfig, identity: IndexIdentity, part: rang
 def _save_shards(shards: Sequence[tuple[int, Index]], config: DenseSearchConfig, identity: IndexIdentity) -> None:
     name = _shard_name("index", distributed.rank())
     first, rows = 0, 0
-    for first, index in shards:
+    if shards:
+        first, index = shards[0]
         assert isinstance(index, FaissIndex)
         rows = index.index.ntotal
         os.makedirs(_store(config), exist_ok=True)

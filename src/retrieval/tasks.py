@@ -148,8 +148,8 @@ def instruction_for(version: str, task: str | None) -> Instruction:
         raise UserError(f"--version {version!r} is unknown: choose from {', '.join(VERSIONS)}")
     if task is None or task not in _BY_TASK[version]:
         raise UserError(
-            f"--version {version} needs a task of {', '.join(TASKS)}, found {task!r}: name it with --task, in the rows' "
-            "'task' field or by a folder of that name in the path, or give --add_instruction False"
+            f"--version {version} needs a task of {', '.join(TASKS)}, found {task!r}: name it with --task, in the "
+            "rows' 'task' field or by a folder of that name in the path, or give --add_instruction False"
         )
     return _BY_TASK[version][task]
 
@@ -167,8 +167,8 @@ def train_config_for(version: str, task: str | None) -> TaskConfig:
         )
     if task is None or task not in _TRAINING[version]:
         raise UserError(
-            f"--use_train_config needs a task of {', '.join(TASKS)}, found {task!r}: name it with --task, in the rows' "
-            "'task' field or by a folder of that name in the path"
+            f"--use_train_config needs a task of {', '.join(TASKS)}, found {task!r}: name it with --task, in the "
+            "rows' 'task' field or by a folder of that name in the path"
         )
     return _TRAINING[version][task]
 

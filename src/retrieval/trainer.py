@@ -7,13 +7,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from src import distributed
 from src.errors import UserError
@@ -28,6 +28,8 @@ from src.retrieval.sampler import POLICIES, EpochDataLoader
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+#: A checkpoint being written or removed; what a killed run leaves of one.
+UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old)")
 ARGS_FILE = "args.json"
 TRAINER_STATE = "trainer_state.json"
 
@@ -44,6 +46,11 @@ class RetrievalTrainer(Trainer):
         saved_args: all arguments, written into each checkpoint.
         callbacks: further callbacks.
     """
+
+    # Narrower than what transformers declares.
+    args: RetrievalTrainingArgs
+    model: DenseRetriever
+    train_dataset: TrainDataset
 
     def __init__(
         self,
@@ -67,6 +74,28 @@ class RetrievalTrainer(Trainer):
         self.saved_args = dict(saved_args)
         self.loss_configs: list[LossConfig] = [source.settings.loss for source in train_dataset.sources]
         self._parts = RunningMeans()
+        self._saved_step: int | None = None
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train from the beginning, or go on from a checkpoint folder (see `checkpoint_to_resume`).
+
+        Raises:
+            UserError: the checkpoint lacks what an exact continuation needs.
+        """
+        if isinstance(resume_from_checkpoint, str):
+            check_optimizer_state(resume_from_checkpoint, self.is_deepspeed_enabled)
+        elif older := whole_checkpoints(self.args.output_dir):
+            logger.warning(
+                "training starts from the beginning, but %s is there from an earlier run: "
+                "--resume_from_checkpoint True would go on from it",
+                older[-1],
+            )
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def get_train_dataloader(self) -> EpochDataLoader:
         """Global batches by the chosen policy, sliced by rank here and not by accelerate."""
@@ -149,12 +178,19 @@ class RetrievalTrainer(Trainer):
         self.model.save(folder, state_dict)
         write_json(os.path.join(folder, ARGS_FILE), self.saved_args)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            # eval_steps may be smaller than save_steps, and what is not on the disk cannot be loaded at the end.
+            self.control.should_save = True
+        return is_best
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write everything to a staging folder and rename it, so that a checkpoint-N folder is always whole."""
         final = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         staging = os.path.join(self.args.output_dir, f".checkpoint-{self.state.global_step}.partial")
         if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
+            remove_unfinished(self.args.output_dir)
         distributed.barrier()
         self.store_flos()
         self.save_model(staging, _internal_call=True)
@@ -166,28 +202,41 @@ class RetrievalTrainer(Trainer):
             self._save_optimizer_and_scheduler(staging)
             self._save_scaler(staging)
             self._save_rng_state(staging)
+        # The files of all processes come before the one that makes the checkpoint whole.
+        distributed.barrier()
         if self.args.should_save:
+            # The state turns the list that its constructor takes into a dictionary.
+            stateful = cast("dict[str, Any]", self.state.stateful_callbacks)
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                    stateful[type(callback).__name__] = callback.state()
             self.state.save_to_json(os.path.join(staging, TRAINER_STATE))
-        distributed.barrier()
-        if self.args.should_save:
             replace_folder(staging, final)
-            rotate_checkpoints(
-                output_dir=self.args.output_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
+            keep = {os.path.abspath(path) for path in (final, self.state.best_model_checkpoint) if path}
+            remove_oldest(self.args.output_dir, self.args.save_total_limit, keep)
+        self._saved_step = self.state.global_step
         distributed.barrier()
 
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        """Save the last step whatever the save strategy, before the Trainer loads the best model."""
+        if self.state.global_step not in (self._saved_step, self._initial_global_step):
+            self._save_checkpoint(self.model_wrapped, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            # The Trainer would remove the same folders, in a way that a kill could leave halves of them.
+            remove_oldest(self.args.output_dir, 1, {os.path.abspath(best)})
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        (model or self.model).load_weights(resume_from_checkpoint)
+        self.model.load_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         logger.info("best checkpoint: %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
-        self.model.load_weights(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            self.model.load_weights(self.state.best_model_checkpoint)
 
 
 class RunningMeans:
@@ -220,7 +269,7 @@ PART_NAMES = ("contrastive", "distillation", "positive_similarity", "hardest_neg
 
 
 class StopCallback(TrainerCallback):
-    """Ends training early when asked to, and always saves at its end."""
+    """Ends training early when asked to."""
 
     def __init__(self, early_exit_steps: int | None) -> None:
         self.early_exit_steps = early_exit_steps
@@ -229,27 +278,62 @@ class StopCallback(TrainerCallback):
         """Called by the Trainer after each optimizer step."""
         if self.early_exit_steps is not None and state.global_step >= self.early_exit_steps:
             control.should_training_stop = True
-        if control.should_training_stop or state.global_step >= state.max_steps:
-            control.should_save = True
         return control
 
 
 def replace_folder(source: str, target: str) -> None:
     """Rename `source` to `target`, removing what stood there."""
-    old = f"{target}.old"
     if os.path.isdir(target):
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
+        remove_checkpoint(target)
     os.rename(source, target)
+
+
+def remove_checkpoint(folder: str) -> None:
+    """Remove a checkpoint folder; renamed first, so that a kill on the way leaves none that looks whole."""
+    parent, name = os.path.split(folder)
+    old = os.path.join(parent, f".{name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(folder, old)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_unfinished(output_dir: str) -> None:
+    """Remove what a killed run left of checkpoints half written or half removed."""
+    for entry in list(os.scandir(output_dir)) if os.path.isdir(output_dir) else ():
+        if UNFINISHED.fullmatch(entry.name):
+            shutil.rmtree(entry.path, ignore_errors=True)
+
+
+def remove_oldest(output_dir: str, limit: int | None, keep: set[str]) -> None:
+    """Remove checkpoints until `limit` are left, those written longest ago first.
+
+    By time and not by step: a folder may still hold checkpoints of an earlier run that went further.
+
+    Args:
+        output_dir: folder of the checkpoints.
+        limit: None or 0 for no limit.
+        keep: absolute paths of checkpoints that stay, whatever the limit.
+    """
+    if not limit or limit < 0:
+        return
+    others = [path for path in whole_checkpoints(output_dir) if os.path.abspath(path) not in keep]
+    others.sort(key=lambda path: os.path.getmtime(os.path.join(path, TRAINER_STATE)))
+    for path in others[: len(others) - max(limit - len(keep), 0)]:
+        remove_checkpoint(path)
+
+
+def is_whole(folder: str) -> bool:
+    """Whether `folder` is a complete checkpoint: its last file is there, and it has got its final name."""
+    finished = UNFINISHED.fullmatch(os.path.basename(os.path.abspath(folder))) is None
+    return finished and os.path.isfile(os.path.join(folder, TRAINER_STATE))
+
+
 def whole_checkpoints(output_dir: str) -> list[str]:
-    """The complete checkpoints below `output_dir`, oldest first."""
+    """The complete checkpoints below `output_dir`, by step."""
     found = []
     for entry in os.scandir(output_dir) if os.path.isdir(output_dir) else ():
         match = CHECKPOINT.fullmatch(entry.name)
-        if match and entry.is_dir() and os.path.isfile(os.path.join(entry.path, TRAINER_STATE)):
+        if match and is_whole(entry.path):
             found.append((int(match[1]), entry.path))
     return [path for _, path in sorted(found)]
 
@@ -269,7 +353,34 @@ def checkpoint_to_resume(resume: str | None, output_dir: str) -> str | None:
             return None
         logger.info("resuming from %s", known[-1])
         return known[-1]
-    if not os.path.isfile(os.path.join(resume, TRAINER_STATE)):
-        listed = f"; whole checkpoints there: {', '.join(known)}" if known else ""
-        raise UserError(f"--resume_from_checkpoint {resume}: no whole checkpoint (it has no {TRAINER_STATE}){listed}")
+    if not is_whole(resume):
+        listed = f"; whole checkpoints in {output_dir}: {', '.join(known)}" if known else ""
+        raise UserError(f"--resume_from_checkpoint {resume}: no whole checkpoint (it needs a {TRAINER_STATE}){listed}")
     return resume
+
+
+def check_optimizer_state(folder: str, deepspeed: bool) -> None:
+    """Refuse to resume without the optimizer's state, which the Trainer would do silently.
+
+    Args:
+        folder: a whole checkpoint.
+        deepspeed: whether this run uses DeepSpeed, which keeps that state in files of its own.
+
+    Raises:
+        UserError: there is none, or it is of the other kind.
+    """
+    names = os.listdir(folder)
+    has_plain = any(name.startswith("optimizer") for name in names)
+    has_deepspeed = any(name.startswith("global_step") for name in names)
+    if has_deepspeed if deepspeed else has_plain:
+        return
+    if has_plain:
+        problem = "it was saved without --deepspeed: leave that flag out"
+    elif has_deepspeed:
+        problem = "it was saved with --deepspeed: give that flag again"
+    else:
+        problem = "it has no optimizer state (--save_only_model?)"
+    raise UserError(
+        f"--resume_from_checkpoint {folder}: {problem}, "
+        f"or start a new run from its weights with --query_encoder {folder}"
+    )

@@ -1,0 +1,144 @@
+"""Convert one of our encoders to a sentence-transformers checkpoint, and check that both embed alike.
+
+python scripts/ours2st.py --encoder data/outputs/my-retriever/checkpoint-2000/encoder
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+
+from src.cli import parse_args, run
+from src.errors import UserError
+from src.retrieval.args import DENSE_METRICS, POOLING_METHODS, check_choice
+from src.retrieval.encode import EncodeConfig, encode
+from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, TextEncoder, load_dense_retriever
+from src.retrieval.trainer import replace_folder
+
+logger = logging.getLogger("scripts.ours2st")
+
+TOLERANCE = 1e-5
+ST_POOLING = {"cls": "cls", "mean": "mean", "last": "lasttoken"}
+ST_SIMILARITY = {"cos": "cosine", "ip": "dot", "l2": "euclidean"}
+SENTENCES = (
+    "Which function converts a temperature from Celsius to Fahrenheit?",
+    "a",
+    "Ein Satz mit Umlauten: größer, schöner, älter – und «Zeichen».",
+    "The retriever embeds queries and keys; the language model reads what it finds. " * 12,
+)
+
+
+@dataclass
+class ConvertArgs:
+    """Settings of the conversion."""
+
+    encoder: str | None = field(default=None, metadata={"help": "Encoder folder to convert."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder to write; the encoder folder itself gets the missing files when None."}
+    )
+    pooling_method: list[str] = field(
+        default_factory=lambda: ["cls"],
+        metadata={"help": "When the encoder does not tell: cls, mean or last, + dense."},
+    )
+    dense_metric: str = field(default="cos", metadata={"help": "When the encoder does not tell: cos, ip or l2."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of a text; what the model takes, up to 512, when None."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.encoder:
+            raise UserError("--encoder is needed: the folder of the encoder to convert")
+        if not os.path.isfile(os.path.join(self.encoder, "config.json")):
+            raise UserError(f"--encoder {self.encoder}: no encoder folder (it has no config.json)")
+        for method in self.pooling_method:
+            check_choice("pooling_method", method, POOLING_METHODS)
+        check_choice("dense_metric", self.dense_metric, DENSE_METRICS)
+
+
+def st_modules(folder: str, encoder: TextEncoder, metric: str, max_length: int) -> list[torch.nn.Module]:
+    """The sentence-transformers modules that do what `encoder` does.
+
+    Raises:
+        UserError: sentence-transformers has no such pooling.
+    """
+    method = encoder.pooling_method[0]
+    if method not in ST_POOLING:
+        raise UserError(f"--encoder {folder}: sentence-transformers cannot express the pooling {method!r}")
+    transformer = Transformer(folder, max_seq_length=max_length)
+    modules: list[torch.nn.Module] = [
+        transformer,
+        Pooling(encoder.backbone.config.hidden_size, pooling_mode=ST_POOLING[method]),
+    ]
+    if encoder.dense is not None:
+        linear = encoder.dense.linear
+        dense = Dense(linear.in_features, linear.out_features, linear.bias is not None, encoder.dense.activation)
+        dense.linear.load_state_dict(linear.state_dict())
+        modules.append(dense)
+    if metric == "cos":
+        modules.append(Normalize())
+    return modules
+
+
+def max_difference(model: DenseRetriever, converted: SentenceTransformer, max_length: int) -> float:
+    """Largest absolute difference of any coordinate between both models' embeddings of a few sentences."""
+    ours = encode(model.embed_query, model.query_tokenizer, SENTENCES, EncodeConfig(max_length, torch.device("cpu")))
+    theirs = converted.encode(list(SENTENCES), convert_to_numpy=True, batch_size=len(SENTENCES))
+    return float(np.abs(ours - theirs).max())
+
+
+def _copy_missing(source: str, target: str) -> None:
+    """Copy what stands in `source` and not in `target`, such as our own record of the pooling."""
+    for entry in os.scandir(source):
+        copy = os.path.join(target, entry.name)
+        if not os.path.exists(copy):
+            shutil.copytree(entry.path, copy) if entry.is_dir() else shutil.copy2(entry.path, copy)
+
+
+def main() -> None:
+    """Load, convert, compare, and only then put the result in place."""
+    (args,), given = parse_args([ConvertArgs])
+    source = args.encoder.rstrip("/")
+    model = load_dense_retriever(
+        EncoderConfig(
+            source,
+            pooling_method=tuple(args.pooling_method) if "pooling_method" in given else None,
+            dense_metric=args.dense_metric if "dense_metric" in given else None,
+            query_max_length=1,
+            key_max_length=1,
+        )
+    ).eval()
+    limit = model.query_tokenizer.model_max_length
+    positions = getattr(model.encoders["encoder"].backbone.config, "max_position_embeddings", None)
+    max_length = args.max_length or min(limit, positions or limit, 512)
+    target = (args.output_dir or source).rstrip("/")
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    staging = tempfile.mkdtemp(prefix=".ours2st.", dir=Path(target).parent)
+    try:
+        modules = st_modules(source, model.encoders["encoder"], model.metric, max_length)
+        converted = SentenceTransformer(modules=modules, similarity_fn_name=ST_SIMILARITY[model.metric], device="cpu")
+        converted.save(staging)
+        difference = max_difference(model, SentenceTransformer(staging, device="cpu"), max_length)
+        if not difference <= TOLERANCE:
+            raise UserError(f"the converted model embeds differently: by up to {difference:.2e}, above {TOLERANCE:.0e}")
+        if os.path.isdir(target):
+            _copy_missing(target, staging)
+        replace_folder(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    logger.info("%s is now a sentence-transformers model; largest difference of embeddings: %.1e", target, difference)
+
+
+if __name__ == "__main__":
+    run(main)
