@@ -53,6 +53,7 @@ class ConvertArgs:
         metadata={"help": "When the encoder does not tell: cls, mean or last, + dense."},
     )
     dense_metric: str = field(default="cos", metadata={"help": "When the encoder does not tell: cos, ip or l2."})
+    model_cache_dir: str | None = field(default=None, metadata={"help": "Folder where models from the hub are kept."})
     max_length: int | None = field(
         default=None, metadata={"help": "Most tokens of a text; what the model takes, up to 512, when None."}
     )
@@ -60,8 +61,14 @@ class ConvertArgs:
     def __post_init__(self) -> None:
         if not self.encoder:
             raise UserError("--encoder is needed: the folder of the encoder to convert")
-        if not os.path.isfile(os.path.join(self.encoder, "config.json")):
-            raise UserError(f"--encoder {self.encoder}: no encoder folder (it has no config.json)")
+        if os.path.isdir(self.encoder) and not os.path.isfile(os.path.join(self.encoder, "config.json")):
+            inside = [entry.name for entry in os.scandir(self.encoder) if entry.is_dir() and "encoder" in entry.name]
+            hint = f"; did you mean {os.path.join(self.encoder, inside[0])}?" if inside else ""
+            raise UserError(f"--encoder {self.encoder}: no encoder folder (it has no config.json){hint}")
+        if not os.path.isdir(self.encoder) and not self.output_dir:
+            raise UserError(
+                f"--encoder {self.encoder}: no such folder; to convert a model of the hub give --output_dir"
+            )
         for method in self.pooling_method:
             check_choice("pooling_method", method, POOLING_METHODS)
         check_choice("dense_metric", self.dense_metric, DENSE_METRICS)
@@ -117,6 +124,7 @@ def main() -> None:
             dense_metric=args.dense_metric if "dense_metric" in given else None,
             query_max_length=1,
             key_max_length=1,
+            cache_dir=args.model_cache_dir,
         )
     ).eval()
     limit = model.query_tokenizer.model_max_length

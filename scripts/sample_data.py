@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Build the sample data: real user requests and the tools that answer them, for tool retrieval.
 
-The source is the installed package ``bfcl-eval`` (Berkeley Function Calling Leaderboard, Apache-2.0). Only its data
-files are read; the package is never imported, so none of its many dependencies is needed::
+The source is the installed package ``bfcl-eval`` (Berkeley Function Calling Leaderboard, Apache-2.0). Only
+its data files are read; the package is never imported, so none of its many dependencies is needed::
 
     pip install --no-deps bfcl-eval==2026.3.23
     python scripts/sample_data.py
@@ -14,24 +14,27 @@ Written below ``--output_dir`` (JSON lines, the same bytes for the same argument
 - ``tool/dev.json``     likewise, for choosing settings
 - ``tool/train.json``   requests with ``pos``, ``neg`` (texts) and ``pos_index``, ``neg_index``
 
-What is a tool: functions that agree in name and description are one tool (the first schema is kept). What is a
-request: one user message; equal messages are one request, answered by the tools of all of them.
+What is a tool: functions that agree in name and description are one tool (the first schema is kept). What is
+a request: one user message; equal messages are one request, answered by the tools of all of them.
 
-The split is by function name. Requests that share a function name or a tool description, directly or through other
-requests, form a group, and a group lies wholly in test, dev or train. No tool that answers a test request, and no other
-tool of the same name or description, occurs in train or dev rows, neither as a positive nor as a negative; the same
-holds between dev and train. Groups are drawn at random within strata (origin and size of the group), each with the
-same chance, so that the held-out requests are a fair sample of all requests.
+The split is by function name. Requests that share a function name or a tool description, directly or
+through other requests, form a group, and a group lies wholly in test, dev or train. No tool that answers a
+test request, and no other tool of the same name or description, occurs in train rows, neither as a positive
+nor as a negative; the same holds for dev. Groups are drawn at random within strata (origin and size of the
+group), each with the same chance, so that the held-out requests are a fair sample of all requests.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import os
 import random
 import re
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,9 +59,11 @@ REQUEST_FILES = (
 #: Files whose functions join the corpus (no offered function answers, or it is not said which one does).
 FUNCTION_FILES = ("irrelevance", "live_irrelevance", "live_relevance")
 
-
 #: Negatives of a row whose request came with no other tool.
 RANDOM_NEGATIVES = 4
+
+
+Render = Callable[[dict[str, Any]], str]
 
 
 class SampleDataError(Exception):
@@ -116,9 +121,9 @@ def normalise(text: str) -> str:
 
 
 def render_tool(function: dict[str, Any]) -> str:
-    """The text under which a function is retrieved: its name as words, its description, its parameters' names.
+    """The text under which a function is retrieved: its name as words, its description, its parameters.
 
-    The descriptions of the parameters are left out: they more than double the length (and so the time), and a tuned
+    The parameters' descriptions are left out: they more than double the length (and so the time), and a tuned
     MiniLM found tools no better with them.
     """
     schema = function.get("parameters") or {}
@@ -129,9 +134,7 @@ def render_tool(function: dict[str, Any]) -> str:
     return re.sub(r"\s+", " ", text)
 
 
-def load(
-    data_dir: Path, render: Callable[[dict[str, Any]], str] = render_tool
-) -> tuple[list[Tool], list[Request]]:
+def load(data_dir: Path, render: Render = render_tool) -> tuple[list[Tool], list[Request]]:
     """All tools, in order of first sight, and all requests that at least one offered tool answers."""
     tools: list[Tool] = []
     tool_ids: dict[tuple[str, str], int] = {}
@@ -151,9 +154,8 @@ def load(
         }
         for row in read_rows(data_dir / f"BFCL_v4_{stem}.json"):
             query = "\n".join(m["content"] for m in row["question"][0] if m["role"] == "user").strip()
-            ids = [
-                (function["name"] in answering[row["id"]], tool_id(function)) for function in row["function"]
-            ]
+            names = answering[row["id"]]
+            ids = [(function["name"] in names, tool_id(function)) for function in row["function"]]
             if not query or not any(answers for answers, _ in ids):
                 continue
             request = requests.setdefault(query, Request(row["id"], query, stem.startswith("live"), [], []))
@@ -253,11 +255,12 @@ def training_rows(
     max_per_name: int,
     rng: random.Random,
 ) -> list[dict[str, Any]]:
-    """One row for every request and tool that answers it, at most ``max_per_name`` rows for one function name.
+    """One row for every request and tool that answers it, at most ``max_per_name`` rows for one name.
 
-    The cap keeps rows of one function from meeting in a batch, where each would be a false negative of the other. A
-    row's first positive is its own; the request's other answers follow. Negatives are the tools offered with the
-    request that do not answer it, else random ones, from the groups that are not ``barred``.
+    The cap makes it rare that rows of one function meet in a batch, where each would be a false negative of
+    the other. A row's first positive is its own; the request's other answers follow. Negatives are the tools
+    offered with the request that do not answer it, else random tools of other groups than the answers'. No
+    negative is of a ``barred`` group.
     """
     allowed = [number for number, group in enumerate(tool_groups) if group not in barred]
     pairs = [(request, number) for request in requests for number in request.answers]
@@ -271,12 +274,10 @@ def training_rows(
         taken[name] += 1
         positives = [number, *(other for other in request.answers if other != number)]
         texts = {tools[i].text for i in positives}
-        negatives = (
-            distinct(tools, (i for i in request.offered if tool_groups[i] not in barred), texts)
-            or distinct(tools, rng.sample(allowed, RANDOM_NEGATIVES + len(positives)), texts)[
-                :RANDOM_NEGATIVES
-            ]
-        )
+        negatives = distinct(tools, (i for i in request.offered if tool_groups[i] not in barred), texts)
+        while not negatives:
+            drawn = rng.sample(allowed, min(RANDOM_NEGATIVES, len(allowed)))
+            negatives = distinct(tools, (i for i in drawn if tool_groups[i] != tool_groups[number]), texts)
         rows.append(
             {
                 "query_id": f"{request.query_id}#{number}",
@@ -340,12 +341,19 @@ def build(args: argparse.Namespace) -> str:
     )
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
-    return number
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least ``least``."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
+        return number
+
+    return parse
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -356,17 +364,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", default="data/sample", help="folder in which tool/ is written")
     parser.add_argument("--seed", type=int, default=0, help="seed of the split and of the random negatives")
-    parser.add_argument(
-        "--test_every", type=positive_int, default=6, help="hold out one group of requests in this many"
+    group = parser.add_argument_group("split and selection")
+    group.add_argument(
+        "--test_every", type=whole_number(2), default=6, help="hold out one group of requests in this many"
     )
-    parser.add_argument(
+    group.add_argument(
         "--dev_every",
-        type=positive_int,
+        type=whole_number(2),
         default=12,
-        help="of the rest, one group in this many is for dev.json",
+        help="dev.json takes one group in this many of the rest",
     )
-    parser.add_argument(
-        "--max_per_name", type=positive_int, default=4, help="training rows of one function name, at most"
+    group.add_argument(
+        "--max_per_name", type=whole_number(1), default=4, help="training rows of one function name, at most"
     )
     return parser.parse_args(argv)
 

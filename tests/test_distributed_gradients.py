@@ -1,0 +1,90 @@
+"""Two processes give the gradients of one process on the joined batch (contract, section 9, point 1)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers import ROOT, run
+from tests.reference import losses as reference
+from tests.workers.gradients import CASES, GROUP, TEMPERATURE, Case, examples_of, gradients, load_model, run_case
+
+TOLERANCE = 1e-6
+
+
+@pytest.fixture(scope="module")
+def two_processes(tiny_bert, tmp_path_factory) -> list[dict]:
+    """What each of the two ranks wrote: one launch for all cases."""
+    folder = tmp_path_factory.mktemp("gradients")
+    process = run([ROOT / "tests" / "workers" / "gradients.py", tiny_bert, folder], processes=2)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def loss_by_reference(folder: str, case: Case) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the joined batch in float64, with the loop-written losses.
+
+    Without negative_cross_device a query sees the keys of its own rank only; the mean is over all queries always.
+    """
+    model = load_model(folder, case.tie_encoders).double()
+    examples = examples_of(case)
+    losses = []
+    for rank in range(2):
+        first = sum(case.sizes[:rank])
+        mine = examples[first : first + case.sizes[rank]]
+        seen = examples if case.negative_cross_device else mine
+        offset = first if case.negative_cross_device else 0
+        scores = reference.cosine_scores(
+            embed(model, model.query_name, [example.query for example in mine]),
+            embed(model, model.key_name, [key for example in seen for key in example.keys]),
+            TEMPERATURE,
+        )
+        losses += reference.total_loss(
+            scores,
+            [[(offset + row) * GROUP + i for i in range(GROUP)] for row in range(len(mine))],
+            [example.scores for example in mine],
+            case.loss.contrastive_weight,
+            case.loss.distill_weight,
+            case.loss.teacher_temperature,
+            case.loss.student_temperature,
+            case.loss.stable_distill,
+        )
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return float(loss.detach()), gradients(model)
+
+
+def embed(model, name: str, texts: list[str]) -> torch.Tensor:
+    """Each text alone, so without padding: the mean of its token states."""
+    vectors = []
+    for text in texts:
+        tokens = model.tokenizers[name](text, return_tensors="pt")
+        vectors.append(model.encoders[name].backbone(**tokens).last_hidden_state[0].mean(0))
+    return torch.stack(vectors)
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    largest = max(float(value.abs().max()) for value in expected.values())
+    assert largest > 0.01, "the case has no gradient to compare"
+    for name, value in expected.items():
+        difference = float((found[name].double() - value.double()).abs().max())
+        assert difference <= TOLERANCE * max(1.0, largest), f"{name}: {difference} of {largest}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_equal_float64_reference(two_processes, tiny_bert, name):
+    loss, expected = loss_by_reference(tiny_bert, CASES[name])
+    for rank in range(2):
+        assert_same_gradients(two_processes[rank][name]["gradients"], expected)
+    mean = sum(results[name]["loss"] for results in two_processes) / 2
+    assert mean == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.negative_cross_device])
+def test_gradients_equal_one_process(two_processes, tiny_bert, tmp_path, name):
+    alone = run_case(tiny_bert, str(tmp_path), CASES[name])
+    for rank in range(2):
+        assert_same_gradients(two_processes[rank][name]["gradients"], alone["gradients"])
+    mean = sum(results[name]["loss"] for results in two_processes) / 2
+    assert mean == pytest.approx(alone["loss"], rel=1e-5)

@@ -1,0 +1,239 @@
+"""Atomic writes, names of output files, path prefixes and globs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from src.errors import UserError
+from src.io import (
+    atomic_write,
+    derived_path,
+    existing_file,
+    expand_data_paths,
+    read_json,
+    resolve_path,
+    write_json,
+    write_jsonl,
+)
+
+# ------------------------------------------------------------------------------------------------------ atomic_write
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_error_leaves_the_old_content(tmp_path, error):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(error), atomic_write(path) as file:
+        file.write("new" * 10_000)
+        file.flush()
+        raise error
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_error_leaves_no_new_file(tmp_path):
+    with pytest.raises(ValueError, match="stop"), atomic_write(tmp_path / "file.txt") as file:
+        file.write("new")
+        raise ValueError("stop")
+    assert os.listdir(tmp_path) == []
+
+
+def test_old_content_stands_until_the_end(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with atomic_write(path) as file:
+        file.write("new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_folders_are_made(tmp_path):
+    with atomic_write(tmp_path / "a" / "b" / "file.txt") as file:
+        file.write("text")
+    assert (tmp_path / "a" / "b" / "file.txt").read_text() == "text"
+
+
+def test_binary(tmp_path):
+    with atomic_write(tmp_path / "file.bin", "wb") as file:
+        file.write(b"\x00\xff\r\n")
+    assert (tmp_path / "file.bin").read_bytes() == b"\x00\xff\r\n"
+
+
+def test_text_is_utf8_whatever_the_locale(tmp_path, monkeypatch):
+    monkeypatch.setenv("LC_ALL", "C")
+    with atomic_write(tmp_path / "file.txt") as file:
+        file.write("é東")
+    assert (tmp_path / "file.txt").read_bytes() == b"\xc3\xa9\xe6\x9d\xb1"
+
+
+def test_permissions_are_those_of_an_ordinary_file(tmp_path):
+    (tmp_path / "plain").touch()
+    with atomic_write(tmp_path / "file.txt") as file:
+        file.write("text")
+    assert (tmp_path / "file.txt").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_write_jsonl(tmp_path):
+    path = tmp_path / "rows.json"
+    rows = [{"query": "é\u2028東\n", "pos": []}, {"n": 1.5, "none": None}]
+    assert write_jsonl(path, iter(rows)) == 2
+    lines = path.read_bytes().split(b"\n")
+    assert [json.loads(line) for line in lines[:-1]] == rows
+    assert lines[-1] == b""
+    assert "東".encode() in lines[0], "readable as it is, no escapes"
+
+
+def test_write_jsonl_with_a_broken_source_leaves_the_old_file(tmp_path):
+    path = tmp_path / "rows.json"
+    write_jsonl(path, [{"old": 1}])
+
+    def rows():
+        yield {"new": 1}
+        raise RuntimeError("source broke")
+
+    with pytest.raises(RuntimeError, match="source broke"):
+        write_jsonl(path, rows())
+    assert path.read_text() == '{"old": 1}\n'
+    assert os.listdir(tmp_path) == ["rows.json"]
+
+
+def test_write_json_and_read_json(tmp_path):
+    value = {"é": [1, 2.5, None, True], "a": {"b": "東"}}
+    write_json(tmp_path / "value.json", value)
+    assert read_json(tmp_path / "value.json", "value") == value
+
+
+def test_read_json_says_what_is_wrong(tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"settings: no such file.*none\.json"):
+        read_json(tmp_path / "none.json", "settings")
+    for name in ("bad.json", "bytes.json"):
+        with pytest.raises(UserError, match=f"settings: .*{name}"):
+            read_json(tmp_path / name, "settings")
+
+
+# ------------------------------------------------------------------------------------------------------ derived_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("data/qa/train.json", "neg", "bge"), "data/qa/train.neg.bge.json"),  # contract, section 3
+        (("data/qa/train.json", "scored", "llama2-7b-chat"), "data/qa/train.scored.llama2-7b-chat.json"),
+        (("data/qa/test.json", "key"), "data/qa/test.key.json"),
+        (("data/qa/test.json", "key", None), "data/qa/test.key.json"),
+        (("data/qa/test.json", "key", ""), "data/qa/test.key.json"),
+        (("data/qa/test.json", "key", "bm25", "out"), "out/test.key.bm25.json"),
+        (("data/qa/test.json", "result", None, "out"), "out/test.result.json"),
+        (("data/qa/test.json", "result", None, "out", ".jsonl"), "out/test.result.jsonl"),
+        (("data/qa/train.neg.bge.json", "scored", "m"), "data/qa/train.neg.bge.scored.m.json"),
+        (("data/v1.2/train.jsonl", "neg"), "data/v1.2/train.neg.jsonl"),
+        (("/abs/train.json", "neg"), "/abs/train.neg.json"),
+        (("train.json", "neg"), "train.neg.json"),
+        (("data/train", "neg", "bge"), "data/train.neg.bge"),
+    ],
+)
+def test_derived_path(arguments, name):
+    assert derived_path(*arguments) == name
+
+
+# ------------------------------------------------------------------------------------------------------ resolve_path
+
+
+def test_prefix_stands_for_data_root():
+    assert resolve_path("llm-embedder:qa/nq/test.json", "/data/llm-embedder") == "/data/llm-embedder/qa/nq/test.json"
+    assert resolve_path("llm-embedder:qa/nq/test.json", "/data/llm-embedder/") == "/data/llm-embedder/qa/nq/test.json"
+    assert resolve_path("llm-embedder:a/../b.json", "/data") == "/data/b.json"
+    assert resolve_path("llm-embedder:a.json", "/") == "/a.json"
+
+
+def test_relative_data_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_path("llm-embedder:a.json", "root") == str(tmp_path / "root" / "a.json")
+
+
+def test_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert resolve_path("llm-embedder:a.json", "~/data") == "/home/someone/data/a.json"
+    assert resolve_path("~/a.json", "/data") == "/home/someone/a.json"
+
+
+@pytest.mark.parametrize(
+    "path", ["data/train.json", "/data/train.json", "../train.json", "./a:b.json", "data/a:b.json"]
+)
+def test_plain_paths_stay(path):
+    assert resolve_path(path, "/data") == path
+
+
+@pytest.mark.parametrize("relative", ["../a.json", "qa/../../a.json", "/etc/passwd", "../llm-embedder-2/a.json", ".."])
+def test_prefix_does_not_lead_out_of_data_root(relative):
+    with pytest.raises(UserError, match="outside of data_root"):
+        resolve_path(f"llm-embedder:{relative}", "/data/llm-embedder")
+
+
+@pytest.mark.parametrize("path", ["embedder:qa/train.json", "llm_embedder:a.json", "LLM-Embedder:a.json", "hf:a.json"])
+def test_unknown_prefix(path):
+    with pytest.raises(UserError, match=r"prefix.*llm-embedder:"):
+        resolve_path(path, "/data")
+
+
+def test_file_with_a_colon_in_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("set:1.json").touch()
+    assert resolve_path("set:1.json", "/data") == "set:1.json"
+
+
+# ------------------------------------------------------------------------------------------------- expand_data_paths
+
+
+@pytest.fixture
+def data_root(tmp_path) -> Path:
+    for name in ("b.json", "a.json", "c.txt", "deep/er/d.json", "x[1].json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def expanded(data_root: Path, *paths: str) -> list[str]:
+    files = expand_data_paths(paths, str(data_root), "train_data")
+    return [os.path.relpath(file, data_root) for file in files]
+
+
+def test_glob_matches_are_sorted(data_root):
+    assert expanded(data_root, "llm-embedder:[ab].json") == ["a.json", "b.json"]
+    assert expanded(data_root, f"{data_root}/?.json") == ["a.json", "b.json"]
+    assert expanded(data_root, "llm-embedder:**/d.json") == ["deep/er/d.json"]
+
+
+def test_order_and_doubles_stay(data_root):
+    found = expanded(data_root, "llm-embedder:b.json", "llm-embedder:a.json", "llm-embedder:b.json")
+    assert found == ["b.json", "a.json", "b.json"]
+    assert expanded(data_root, "llm-embedder:b.json", "llm-embedder:[ab].json") == ["b.json", "a.json", "b.json"]
+
+
+def test_file_whose_name_looks_like_a_glob(data_root):
+    assert expanded(data_root, "llm-embedder:x[1].json") == ["x[1].json"]
+
+
+@pytest.mark.parametrize(
+    "path", ["llm-embedder:none.json", "llm-embedder:*.csv", "llm-embedder:deep", "llm-embedder:d*"]
+)
+def test_nothing_to_read(data_root, path):
+    """A missing file, a glob without match, a folder, a glob that matches a folder: the message names the flag."""
+    with pytest.raises(UserError, match="--train_data"):
+        expanded(data_root, path)
+
+
+def test_existing_file(data_root):
+    assert existing_file(str(data_root / "a.json"), "eval_data") == str(data_root / "a.json")
+    with pytest.raises(UserError, match=r"--eval_data.*folder"):
+        existing_file(str(data_root), "eval_data")
+    with pytest.raises(UserError, match=r"--eval_data.*no such file"):
+        existing_file(str(data_root / "none.json"), "eval_data")

@@ -1,0 +1,309 @@
+"""Checkpoints: a run that was killed and resumed ends exactly where an uninterrupted one does.
+
+Every run is a ``run_dense.py`` process (or two) of its own, dropout on, with gradient accumulation; a kill is a
+SIGKILL that the process sends itself at a chosen point, see `tests.workers.forked`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import run_dense
+from src.errors import UserError
+from src.retrieval import trainer as trainer_module
+from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
+from src.retrieval.trainer import (
+    RetrievalTrainer,
+    check_optimizer_state,
+    checkpoint_to_resume,
+    remove_oldest,
+    whole_checkpoints,
+)
+from tests.helpers import environment, run, write_rows
+from tests.workers.forked import Kill, Runs
+
+SETTINGS = [(1, None), (2, None), (1, "epoch"), (2, "epoch")]
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_bert, tmp_path_factory) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("resume")
+    rng = random.Random(0)
+    for name, count in (("a", 13), ("b", 9)):
+        write_rows(folder / f"{name}.json", make_rows(count, rng))
+    keys = make_rows(30, rng)
+    write_rows(folder / "corpus.json", [{"text": row["pos"][0]} for row in keys])
+    write_rows(folder / "eval.json", [{"query": row["query"], "pos_index": [i]} for i, row in enumerate(keys[:12])])
+    forked = Runs(environment())
+    yield Bench(folder, tiny_bert, forked)
+    forked.close()
+
+
+@pytest.mark.parametrize(("processes", "policy"), SETTINGS)
+def test_killed_within_an_epoch(bench: Bench, tmp_path: Path, processes: int, policy: str | None):
+    bench.train(tmp_path, processes, policy, kill=Kill("training", 3, rank=processes - 1))
+    assert names(tmp_path) == ["checkpoint-2"]
+    output = bench.train(tmp_path, processes, policy, "--resume_from_checkpoint", True)
+    assert f"resuming from {tmp_path}/checkpoint-2" in output
+    for step in range(4, LAST[policy] + 1, 2):
+        assert_same_checkpoint(tmp_path / f"checkpoint-{step}", bench.whole(processes, policy) / f"checkpoint-{step}")
+
+
+@pytest.mark.parametrize(
+    ("point", "processes", "policy", "rank"),
+    [
+        ("weights", 1, None, 0),
+        ("encoder", 2, "epoch", 0),
+        ("optimizer", 1, "epoch", 0),
+        ("optimizer", 2, None, 0),
+        ("state", 2, "epoch", 1),
+        ("rename", 1, None, 0),
+        ("rename", 2, None, 0),
+    ],
+)
+def test_killed_in_a_save(bench: Bench, tmp_path: Path, point: str, processes: int, policy: str | None, rank: int):
+    bench.train(tmp_path, processes, policy, kill=Kill(point, 4, rank))
+    assert names(tmp_path) == ["checkpoint-2", ".checkpoint-4.partial"]
+    assert whole_checkpoints(str(tmp_path)) == [str(tmp_path / "checkpoint-2")]
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoint_to_resume(str(tmp_path / ".checkpoint-4.partial"), str(tmp_path))
+    output = bench.train(tmp_path, processes, policy, "--resume_from_checkpoint", True)
+    assert f"resuming from {tmp_path}/checkpoint-2" in output
+    assert names(tmp_path) == names(bench.whole(processes, policy))
+    last = f"checkpoint-{LAST[policy]}"
+    assert_same_checkpoint(tmp_path / last, bench.whole(processes, policy) / last)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_while_an_old_checkpoint_is_removed(bench: Bench, tmp_path: Path, processes: int):
+    limit = ("--save_total_limit", 1)
+    bench.train(tmp_path, processes, None, *limit, kill=Kill("rotation", 4))
+    assert names(tmp_path) == ["checkpoint-4", ".checkpoint-2.old"]
+    left = [path.name for path in (tmp_path / ".checkpoint-2.old").rglob("*") if path.is_file()]
+    assert left == ["trainer_state.json"]
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoint_to_resume(str(tmp_path / ".checkpoint-2.old"), str(tmp_path))
+    bench.train(tmp_path, processes, None, *limit, "--resume_from_checkpoint", True)
+    assert names(tmp_path) == ["checkpoint-6"]
+    assert_same_checkpoint(tmp_path / "checkpoint-6", bench.whole(processes) / "checkpoint-6")
+
+
+@pytest.mark.parametrize(
+    ("step", "processes", "policy", "more"),
+    [
+        (4, 1, "epoch", ()),  # between two epochs
+        (6, 2, "epoch", ()),
+        (4, 2, None, ("--dataloader_num_workers", 2)),  # how rows are loaded is no matter
+    ],
+)
+def test_explicit_path(
+    bench: Bench, tmp_path: Path, step: int, processes: int, policy: str | None, more: tuple[Any, ...]
+):
+    source = bench.whole(processes, policy) / f"checkpoint-{step}"
+    bench.train(tmp_path, processes, policy, *more, "--resume_from_checkpoint", source)
+    last = f"checkpoint-{LAST[policy]}"
+    assert names(tmp_path)[-1] == last
+    assert_same_checkpoint(tmp_path / last, bench.whole(processes, policy) / last)
+
+
+@pytest.mark.parametrize(("processes", "policy"), [(1, "epoch"), (2, None)])
+def test_resumed_by_a_fresh_launch(bench: Bench, tmp_path: Path, processes: int, policy: str | None):
+    """As a user does it: ``python run_dense.py``, and torchrun."""
+    bench.train(tmp_path, processes, policy, kill=Kill("optimizer", 4))
+    flags = bench.flags(tmp_path, processes, policy, "--resume_from_checkpoint", "True")
+    done = run(["run_dense.py", *flags], processes)
+    assert done.returncode == 0, done.stderr
+    last = f"checkpoint-{LAST[policy]}"
+    assert_same_checkpoint(tmp_path / last, bench.whole(processes, policy) / last)
+
+
+def test_the_comparison_sees_a_lost_random_state(bench: Bench, tmp_path: Path):
+    """Dropout is on: without the saved random state the weights come out otherwise."""
+    source = tmp_path / "source"
+    shutil.copytree(bench.whole() / "checkpoint-4", source)
+    (source / "rng_state.pth").unlink()
+    bench.train(tmp_path / "out", 1, None, "--resume_from_checkpoint", source)
+    one, other = (weights(folder / "checkpoint-6") for folder in (tmp_path / "out", bench.whole()))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_early_exit_saves_and_resumes(bench: Bench, tmp_path: Path):
+    bench.train(tmp_path, 1, "epoch", "--save_steps", 1000, "--early_exit_steps", 3)
+    assert names(tmp_path) == ["checkpoint-3"]
+    bench.train(tmp_path, 1, "epoch", "--resume_from_checkpoint", True)
+    assert_same_checkpoint(tmp_path / "checkpoint-8", bench.whole(1, "epoch") / "checkpoint-8")
+
+
+def test_a_finished_run_stays_as_it_is(bench: Bench, tmp_path: Path):
+    shutil.copytree(bench.whole() / "checkpoint-6", tmp_path / "checkpoint-6")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    bench.train(tmp_path, 1, None, "--resume_from_checkpoint", True)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if "checkpoint" in str(path)} == before
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"), [("no", ["checkpoint-6"]), ("epoch", ["checkpoint-3", "checkpoint-6"])]
+)
+def test_saved_at_the_end_whatever_the_strategy(bench: Bench, tmp_path: Path, strategy: str, expected: list[str]):
+    bench.train(tmp_path, 1, None, "--save_strategy", strategy)
+    assert names(tmp_path) == expected
+    assert_same_checkpoint(tmp_path / "checkpoint-6", bench.whole() / "checkpoint-6")
+
+
+def test_untied_encoders(bench: Bench, tmp_path: Path, tiny_bert: str):
+    untied = ("--tie_encoders", False, "--key_encoder", tiny_bert)
+    bench.train(tmp_path / "whole", 1, None, *untied)
+    bench.train(tmp_path / "killed", 1, None, *untied, kill=Kill("encoder", 4))
+    bench.train(tmp_path / "killed", 1, None, *untied, "--resume_from_checkpoint", True)
+    last = tmp_path / "killed" / "checkpoint-6"
+    assert_same_checkpoint(last, tmp_path / "whole" / "checkpoint-6")
+    saved = weights(last)
+    assert {name.partition("/")[0] for name in saved} == {"query_encoder", "key_encoder"}
+    assert not torch.equal(
+        *(saved[f"{name}/embeddings.word_embeddings.weight"] for name in ("query_encoder", "key_encoder"))
+    )
+    config = EncoderConfig(str(last), str(last), tie_encoders=False, query_max_length=64, key_max_length=64)
+    loaded = load_dense_retriever(config)
+    for name, encoder in loaded.encoders.items():
+        for key, tensor in encoder.backbone.state_dict().items():
+            if f"{name}/{key}" in saved:
+                assert torch.equal(tensor, saved[f"{name}/{key}"])
+    # A tied run refuses them in one line.
+    codes, output = bench.forked(
+        "run_dense.py", bench.flags(tmp_path / "killed", 1, None, "--resume_from_checkpoint", True)
+    )
+    assert codes == [2]
+    assert "was it trained with the same --tie_encoders?" in output
+    assert "Traceback" not in output
+
+
+def evaluation(bench: Bench) -> tuple[Any, ...]:
+    return (
+        *("--eval_data", bench.folder / "eval.json", "--corpus", bench.folder / "corpus.json"),
+        *("--key_template", "{text}", "--metrics", "mrr", "ndcg", "--load_best_model_at_end"),
+        *("--metric_for_best_model", "ndcg@10"),
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_best_checkpoint_is_kept(bench: Bench, tmp_path: Path, processes: int):
+    output = bench.train(
+        tmp_path, processes, None, *evaluation(bench), "--learning_rate", 0.02, "--eval_steps", 1, "--save_steps", 3
+    )
+    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
+    curve = {log["step"]: log["eval_ndcg@10"] for log in state["log_history"] if "eval_ndcg@10" in log}
+    assert sorted(curve) == [1, 2, 3, 4, 5, 6]
+    best = max(curve, key=curve.__getitem__)
+    assert state["best_metric"] == curve[best]
+    assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best}")
+    assert f"best checkpoint: {tmp_path}/checkpoint-{best}" in output
+    assert f"checkpoint-{best}" in names(tmp_path)
+
+
+def test_best_weights_are_loaded_at_the_end(bench: Bench, tmp_path: Path, monkeypatch):
+    trained: list[RetrievalTrainer] = []
+    scores = iter([0.2, 0.6, 0.5, 0.4, 0.3, 0.1])
+
+    def scripted(*_: Any) -> Callable[[Any], dict[str, float]]:
+        return lambda model: {"ndcg@10": next(scores)}
+
+    class Remembered(RetrievalTrainer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            trained.append(self)
+
+    monkeypatch.setattr(run_dense, "dense_evaluator", scripted)
+    monkeypatch.setattr(run_dense, "RetrievalTrainer", Remembered)
+    more = ("--eval_steps", 1, "--save_steps", 1, "--save_total_limit", 1)
+    monkeypatch.setattr(sys, "argv", ["run_dense.py", *bench.flags(tmp_path, 1, None, *evaluation(bench), *more)])
+    run_dense.main()
+    # With a limit of one the best outlives the last, as transformers has it.
+    assert names(tmp_path) == ["checkpoint-2"]
+    saved = weights(tmp_path / "checkpoint-2")
+    loaded = trained[0].model.encoders["encoder"].backbone.state_dict()
+    for name, tensor in saved.items():
+        assert torch.equal(loaded[name.partition("/")[2]], tensor)
+
+
+def fake_checkpoint(folder: Path, *files: str, age: int = 0) -> Path:
+    folder.mkdir(parents=True)
+    for name in files:
+        (folder / name).write_text("{}")
+        os.utime(folder / name, (10**9 - age, 10**9 - age))
+    return folder
+
+
+def test_what_resume_means(tmp_path: Path):
+    out = str(tmp_path)
+    assert checkpoint_to_resume(None, out) is None
+    assert checkpoint_to_resume("False", out) is None
+    assert checkpoint_to_resume("True", out) is None
+    assert checkpoint_to_resume("True", str(tmp_path / "missing")) is None
+    for step in (10, 9):
+        fake_checkpoint(tmp_path / f"checkpoint-{step}", "trainer_state.json")
+    # Half-written by something else, removed half-way, or no checkpoint at all.
+    fake_checkpoint(tmp_path / "checkpoint-11", "optimizer.pt")
+    fake_checkpoint(tmp_path / ".checkpoint-12.partial", "trainer_state.json")
+    fake_checkpoint(tmp_path / "checkpoint-best", "trainer_state.json")
+    (tmp_path / "checkpoint-13").write_text("a file")
+    assert checkpoint_to_resume("true", out) == str(tmp_path / "checkpoint-10")
+    assert checkpoint_to_resume(str(tmp_path / "checkpoint-9"), out) == str(tmp_path / "checkpoint-9")
+    assert checkpoint_to_resume(str(tmp_path / "checkpoint-best"), out) == str(tmp_path / "checkpoint-best")
+    for bad in ("missing", "checkpoint-11", ".checkpoint-12.partial", "checkpoint-13"):
+        with pytest.raises(UserError, match=r"no whole checkpoint .*checkpoint-9, .*checkpoint-10$"):
+            checkpoint_to_resume(str(tmp_path / bad), out)
+
+
+def test_optimizer_state_is_needed(tmp_path: Path):
+    plain = str(fake_checkpoint(tmp_path / "plain", "optimizer.pt"))
+    deepspeed = str(fake_checkpoint(tmp_path / "deepspeed", "global_step4"))
+    check_optimizer_state(plain, deepspeed=False)
+    check_optimizer_state(deepspeed, deepspeed=True)
+    with pytest.raises(UserError, match="saved without --deepspeed"):
+        check_optimizer_state(plain, deepspeed=True)
+    with pytest.raises(UserError, match="saved with --deepspeed"):
+        check_optimizer_state(deepspeed, deepspeed=False)
+
+
+def test_unusable_checkpoints_end_in_one_line(bench: Bench, tmp_path: Path):
+    bench.train(tmp_path, 1, None, "--save_only_model", "--early_exit_steps", 1)
+    for path, message in ((True, "it has no optimizer state"), (tmp_path / "nowhere", "no whole checkpoint")):
+        codes, output = bench.forked("run_dense.py", bench.flags(tmp_path, 1, None, "--resume_from_checkpoint", path))
+        assert codes == [2]
+        assert message in output
+        assert "Traceback" not in output
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_the_oldest_written_go_first(tmp_path: Path):
+    """A new run in a folder with a longer old one must not lose what it has just saved."""
+    for step, age in ((2, 1), (4, 0), (90, 8), (100, 9)):
+        fake_checkpoint(tmp_path / f"checkpoint-{step}", "trainer_state.json", age=age)
+    out, newest = str(tmp_path), str(tmp_path / "checkpoint-4")
+    remove_oldest(out, None, {newest})
+    remove_oldest(out, 3, {newest})
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-90"]
+    remove_oldest(out, 1, {newest, str(tmp_path / "checkpoint-90")})
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-90"]
+    remove_oldest(out, 1, {newest})
+    assert names(tmp_path) == ["checkpoint-4"]
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path):
+    fake_checkpoint(tmp_path / "checkpoint-4", "trainer_state.json", "stale.pt")
+    fake_checkpoint(tmp_path / ".checkpoint-4.partial", "trainer_state.json")
+    trainer_module.replace_folder(str(tmp_path / ".checkpoint-4.partial"), str(tmp_path / "checkpoint-4"))
+    assert names(tmp_path) == ["checkpoint-4"]
+    assert os.listdir(tmp_path / "checkpoint-4") == ["trainer_state.json"]

@@ -1,0 +1,136 @@
+"""Run under torchrun: the gradients of one backward pass per case through RetrievalTrainer and DistributedDataParallel.
+
+Usage: gradients.py MODEL_FOLDER OUTPUT_FOLDER. Rank r writes ``rank<r>.pt``: per case its loss and gradients.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from src import distributed
+from src.retrieval.args import RetrievalTrainingArgs
+from src.retrieval.collator import TrainCollator
+from src.retrieval.data import Source, TrainDataset, TrainExample, no_instruction
+from src.retrieval.losses import LossConfig
+from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, load_dense_retriever
+from src.retrieval.select import SelectionPolicy
+from src.retrieval.settings import SourceSettings
+from src.retrieval.trainer import RetrievalTrainer
+
+GROUP = 3
+TEMPERATURE = 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch and how it is trained: `sizes` queries per rank, the queries in `unscored` without teacher scores."""
+
+    loss: LossConfig
+    sizes: tuple[int, int] = (2, 2)
+    unscored: tuple[int, ...] = ()
+    negative_cross_device: bool = True
+    tie_encoders: bool = True
+
+
+_CONTRASTIVE = LossConfig(1.0, 0.0, TEMPERATURE)
+_PLAIN = LossConfig(0.0, 1.0, TEMPERATURE, teacher_temperature=0.5, student_temperature=2.0)
+_GRADED = LossConfig(0.0, 1.0, TEMPERATURE, stable_distill=True)
+_BOTH = LossConfig(0.2, 1.5, TEMPERATURE)
+_BOTH_GRADED = LossConfig(0.2, 1.5, TEMPERATURE, stable_distill=True)
+
+CASES = {
+    "contrastive": Case(_CONTRASTIVE),
+    "plain": Case(_PLAIN),
+    "graded": Case(_GRADED),
+    "contrastive, 3 and 2": Case(_CONTRASTIVE, (3, 2)),
+    "plain, 3 and 2": Case(_PLAIN, (3, 2)),
+    "graded, 3 and 2": Case(_GRADED, (3, 2)),
+    "graded, 1 and 3": Case(_GRADED, (1, 3)),
+    "both, 3 and 2": Case(_BOTH, (3, 2)),
+    "both graded, 3 and 2": Case(_BOTH_GRADED, (3, 2)),
+    "plain, rank 1 without scores": Case(_PLAIN, (3, 2), (3, 4)),
+    "graded, rank 1 without scores": Case(_GRADED, (3, 2), (3, 4)),
+    "both, rank 0 without scores": Case(_BOTH, (3, 2), (0, 1, 2)),
+    "both graded, one row of rank 0 without scores": Case(_BOTH_GRADED, (3, 2), (1,)),
+    "contrastive, local negatives": Case(_CONTRASTIVE, (3, 2), negative_cross_device=False),
+    "plain, local negatives": Case(_PLAIN, (3, 2), negative_cross_device=False),
+    "graded, local negatives, rank 1 without scores": Case(_GRADED, (3, 2), (3, 4), negative_cross_device=False),
+    "both graded, untied": Case(_BOTH_GRADED, (3, 2), (4,), tie_encoders=False),
+}
+
+
+def examples_of(case: Case) -> list[TrainExample]:
+    """The joined batch, texts of different lengths, one text twice."""
+    rng = np.random.default_rng(0)
+    letters = list("abcdefghijklmnopqrstuvwxyz    ")
+
+    def text() -> str:
+        return "x" + "".join(rng.choice(letters, rng.integers(3, 20)))
+
+    examples = []
+    for query in range(sum(case.sizes)):
+        keys = [text() for _ in range(GROUP)]
+        if query == sum(case.sizes) - 1:
+            keys[1] = examples[0].keys[0]
+        scores = rng.normal(size=GROUP).tolist()
+        examples.append(TrainExample(0, text(), keys, None if query in case.unscored else scores))
+    return examples
+
+
+def load_model(folder: str, tie_encoders: bool) -> DenseRetriever:
+    """The tiny encoder, compared by cosine, dropout off."""
+    config = EncoderConfig(folder, folder, tie_encoders, ("mean",), "cos", query_max_length=32, key_max_length=32)
+    return load_dense_retriever(config).eval()
+
+
+def make_trainer(model: DenseRetriever, case: Case, output_dir: str) -> RetrievalTrainer:
+    """A trainer with the case's settings; its data is never read."""
+    settings = SourceSettings(SelectionPolicy(group_size=GROUP), case.loss)
+    # The rows themselves are given to compute_loss directly.
+    source = Source(None, np.arange(sum(case.sizes)), None, no_instruction, settings, 0)  # type: ignore[arg-type]
+    args = RetrievalTrainingArgs(
+        output_dir=output_dir,
+        use_cpu=True,
+        negative_cross_device=case.negative_cross_device,
+        evaluation_strategy="no",
+    )
+    collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, 32, 32)
+    return RetrievalTrainer(model, args, TrainDataset([source], 0), collator, None, {})
+
+
+def gradients(model: DenseRetriever) -> dict[str, torch.Tensor]:
+    """Every parameter's gradient (a parameter without one is missing)."""
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+def run_case(folder: str, output: str, case: Case) -> dict[str, object]:
+    """Loss and gradients that this process ends with, by the path that a training step takes."""
+    model = load_model(folder, case.tie_encoders)
+    trainer = make_trainer(model, case, output)
+    first = sum(case.sizes[: distributed.rank()])
+    part = examples_of(case)
+    if distributed.world_size() > 1:
+        part = part[first : first + case.sizes[distributed.rank()]]
+    wrapped = DistributedDataParallel(model) if distributed.world_size() > 1 else model
+    loss = trainer.compute_loss(wrapped, trainer.data_collator(part))
+    loss.backward()
+    return {"loss": float(loss.detach()), "gradients": gradients(model)}
+
+
+def main(folder: str, output: str) -> None:
+    """Run all cases and write this rank's results."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(use_cpu=True)
+    results = {name: run_case(folder, output, case) for name, case in CASES.items()}
+    torch.save(results, Path(output) / f"rank{distributed.rank()}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
