@@ -30,7 +30,7 @@ torchrun --standalone --nproc_per_node "$NPROC" run_dense.py \
     --add_instruction False \
     --query_max_length 64 \
     --key_max_length 128 \
-    --learning_rate 5e-5 \
+    --learning_rate 2e-4 \
     --num_train_epochs 1 \
     --per_device_train_batch_size 32 \
     --train_group_size 2 \

@@ -62,12 +62,14 @@ def parse_args(
 
 
 def setup_logging() -> None:
-    """Log lines of the main process to stderr; warnings of libraries only."""
+    """Log lines of the main process to stderr; of libraries only warnings, and no bars for loading weights."""
     level = logging.INFO if distributed.launched_rank() == 0 else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for name in ("src", "evaluation", "scripts", "__main__"):
         logging.getLogger(name).setLevel(level)
-    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if level == logging.ERROR:
+        transformers.logging.set_verbosity_error()
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -66,7 +66,6 @@ def test_equal_ir_measures(seed, corpus, depth):
     expected = by_ir_measures(hits, pos_index, cutoffs)
     assert found.keys() == expected.keys()
     for name, values in expected.items():
-        # trec_eval gives four to six decimals away for some measures.
         np.testing.assert_allclose(found[name], values, atol=1e-6, err_msg=name)
 
 
@@ -196,7 +195,6 @@ def test_answers_equal_reference(passage, answers):
 def test_a_quoted_answer_is_found(before, answer, after):
     """Between blanks an answer stands as it is, if it has a token at all."""
     found = has_answer(token_string(f"{before} {answer} {after}"), [answer])
-    # A leading accent would join the blank before it only if blanks were letters.
     assert found == bool(reference.tokens(answer))
 
 

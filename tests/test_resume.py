@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import run_dense
 from src.errors import UserError
@@ -31,7 +28,8 @@ from src.retrieval.trainer import (
     remove_oldest,
     whole_checkpoints,
 )
-from tests.helpers import environment, run, write_rows
+from tests.helpers import environment, run
+from tests.training_bench import LAST, Bench, assert_same_checkpoint, names, weights, write_data
 from tests.workers.forked import Kill, Runs
 
 SETTINGS = [(1, None), (2, None), (1, "epoch"), (2, "epoch")]
@@ -39,15 +37,8 @@ SETTINGS = [(1, None), (2, None), (1, "epoch"), (2, "epoch")]
 
 @pytest.fixture(scope="module")
 def bench(tiny_bert, tmp_path_factory) -> Iterator[Bench]:
-    folder = tmp_path_factory.mktemp("resume")
-    rng = random.Random(0)
-    for name, count in (("a", 13), ("b", 9)):
-        write_rows(folder / f"{name}.json", make_rows(count, rng))
-    keys = make_rows(30, rng)
-    write_rows(folder / "corpus.json", [{"text": row["pos"][0]} for row in keys])
-    write_rows(folder / "eval.json", [{"query": row["query"], "pos_index": [i]} for i, row in enumerate(keys[:12])])
     forked = Runs(environment())
-    yield Bench(folder, tiny_bert, forked)
+    yield Bench(write_data(tmp_path_factory.mktemp("resume")), tiny_bert, forked)
     forked.close()
 
 
@@ -189,18 +180,10 @@ def test_untied_encoders(bench: Bench, tmp_path: Path, tiny_bert: str):
     assert "Traceback" not in output
 
 
-def evaluation(bench: Bench) -> tuple[Any, ...]:
-    return (
-        *("--eval_data", bench.folder / "eval.json", "--corpus", bench.folder / "corpus.json"),
-        *("--key_template", "{text}", "--metrics", "mrr", "ndcg", "--load_best_model_at_end"),
-        *("--metric_for_best_model", "ndcg@10"),
-    )
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_best_checkpoint_is_kept(bench: Bench, tmp_path: Path, processes: int):
     output = bench.train(
-        tmp_path, processes, None, *evaluation(bench), "--learning_rate", 0.02, "--eval_steps", 1, "--save_steps", 3
+        tmp_path, processes, None, *bench.evaluation(), "--learning_rate", 0.02, "--eval_steps", 1, "--save_steps", 3
     )
     state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
     curve = {log["step"]: log["eval_ndcg@10"] for log in state["log_history"] if "eval_ndcg@10" in log}
@@ -227,7 +210,7 @@ def test_best_weights_are_loaded_at_the_end(bench: Bench, tmp_path: Path, monkey
     monkeypatch.setattr(run_dense, "dense_evaluator", scripted)
     monkeypatch.setattr(run_dense, "RetrievalTrainer", Remembered)
     more = ("--eval_steps", 1, "--save_steps", 1, "--save_total_limit", 1)
-    monkeypatch.setattr(sys, "argv", ["run_dense.py", *bench.flags(tmp_path, 1, None, *evaluation(bench), *more)])
+    monkeypatch.setattr(sys, "argv", ["run_dense.py", *bench.flags(tmp_path, 1, None, *bench.evaluation(), *more)])
     run_dense.main()
     # With a limit of one the best outlives the last, as transformers has it.
     assert names(tmp_path) == ["checkpoint-2"]

@@ -18,6 +18,26 @@ from tests.workers.forked import Kill, Runs
 LAST = {None: 6, "epoch": 8}
 
 
+def make_rows(count: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Training rows of random words."""
+
+    def text() -> str:
+        return " ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(6))
+
+    return [{"query": text(), "pos": [text()], "neg": [text() for _ in range(5)]} for _ in range(count)]
+
+
+def write_data(folder: Path) -> Path:
+    """Two training files, a corpus and evaluation rows below `folder`."""
+    rng = random.Random(0)
+    for name, count in (("a", 13), ("b", 9)):
+        write_rows(folder / f"{name}.json", make_rows(count, rng))
+    keys = make_rows(30, rng)
+    write_rows(folder / "corpus.json", [{"text": row["pos"][0]} for row in keys])
+    write_rows(folder / "eval.json", [{"query": row["query"], "pos_index": [i]} for i, row in enumerate(keys[:12])])
+    return folder
+
+
 @dataclass
 class Bench:
     """Trains in processes of their own, and remembers the uninterrupted run of each setting."""
@@ -25,6 +45,7 @@ class Bench:
     folder: Path
     encoder: str
     forked: Runs
+    timeout: float = 120
     uninterrupted: dict[tuple[int, str | None], Path] = field(default_factory=dict)
 
     def flags(self, out: Path, processes: int, policy: str | None, *more: Any) -> list[str]:
@@ -42,11 +63,21 @@ class Bench:
         ]
         return [str(part) for part in line]
 
+    def evaluation(self) -> list[Any]:
+        """Flags that evaluate during training and choose the best checkpoint."""
+        return [
+            *("--eval_data", self.folder / "eval.json", "--corpus", self.folder / "corpus.json"),
+            *("--key_template", "{text}", "--metrics", "mrr", "ndcg", "--load_best_model_at_end"),
+            *("--metric_for_best_model", "ndcg@10"),
+        ]
+
     def train(
         self, out: Path, processes: int = 1, policy: str | None = None, *more: Any, kill: Kill | None = None
     ) -> str:
         """One run, which must end well, or by the kill."""
-        codes, output = self.forked("run_dense.py", self.flags(out, processes, policy, *more), processes, kill)
+        codes, output = self.forked(
+            "run_dense.py", self.flags(out, processes, policy, *more), processes, kill, self.timeout
+        )
         if kill is None:
             assert codes == [0] * processes, output
         else:
@@ -61,13 +92,6 @@ class Bench:
             assert names(out) == [f"checkpoint-{step}" for step in range(2, LAST[policy] + 1, 2)]
             self.uninterrupted[processes, policy] = out
         return self.uninterrupted[processes, policy]
-
-
-def make_rows(count: int, rng: random.Random) -> list[dict[str, Any]]:
-    def text() -> str:
-        return " ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(6))
-
-    return [{"query": text(), "pos": [text()], "neg": [text() for _ in range(5)]} for _ in range(count)]
 
 
 def names(out: Path) -> list[str]:
@@ -116,5 +140,3 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
     a, b = (json.loads((folder / "trainer_state.json").read_text()) for folder in (one, other))
     for key in ("global_step", "epoch", "max_steps"):
         assert a[key] == b[key]
-
-

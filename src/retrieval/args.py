@@ -245,6 +245,8 @@ class RetrievalTrainingArgs(TrainingArguments):
         self.use_cpu = self.use_cpu or self.no_cuda or not torch.cuda.is_available()
         if self.fp16 and (self.bf16 or self.use_cpu):
             self.fp16 = False
+        if self.gradient_checkpointing:
+            self.activation_checkpointing, self.gradient_checkpointing = True, None
         if self.warmup_steps == 0:
             self.warmup_steps = self.warmup_ratio
         if str(self.eval_strategy) in ("no", "IntervalStrategy.NO"):

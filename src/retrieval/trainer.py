@@ -290,7 +290,7 @@ def replace_folder(source: str, target: str) -> None:
 
 def remove_checkpoint(folder: str) -> None:
     """Remove a checkpoint folder; renamed first, so that a kill on the way leaves none that looks whole."""
-    parent, name = os.path.split(folder)
+    parent, name = os.path.split(os.path.abspath(folder))
     old = os.path.join(parent, f".{name}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(folder, old)
