@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import set_seed
 
 from src import distributed
 from src.cli import parse_args, run
@@ -41,10 +42,11 @@ def check_combinations(args: RetrievalArgs, training: RetrievalTrainingArgs) -> 
     if args.train_data and reused:
         raise UserError(f"--{reused[0]} is of no use in training: the weights change from step to step")
     known = metric_names(args)
-    if training.load_best_model_at_end and str(training.metric_for_best_model).removeprefix("eval_") not in known:
+    best = training.metric_for_best_model
+    if args.train_data and best is not None and (not args.eval_data or best.removeprefix("eval_") not in known):
         raise UserError(
-            f"--load_best_model_at_end needs --metric_for_best_model, one of {', '.join(known)}; "
-            f"found {training.metric_for_best_model!r}"
+            f"--load_best_model_at_end needs --eval_data and --metric_for_best_model, one of {', '.join(known)}; "
+            f"found {best!r}"
         )
 
 
@@ -92,6 +94,7 @@ def main() -> None:
             args.dataset_cache_dir,
         )
     resume = distributed.on_main(lambda: checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir))
+    set_seed(training.seed)
     model = load_dense_retriever(encoder_config(args, given))
     evaluate_model = None
     if eval_data is not None:

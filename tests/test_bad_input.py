@@ -144,7 +144,8 @@ BAD_ARGUMENTS = {
     ),
     "encoder folder without weights": ("--train_data {train} --query_encoder {folder}", "cannot load the encoder"),
     "dense with a missing layer": (
-        "--train_data {train} --query_encoder {model} --query_max_length 64 --key_max_length 64 --pooling_method mean dense",
+        "--train_data {train} --query_encoder {model} --query_max_length 64 --key_max_length 64 "
+        "--pooling_method mean dense",
         "has no dense layer: give --dense_dim N",
     ),
     "more tokens than positions": (
@@ -157,7 +158,7 @@ BAD_ARGUMENTS = {
     ),
     "best model by an unknown metric": (
         "--train_data {train} --eval_data {eval} --corpus {corpus} --load_best_model_at_end --metric_for_best_model f1",
-        "--load_best_model_at_end needs --metric_for_best_model, one of mrr@1, ",
+        "--load_best_model_at_end needs --eval_data and --metric_for_best_model, one of mrr@1, ",
     ),
     "bm25 in run_dense": ("--eval_data {eval} --corpus {corpus} --retrieval_method bm25", "evaluation.eval_retrieval"),
     "index loaded in training": ("--train_data {train} --load_index", "--load_index is of no use in training"),
