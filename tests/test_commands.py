@@ -106,9 +106,14 @@ def test_one_and_two_processes_train_alike(tmp_path, tiny_bert):
     plain = tmp_path / "plain"
     model = AutoModel.from_pretrained(tiny_bert, add_pooling_layer=False)
     model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
+    with torch.no_grad():  # A freshly made model embeds all texts nearly alike, and its gradients are mostly rounding.
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10)
     model.save_pretrained(plain)
     AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(plain)
-    flags = "--max_steps 5 --save_steps 5 --query_max_length 64 --key_max_length 64 --learning_rate 1e-2 --optim sgd"
+    flags = "--max_steps 5 --save_steps 5 --query_max_length 64 --key_max_length 64 --learning_rate 1e-2 "
+    flags += "--optim sgd --pooling_method mean --cos_temperature 0.1"
     weights = []
     for processes in (1, 2):
         output = tmp_path / f"out{processes}"
@@ -120,4 +125,4 @@ def test_one_and_two_processes_train_alike(tmp_path, tiny_bert):
     start = load_file(plain / "model.safetensors")
     assert any((weights[0][name] - tensor).abs().max() > 1e-3 for name, tensor in start.items()), "nothing was trained"
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=2e-5)
+        torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=2e-6)

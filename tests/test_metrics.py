@@ -154,6 +154,7 @@ def test_row_numbers_of_a_large_corpus():
         ("日本、東京。", ["東京"], True),
         ("line\nbreak\tand\u00a0blank", ["line break and blank"], True),
         ("zero\u200bwidth", ["zero width"], True),  # a format character separates
+        ("a \u2260 b", ["a ="], True),  # decomposed, the sign is "=" and a mark
         ("in 1,000 years", ["1,000"], True),
         ("in 1,000 years", ["000"], True),
         ("in 1000 years", ["100"], False),
@@ -181,7 +182,7 @@ def test_lower_case_is_taken_token_by_token():
 
 
 #: Few characters, so that answers do occur: letters with and without accent, ideographs, punctuation, blanks, controls.
-texts = st.text(st.sampled_from("aAbéÉ\u0301ß東京1٣.,'-_ \t\n\u00a0\u200b\x00"), max_size=12)
+texts = st.text(st.sampled_from("aAbéÉ\u0301ß東京1٣.,'-_=\u2260 \t\n\u00a0\u200b\x00"), max_size=12)
 
 
 @quick
