@@ -11,6 +11,7 @@ import hashlib
 import json
 import mmap
 import os
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -31,6 +32,7 @@ RowCheck = Callable[[Any], tuple[list[str], dict[str, Any]]]
 SHOWN_PROBLEMS = 10
 CHUNK_BYTES = 64 << 20
 CACHE_VERSION = 1
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass
@@ -103,10 +105,10 @@ def _scan_range(path: str, start: int, end: int, check: RowCheck) -> tuple[Scan,
             line += 1
             begin, position = position, position + len(raw)
             body = raw.rstrip(b"\r\n")
+            if begin == 0 and body.startswith(BYTE_ORDER_MARK):
+                body, begin = body[len(BYTE_ORDER_MARK) :], len(BYTE_ORDER_MARK)
             if not body.strip():
                 continue
-            if begin == 0 and body.startswith(b"\xef\xbb\xbf"):
-                body, begin = body[3:], 3
             found, row_values = _check_line(body, check)
             problem_count += len(found)
             problems.extend((line, text) for text in found[: SHOWN_PROBLEMS - len(problems)])
@@ -195,7 +197,7 @@ def _load_cached(path: Path) -> Scan | None:
         with np.load(path, allow_pickle=False) as arrays:
             columns = {name[7:]: arrays[name] for name in arrays.files if name.startswith("column_")}
             return Scan(arrays["offsets"], arrays["lengths"], arrays["lines"], columns)
-    except (OSError, ValueError, KeyError):
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
 

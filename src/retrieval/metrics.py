@@ -34,6 +34,8 @@ def relevance_matrix(hits: np.ndarray, pos_index: Sequence[Sequence[int]]) -> tu
 def reciprocal_rank(relevant: np.ndarray, cutoff: int) -> np.ndarray:
     """1 / rank of the first positive among the first `cutoff` hits, 0 without one; ``(queries,)``."""
     top = relevant[:, :cutoff]
+    if top.shape[1] == 0:
+        return np.zeros(len(top))
     return np.where(top.any(1), 1.0 / (top.argmax(1) + 1), 0.0)
 
 

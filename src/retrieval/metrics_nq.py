@@ -16,8 +16,9 @@ _SEPARATOR = "\x00"
 
 def token_string(text: str) -> str:
     """The tokens of a text, each between separators, so that a sub-list of tokens is a substring."""
-    tokens = _TOKEN.findall(unicodedata.normalize("NFD", text).lower())
-    return _SEPARATOR + "".join(token + _SEPARATOR for token in tokens)
+    tokens = _TOKEN.findall(unicodedata.normalize("NFD", text))
+    # Token by token: lower-casing the whole text would let a neighbour decide the form of a final sigma.
+    return _SEPARATOR + "".join(token.lower() + _SEPARATOR for token in tokens)
 
 
 def has_answer(passage: str, answers: Sequence[str]) -> bool:
