@@ -68,6 +68,8 @@ def setup_logging() -> None:
     for name in ("src", "evaluation", "scripts", "__main__"):
         logging.getLogger(name).setLevel(level)
     transformers.logging.disable_progress_bar()
+    # Its report of weights found and missing: what is missing is an error of ours.
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     if level == logging.ERROR:
         transformers.logging.set_verbosity_error()
 

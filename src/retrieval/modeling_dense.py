@@ -227,13 +227,22 @@ def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> Pre
         if model_config.is_encoder_decoder and not decoder:
             if type(model_config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
                 raise UserError(f"{checkpoint!r}: the encoder of this model type cannot be used alone, T5's can")
-            return AutoModelForTextEncoding.from_pretrained(checkpoint, dtype=torch.float32, **options)
-        pooler = _no_pooler(MODEL_MAPPING[type(model_config)]) if type(model_config) in MODEL_MAPPING else {}  # type: ignore[arg-type]
-        return AutoModel.from_pretrained(checkpoint, dtype=torch.float32, **options, **pooler)
+            auto_class: Any = AutoModelForTextEncoding
+            pooler: dict[str, Any] = {}
+        else:
+            auto_class = AutoModel
+            pooler = _no_pooler(MODEL_MAPPING[type(model_config)]) if type(model_config) in MODEL_MAPPING else {}  # type: ignore[arg-type]
+        model, info = auto_class.from_pretrained(
+            checkpoint, dtype=torch.float32, output_loading_info=True, **options, **pooler
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         raise _load_error(checkpoint, error) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{checkpoint!r} lacks {len(missing)} weights of the encoder, among them {missing[0]}")
+    return model
 
 
 def _load_tokenizer(checkpoint: str, config: EncoderConfig) -> PreTrainedTokenizerBase:

@@ -1,0 +1,173 @@
+"""Search, saved vectors and indexes, mining and result files, against brute force."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from src.errors import UserError
+from src.retrieval.collate import mine_negatives, read_hits
+from src.retrieval.data import load_eval_rows
+from src.retrieval.index import FaissIndex, TorchIndex, merge_hits
+from tests.helpers import read_rows, run, write_rows
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu"]
+
+
+def brute_force(vectors: np.ndarray, queries: np.ndarray, metric: str, hits: int) -> np.ndarray:
+    """Row numbers of the best hits, pair by pair in float64."""
+    rows = []
+    for query in queries.astype(np.float64):
+        scores = [
+            -((query - v) ** 2).sum() if metric == "l2" else (query * v).sum() for v in vectors.astype(np.float64)
+        ]
+        rows.append(sorted(range(len(vectors)), key=lambda i: (-scores[i], i))[:hits])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_indexes_find_what_brute_force_finds(metric, monkeypatch):
+    monkeypatch.setattr("src.retrieval.index.BLOCK", 17)
+    rng = np.random.default_rng(0)
+    vectors, queries = rng.normal(size=(101, 8)).astype(np.float32), rng.normal(size=(7, 8)).astype(np.float32)
+    expected = brute_force(vectors, queries, metric, 20)
+    for index in (FaissIndex.build(vectors, "Flat", metric), TorchIndex(vectors, metric, torch.device("cpu"))):
+        scores, rows = index.search(queries, 20)
+        np.testing.assert_array_equal(rows, expected)
+        assert (np.diff(scores, axis=1) <= 0).all()
+    parts = [FaissIndex.build(part, "Flat", metric).search(queries, 20) for part in (vectors[:50], vectors[50:])]
+    _, rows = merge_hits([p[0] for p in parts], [parts[0][1], parts[1][1] + 50], 20)
+    np.testing.assert_array_equal(rows, expected)
+
+
+def test_merge_breaks_ties_by_row_and_puts_missing_hits_last():
+    """Hand-derived: 0.5 stands twice, row 3 before row 8; -1 comes last whatever its score."""
+    first = np.array([[0.9, 0.5, -np.inf]], dtype=np.float32), np.array([[7, 8, -1]])
+    second = np.array([[0.5, 0.1]], dtype=np.float32), np.array([[3, 1]])
+    scores, rows = merge_hits([first[0], second[0]], [first[1], second[1]], 5)
+    assert rows.tolist() == [[7, 3, 8, 1, -1]]
+    assert scores[0, :4].tolist() == pytest.approx([0.9, 0.5, 0.5, 0.1])
+
+
+@pytest.mark.parametrize("factory", ["HNSW8", "IVF4,Flat", "PQ4"])
+def test_any_factory_string(factory):
+    vectors = np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32)
+    _, rows = FaissIndex.build(vectors, factory, "ip").search(vectors[:5], 10)
+    assert rows.shape == (5, 10)
+    assert rows.max() < 400
+
+
+def test_mined_negatives_leave_positives_out():
+    """By index (0), by text (1 equals the positive, 2 is blank-different from it), doubles (4), answers (5)."""
+    corpus = ["the pope", "a positive", "a positive ", "wrong", "wrong", "it is 42 indeed", "far"]
+    row = {"query": "q", "pos": ["a positive"], "pos_index": [0], "answers": ["42"]}
+    hits = np.array([0, 1, 2, 3, 4, 5, 6, -1])
+    mined = mine_negatives(row, hits, corpus.__getitem__, 10, filter_answers=False)
+    assert mined["neg_index"] == [3, 5, 6]
+    assert mined["neg"] == ["wrong", "it is 42 indeed", "far"]
+    assert mined["pos"] == ["a positive"]
+    assert mine_negatives(row, hits, corpus.__getitem__, 10, filter_answers=True)["neg_index"] == [3, 6]
+    assert mine_negatives(row, hits, corpus.__getitem__, 1, filter_answers=False)["neg_index"] == [3]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """40 keys, 12 queries; one query without labels."""
+    rng = np.random.default_rng(1)
+    corpus = [{"text": " ".join(rng.choice(WORDS, 6)) + f" {i}"} for i in range(40)]
+    rows = [{"query": corpus[i]["text"], "pos_index": [i], "query_id": f"q{i}"} for i in range(11)] + [{"query": "nu"}]
+    return write_rows(tmp_path / "test.json", rows), write_rows(tmp_path / "corpus.json", corpus)
+
+
+def evaluate(files, encoder: str, output, *flags: str, processes: int = 1, expect: int = 0):
+    """Evaluate through the entry point; (metrics, result rows)."""
+    command = ["run_dense.py", "--eval_data", files[0], "--corpus", files[1], "--key_template", "{text}"]
+    command += [
+        "--add_instruction",
+        "False",
+        "--query_encoder",
+        encoder,
+        "--query_max_length",
+        "64",
+        "--key_max_length",
+        "64",
+        "--hits",
+        "15",
+    ]
+    command += ["--output_dir", output, "--log_path", output / "performance.log", *flags]
+    done = run(command, processes)
+    assert done.returncode == expect, done.stderr[-3000:]
+    if expect:
+        return done.stderr
+    return read_rows(output / "performance.jsonl")[-1]["metrics"], read_rows(output / "test.result.json")
+
+
+def test_evaluation_end_to_end(files, tiny_bert, tmp_path):
+    """Two processes find what one finds; saved vectors, index and results give the same again."""
+    alone = evaluate(files, tiny_bert, tmp_path / "one", "--save_encode", "--save_index", "--pooling_method", "mean")
+    metrics, result = alone
+    assert len(result) == 12
+    assert [row["query_id"] for row in result] == [f"q{i}" for i in range(11)] + [11]
+    assert all(len(row["pred"]) == len(row["score"]) == 15 for row in result)
+    assert metrics["mrr@1"] == 1.0, "every labelled query is the text of its own key"
+    shared = evaluate(files, tiny_bert, tmp_path / "two", "--pooling_method", "mean", "--save_encode", processes=2)
+    assert [row["pred"] for row in shared[1]] == [row["pred"] for row in result]
+    assert shared[0] == pytest.approx(metrics)
+    for flag in ("--load_encode", "--load_index", "--load_result"):
+        again = evaluate(files, tiny_bert, tmp_path / "one", flag, "--pooling_method", "mean")
+        assert [row["pred"] for row in again[1]] == [row["pred"] for row in result]
+        assert again[0] == pytest.approx(metrics)
+    by_two = evaluate(files, tiny_bert, tmp_path / "two", "--load_encode", "--pooling_method", "mean")
+    assert [row["pred"] for row in by_two[1]] == [row["pred"] for row in result]
+    error = evaluate(files, tiny_bert, tmp_path / "one", "--load_encode", "--pooling_method", "cls", expect=2)
+    assert "was made with pooling_method 'mean', this run has 'cls'" in error
+
+
+def test_rerank_and_mining(files, tiny_bert, tmp_path):
+    rows = read_rows(files[0])
+    corpus = [row["text"] for row in read_rows(files[1])]
+    for i, row in enumerate(rows[:11]):
+        row["key_index"] = [(i + step) % 40 for step in (3, 0, 7)]
+        row["key"] = [corpus[k] for k in row["key_index"]]
+    write_rows(files[0], rows)
+    flags = ("--pooling_method", "mean", "--metrics", "mrr", "collate_neg", "collate_key", "--save_name", "tiny")
+    evaluate_output = tmp_path / "out"
+    command = ["run_dense.py", "--eval_data", files[0], "--corpus", files[1], "--key_template", "{text}", *flags]
+    command += [
+        "--add_instruction",
+        "False",
+        "--query_encoder",
+        tiny_bert,
+        "--query_max_length",
+        "64",
+        "--key_max_length",
+        "64",
+        "--hits",
+        "10",
+    ]
+    command += ["--output_dir", evaluate_output, "--log_path", evaluate_output / "log.log"]
+    assert run(command).returncode == 0
+    mined = read_rows(files[0].parent / "test.neg.tiny.json")
+    for row in mined[:11]:
+        assert not set(row["neg_index"]) & set(row["pos_index"])
+        assert row["neg"] == [corpus[i] for i in row["neg_index"]]
+        assert 0 < len(row["neg"]) <= 10
+    assert read_rows(files[0].parent / "test.key.tiny.json")[0]["key_index"][0] == 0
+    assert run([*command, "--eval_method", "rerank", "--metrics", "mrr"]).returncode == 0
+    reranked = read_rows(evaluate_output / "test.result.tiny.json")
+    assert [row["pred"][0] for row in reranked[:11]] == list(range(11))
+    assert reranked[11]["pred"] == []
+    assert json.loads((evaluate_output / "log.jsonl").read_text().splitlines()[-1])["metrics"]["mrr@1"] == 1.0
+
+
+def test_mismatched_result_file(files, tiny_bert, tmp_path):
+    rows = load_eval_rows(str(files[0]), None, None)
+    saved = write_rows(tmp_path / "r.json", [{"query_id": "x", "pred": [1], "score": [0.5]}] * 12)
+    with pytest.raises(UserError, match="the query_ids differ"):
+        read_hits(str(saved), rows)
+    saved = write_rows(tmp_path / "r.json", [{"query_id": "x", "pred": [1], "score": [0.5]}])
+    with pytest.raises(UserError, match="has 1 rows"):
+        read_hits(str(saved), rows)
