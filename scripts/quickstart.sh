@@ -28,11 +28,11 @@ torchrun --standalone --nproc_per_node "$NPROC" run_dense.py \
     --query_encoder "$ENCODER" \
     --output_dir "$OUT" \
     --add_instruction False \
-    --query_max_length 64 \
-    --key_max_length 128 \
+    --query_max_length 48 \
+    --key_max_length 48 \
     --learning_rate 2e-4 \
-    --num_train_epochs 1 \
-    --per_device_train_batch_size 32 \
+    --num_train_epochs 1.2 \
+    --per_device_train_batch_size $((32 / NPROC > 0 ? 32 / NPROC : 1)) \
     --train_group_size 2 \
     --contrastive_weight 1 \
     --cos_temperature 0.05 \

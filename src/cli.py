@@ -65,7 +65,7 @@ def setup_logging() -> None:
     """Log lines of the main process to stderr; of libraries only warnings, and no bars for loading weights."""
     level = logging.INFO if distributed.launched_rank() == 0 else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for name in ("src", "evaluation", "scripts", "__main__"):
+    for name in ("src", "evaluation", "scripts", "run_dense", "__main__"):
         logging.getLogger(name).setLevel(level)
     transformers.logging.disable_progress_bar()
     # Its report of weights found and missing: what is missing is an error of ours.
