@@ -62,16 +62,14 @@ def parse_args(
 
 
 def setup_logging() -> None:
-    """Log lines of the main process to stderr; of libraries only warnings, and no bars for loading weights."""
+    """Log lines of the main process to stderr; of libraries warnings, of transformers errors only."""
     level = logging.INFO if distributed.launched_rank() == 0 else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for name in ("src", "evaluation", "scripts", "run_dense", "__main__"):
         logging.getLogger(name).setLevel(level)
+    # Its warnings speak of its own workings; weights that are missing from a checkpoint are an error of ours.
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # Its report of weights found and missing: what is missing is an error of ours.
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
-    if level == logging.ERROR:
-        transformers.logging.set_verbosity_error()
 
 
 def run(main: Callable[[], None]) -> NoReturn:

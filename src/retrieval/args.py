@@ -247,6 +247,8 @@ class RetrievalTrainingArgs(TrainingArguments):
             self.fp16 = False
         if self.gradient_checkpointing:
             self.activation_checkpointing, self.gradient_checkpointing = True, None
+        if self.disable_tqdm is None:
+            self.disable_tqdm = False
         if self.warmup_steps == 0:
             self.warmup_steps = self.warmup_ratio
         if str(self.eval_strategy) in ("no", "IntervalStrategy.NO"):

@@ -1,0 +1,84 @@
+"""Flags and defaults of the entry points, and names that transformers has renamed."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from src.cli import parse_args
+from src.errors import UserError
+from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
+from tests.helpers import ROOT
+
+FLAGS = ROOT.parent / "shared" / "contract" / "flags.json"
+#: fp16 falls back to fp32 where the device has no fp16 training; data_root follows an environment variable.
+BY_MACHINE = {"fp16"}
+
+
+def parse(*argv: str, **defaults):
+    return parse_args([RetrievalArgs, RetrievalTrainingArgs], argv, **defaults)
+
+
+@pytest.mark.skipif(not FLAGS.is_file(), reason="the list of flags lies beside the development checkout only")
+def test_every_flag_of_run_dense_has_the_documented_default(monkeypatch):
+    monkeypatch.delenv("LLM_EMBEDDER_DATA", raising=False)
+    (args, training), given = parse()
+    assert given == frozenset()
+    wanted = json.loads(FLAGS.read_text())["python run_dense.py"]
+    found = {**vars(training), **vars(args)}
+    found["report_to"] = found["report_to"] or "none"
+    assert {name: found[name] for name in wanted if name not in BY_MACHINE} == {
+        name: value for name, value in wanted.items() if name not in BY_MACHINE
+    }
+    assert training.fp16 == torch.cuda.is_available()
+
+
+def test_given_flags_are_told_from_defaults():
+    (args, training), given = parse("--pooling_method", "cls", "--fp16", "False", "--save_steps", "7", seed=3)
+    assert given == {"pooling_method", "fp16", "save_steps"}
+    assert (args.pooling_method, training.save_steps, training.seed) == (["cls"], 7, 3)
+
+
+def test_booleans_and_lists():
+    (args, _), _ = parse("--add_instruction", "False", "--load_index", "--cutoffs", "3", "10", "--metrics", "nq")
+    assert (args.add_instruction, args.load_index, args.cutoffs, args.metrics) == (False, True, [3, 10], ["nq"])
+
+
+def test_renamed_flags_are_honoured():
+    (_, training), _ = parse("--evaluation_strategy", "epoch", "--warmup_ratio", "0.25", "--no_cuda")
+    assert str(training.eval_strategy.value) == "epoch"
+    assert training.get_warmup_steps(100) == 25
+    assert training.use_cpu
+    (_, training), _ = parse("--eval_strategy", "epoch", "--warmup_steps", "7", "--gradient_checkpointing")
+    assert str(training.eval_strategy.value) == "epoch"
+    assert training.get_warmup_steps(100) == 7
+    assert training.activation_checkpointing
+
+
+def test_data_root_follows_the_environment(monkeypatch):
+    monkeypatch.setenv("LLM_EMBEDDER_DATA", "/somewhere")
+    (args, _), _ = parse()
+    assert args.data_root == "/somewhere"
+
+
+def test_misspelt_defaults_of_an_entry_point_are_an_error():
+    with pytest.raises(TypeError, match="kee_max_length"):
+        parse(kee_max_length=3)
+
+
+def test_unknown_flags_are_named():
+    with pytest.raises(UserError, match="--lerning_rate"):
+        parse("--lerning_rate", "1")
+
+
+def test_help_explains_every_flag(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run_dense.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in (*vars(RetrievalArgs()), "train_group_size", "stable_distill", "early_exit_steps"):
+        assert f"--{name}" in text
