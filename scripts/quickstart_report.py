@@ -7,11 +7,13 @@ import importlib.metadata
 import json
 import platform
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bm25s
+import numpy as np
 import Stemmer
 from sentence_transformers import SentenceTransformer
 
@@ -42,9 +44,16 @@ def bm25_metrics(corpus: list[str], rows: list[dict]) -> dict[str, float]:
     return {name: float(per_query.mean()) for name, per_query in values.items()}
 
 
-def answer(model: SentenceTransformer, corpus: list[str], query: str) -> list[tuple[float, str]]:
-    """The three best tools for a query, with their scores."""
-    scores = model.similarity(model.encode([query]), model.encode(corpus))[0]
+def answer(model: SentenceTransformer, vectors: np.ndarray, corpus: list[str], query: str) -> list[tuple[float, str]]:
+    """The three best tools for a query, with their scores.
+
+    Args:
+        model: the converted model.
+        vectors: fp32 ``(tools, D)``, the evaluation's embeddings of the corpus.
+        corpus: texts of the tools.
+        query: text.
+    """
+    scores = model.similarity(model.encode([query]), vectors)[0]
     best = scores.argsort(descending=True)[:3].tolist()
     return [(float(scores[i]), corpus[i]) for i in best]
 
@@ -60,14 +69,16 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder with before.jsonl and after.jsonl")
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with corpus.json and test.json")
     parser.add_argument("--model", required=True, help="the converted model")
-    parser.add_argument("--seconds", type=float, required=True, help="how long the run took so far")
+    parser.add_argument("--started", type=float, required=True, help="when the run began, in seconds since 1970")
     args = parser.parse_args()
 
     corpus = [row["text"] for row in read_rows(args.data_dir / "corpus.json")]
     rows = read_rows(args.data_dir / "test.json")
     model = SentenceTransformer(args.model)
     print(f"\n{QUERY}")
-    for score, text in answer(model, corpus, QUERY):
+    saved = sorted((args.output_dir / "after/embeddings").glob("vectors.*.npy"))
+    vectors = np.concatenate([np.load(path, allow_pickle=False) for path in saved])
+    for score, text in answer(model, vectors, corpus, QUERY):
         print(f"  {score:.3f}  {' '.join(text.split())[:100]}")
 
     table = {
@@ -75,10 +86,11 @@ def main() -> None:
         "before": last_metrics(args.output_dir / "before.jsonl"),
         "after": last_metrics(args.output_dir / "after.jsonl"),
     }
+    seconds = round(time.time() - args.started)
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
     summary = {
         **table,
-        "seconds": args.seconds,
+        "seconds": seconds,
         "model": args.model,
         "held_out_requests": len(rows),
         "versions": versions,
@@ -89,7 +101,7 @@ def main() -> None:
     print(f"{'':<8}" + "".join(f"{name:>12}" for name in SHOWN))
     for name, metrics in table.items():
         print(f"{name:<8}" + "".join(f"{metrics[metric]:>12.4f}" for metric in SHOWN))
-    print(f"\n{args.seconds:.0f} seconds. The model: {args.model}   The numbers: {args.output_dir / 'summary.json'}")
+    print(f"\n{seconds} seconds. The model: {args.model}   The numbers: {args.output_dir / 'summary.json'}")
 
 
 if __name__ == "__main__":
