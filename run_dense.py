@@ -19,9 +19,16 @@ from src.errors import UserError
 from src.io import expand_data_paths
 from src.result_log import log_result
 from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
-from src.retrieval.builders import dense_evaluator, encoder_config, instructions, load_eval_data, metric_names
+from src.retrieval.builders import (
+    check_outputs,
+    dense_evaluator,
+    encoder_config,
+    instructions,
+    load_eval_data,
+    metric_names,
+)
 from src.retrieval.collator import TrainCollator
-from src.retrieval.data import TrainDataset, load_train_sources
+from src.retrieval.data import TrainDataset, check_mixable, load_train_sources
 from src.retrieval.modeling_dense import DenseRetriever, load_dense_retriever
 from src.retrieval.settings import settings_for
 from src.retrieval.trainer import RetrievalTrainer, checkpoint_to_resume
@@ -38,9 +45,16 @@ def check_combinations(args: RetrievalArgs, training: RetrievalTrainingArgs) -> 
             f"--retrieval_method {args.retrieval_method}: run_dense.py trains and evaluates dense encoders, "
             "python -m evaluation.eval_retrieval takes the others"
         )
-    reused = [flag for flag in ("load_result", "load_encode", "load_index") if getattr(args, flag)]
-    if args.train_data and reused:
-        raise UserError(f"--{reused[0]} is of no use in training: the weights change from step to step")
+    stored = ("load_result", "load_encode", "load_index", "save_encode", "save_index")
+    if args.train_data and (asked := [flag for flag in stored if getattr(args, flag)]):
+        raise UserError(
+            f"--{asked[0]} is of no use in training, where the weights change from step to step: evaluate the trained "
+            "encoder in a run of its own, without --train_data"
+        )
+    if args.train_data and args.cpu and not training.use_cpu:
+        raise UserError("--cpu is for evaluation: give --use_cpu to train on the CPU as well")
+    if args.load_result and training.eval_method == "rerank":
+        raise UserError("--load_result loads what retrieval found: leave it out with --eval_method rerank")
     known = metric_names(args)
     best = training.metric_for_best_model
     if args.train_data and best is not None and (not args.eval_data or best.removeprefix("eval_") not in known):
@@ -80,6 +94,7 @@ def main() -> None:
     """Parse, load, train or evaluate."""
     (args, training), given = parse_args([RetrievalArgs, RetrievalTrainingArgs])
     check_combinations(args, training)
+    distributed.on_main(lambda: check_outputs(args, training))
     device: torch.device = torch.device("cpu") if args.cpu else training.device
     arguments = {**asdict(args), **training.to_dict()}
     eval_data = load_eval_data(args, training.eval_method, training.output_dir)
@@ -93,6 +108,8 @@ def main() -> None:
             training.seed,
             args.dataset_cache_dir,
         )
+        if training.inbatch_same_dataset is None:
+            check_mixable(sources)
     resume = distributed.on_main(lambda: checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir))
     set_seed(training.seed)
     model = load_dense_retriever(encoder_config(args, given))

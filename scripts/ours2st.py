@@ -30,6 +30,8 @@ from src.retrieval.trainer import replace_folder
 logger = logging.getLogger("scripts.ours2st")
 
 TOLERANCE = 1e-5
+#: The file that every sentence-transformers folder has.
+ST_FILE = "modules.json"
 ST_POOLING = {"cls": "cls", "mean": "mean", "last": "lasttoken"}
 ST_SIMILARITY = {"cos": "cosine", "ip": "dot", "l2": "euclidean"}
 SENTENCES = (
@@ -105,6 +107,23 @@ def max_difference(model: DenseRetriever, converted: SentenceTransformer, max_le
     return float(np.abs(ours - theirs).max())
 
 
+def check_target(source: str, target: str) -> None:
+    """Refuse an output folder whose replacement would take more with it than an earlier conversion.
+
+    Args:
+        source: encoder, an absolute path when it is a folder.
+        target: absolute path of the output folder.
+
+    Raises:
+        UserError: `target` holds the encoder, or files that are no converted model.
+    """
+    if target != source and os.path.commonpath([target, os.path.abspath(source)]) == target:
+        raise UserError(f"--output_dir {target} holds the encoder itself: name another folder, or none")
+    is_foreign = os.path.isdir(target) and os.listdir(target) and not os.path.isfile(os.path.join(target, ST_FILE))
+    if target != source and is_foreign:
+        raise UserError(f"--output_dir {target} holds other files: name a new folder, or an earlier conversion")
+
+
 def _copy_missing(source: str, target: str) -> None:
     """Copy what stands in `source` and not in `target`, such as our own record of the pooling."""
     for entry in os.scandir(source):
@@ -116,23 +135,26 @@ def _copy_missing(source: str, target: str) -> None:
 def main() -> None:
     """Load, convert, compare, and only then put the result in place."""
     (args,), given = parse_args([ConvertArgs])
-    source = args.encoder.rstrip("/")
+    source = os.path.abspath(args.encoder) if os.path.isdir(args.encoder) else args.encoder
+    target = os.path.abspath(args.output_dir or args.encoder)
+    check_target(source, target)
     model = load_dense_retriever(
         EncoderConfig(
             source,
             pooling_method=tuple(args.pooling_method) if "pooling_method" in given else None,
             dense_metric=args.dense_metric if "dense_metric" in given else None,
-            query_max_length=1,
-            key_max_length=1,
             cache_dir=args.model_cache_dir,
         )
     ).eval()
     limit = model.query_tokenizer.model_max_length
     positions = getattr(model.encoders["encoder"].backbone.config, "max_position_embeddings", None)
     max_length = args.max_length or min(limit, positions or limit, 512)
-    target = (args.output_dir or source).rstrip("/")
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     staging = tempfile.mkdtemp(prefix=".ours2st.", dir=Path(target).parent)
+    # mkdtemp makes it for the owner alone; the result shall be as readable as any other folder.
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(staging, 0o777 & ~umask)
     try:
         modules = st_modules(source, model.encoders["encoder"], model.metric, max_length)
         converted = SentenceTransformer(modules=modules, similarity_fn_name=ST_SIMILARITY[model.metric], device="cpu")
@@ -140,7 +162,7 @@ def main() -> None:
         difference = max_difference(model, SentenceTransformer(staging, device="cpu"), max_length)
         if not difference <= TOLERANCE:
             raise UserError(f"the converted model embeds differently: by up to {difference:.2e}, above {TOLERANCE:.0e}")
-        if os.path.isdir(target):
+        if target == source:
             _copy_missing(target, staging)
         replace_folder(staging, target)
     finally:

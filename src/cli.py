@@ -13,7 +13,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from src import distributed
-from src.errors import UserError
+from src.errors import UserError, describe_os_error
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def setup_logging() -> None:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run an entry point and exit: 0 when done, 2 after a `UserError` shown as one message."""
+    """Run an entry point and exit: 0 when done, 2 after an error that the user can mend, shown as one message."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     setup_logging()
     code = 0
@@ -82,6 +82,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         if distributed.launched_rank() == 0:
             sys.stderr.write(f"error: {error}\n")
+        code = 2
+    except OSError as error:
+        # Without a file it is no matter of the user's input (a lost connection between processes, say).
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"error: {describe_os_error(error)}\n")
         code = 2
     finally:
         distributed.destroy_process_group()

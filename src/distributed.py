@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from src.errors import UserError
+from src.errors import UserError, describe_os_error
 
 T = TypeVar("T")
 
@@ -82,7 +82,8 @@ def on_main(function: Callable[[], T]) -> T:
     """Call `function` on the main process and return its result on every process.
 
     Raises:
-        UserError: the one that `function` raised, on every process, so that none waits for the others.
+        UserError: the one that `function` raised, on every process, so that none waits for the others; with
+            more than one process also in place of an OSError about a file.
     """
     if world_size() == 1:
         return function()
@@ -92,6 +93,10 @@ def on_main(function: Callable[[], T]) -> T:
             result = (function(), None)
         except UserError as error:
             result = (None, str(error))
+        except OSError as error:
+            if error.filename is None:
+                raise
+            result = (None, describe_os_error(error))
     value, message = broadcast_object(result)
     if message is not None:
         raise UserError(message)

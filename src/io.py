@@ -51,6 +51,21 @@ def existing_file(path: str, flag: str) -> str:
     return path
 
 
+def check_writable(folder: str, flag: str) -> None:
+    """Find out whether files can be written to `folder`, which may not exist yet; makes nothing.
+
+    Raises:
+        UserError: they cannot; `flag` names the argument it came from.
+    """
+    existing = Path(folder).absolute()
+    while not existing.exists() and not existing.is_symlink():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--{flag}: {existing} is no folder, so {folder} cannot be written to")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--{flag}: no permission to write to {existing}: change that, or name another folder")
+
+
 def expand_data_paths(paths: Sequence[str], data_root: str, flag: str) -> list[str]:
     """Resolve prefixes and globs; a file named twice stays twice, the matches of a glob are sorted.
 

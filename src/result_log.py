@@ -15,7 +15,7 @@ def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[s
     """Append a block to `log_path` and a line to the same path with the ending ``.jsonl``.
 
     Args:
-        log_path: created with its folder when missing.
+        log_path: created with its folder when missing; one that ends in ``.jsonl`` gets the lines only.
         metrics: name to value.
         arguments: anything JSON can hold; other values are written as text.
     """
@@ -25,12 +25,12 @@ def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[s
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     record = {"time": time, "command": command, "metrics": dict(metrics), "arguments": dict(arguments)}
     line = json.dumps(record, ensure_ascii=False, default=str)
-    with open(path, "a", encoding="utf-8") as file:
-        shown = json.dumps(record["arguments"], ensure_ascii=False, default=str)
-        file.write(f"{time}\ncommand: {command}\narguments: {shown}\n")
-        file.writelines(f"  {name:<16} {value:.4f}\n" for name, value in metrics.items())
-        file.write("\n")
-    with open(
-        path.with_suffix(path.suffix + "l" if path.suffix == ".json" else ".jsonl"), "a", encoding="utf-8"
-    ) as file:
+    lines_path = path.with_suffix(path.suffix + "l" if path.suffix == ".json" else ".jsonl")
+    if lines_path != path:
+        with open(path, "a", encoding="utf-8") as file:
+            shown = json.dumps(record["arguments"], ensure_ascii=False, default=str)
+            file.write(f"{time}\ncommand: {command}\narguments: {shown}\n")
+            file.writelines(f"  {name:<16} {value:.4f}\n" for name, value in metrics.items())
+            file.write("\n")
+    with open(lines_path, "a", encoding="utf-8") as file:
         file.write(line + "\n")

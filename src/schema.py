@@ -13,8 +13,8 @@ from typing import Any, TypedDict
 
 from src.errors import UserError
 
-TRAIN_CHECK = "train-1"
-EVAL_CHECK = "eval-1"
+TRAIN_CHECK = "train-2"
+EVAL_CHECK = "eval-2"
 
 
 class TrainRow(TypedDict, total=False):
@@ -53,11 +53,24 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_encodable(text: str) -> bool:
+    """False for text with half of a surrogate pair, which JSON can express and UTF-8, thus no tokenizer, can."""
+    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
+
+
+def _string_problem(name: str, value: Any) -> list[str]:
+    if not isinstance(value, str):
+        return [f"{name} must be a string, found {type(value).__name__}"]
+    if not _is_encodable(value):
+        return [f"{name} holds half of a surrogate pair (such as \\ud83d alone): the text was cut inside a character"]
+    return []
+
+
 def _text_problems(row: dict[str, Any], field: str, required: bool) -> list[str]:
     value = row.get(field)
     if value is None:
         return [f"field {field!r} is missing: every row needs it as a string"] if required else []
-    return [] if isinstance(value, str) else [f"field {field!r} must be a string, found {type(value).__name__}"]
+    return _string_problem(f"field {field!r}", value)
 
 
 def _list_problems(row: dict[str, Any], field: str, kind: str, required: bool = False) -> list[str]:
@@ -68,8 +81,8 @@ def _list_problems(row: dict[str, Any], field: str, kind: str, required: bool = 
     if not isinstance(value, list):
         return [f"field {field!r} must be a list of {kind}, found {type(value).__name__}"]
     for position, item in enumerate(value):
-        if kind == "strings" and not isinstance(item, str):
-            return [f"field {field!r}[{position}] must be a string, found {type(item).__name__}"]
+        if kind == "strings" and (problems := _string_problem(f"field {field!r}[{position}]", item)):
+            return problems
         if kind == "indices" and not (_is_int(item) and item >= 0):
             return [f"field {field!r}[{position}] must be a row number of the corpus (0 or more), found {item!r}"]
         if kind == "numbers" and not (_is_number(item) and math.isfinite(item)):
@@ -141,9 +154,10 @@ def check_eval_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
 
     Returns:
         The problems, and ``positives`` (count), ``pos_index_max`` (-1 without positives), ``answers``
-        and ``keys`` (counts), ``task`` (str, empty when missing).
+        and ``keys`` (counts), ``key_index_max`` (like that of the positives), ``task`` (str, empty when missing).
     """
     problems = _common_problems(row)
+    problems += _list_problems(row, "pos", "strings")
     problems += _list_problems(row, "key", "strings")
     problems += _list_problems(row, "key_index", "indices")
     if problems:
@@ -154,8 +168,23 @@ def check_eval_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         "pos_index_max": max(pos_index, default=-1),
         "answers": len(row.get("answers") or []),
         "keys": len(row.get("key") or []),
+        "key_index_max": max(row.get("key_index") or [], default=-1),
         "task": row.get("task") or "",
     }
+
+
+def check_hits_row(row: dict[str, Any], corpus_size: int | None) -> tuple[list[str], dict[str, Any]]:
+    """Check one row of a result file: ``query_id``, ``pred`` and ``score``, one score per hit."""
+    if missing := [field for field in ("query_id", "pred", "score") if row.get(field) is None]:
+        return [f"field {field!r} is missing: a result file has query_id, pred and score" for field in missing], {}
+    problems = _list_problems(row, "pred", "indices") + _list_problems(row, "score", "numbers")
+    if problems:
+        return problems, {}
+    if len(row["pred"]) != len(row["score"]):
+        problems.append(f"{len(row['pred'])} pred for {len(row['score'])} score: one score per hit is needed")
+    if corpus_size is not None and max(row["pred"], default=-1) >= corpus_size:
+        problems.append(f"pred {max(row['pred'])} is beyond the corpus, which has {corpus_size} rows: is it another?")
+    return problems, {}
 
 
 def template_columns(template: str) -> list[str]:
@@ -187,6 +216,6 @@ def check_corpus_row(row: dict[str, Any], columns: Sequence[str]) -> tuple[list[
         if column not in row:
             present = ", ".join(sorted(row)) or "none"
             problems.append(f"column {column!r} of --key_template is missing (this row has: {present})")
-        elif not (row[column] is None or isinstance(row[column], str)):
-            problems.append(f"column {column!r} must be a string, found {type(row[column]).__name__}")
+        elif row[column] is not None:
+            problems += _string_problem(f"column {column!r}", row[column])
     return problems, {}

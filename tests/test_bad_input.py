@@ -48,6 +48,10 @@ BAD_TRAIN_FILES = {
         ":1: field 'teacher_scores'[1] must be a finite",
     ),
     "score is a text": (lines({**GOOD, "teacher_scores": [1, "2", 3]}), "must be a finite number, found '2'"),
+    "half a character": (
+        '{"query": "a \\ud83d", "pos": ["b"], "neg": ["c"]}\n',
+        ":1: field 'query' holds half of a surrogate pair",
+    ),
     "index below 0": (lines({**GOOD, "pos_index": [-1]}), ":1: field 'pos_index'[0] must be a row number"),
     "query_id is a list": (lines({**GOOD, "query_id": [1]}), ":1: field 'query_id' must be an integer or a string"),
     "history beside pos": (lines({**GOOD, "history": ["a"]}), ":1: field 'pos' stands beside 'history'"),
@@ -138,6 +142,37 @@ BAD_ARGUMENTS = {
     ),
     "no labels": ("--eval_data {unlabelled} --corpus {corpus}", "no row has pos_index"),
     "no answers": ("--eval_data {eval} --corpus {corpus} --metrics nq", "no row has 'answers'"),
+    "cutoff beyond the hits": (
+        "--eval_data {eval} --corpus {corpus} --hits 10",
+        "--cutoffs 1 5 10 100: only --hits 10 keys are retrieved",
+    ),
+    "key_index beyond the corpus": (
+        "--eval_data {keyed} --corpus {corpus} --eval_method rerank",
+        "{keyed}:1: key_index 9 is beyond the corpus",
+    ),
+    "collating without corpus": (
+        "--eval_data {keyed} --eval_method rerank --metrics mrr collate_neg",
+        "--metrics collate_neg needs --corpus",
+    ),
+    "result of reranking": (
+        "--eval_data {keyed} --eval_method rerank --load_result",
+        "leave it out with --eval_method rerank",
+    ),
+    "vectors saved in training": ("--train_data {train} --save_encode", "--save_encode is of no use in training"),
+    "log below a file": ("--train_data {train} --log_path {train}/log", "{train} is no folder"),
+    "losses that differ in a batch": (
+        "--train_data {qa} {convsearch} --use_train_config --version llm-embedder",
+        "add --inbatch_same_dataset epoch",
+    ),
+    "DeepSpeed stage 3": ("--train_data {train} --deepspeed {stage3}", "ZeRO stage 3 is not supported"),
+    "a dense layer nobody asked for": (
+        "--train_data {train} --query_encoder {model} --query_max_length 64 --key_max_length 64 --dense_dim 8",
+        "--dense_dim 8 needs a dense layer",
+    ),
+    "no room for text": (
+        "--train_data {train} --query_encoder {model} --query_max_length 2 --key_max_length 64",
+        "--query_max_length 2 leaves no room for text",
+    ),
     "no such encoder": (
         "--train_data {train} --query_encoder no/such-encoder",
         "cannot load the encoder 'no/such-encoder'",
@@ -191,6 +226,10 @@ def places(tmp_path, tiny_bert) -> dict[str, str]:
         "corpus": write_rows(tmp_path / "corpus.json", CORPUS),
         "beyond": write_rows(tmp_path / "beyond.json", [*EVAL, {"query": "b", "pos_index": [1, 7]}]),
         "unlabelled": write_rows(tmp_path / "unlabelled.json", [{"query": "a"}]),
+        "qa": write_rows(tmp_path / "qa" / "train.json", [{**GOOD, "teacher_scores": [3, 2, 1]}]),
+        "convsearch": write_rows(tmp_path / "convsearch" / "train.json", [{**GOOD, "task": "convsearch"}]),
+        "keyed": write_rows(tmp_path / "keyed.json", [{**EVAL[0], "key": ["a"], "key_index": [9]}]),
+        "stage3": write_rows(tmp_path / "stage3.json", [{"zero_optimization": {"stage": 3}}]),
         "missing": tmp_path / "missing",
         "folder": folder,
     }

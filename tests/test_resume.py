@@ -137,6 +137,14 @@ def test_early_exit_saves_and_resumes(bench: Bench, tmp_path: Path):
     assert_same_checkpoint(tmp_path / "checkpoint-8", bench.whole(1, "epoch") / "checkpoint-8")
 
 
+def test_a_run_that_reached_its_last_step_takes_no_more(bench: Bench, tmp_path: Path):
+    """Neither the step of an early exit nor that of --max_steps is passed by starting the command again."""
+    for flag in ("--early_exit_steps", "--max_steps"):
+        for _ in range(2):
+            bench.train(tmp_path / flag, 1, "epoch", flag, 3, "--resume_from_checkpoint", True)
+            assert names(tmp_path / flag) == ["checkpoint-3"]
+
+
 def test_a_finished_run_stays_as_it_is(bench: Bench, tmp_path: Path):
     shutil.copytree(bench.whole() / "checkpoint-6", tmp_path / "checkpoint-6")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -276,6 +284,9 @@ def test_the_oldest_written_go_first(tmp_path: Path):
         fake_checkpoint(tmp_path / f"checkpoint-{step}", "trainer_state.json", age=age)
     out, newest = str(tmp_path), str(tmp_path / "checkpoint-4")
     remove_oldest(out, None, {newest})
+    for limit in (4, 10):
+        remove_oldest(out, limit, {newest})
+        assert len(names(tmp_path)) == 4
     remove_oldest(out, 3, {newest})
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-90"]
     remove_oldest(out, 1, {newest, str(tmp_path / "checkpoint-90")})

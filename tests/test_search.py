@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from src.errors import UserError
@@ -69,6 +71,9 @@ def test_mined_negatives_leave_positives_out():
     assert mined["neg_index"] == [3, 5, 6]
     assert mined["neg"] == ["wrong", "it is 42 indeed", "far"]
     assert mined["pos"] == ["a positive"]
+    assert "teacher_scores" not in mine_negatives(
+        {**row, "teacher_scores": [1, 2]}, hits, corpus.__getitem__, 10, False
+    )
     assert mine_negatives(row, hits, corpus.__getitem__, 10, filter_answers=True)["neg_index"] == [3, 6]
     assert mine_negatives(row, hits, corpus.__getitem__, 1, filter_answers=False)["neg_index"] == [3]
 
@@ -96,6 +101,9 @@ def evaluate(files, encoder: str, output, *flags: str, processes: int = 1, expec
         "64",
         "--hits",
         "15",
+        "--cutoffs",
+        "1",
+        "10",
     ]
     command += ["--output_dir", output, "--log_path", output / "performance.log", *flags]
     done = run(command, processes)
@@ -147,6 +155,9 @@ def test_rerank_and_mining(files, tiny_bert, tmp_path):
         "64",
         "--hits",
         "10",
+        "--cutoffs",
+        "1",
+        "10",
     ]
     command += ["--output_dir", evaluate_output, "--log_path", evaluate_output / "log.log"]
     assert run(command).returncode == 0
@@ -163,11 +174,30 @@ def test_rerank_and_mining(files, tiny_bert, tmp_path):
     assert json.loads((evaluate_output / "log.jsonl").read_text().splitlines()[-1])["metrics"]["mrr@1"] == 1.0
 
 
-def test_mismatched_result_file(files, tiny_bert, tmp_path):
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ([{"query_id": "x", "pred": [1], "score": [0.5]}] * 12, "query_ids differ"),
+        ([{"query_id": "x", "pred": [1], "score": [0.5]}], "has 1 rows"),
+        ([{"query_id": "x", "pred": [1]}], "r.json:1: field 'score' is missing"),
+        ([{"query_id": "x", "pred": [1, 2], "score": [0.5]}], "2 pred for 1 score"),
+        ([{"query_id": "x", "pred": [40], "score": [0.5]}], "pred 40 is beyond the corpus, which has 40 rows"),
+        ([{"query_id": "x", "pred": ["1"], "score": [0.5]}], "must be a row number"),
+    ],
+)
+def test_unfit_result_file(files, tmp_path, saved, message):
     rows = load_eval_rows(str(files[0]), None, None)
-    saved = write_rows(tmp_path / "r.json", [{"query_id": "x", "pred": [1], "score": [0.5]}] * 12)
-    with pytest.raises(UserError, match="the query_ids differ"):
-        read_hits(str(saved), rows)
-    saved = write_rows(tmp_path / "r.json", [{"query_id": "x", "pred": [1], "score": [0.5]}])
-    with pytest.raises(UserError, match="has 1 rows"):
-        read_hits(str(saved), rows)
+    with pytest.raises(UserError, match=message):
+        read_hits(str(write_rows(tmp_path / "r.json", saved)), rows, 40)
+
+
+def test_saved_vectors_of_other_weights_are_refused(files, tiny_bert, tmp_path):
+    """The encoder's folder keeps its name, its weights are trained further."""
+    encoder = tmp_path / "encoder"
+    shutil.copytree(tiny_bert, encoder)
+    evaluate(files, str(encoder), tmp_path / "out", "--save_encode")
+    tensors = safetensors.torch.load_file(encoder / "model.safetensors")
+    tensors["embeddings.word_embeddings.weight"][5, 0] += 1e-3
+    safetensors.torch.save_file(tensors, encoder / "model.safetensors", metadata={"format": "pt"})
+    error = evaluate(files, str(encoder), tmp_path / "out", "--load_encode", expect=2)
+    assert "was made with weights" in error

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from src.errors import UserError
+from src.io import read_json
 from src.retrieval.tasks import VERSIONS
 
 METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg")
@@ -170,8 +171,23 @@ class RetrievalArgs(DenseArgs, BM25Args, DataArgs):
         DenseArgs.__post_init__(self)
         check_choice("retrieval_method", self.retrieval_method, RETRIEVAL_METHODS)
         check_positive(hits=self.hits, k1=self.k1, threads=self.threads)
+        cuts = any(not metric.startswith("collate") for metric in self.metrics)
+        if cuts and self.retrieval_method != "no" and max(self.cutoffs) > self.hits:
+            raise UserError(
+                f"--cutoffs {' '.join(map(str, self.cutoffs))}: only --hits {self.hits} keys are retrieved, raise "
+                "one or lower the other"
+            )
         if self.load_result and not self.eval_data:
             raise UserError("--load_result needs --eval_data")
+
+
+def _check_deepspeed(config: Any) -> None:
+    """Refuse what cannot be trained: stage 3, whose partitioned weights nothing here gathers."""
+    if isinstance(config, str) and config:
+        config = read_json(config, "--deepspeed")
+    stage = (config or {}).get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise UserError(f"--deepspeed: ZeRO stage {stage} is not supported, use 0, 1 or 2")
 
 
 @dataclass
@@ -208,12 +224,18 @@ class RetrievalTrainingArgs(TrainingArguments):
 
     per_device_train_batch_size: int = _flag(16, "Queries per process and step.")
     learning_rate: float = _flag(5e-6, "Peak learning rate.")
-    warmup_ratio: float = _flag(0.1, "Share of the steps with rising learning rate (--warmup_steps wins).")
+    warmup_ratio: float = _flag(0.1, "Share of the steps with rising learning rate, unless --warmup_steps is given.")
+    warmup_steps: float | None = _flag(  # type: ignore[assignment]
+        None, "Steps with rising learning rate; below 1 a share of all steps (--warmup_ratio when None)."
+    )
     weight_decay: float = _flag(0.01, "AdamW weight decay.")
     fp16: bool = _flag(True, "Train in fp16 autocast where the device can; weights stay fp32.")
     ddp_find_unused_parameters: bool | None = _flag(False, "Passed on to DistributedDataParallel.")
     remove_unused_columns: bool = _flag(False, "Must be False: rows are tokenized in the collator.")
     evaluation_strategy: str = _flag("steps", "When to evaluate during training, with eval_data: no, steps, epoch.")
+    eval_strategy: str | None = _flag(  # type: ignore[assignment]
+        None, "Newer name of --evaluation_strategy, which it overrides."
+    )
     save_steps: float = _flag(2000, "Save a checkpoint every so many steps.")
     logging_steps: float = _flag(100, "Log every so many steps.")
     report_to: str = _flag("none", "none, or where transformers reports to: tensorboard, wandb, all.")
@@ -226,7 +248,8 @@ class RetrievalTrainingArgs(TrainingArguments):
         check_choice("inbatch_same_dataset", self.inbatch_same_dataset, INBATCH_POLICIES)
         check_choice("select_positive", self.select_positive, SELECT_POSITIVE)
         check_choice("select_negative", self.select_negative, SELECT_NEGATIVE)
-        check_choice("evaluation_strategy", self.evaluation_strategy, ("no", "steps", "epoch"))
+        for name in ("evaluation_strategy", "eval_strategy"):
+            check_choice(name, getattr(self, name), ("no", "steps", "epoch"))
         check_positive(
             train_group_size=self.train_group_size,
             cos_temperature=self.cos_temperature,
@@ -245,13 +268,14 @@ class RetrievalTrainingArgs(TrainingArguments):
         self.use_cpu = self.use_cpu or self.no_cuda or not torch.cuda.is_available()
         if self.fp16 and (self.bf16 or self.use_cpu):
             self.fp16 = False
+        _check_deepspeed(self.deepspeed)
         if self.gradient_checkpointing:
             self.activation_checkpointing, self.gradient_checkpointing = True, None
         if self.disable_tqdm is None:
             self.disable_tqdm = False
-        if self.warmup_steps == 0:
+        if self.warmup_steps is None:
             self.warmup_steps = self.warmup_ratio
-        if str(self.eval_strategy) in ("no", "IntervalStrategy.NO"):
+        if self.eval_strategy is None:
             self.eval_strategy = self.evaluation_strategy
         if self.eval_steps is None:
             self.eval_steps = self.save_steps

@@ -10,9 +10,9 @@ from functools import partial
 import torch
 
 from src.errors import UserError
-from src.io import existing_file, resolve_path
+from src.io import check_writable, existing_file, resolve_path
 from src.jsonl import JsonLines
-from src.retrieval.args import DataArgs, DenseArgs, RetrievalArgs
+from src.retrieval.args import DataArgs, DenseArgs, RetrievalArgs, RetrievalTrainingArgs
 from src.retrieval.data import InstructionOf, load_corpus, load_eval_rows, no_instruction
 from src.retrieval.encode import EncodeConfig
 from src.retrieval.evaluate import (
@@ -25,7 +25,7 @@ from src.retrieval.evaluate import (
     rerank_dense,
     retrieve,
 )
-from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig
+from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, weights_fingerprint
 from src.retrieval.searcher import DenseSearchConfig, IndexIdentity, build_dense_searcher, encode_config
 from src.retrieval.tasks import instruction_for
 
@@ -68,6 +68,19 @@ def eval_config(args: RetrievalArgs, output_dir: str) -> EvalConfig:
         args.load_result,
         args.save_result,
     )
+
+
+def check_outputs(args: RetrievalArgs, training: RetrievalTrainingArgs) -> None:
+    """Find out before the work whether its results can be written.
+
+    Raises:
+        UserError: they cannot.
+    """
+    check_writable(training.output_dir, "output_dir")
+    check_writable(os.path.dirname(training.log_path) or ".", "log_path")
+    collates = any(metric.startswith("collate") for metric in args.metrics)
+    if args.eval_data is not None and collates and not args.save_to_output:
+        check_writable(os.path.dirname(resolve_path(args.eval_data, args.data_root)) or ".", "eval_data")
 
 
 def metric_names(args: DataArgs) -> list[str]:
@@ -113,12 +126,14 @@ def _identity(args: RetrievalArgs, data: EvalData, model: DenseRetriever) -> Ind
     key_encoder = args.query_encoder if args.tie_encoders else args.key_encoder
     return IndexIdentity(
         encoder=os.path.abspath(key_encoder) if os.path.isdir(key_encoder) else key_encoder,
+        weights=weights_fingerprint(model.encoders[model.key_name]),
         corpus=os.path.abspath(data.corpus.path),
         corpus_rows=len(data.corpus),
         corpus_bytes=os.path.getsize(data.corpus.path),
         key_template=data.key_template,
         key_instruction=data.key_instruction,
         key_max_length=args.key_max_length,
+        truncation_side=args.truncation_side,
         pooling_method=" ".join(model.encoders[model.key_name].pooling_method),
         dense_metric=model.metric,
     )

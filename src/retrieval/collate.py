@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from src.errors import UserError
-from src.io import write_jsonl
-from src.jsonl import JsonLines
+from src.io import existing_file, write_jsonl
+from src.jsonl import JsonLines, open_jsonl
 from src.retrieval.metrics_nq import has_answer, token_string
+from src.schema import check_hits_row
 
 
 @dataclass(frozen=True)
@@ -49,28 +50,26 @@ def write_hits(path: str, rows: JsonLines, hits: Hits) -> None:
     write_jsonl(path, lines())
 
 
-def read_hits(path: str, rows: JsonLines) -> Hits:
+def read_hits(path: str, rows: JsonLines, corpus_size: int | None) -> Hits:
     """Read what `write_hits` wrote.
 
+    Args:
+        path: result file.
+        rows: evaluation rows it was made from.
+        corpus_size: rows of the corpus; None when there is none to compare with.
+
     Raises:
-        UserError: missing, broken, or made from other evaluation rows.
+        UserError: missing, broken, or made from other evaluation rows or another corpus.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            saved = [json.loads(line) for line in file]
-    except FileNotFoundError as error:
-        raise UserError(f"--load_result: no such file: {path}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"--load_result: {path} is not a result file: {error}") from error
+    saved = open_jsonl(existing_file(path, "load_result"), partial(check_hits_row, corpus_size=corpus_size), "hits")
     if len(saved) != len(rows):
         raise UserError(f"--load_result: {path} has {len(saved)} rows, {rows.path} has {len(rows)}")
-    for number, line in enumerate(saved):
-        if line["query_id"] != query_id(rows[number], number):
-            raise UserError(f"--load_result: {path}:{number + 1} is not of {rows.where(number)}: the query_ids differ")
     width = max((len(line["pred"]) for line in saved), default=0)
     found = np.full((len(saved), width), -1, dtype=np.int64)
     scores = np.full((len(saved), width), -np.inf, dtype=np.float32)
     for number, line in enumerate(saved):
+        if line["query_id"] != query_id(rows[number], number):
+            raise UserError(f"--load_result: {saved.where(number)} is not of {rows.where(number)}: query_ids differ")
         found[number, : len(line["pred"])] = line["pred"]
         scores[number, : len(line["score"])] = line["score"]
     return Hits(found, scores)
@@ -82,7 +81,7 @@ def mine_negatives(
     """The row with its best-ranked hits that are not positives as ``neg`` and ``neg_index``.
 
     Left out are positives by index and by text, texts that came already, and with `filter_answers` texts that
-    contain an answer of the row.
+    contain an answer of the row. ``teacher_scores`` are left out too: they belong to the candidates of before.
 
     Args:
         row: an evaluation row, ``pos`` and ``pos_index`` optional.
@@ -108,7 +107,8 @@ def mine_negatives(
         seen.add(text.strip())
         negatives.append(text)
         negative_index.append(index)
-    return {**row, "pos": positives, "neg": negatives, "neg_index": negative_index}
+    kept = {name: value for name, value in row.items() if name != "teacher_scores"}
+    return {**kept, "pos": positives, "neg": negatives, "neg_index": negative_index}
 
 
 def write_mined(

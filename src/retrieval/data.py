@@ -210,21 +210,37 @@ def _check_something_trains(sources: Sequence[Source]) -> None:
         )
 
 
+def check_mixable(sources: Sequence[Source]) -> None:
+    """Find out whether a batch may hold rows of all `sources`: it has one loss.
+
+    Raises:
+        UserError: the sources are trained with different losses.
+    """
+    first = sources[0]
+    for source in sources[1:]:
+        if source.settings.loss != first.settings.loss:
+            raise UserError(
+                f"--use_train_config trains {first.rows.path} and {source.rows.path} with different losses, so a batch "
+                "cannot mix them: add --inbatch_same_dataset epoch"
+            )
+
+
 def load_eval_rows(path: str, corpus_size: int | None, cache_dir: str | None) -> JsonLines:
     """Open and check an evaluation file.
 
     Raises:
-        UserError: rows with problems, or a ``pos_index`` beyond the corpus.
+        UserError: rows with problems, or a ``pos_index`` or ``key_index`` beyond the corpus.
     """
     rows = distributed.on_main(partial(open_jsonl, path, check_eval_row, EVAL_CHECK, cache_dir))
     if corpus_size is not None:
-        highest = rows.scan.columns["pos_index_max"]
-        if beyond := np.flatnonzero(highest >= corpus_size).tolist():
-            raise UserError(
-                f"{rows.where(beyond[0])}: pos_index {highest[beyond[0]]} is beyond the corpus, which has "
-                f"{corpus_size} rows (0 to {corpus_size - 1}); {len(beyond)} rows have this problem: is it the corpus "
-                "that the file was made for?"
-            )
+        for field in ("pos_index", "key_index"):
+            highest = rows.scan.columns[f"{field}_max"]
+            if beyond := np.flatnonzero(highest >= corpus_size).tolist():
+                raise UserError(
+                    f"{rows.where(beyond[0])}: {field} {highest[beyond[0]]} is beyond the corpus, which has "
+                    f"{corpus_size} rows (0 to {corpus_size - 1}); {len(beyond)} rows have this problem: is it the "
+                    "corpus that the file was made for?"
+                )
     return rows
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -115,8 +115,9 @@ def check_labels(data: EvalData, config: EvalConfig) -> None:
         )
     if "nq" in config.metrics and not (columns["answers"] > 0).any():
         raise UserError(f"{data.rows.path}: no row has 'answers', which --metrics nq needs")
-    if "nq" in config.metrics and data.corpus is None:
-        raise UserError("--metrics nq needs --corpus: it looks for answers in the retrieved texts")
+    for metric in ("nq", "collate_key", "collate_neg"):
+        if metric in config.metrics and data.corpus is None:
+            raise UserError(f"--metrics {metric} needs --corpus: it works on the texts of the hits")
 
 
 def compute_metrics(data: EvalData, hits: Hits, config: EvalConfig) -> dict[str, float]:
@@ -152,7 +153,8 @@ def retrieve(data: EvalData, config: EvalConfig, searcher: Callable[[], Searcher
         searcher: builds the searcher; not called when results are loaded.
     """
     if config.load_result:
-        return distributed.on_main(lambda: read_hits(_result_path(data, config), data.rows))
+        size = len(data.corpus) if data.corpus is not None else None
+        return distributed.on_main(lambda: read_hits(_result_path(data, config), data.rows, size))
     assert data.corpus is not None
     scores, found = searcher().search(data.queries, min(config.hits, len(data.corpus)))
     return Hits(found, scores)
@@ -170,6 +172,7 @@ def _result_path(data: EvalData, config: EvalConfig) -> str:
 def _report(data: EvalData, hits: Hits, config: EvalConfig) -> dict[str, float]:
     if config.save_result and not config.load_result:
         write_hits(_result_path(data, config), data.rows, hits)
+    metrics = compute_metrics(data, hits, config)
     folder = config.output_dir if config.save_to_output else None
     if "collate_neg" in config.metrics:
         path = derived_path(data.rows.path, "neg", config.save_name, folder)
@@ -179,7 +182,7 @@ def _report(data: EvalData, hits: Hits, config: EvalConfig) -> dict[str, float]:
         path = derived_path(data.rows.path, "key", config.save_name, folder)
         write_keys(path, data.rows, hits, data.key_text)
         logger.info("collated keys: %s", path)
-    return compute_metrics(data, hits, config)
+    return metrics
 
 
 def rerank_dense(model: DenseRetriever, data: EvalData, query: EncodeConfig, key: EncodeConfig) -> Hits:
@@ -213,8 +216,3 @@ def rerank_dense(model: DenseRetriever, data: EvalData, query: EncodeConfig, key
         found[number, :count] = np.array(rows[number].get("key_index") or [], dtype=np.int64)[order]
         scores[number, :count] = similarity[order]
     return Hits(found, scores)
-
-
-def prefixed(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """Metric names with ``prefix_`` in front, as the Trainer wants them."""
-    return {f"{prefix}_{name}": value for name, value in metrics.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
 import os
@@ -186,6 +187,15 @@ class DenseRetriever(nn.Module):
                 encoder.dense.load_state_dict(DenseLayer.load(os.path.join(source, DENSE_FOLDER)).state_dict())
 
 
+def weights_fingerprint(encoder: nn.Module) -> str:
+    """A hash of all weights: the same wherever the encoder's folder lies, another after any training."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in encoder.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
@@ -261,18 +271,32 @@ def _load_tokenizer(checkpoint: str, config: EncoderConfig) -> PreTrainedTokeniz
     return tokenizer
 
 
-def _check_lengths(backbone: PreTrainedModel, checkpoint: str, config: EncoderConfig) -> None:
+def _check_lengths(
+    backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint: str, config: EncoderConfig
+) -> None:
+    special = tokenizer.num_special_tokens_to_add()
     limit = getattr(backbone.config, "max_position_embeddings", None)
     if backbone.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") and limit:
         limit -= backbone.config.pad_token_id + 1
     for flag in ("query_max_length", "key_max_length"):
+        if getattr(config, flag) <= special:
+            raise UserError(
+                f"--{flag} {getattr(config, flag)} leaves no room for text: "
+                f"{checkpoint!r} adds {special} special tokens"
+            )
         if limit and getattr(config, flag) > limit:
             raise UserError(f"--{flag} {getattr(config, flag)}: {checkpoint!r} takes {limit} tokens at most")
 
 
 def _load_dense(spec: PoolingSpec, width: int, dense_dim: int | None, checkpoint: str) -> DenseLayer:
     if spec.dense_folder is not None:
-        return DenseLayer.load(spec.dense_folder)
+        layer = DenseLayer.load(spec.dense_folder)
+        if dense_dim not in (None, layer.linear.out_features):
+            raise UserError(
+                f"--dense_dim {dense_dim}: {checkpoint!r} brings a dense layer of {layer.linear.out_features} "
+                "dimensions: leave the flag out"
+            )
+        return layer
     if dense_dim is None:
         raise UserError(
             f"--pooling_method names dense, but {checkpoint!r} has no dense layer: give --dense_dim N for a new one"
@@ -288,8 +312,10 @@ def _load_encoder(checkpoint: str, config: EncoderConfig) -> tuple[TextEncoder, 
     tokenizer = _load_tokenizer(checkpoint, config)
     backbone = _load_backbone(checkpoint, methods[0] == "decoder", config)
     backbone.config.use_cache = False
-    _check_lengths(backbone, checkpoint, config)
+    _check_lengths(backbone, tokenizer, checkpoint, config)
     dense = None
+    if "dense" not in methods and config.dense_dim is not None:
+        raise UserError(f"--dense_dim {config.dense_dim} needs a dense layer: --pooling_method {methods[0]} dense")
     if "dense" in methods:
         dense = _load_dense(spec, backbone.config.hidden_size, config.dense_dim, checkpoint)
     logger.info(

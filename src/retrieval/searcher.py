@@ -36,12 +36,14 @@ class IndexIdentity:
     """What saved embeddings were made from; they are only loaded for the same."""
 
     encoder: str
+    weights: str
     corpus: str
     corpus_rows: int
     corpus_bytes: int
     key_template: str
     key_instruction: str
     key_max_length: int
+    truncation_side: str
     pooling_method: str
     dense_metric: str
 

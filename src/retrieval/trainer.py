@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from src import distributed
@@ -88,6 +88,8 @@ class RetrievalTrainer(Trainer):
             UserError: the checkpoint lacks what an exact continuation needs.
         """
         if isinstance(resume_from_checkpoint, str):
+            if finished := self._finished(resume_from_checkpoint):
+                return finished
             check_optimizer_state(resume_from_checkpoint, self.is_deepspeed_enabled)
         elif older := whole_checkpoints(self.args.output_dir):
             logger.warning(
@@ -96,6 +98,20 @@ class RetrievalTrainer(Trainer):
                 older[-1],
             )
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _finished(self, checkpoint: str) -> TrainOutput | None:
+        """The result of a run that `checkpoint` already brought to its end; None when steps are left.
+
+        The Trainer would take one more step, and overwrite the result with what that gives.
+        """
+        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        last = min(steps, self.args.early_exit_steps or steps)
+        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE))
+        if state.global_step < last:
+            return None
+        logger.info("%s is the end of this run already (step %d of %d)", checkpoint, state.global_step, last)
+        self.state = state
+        return TrainOutput(state.global_step, 0.0, {})
 
     def get_train_dataloader(self) -> EpochDataLoader:
         """Global batches by the chosen policy, sliced by rank here and not by accelerate."""
@@ -318,7 +334,8 @@ def remove_oldest(output_dir: str, limit: int | None, keep: set[str]) -> None:
         return
     others = [path for path in whole_checkpoints(output_dir) if os.path.abspath(path) not in keep]
     others.sort(key=lambda path: os.path.getmtime(os.path.join(path, TRAINER_STATE)))
-    for path in others[: len(others) - max(limit - len(keep), 0)]:
+    surplus = len(others) - max(limit - len(keep), 0)
+    for path in others[: max(surplus, 0)]:
         remove_checkpoint(path)
 
 
