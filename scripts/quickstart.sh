@@ -17,7 +17,7 @@ NPROC=${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()
 
 [ -s $DATA/corpus.json ] || python scripts/sample_data.py --output_dir data/sample
 EVALUATE="--eval_data $DATA/test.json --corpus $DATA/corpus.json --key_template {text} --add_instruction False
-    --query_max_length 64 --key_max_length 128 --metrics mrr recall ndcg --cutoffs 1 5 10 100"
+    --query_max_length 128 --key_max_length 128 --metrics mrr recall ndcg --cutoffs 1 5 10 100"
 
 if [ -s "$OUT/before.jsonl" ] && ! grep -qF "\"query_encoder\": \"$ENCODER\"" "$OUT/before.jsonl"; then
     echo "error: $OUT is of another encoder than $ENCODER: set OUT to another folder, or remove it" >&2

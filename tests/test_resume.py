@@ -141,7 +141,7 @@ def test_a_run_that_reached_its_last_step_takes_no_more(bench: Bench, tmp_path: 
     """Neither the step of an early exit nor that of --max_steps is passed by starting the command again."""
     for flag in ("--early_exit_steps", "--max_steps"):
         for _ in range(2):
-            bench.train(tmp_path / flag, 1, "epoch", flag, 3, "--resume_from_checkpoint", True)
+            bench.train(tmp_path / flag, 1, "epoch", flag, 3, "--save_steps", 1000, "--resume_from_checkpoint", True)
             assert names(tmp_path / flag) == ["checkpoint-3"]
 
 
