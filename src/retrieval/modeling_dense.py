@@ -37,7 +37,10 @@ DEFAULT_METRIC = "cos"
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """How to load the dual encoder; None for pooling and metric means what the checkpoint says."""
+    """How to load the dual encoder.
+
+    None for pooling and metric means what the checkpoint says, None for a length that it is not checked.
+    """
 
     query_encoder: str
     key_encoder: str | None = None
@@ -46,8 +49,8 @@ class EncoderConfig:
     dense_metric: str | None = None
     dense_dim: int | None = None
     truncation_side: str = "right"
-    query_max_length: int = 256
-    key_max_length: int = 256
+    query_max_length: int | None = None
+    key_max_length: int | None = None
     cache_dir: str | None = None
     trust_remote_code: bool = False
 
@@ -278,14 +281,11 @@ def _check_lengths(
     limit = getattr(backbone.config, "max_position_embeddings", None)
     if backbone.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") and limit:
         limit -= backbone.config.pad_token_id + 1
-    for flag in ("query_max_length", "key_max_length"):
-        if getattr(config, flag) <= special:
-            raise UserError(
-                f"--{flag} {getattr(config, flag)} leaves no room for text: "
-                f"{checkpoint!r} adds {special} special tokens"
-            )
-        if limit and getattr(config, flag) > limit:
-            raise UserError(f"--{flag} {getattr(config, flag)}: {checkpoint!r} takes {limit} tokens at most")
+    for flag, length in (("query_max_length", config.query_max_length), ("key_max_length", config.key_max_length)):
+        if length is not None and length <= special:
+            raise UserError(f"--{flag} {length} leaves no room for text: {checkpoint!r} adds {special} special tokens")
+        if limit and length is not None and length > limit:
+            raise UserError(f"--{flag} {length}: {checkpoint!r} takes {limit} tokens at most")
 
 
 def _load_dense(spec: PoolingSpec, width: int, dense_dim: int | None, checkpoint: str) -> DenseLayer:

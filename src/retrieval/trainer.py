@@ -100,7 +100,7 @@ class RetrievalTrainer(Trainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _finished(self, checkpoint: str) -> TrainOutput | None:
-        """The result of a run that `checkpoint` already brought to its end; None when steps are left.
+        """The result of a run that `checkpoint` already brought to its end, weights loaded; None when steps are left.
 
         The Trainer would take one more step, and overwrite the result with what that gives.
         """
@@ -111,6 +111,8 @@ class RetrievalTrainer(Trainer):
             return None
         logger.info("%s is the end of this run already (step %d of %d)", checkpoint, state.global_step, last)
         self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self.model.load_weights(best or checkpoint)
         return TrainOutput(state.global_step, 0.0, {})
 
     def get_train_dataloader(self) -> EpochDataLoader:
