@@ -94,7 +94,7 @@ def main() -> None:
     """Parse, load, train or evaluate."""
     (args, training), given = parse_args([RetrievalArgs, RetrievalTrainingArgs])
     check_combinations(args, training)
-    distributed.on_main(lambda: check_outputs(args, training))
+    distributed.on_main(lambda: check_outputs(args, training.output_dir, training.log_path))
     device: torch.device = torch.device("cpu") if args.cpu else training.device
     arguments = {**asdict(args), **training.to_dict()}
     eval_data = load_eval_data(args, training.eval_method, training.output_dir)

@@ -45,6 +45,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def part_of(size: int) -> range:
+    """This process's share of `size` things: contiguous, in rank order, sizes differing by one at most."""
+    start, end = (size * number // world_size() for number in (rank(), rank() + 1))
+    return range(start, end)
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if world_size() > 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,11 +13,12 @@ import safetensors.torch
 import torch
 
 from src.errors import UserError
-from src.retrieval.collate import mine_negatives, read_hits
+from src.retrieval.collate import mine_negatives, open_hits
 from src.retrieval.data import load_eval_rows
-from src.retrieval.index import FaissIndex, TorchIndex, merge_hits
+from src.retrieval.index import ExactIndex, FaissIndex, VectorShard, merge_hits
 from tests.helpers import read_rows, run, write_rows
 
+CPU = torch.device("cpu")
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu"]
 
 
@@ -30,19 +33,52 @@ def brute_force(vectors: np.ndarray, queries: np.ndarray, metric: str, hits: int
     return np.array(rows)
 
 
+def shards(vectors: np.ndarray, *bounds: int) -> list[VectorShard]:
+    """The vectors in parts that end at `bounds` and at the last row."""
+    parts = list(pairwise([0, *bounds, len(vectors)]))
+    return [VectorShard(start, end - start, partial(vectors.__getitem__, slice(start, end))) for start, end in parts]
+
+
 @pytest.mark.parametrize("metric", ["ip", "l2"])
-def test_indexes_find_what_brute_force_finds(metric, monkeypatch):
-    monkeypatch.setattr("src.retrieval.index.BLOCK", 17)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_indexes_find_what_brute_force_finds(metric, dtype, monkeypatch):
+    """With blocks and query batches far smaller than the input, over shards of different size."""
+    monkeypatch.setattr("src.retrieval.index.CPU_SCORES", 150)
+    monkeypatch.setattr("src.retrieval.index.CPU_QUERIES", 3)
     rng = np.random.default_rng(0)
-    vectors, queries = rng.normal(size=(101, 8)).astype(np.float32), rng.normal(size=(7, 8)).astype(np.float32)
+    vectors, queries = rng.normal(size=(301, 8)).astype(dtype), rng.normal(size=(7, 8)).astype(np.float32)
     expected = brute_force(vectors, queries, metric, 20)
-    for index in (FaissIndex.build(vectors, "Flat", metric), TorchIndex(vectors, metric, torch.device("cpu"))):
+    parts = shards(vectors, 50, 51, 200)
+    for index in (FaissIndex.build(parts, "Flat", metric, CPU), ExactIndex(parts, metric, CPU)):
         scores, rows = index.search(queries, 20)
         np.testing.assert_array_equal(rows, expected)
         assert (np.diff(scores, axis=1) <= 0).all()
-    parts = [FaissIndex.build(part, "Flat", metric).search(queries, 20) for part in (vectors[:50], vectors[50:])]
-    _, rows = merge_hits([p[0] for p in parts], [parts[0][1], parts[1][1] + 50], 20)
+        assert scores.dtype == np.float32
+        assert rows.dtype == np.int64
+    found = [ExactIndex(parts[i : i + 2], metric, CPU).search(queries, 20) for i in (2, 0)]
+    _, rows = merge_hits([scores for scores, _ in found], [rows for _, rows in found], 20)
     np.testing.assert_array_equal(rows, expected)
+
+
+@pytest.mark.parametrize("order", ["random", "rising", "falling"])
+def test_exact_search_gives_equal_scores_to_the_lower_row(order, monkeypatch):
+    """Whole numbers, so that many scores are equal to the last bit; rising rows beat all that came before."""
+    monkeypatch.setattr("src.retrieval.index.CPU_SCORES", 400)
+    rng = np.random.default_rng(1)
+    vectors = rng.integers(-2, 3, size=(500, 4)).astype(np.float32)
+    queries = rng.integers(-2, 3, size=(9, 4)).astype(np.float32)
+    if order != "random":
+        by_score = np.argsort(vectors @ queries[0], kind="stable")
+        vectors = vectors[by_score if order == "rising" else by_score[::-1]]
+    _, rows = ExactIndex(shards(vectors, 120, 121), "ip", CPU).search(queries, 30)
+    np.testing.assert_array_equal(rows, brute_force(vectors, queries, "ip", 30))
+
+
+def test_more_hits_than_rows():
+    vectors = np.eye(3, dtype=np.float32)
+    scores, rows = ExactIndex(shards(vectors), "ip", CPU).search(vectors[:1], 5)
+    assert rows.tolist() == [[0, 1, 2, -1, -1]]
+    assert scores.tolist() == [[1, 0, 0, -np.inf, -np.inf]]
 
 
 def test_merge_breaks_ties_by_row_and_puts_missing_hits_last():
@@ -57,7 +93,7 @@ def test_merge_breaks_ties_by_row_and_puts_missing_hits_last():
 @pytest.mark.parametrize("factory", ["HNSW8", "IVF4,Flat", "PQ4"])
 def test_any_factory_string(factory):
     vectors = np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32)
-    _, rows = FaissIndex.build(vectors, factory, "ip").search(vectors[:5], 10)
+    _, rows = FaissIndex.build(shards(vectors, 150), factory, "ip", CPU).search(vectors[:5], 10)
     assert rows.shape == (5, 10)
     assert rows.max() < 400
 
@@ -131,7 +167,7 @@ def test_evaluation_end_to_end(files, tiny_bert, tmp_path):
     by_two = evaluate(files, tiny_bert, tmp_path / "two", "--load_encode", "--pooling_method", "mean")
     assert [row["pred"] for row in by_two[1]] == [row["pred"] for row in result]
     error = evaluate(files, tiny_bert, tmp_path / "one", "--load_encode", "--pooling_method", "cls", expect=2)
-    assert "was made with pooling_method 'mean', this run has 'cls'" in error
+    assert "was made with pooling_method 'mean' (this run: 'cls')" in error
 
 
 def test_rerank_and_mining(files, tiny_bert, tmp_path):
@@ -188,7 +224,7 @@ def test_rerank_and_mining(files, tiny_bert, tmp_path):
 def test_unfit_result_file(files, tmp_path, saved, message):
     rows = load_eval_rows(str(files[0]), None, None)
     with pytest.raises(UserError, match=message):
-        read_hits(str(write_rows(tmp_path / "r.json", saved)), rows, 40)
+        open_hits(str(write_rows(tmp_path / "r.json", saved)), rows, 40)
 
 
 def test_saved_vectors_of_other_weights_are_refused(files, tiny_bert, tmp_path):

@@ -78,6 +78,8 @@ class DataArgs:
     max_neg_num: int = _flag(100, "Mining: most negatives per row.")
     load_result: bool = _flag(False, "Evaluate the saved result file instead of retrieving.")
     save_result: bool = _flag(True, "Save query ids, hits and scores to output_dir.")
+    save_per_query: bool = _flag(False, "Save every query's metrics to output_dir (<stem>.per_query<ext>).")
+    save_trec: bool = _flag(False, "Save a TREC run and qrels to output_dir (<stem>.run.trec, <stem>.qrels.trec).")
     save_name: str | None = _flag(None, "Middle part of output file names: <stem>.<field>.<save_name><ext>.")
     save_to_output: bool = _flag(False, "Write mined and collated files to output_dir instead of next to eval_data.")
     trust_remote_code: bool = _flag(False, "Run model code that comes with a checkpoint.")
@@ -188,6 +190,15 @@ def _check_deepspeed(config: Any) -> None:
     stage = (config or {}).get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise UserError(f"--deepspeed: ZeRO stage {stage} is not supported, use 0, 1 or 2")
+
+
+@dataclass
+class EvalOutputArgs:
+    """Where an evaluation writes, and its seed."""
+
+    output_dir: str = _flag("data/outputs/", "Folder for results, saved vectors and indexes.")
+    log_path: str = _flag("data/results/performance.log", "Metrics are appended here, and as JSON lines beside it.")
+    seed: int = _flag(42, "Seed of whatever is drawn at random.")
 
 
 @dataclass

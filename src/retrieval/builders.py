@@ -9,10 +9,11 @@ from functools import partial
 
 import torch
 
+from src import distributed
 from src.errors import UserError
 from src.io import check_writable, existing_file, resolve_path
 from src.jsonl import JsonLines
-from src.retrieval.args import DataArgs, DenseArgs, RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.args import DataArgs, DenseArgs, RetrievalArgs
 from src.retrieval.data import InstructionOf, load_corpus, load_eval_rows, no_instruction
 from src.retrieval.encode import EncodeConfig
 from src.retrieval.evaluate import (
@@ -26,7 +27,8 @@ from src.retrieval.evaluate import (
     retrieve,
 )
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, weights_fingerprint
-from src.retrieval.searcher import DenseSearchConfig, IndexIdentity, build_dense_searcher, encode_config
+from src.retrieval.searcher import DenseSearchConfig, DenseSearcher, build_dense_searcher, encode_config
+from src.retrieval.store import IndexIdentity, file_fingerprint
 from src.retrieval.tasks import instruction_for
 
 logger = logging.getLogger(__name__)
@@ -67,17 +69,19 @@ def eval_config(args: RetrievalArgs, output_dir: str) -> EvalConfig:
         args.save_to_output,
         args.load_result,
         args.save_result,
+        args.save_per_query,
+        args.save_trec,
     )
 
 
-def check_outputs(args: RetrievalArgs, training: RetrievalTrainingArgs) -> None:
+def check_outputs(args: RetrievalArgs, output_dir: str, log_path: str) -> None:
     """Find out before the work whether its results can be written.
 
     Raises:
         UserError: they cannot.
     """
-    check_writable(training.output_dir, "output_dir")
-    check_writable(os.path.dirname(training.log_path) or ".", "log_path")
+    check_writable(output_dir, "output_dir")
+    check_writable(os.path.dirname(log_path) or ".", "log_path")
     collates = any(metric.startswith("collate") for metric in args.metrics)
     if args.eval_data is not None and collates and not args.save_to_output:
         check_writable(os.path.dirname(resolve_path(args.eval_data, args.data_root)) or ".", "eval_data")
@@ -108,7 +112,9 @@ def load_eval_data(args: RetrievalArgs, eval_method: str, output_dir: str) -> Ev
             "--eval_data needs --corpus to retrieve from (or --eval_method rerank, to order each row's keys)"
         )
     rows = load_eval_rows(path, len(corpus) if corpus is not None else None, args.dataset_cache_dir)
-    data = make_eval_data(rows, corpus, args.key_template, args.task, instructions(args))
+    # Only encoders know instructions; to BM25 they would be words like others.
+    instruction_of = instructions(args) if args.retrieval_method == "dense" else no_instruction
+    data = make_eval_data(rows, corpus, args.key_template, args.task, instruction_of)
     check_labels(data, eval_config(args, output_dir))
     return data
 
@@ -121,22 +127,32 @@ def encode_configs(args: RetrievalArgs, device: torch.device) -> tuple[EncodeCon
     )
 
 
-def _identity(args: RetrievalArgs, data: EvalData, model: DenseRetriever) -> IndexIdentity:
+def _identity(args: RetrievalArgs, data: EvalData, model: DenseRetriever, dtype: str) -> IndexIdentity:
     assert data.corpus is not None
-    key_encoder = args.query_encoder if args.tie_encoders else args.key_encoder
     return IndexIdentity(
-        encoder=os.path.abspath(key_encoder) if os.path.isdir(key_encoder) else key_encoder,
         weights=weights_fingerprint(model.encoders[model.key_name]),
-        corpus=os.path.abspath(data.corpus.path),
-        corpus_rows=len(data.corpus),
-        corpus_bytes=os.path.getsize(data.corpus.path),
+        corpus=file_fingerprint(data.corpus.path),
+        rows=len(data.corpus),
         key_template=data.key_template,
         key_instruction=data.key_instruction,
         key_max_length=args.key_max_length,
         truncation_side=args.truncation_side,
         pooling_method=" ".join(model.encoders[model.key_name].pooling_method),
         dense_metric=model.metric,
+        dtype=dtype,
     )
+
+
+def dense_searcher(
+    args: RetrievalArgs, data: EvalData, output_dir: str, device: torch.device, model: DenseRetriever
+) -> DenseSearcher:
+    """Encode and index the corpus (or load what was saved) with a model in eval mode on `device`."""
+    query, key = encode_configs(args, device)
+    store = os.path.join(output_dir, args.embedding_name)
+    stored = (args.load_encode, args.save_encode, args.load_index, args.save_index)
+    config = DenseSearchConfig(query, key, args.faiss_index_factory, store, *stored)
+    identity = distributed.on_main(lambda: _identity(args, data, model, key.dtype)) if any(stored) else None
+    return build_dense_searcher(model, data.keys, config, identity)
 
 
 def dense_evaluator(
@@ -145,24 +161,12 @@ def dense_evaluator(
     """A function from a model (in eval mode, on `device`) to its metrics on `data`."""
     query, key = encode_configs(args, device)
     config = eval_config(args, output_dir)
-    search = DenseSearchConfig(
-        query,
-        key,
-        args.faiss_index_factory,
-        os.path.join(output_dir, args.embedding_name),
-        args.load_encode,
-        args.save_encode,
-        args.load_index,
-        args.save_index,
-    )
 
     def evaluate(model: DenseRetriever) -> dict[str, float]:
         if eval_method == "rerank":
-            hits = rerank_dense(model, data, query, key)
+            found = rerank_dense(model, data, query, key)
         else:
-            hits = retrieve(
-                data, config, lambda: build_dense_searcher(model, data.keys, search, _identity(args, data, model))
-            )
-        return report(data, hits, config)
+            found = retrieve(data, config, lambda: dense_searcher(args, data, output_dir, device, model))
+        return report(data, found, config)
 
     return evaluate

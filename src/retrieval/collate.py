@@ -1,8 +1,10 @@
-"""Writers of what retrieval yields: result files, mined negatives, collated keys."""
+"""Lines of the files that retrieval yields: result files, mined negatives, collated keys, values per query."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from src.errors import UserError
-from src.io import existing_file, write_jsonl
+from src.io import existing_file
 from src.jsonl import JsonLines, open_jsonl
 from src.retrieval.metrics_nq import has_answer, token_string
 from src.schema import check_hits_row
@@ -18,40 +20,80 @@ from src.schema import check_hits_row
 
 @dataclass(frozen=True)
 class Hits:
-    """Retrieval results of an evaluation file, row by row.
+    """Retrieval results of consecutive evaluation rows.
 
     Attributes:
-        rows: int64 ``(queries, hits)`` corpus row numbers, -1 for none.
+        first: number of the first of these rows in the evaluation file.
+        rows: int64 ``(queries, hits)`` corpus row numbers, best first, -1 for none.
         scores: fp32 ``(queries, hits)``.
     """
 
+    first: int
     rows: np.ndarray
     scores: np.ndarray
 
 
-def query_id(row: dict[str, Any], number: int) -> int | str:
+@dataclass(frozen=True)
+class Window:
+    """Consecutive evaluation rows with what was found for them.
+
+    Attributes:
+        rows: the parsed rows.
+        hits: their hits.
+        values: metric name to fp64 ``(queries,)``, NaN for a row without labels.
+    """
+
+    rows: list[dict[str, Any]]
+    hits: Hits
+    values: Mapping[str, np.ndarray]
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any], np.ndarray, np.ndarray]]:
+        """(number in the file, row, its hits, their scores), without the places where there is no hit."""
+        for offset, (row, found, scores) in enumerate(zip(self.rows, self.hits.rows, self.hits.scores, strict=True)):
+            real = found >= 0
+            yield self.hits.first + offset, row, found[real], scores[real]
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """One line of a JSON lines file."""
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def query_id(row: Mapping[str, Any], number: int) -> int | str:
     """The row's query_id; its number in the file when it has none."""
     value = row.get("query_id")
     return number if value is None else value
 
 
-def write_hits(path: str, rows: JsonLines, hits: Hits) -> None:
-    """Write ``query_id, pred, score`` per row."""
-
-    def lines() -> Iterator[dict[str, Any]]:
-        for number, (found, scores) in enumerate(zip(hits.rows, hits.scores, strict=True)):
-            real = found >= 0
-            yield {
-                "query_id": query_id(rows[number], number),
-                "pred": found[real].tolist(),
-                "score": [round(score, 6) for score in scores[real].astype(float).tolist()],
-            }
-
-    write_jsonl(path, lines())
+def result_lines(window: Window) -> Iterator[str]:
+    """``query_id, pred, score`` per row."""
+    for number, row, found, scores in window:
+        # As many digits as fp32 has: reloaded scores are the scores.
+        yield json_line({"query_id": query_id(row, number), "pred": found.tolist(), "score": shortest(scores)})
 
 
-def read_hits(path: str, rows: JsonLines, corpus_size: int | None) -> Hits:
-    """Read what `write_hits` wrote.
+def shortest(scores: np.ndarray) -> list[float]:
+    """fp32 numbers as the shortest decimals that give them back."""
+    return [float(str(score)) for score in scores.astype(np.float32)]
+
+
+def per_query_lines(window: Window) -> Iterator[str]:
+    """``query_id`` and the row's metrics, null where it has no labels."""
+    for offset, row in enumerate(window.rows):
+        values = {name: float(values[offset]) for name, values in window.values.items()}
+        shown = {name: None if math.isnan(value) else value for name, value in values.items()}
+        yield json_line({"query_id": query_id(row, window.hits.first + offset), **shown})
+
+
+def key_lines(window: Window, text_of: Callable[[int], str]) -> Iterator[str]:
+    """Every row with its hits as ``key`` and ``key_index``."""
+    for _, row, found, _ in window:
+        index = found.tolist()
+        yield json_line({**row, "key": [text_of(i) for i in index], "key_index": index})
+
+
+def open_hits(path: str, rows: JsonLines, corpus_size: int | None) -> JsonLines:
+    """Open and check what `result_lines` wrote.
 
     Args:
         path: result file.
@@ -64,15 +106,22 @@ def read_hits(path: str, rows: JsonLines, corpus_size: int | None) -> Hits:
     saved = open_jsonl(existing_file(path, "load_result"), partial(check_hits_row, corpus_size=corpus_size), "hits")
     if len(saved) != len(rows):
         raise UserError(f"--load_result: {path} has {len(saved)} rows, {rows.path} has {len(rows)}")
-    width = max((len(line["pred"]) for line in saved), default=0)
-    found = np.full((len(saved), width), -1, dtype=np.int64)
-    scores = np.full((len(saved), width), -np.inf, dtype=np.float32)
     for number, line in enumerate(saved):
         if line["query_id"] != query_id(rows[number], number):
             raise UserError(f"--load_result: {saved.where(number)} is not of {rows.where(number)}: query_ids differ")
+    return saved
+
+
+def read_hits(saved: JsonLines, first: int, end: int) -> Hits:
+    """The hits of the rows from `first` to before `end`."""
+    lines = saved[first:end]
+    width = max((len(line["pred"]) for line in lines), default=0)
+    found = np.full((len(lines), width), -1, dtype=np.int64)
+    scores = np.full((len(lines), width), -np.inf, dtype=np.float32)
+    for number, line in enumerate(lines):
         found[number, : len(line["pred"])] = line["pred"]
         scores[number, : len(line["score"])] = line["score"]
-    return Hits(found, scores)
+    return Hits(first, found, scores)
 
 
 def mine_negatives(
@@ -111,25 +160,7 @@ def mine_negatives(
     return {**kept, "pos": positives, "neg": negatives, "neg_index": negative_index}
 
 
-def write_mined(
-    path: str, rows: JsonLines, hits: Hits, text_of: Callable[[int], str], max_neg_num: int, filter_answers: bool
-) -> None:
-    """Write every row with its mined negatives, see `mine_negatives`."""
-    write_jsonl(
-        path,
-        (
-            mine_negatives(rows[number], found, text_of, max_neg_num, filter_answers)
-            for number, found in enumerate(hits.rows)
-        ),
-    )
-
-
-def write_keys(path: str, rows: JsonLines, hits: Hits, text_of: Callable[[int], str]) -> None:
-    """Write every row with its hits as ``key`` and ``key_index``."""
-
-    def lines() -> Iterator[dict[str, Any]]:
-        for number, found in enumerate(hits.rows):
-            index = found[found >= 0].tolist()
-            yield {**rows[number], "key": [text_of(i) for i in index], "key_index": index}
-
-    write_jsonl(path, lines())
+def mined_lines(window: Window, text_of: Callable[[int], str], max_neg_num: int, filter_answers: bool) -> Iterator[str]:
+    """Every row with its mined negatives, see `mine_negatives`."""
+    for _, row, found, _ in window:
+        yield json_line(mine_negatives(row, found, text_of, max_neg_num, filter_answers))

@@ -1,10 +1,12 @@
-"""From texts to vectors: length-sorted batches under a token budget."""
+"""From texts to vectors: length-sorted batches under a token budget, tokenized while the model computes."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,8 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from src.errors import UserError
+
+T = TypeVar("T")
+
 #: Texts tokenized and sorted at a time.
-WINDOW = 20_000
+WINDOW = 16_384
 #: Padded tokens per batch that keep the device busy without spilling its caches.
 CPU_BATCH_TOKENS = 2_048
 GPU_BATCH_TOKENS = 65_536
@@ -39,6 +45,11 @@ class EncodeConfig:
     batch_size: int = 1000
     batch_tokens: int | None = None
 
+    @property
+    def stored_dtype(self) -> str:
+        """NumPy name of what vectors are kept in: half precision holds all that half-precision encoding gives."""
+        return "float32" if self.dtype == "fp32" else "float16"
+
 
 def cut_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[np.ndarray]:
     """Positions of texts, longest first, cut so that (texts x longest) stays within `batch_tokens`."""
@@ -59,19 +70,28 @@ def _autocast(config: EncodeConfig) -> contextlib.AbstractContextManager:
     return torch.autocast(config.device.type, dtype=_DTYPES[config.dtype])
 
 
-def _token_batches(
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; each is computed in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
+def _token_windows(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], config: EncodeConfig
-) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    """(positions, padded tokens) batch by batch."""
+) -> Iterator[tuple[int, list[tuple[np.ndarray, dict[str, Tensor]]]]]:
+    """Window by window: number of its first text, and its batches as (positions in the window, padded tokens)."""
     default = CPU_BATCH_TOKENS if config.device.type == "cpu" else GPU_BATCH_TOKENS
-    budget = config.batch_tokens or default
     for start in range(0, len(texts), WINDOW):
-        window = list(texts[start : start + WINDOW])
-        encoded = tokenizer(window, truncation=True, max_length=config.max_length)
+        encoded = tokenizer(list(texts[start : start + WINDOW]), truncation=True, max_length=config.max_length)
         lengths = [len(ids) for ids in encoded["input_ids"]]
-        for batch in cut_batches(lengths, config.batch_size, budget):
+        batches = []
+        for batch in cut_batches(lengths, config.batch_size, config.batch_tokens or default):
             rows = {name: [values[i] for i in batch] for name, values in encoded.items()}
-            yield start + batch, dict(tokenizer.pad(rows, return_tensors="pt"))
+            batches.append((batch, dict(tokenizer.pad(rows, return_tensors="pt"))))
+        yield start, batches
 
 
 @torch.no_grad()
@@ -80,29 +100,42 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     config: EncodeConfig,
-    description: str | None = None,
+    bar: tqdm | None = None,
 ) -> np.ndarray:
     """Embed `texts`.
 
     Args:
         embed: token tensors to vectors ``(n, D)``.
         tokenizer: fitting `embed`.
-        texts: at least one.
+        texts: at least one; read window by window.
         config: device, precision, lengths and batches.
-        description: of the progress bar; none is shown without.
+        bar: moved on by the number of texts of each batch.
 
     Returns:
-        fp32 ``(len(texts), D)``, in the order of `texts`.
+        ``(len(texts), D)`` of `EncodeConfig.stored_dtype`, in the order of `texts`.
+
+    Raises:
+        UserError: the vectors are no numbers in that type.
     """
-    vectors: np.ndarray | None = None
-    with tqdm(total=len(texts), desc=description, unit="text", disable=description is None) as bar:
-        for positions, tokens in _token_batches(tokenizer, texts, config):
+    windows = []
+    for _, batches in _ahead(_token_windows(tokenizer, texts, config)):
+        parts = []
+        for positions, tokens in batches:
             inputs = {name: tensor.to(config.device, non_blocking=True) for name, tensor in tokens.items()}
             with _autocast(config):
-                embedded = embed(inputs)
-            if vectors is None:
-                vectors = np.empty((len(texts), embedded.shape[1]), dtype=np.float32)
-            vectors[positions] = embedded.float().cpu().numpy()
-            bar.update(len(positions))
-    assert vectors is not None
-    return vectors
+                # Left on the device until the window is done: a copy would wait for the batch.
+                parts.append(embed(inputs).float())
+            if bar is not None:
+                bar.update(len(positions))
+        order = np.concatenate([positions for positions, _ in batches])
+        vectors = np.empty((len(order), parts[0].shape[1]), dtype=config.stored_dtype)
+        vectors[order] = torch.cat(parts).cpu().numpy()
+        if not np.isfinite(vectors).all():
+            raise UserError(f"--dtype {config.dtype}: the vectors leave the range of half precision, use --dtype fp32")
+        windows.append(vectors)
+    return windows[0] if len(windows) == 1 else np.concatenate(windows)
+
+
+def progress(total: int, description: str, shown: bool, unit: str = "text") -> tqdm:
+    """A progress bar with units per second."""
+    return tqdm(total=total, desc=description, unit=unit, disable=not shown, smoothing=0.1)

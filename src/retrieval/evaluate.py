@@ -1,21 +1,33 @@
-"""Retrieve → metrics → files, the same for in-training evaluation and for the entry points."""
+"""Retrieve → metrics → files, window by window, the same for in-training evaluation and for the entry points."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import IO
 
 import numpy as np
 
 from src import distributed
 from src.errors import UserError
-from src.io import derived_path
+from src.io import atomic_write, derived_path
 from src.jsonl import JsonLines
-from src.retrieval.collate import Hits, read_hits, write_hits, write_keys, write_mined
+from src.retrieval import trec
+from src.retrieval.collate import (
+    Hits,
+    Window,
+    key_lines,
+    mined_lines,
+    open_hits,
+    per_query_lines,
+    read_hits,
+    result_lines,
+)
 from src.retrieval.data import InstructionOf, Texts, eval_task, render_key, render_query
-from src.retrieval.encode import EncodeConfig, encode
+from src.retrieval.encode import EncodeConfig, encode, progress
 from src.retrieval.metrics import retrieval_metrics
 from src.retrieval.metrics_nq import nq_recall
 from src.retrieval.modeling_dense import DenseRetriever
@@ -23,6 +35,8 @@ from src.retrieval.searcher import Searcher
 
 logger = logging.getLogger(__name__)
 
+#: Queries searched for and written at a time: memory does not grow with the evaluation file.
+WINDOW = 16_384
 LABEL_METRICS = ("mrr", "recall", "ndcg")
 
 
@@ -31,7 +45,8 @@ class EvalConfig:
     """What to compute and where to write.
 
     Attributes:
-        metrics, cutoffs, hits, filter_answers, max_neg_num, save_name, load_result, save_result: as the flags.
+        metrics, cutoffs, hits, filter_answers, max_neg_num, save_name, load_result, save_result, save_per_query,
+            save_trec: as the flags.
         output_dir: folder of the result file.
         save_to_output: put mined and collated files there too.
     """
@@ -46,6 +61,8 @@ class EvalConfig:
     save_to_output: bool = False
     load_result: bool = False
     save_result: bool = True
+    save_per_query: bool = False
+    save_trec: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,101 +135,200 @@ def check_labels(data: EvalData, config: EvalConfig) -> None:
     for metric in ("nq", "collate_key", "collate_neg"):
         if metric in config.metrics and data.corpus is None:
             raise UserError(f"--metrics {metric} needs --corpus: it works on the texts of the hits")
+    if config.save_trec:
+        trec.check_query_ids(data.rows)
 
 
-def compute_metrics(data: EvalData, hits: Hits, config: EvalConfig) -> dict[str, float]:
-    """Means over the rows that have labels; rows without are left out and counted in the log."""
-    labels = [(row.get("pos_index"), row.get("answers")) for row in data.rows]
+def window_metrics(data: EvalData, rows: Sequence[dict], hits: Hits, config: EvalConfig) -> dict[str, np.ndarray]:
+    """Metric name to fp64 ``(queries,)``, NaN for a row without the labels that the metric needs."""
     values: dict[str, np.ndarray] = {}
+    labelled = np.array([bool(row.get("pos_index")) for row in rows])
     if any(metric in config.metrics for metric in LABEL_METRICS):
-        labelled = _with_labels([positives for positives, _ in labels], "pos_index")
-        positives = [labels[i][0] or [] for i in labelled]
-        values.update(retrieval_metrics(hits.rows[labelled], positives, config.metrics, config.cutoffs))
+        positives = [row["pos_index"] for row in rows if row.get("pos_index")]
+        found = retrieval_metrics(hits.rows[labelled], positives, config.metrics, config.cutoffs)
+        values.update({name: _spread(part, labelled) for name, part in found.items()})
     if "nq" in config.metrics:
-        answered = _with_labels([answers for _, answers in labels], "answers")
-        answers = [labels[i][1] or [] for i in answered]
-        values.update(nq_recall(hits.rows[answered], answers, data.key_text, config.cutoffs))
-    return {name: float(per_query.mean()) for name, per_query in values.items()}
+        answered = np.array([bool(row.get("answers")) for row in rows])
+        answers = [row["answers"] for row in rows if row.get("answers")]
+        found = nq_recall(hits.rows[answered], answers, data.key_text, config.cutoffs)
+        values.update({name: _spread(part, answered) for name, part in found.items()})
+    return values
 
 
-def _with_labels(labels: Sequence[list | None], field: str) -> list[int]:
-    """Numbers of the rows that have labels; how many have none goes to the log."""
-    present = [number for number, label in enumerate(labels) if label]
-    if len(present) < len(labels):
-        missing = len(labels) - len(present)
-        logger.info("%d of %d rows have no %s and are left out of its metrics", missing, len(labels), field)
-    return present
+def _spread(part: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """`part` at the places of `present`, NaN elsewhere."""
+    values = np.full(len(present), np.nan)
+    values[present] = part
+    return values
 
 
-def retrieve(data: EvalData, config: EvalConfig, searcher: Callable[[], Searcher]) -> Hits:
-    """Hits of every row, on every process: searched for, or loaded with ``--load_result``.
+class MetricMeans:
+    """Means over the rows that have labels; rows without are left out and counted."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self._missing: dict[str, int] = {}
+
+    def add(self, values: dict[str, np.ndarray]) -> None:
+        """Add the values of a window, see `window_metrics`."""
+        for name, column in values.items():
+            absent = np.isnan(column)
+            self._sums[name] = self._sums.get(name, 0.0) + float(column[~absent].sum())
+            self._counts[name] = self._counts.get(name, 0) + int((~absent).sum())
+            self._missing[name] = self._missing.get(name, 0) + int(absent.sum())
+
+    def result(self) -> dict[str, float]:
+        """The means; what was left out goes to the log."""
+        fields = {
+            "answers" if name.startswith("nq") else "pos_index": (missing, self._counts[name] + missing)
+            for name, missing in self._missing.items()
+        }
+        for field, (missing, total) in fields.items():
+            if missing:
+                logger.info("%d of %d rows have no %s and are left out of its metrics", missing, total, field)
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+
+def retrieve(data: EvalData, config: EvalConfig, searcher: Callable[[], Searcher]) -> Iterator[Hits]:
+    """Hits of all rows, window by window, on every process: searched for, or loaded with ``--load_result``.
 
     Args:
         data: rows and corpus.
         config: see there.
         searcher: builds the searcher; not called when results are loaded.
     """
+    total = len(data.rows)
+    bounds = [(first, min(first + WINDOW, total)) for first in range(0, total, WINDOW)]
     if config.load_result:
         size = len(data.corpus) if data.corpus is not None else None
-        return distributed.on_main(lambda: read_hits(_result_path(data, config), data.rows, size))
+        saved = distributed.on_main(lambda: open_hits(_result_path(data, config), data.rows, size))
+        for bound in bounds:
+            yield distributed.on_main(partial(read_hits, saved, *bound))
+        return
     assert data.corpus is not None
-    scores, found = searcher().search(data.queries, min(config.hits, len(data.corpus)))
-    return Hits(found, scores)
+    ready = searcher()
+    with progress(total, "searching", distributed.is_main(), "query") as bar:
+        for first, end in bounds:
+            scores, found = ready.search(data.queries[first:end], min(config.hits, len(data.corpus)))
+            bar.update(end - first)
+            yield Hits(first, found, scores)
 
 
-def report(data: EvalData, hits: Hits, config: EvalConfig) -> dict[str, float]:
-    """Write the files asked for and return the metrics, on every process."""
-    return distributed.on_main(lambda: _report(data, hits, config))
+@dataclass(frozen=True)
+class Output:
+    """A file to write: what it is, where it goes, and the lines of a window."""
+
+    what: str
+    path: str
+    lines: Callable[[Window], Iterator[str]]
+
+
+def _outputs(data: EvalData, config: EvalConfig) -> list[Output]:
+    """The files that `config` asks for."""
+    source = data.rows.path
+    folder = config.output_dir if config.save_to_output else None
+    derived = partial(derived_path, source, save_name=config.save_name)
+    outputs = []
+    if config.save_result and not config.load_result:
+        outputs.append(Output("hits", _result_path(data, config), result_lines))
+    if config.save_per_query:
+        outputs.append(Output("metrics per query", derived("per_query", output_dir=config.output_dir), per_query_lines))
+    if config.save_trec:
+        run = derived("run", output_dir=config.output_dir, extension=".trec")
+        qrels = derived("qrels", output_dir=config.output_dir, extension=".trec")
+        outputs += [Output("TREC run", run, trec.run_lines), Output("TREC qrels", qrels, trec.qrels_lines)]
+    if "collate_neg" in config.metrics:
+        lines = partial(
+            mined_lines,
+            text_of=data.key_text,
+            max_neg_num=config.max_neg_num,
+            filter_answers=config.filter_answers,
+        )
+        outputs.append(Output("mined negatives", derived("neg", output_dir=folder), lines))
+    if "collate_key" in config.metrics:
+        lines = partial(key_lines, text_of=data.key_text)
+        outputs.append(Output("collated keys", derived("key", output_dir=folder), lines))
+    return outputs
+
+
+def report(data: EvalData, found: Iterable[Hits], config: EvalConfig) -> dict[str, float]:
+    """Write the files asked for and return the metrics, on every process.
+
+    Args:
+        data: rows and corpus.
+        found: hits of consecutive windows that cover all rows; the main process writes them.
+        config: see there.
+    """
+    means = MetricMeans()
+    outputs = _outputs(data, config) if distributed.is_main() else []
+    with contextlib.ExitStack() as stack:
+        files = [(stack.enter_context(atomic_write(output.path)), output) for output in outputs]
+        for hits in found:
+            distributed.on_main(partial(_write_window, data, hits, config, means, files))
+    for output in outputs:
+        logger.info("%s: %s", output.what, output.path)
+    return distributed.on_main(means.result)
+
+
+def _write_window(
+    data: EvalData, hits: Hits, config: EvalConfig, means: MetricMeans, files: list[tuple[IO[str], Output]]
+) -> None:
+    rows = data.rows[hits.first : hits.first + len(hits.rows)]
+    window = Window(rows, hits, window_metrics(data, rows, hits, config))
+    means.add(dict(window.values))
+    for file, output in files:
+        file.writelines(output.lines(window))
 
 
 def _result_path(data: EvalData, config: EvalConfig) -> str:
     return derived_path(data.rows.path, "result", config.save_name, config.output_dir)
 
 
-def _report(data: EvalData, hits: Hits, config: EvalConfig) -> dict[str, float]:
-    if config.save_result and not config.load_result:
-        write_hits(_result_path(data, config), data.rows, hits)
-    metrics = compute_metrics(data, hits, config)
-    folder = config.output_dir if config.save_to_output else None
-    if "collate_neg" in config.metrics:
-        path = derived_path(data.rows.path, "neg", config.save_name, folder)
-        write_mined(path, data.rows, hits, data.key_text, config.max_neg_num, config.filter_answers)
-        logger.info("mined negatives: %s", path)
-    if "collate_key" in config.metrics:
-        path = derived_path(data.rows.path, "key", config.save_name, folder)
-        write_keys(path, data.rows, hits, data.key_text)
-        logger.info("collated keys: %s", path)
-    return metrics
-
-
-def rerank_dense(model: DenseRetriever, data: EvalData, query: EncodeConfig, key: EncodeConfig) -> Hits:
+def rerank_dense(model: DenseRetriever, data: EvalData, query: EncodeConfig, key: EncodeConfig) -> Iterator[Hits]:
     """Order the ``key`` of every row by the model's score; hits are their ``key_index``.
 
-    Rows without keys get no hits. Every process computes all rows.
+    Rows without keys get no hits. Each process computes its part of a window; all get all hits.
 
     Raises:
         UserError: no row has keys, or a row's key_index does not fit them.
     """
-    rows = list(data.rows)
-    for number, row in enumerate(rows):
-        if len(row.get("key") or []) != len(row.get("key_index") or []):
-            raise UserError(f"{data.rows.where(number)}: 'key' and 'key_index' must have the same length for reranking")
-    counts = [len(row.get("key") or []) for row in rows]
-    if not sum(counts):
+    columns = data.rows.scan.columns
+    if not columns["keys"].any():
         raise UserError(f"{data.rows.path}: no row has 'key' and 'key_index', which --eval_method rerank orders")
-    queries = encode(model.embed_query, model.query_tokenizer, data.queries, query)
+    width = int(columns["keys"].max())
+    with progress(len(data.rows), "reranking", distributed.is_main(), "query") as bar:
+        for first in range(0, len(data.rows), WINDOW):
+            size = min(WINDOW, len(data.rows) - first)
+            part = distributed.part_of(size)
+            rows, scores = _rerank(model, data, range(first + part.start, first + part.stop), width, query, key)
+            found = np.concatenate(distributed.all_gather_array(rows))
+            bar.update(size)
+            yield Hits(first, found, np.concatenate(distributed.all_gather_array(scores)))
+
+
+def _rerank(
+    model: DenseRetriever, data: EvalData, part: range, width: int, query: EncodeConfig, key: EncodeConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """key_index and scores ``(len(part), width)`` of some rows, best first."""
+    found = np.full((len(part), width), -1, dtype=np.int64)
+    scores = np.full((len(part), width), -np.inf, dtype=np.float32)
+    rows = data.rows[part.start : part.stop]
     texts = [data.key_instruction + text for row in rows for text in row.get("key") or []]
-    keys = encode(model.embed_key, model.key_tokenizer, texts, key, "encoding keys" if distributed.is_main() else None)
-    found = np.full((len(rows), max(counts)), -1, dtype=np.int64)
-    scores = np.full((len(rows), max(counts)), -np.inf, dtype=np.float32)
+    if not texts:
+        return found, scores
+    queries = encode(model.embed_query, model.query_tokenizer, data.queries[part.start : part.stop], query)
+    keys = encode(model.embed_key, model.key_tokenizer, texts, key)
     start = 0
-    for number, count in enumerate(counts):
-        own = keys[start : start + count]
-        start += count
-        similarity = own @ queries[number]
-        if model.metric == "l2":
-            similarity = -np.square(own - queries[number]).sum(1)
+    for number, row in enumerate(rows):
+        index = np.array(row.get("key_index") or [], dtype=np.int64)
+        if len(index) != len(row.get("key") or []):
+            where = data.rows.where(part[number])
+            raise UserError(f"{where}: 'key' and 'key_index' must have the same length for reranking")
+        own = keys[start : start + len(index)].astype(np.float32)
+        start += len(index)
+        wanted = queries[number].astype(np.float32)
+        similarity = -np.square(own - wanted).sum(1) if model.metric == "l2" else own @ wanted
         order = np.argsort(-similarity, kind="stable")
-        found[number, :count] = np.array(rows[number].get("key_index") or [], dtype=np.int64)[order]
-        scores[number, :count] = similarity[order]
-    return Hits(found, scores)
+        found[number, : len(index)], scores[number, : len(index)] = index[order], similarity[order]
+    return found, scores

@@ -1,60 +1,176 @@
-"""Vectors to nearest neighbours: FAISS on the CPU, exact torch search on a GPU."""
+"""Vectors to nearest neighbours: exact torch search on any device, FAISS for every other kind of index."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import faiss
 import numpy as np
 import torch
+from torch import Tensor
 
 from src.errors import UserError
 
-#: Corpus rows compared at a time by the exact torch search.
-BLOCK = 131_072
+#: Scores computed at a time by the exact search: queries x corpus rows.
+CPU_SCORES = 1 << 24
+GPU_SCORES = 1 << 29
+#: Queries compared at a time by the exact search.
+CPU_QUERIES = 512
+GPU_QUERIES = 8192
+#: Vectors that FAISS is trained on: at least so many (or all), and so many per cell of an inverted file.
+TRAIN_ROWS = 100_000
+TRAIN_ROWS_PER_CELL = 64
+
+
+@dataclass(frozen=True)
+class VectorShard:
+    """A run of consecutive corpus rows whose vectors are in memory, or on the disk until they are needed.
+
+    Attributes:
+        first: corpus row number of the first vector.
+        rows: how many there are.
+        load: returns them, fp32 or fp16 ``(rows, D)``.
+    """
+
+    first: int
+    rows: int
+    load: Callable[[], np.ndarray]
 
 
 class Index(Protocol):
-    """Finds the best rows for query vectors."""
+    """Finds the best corpus rows for query vectors."""
 
     def search(self, queries: np.ndarray, hits: int) -> tuple[np.ndarray, np.ndarray]:
-        """fp32 scores (higher is better) and int64 row numbers, both ``(queries, hits)``; -1 fills up."""
+        """fp32 scores (higher is better) and int64 corpus row numbers, both ``(queries, hits)``; -1 fills up.
+
+        Args:
+            queries: fp32 ``(queries, D)``.
+            hits: how many per query.
+        """
+
+
+class ExactIndex:
+    """Compares every query with every vector; equal scores go to the lower row number.
+
+    Shards are loaded one at a time, so memory is bounded by the largest of them.
+    """
+
+    def __init__(self, shards: Sequence[VectorShard], metric: str, device: torch.device) -> None:
+        self.shards = sorted(shards, key=lambda shard: shard.first)
+        self.metric = metric
+        self.device = device
+
+    def search(self, queries: np.ndarray, hits: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Index.search`."""
+        all_queries = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32))
+        scores = torch.full((len(queries), hits), -torch.inf)
+        rows = torch.full((len(queries), hits), -1, dtype=torch.int64)
+        step = CPU_QUERIES if self.device.type == "cpu" else GPU_QUERIES
+        for shard in self.shards:
+            vectors = torch.from_numpy(shard.load()).to(self.device)
+            for start in range(0, len(queries), step):
+                part = slice(start, start + step)
+                best = (scores[part].to(self.device), rows[part].to(self.device))
+                found = self._search_shard(all_queries[part].to(self.device), vectors, shard.first, best)
+                scores[part], rows[part] = found[0].cpu(), found[1].cpu()
+        return scores.numpy(), rows.numpy()
+
+    def _search_shard(
+        self, queries: Tensor, vectors: Tensor, first: int, best: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The best of `best` (all of lower rows) and of a shard.
+
+        Blocks begin small and double: what beats the worst hit so far is then about as much in each block as there
+        are hits, and far cheaper to find by comparison than by a selection over the whole block.
+        """
+        limit = max(1, (CPU_SCORES if self.device.type == "cpu" else GPU_SCORES) // len(queries))
+        start, size = 0, 2 * best[0].shape[1]
+        while start < len(vectors):
+            block = vectors[start : start + min(size, limit)]
+            best = keep_best(best, pair_scores(queries, block.float(), self.metric), first + start)
+            start, size = start + len(block), 2 * size
+        return best
+
+
+def pair_scores(queries: Tensor, vectors: Tensor, metric: str) -> Tensor:
+    """Scores of all pairs, fp32 ``(queries, rows)``: products, or negative squared distances for ``l2``."""
+    products = queries @ vectors.T
+    if metric != "l2":
+        return products
+    return 2 * products - queries.square().sum(1, keepdim=True) - vectors.square().sum(1)
+
+
+def keep_best(best: tuple[Tensor, Tensor], scores: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Update the best hits by a block of scores; of equal scores those seen earlier stay ahead.
+
+    Args:
+        best: scores and rows ``(queries, hits)``, best first, -inf and -1 where there is no hit yet.
+        scores: ``(queries, block)`` of the corpus rows from `first` on.
+        first: row number of the first column; all rows in `best` are lower.
+    """
+    best_scores, best_rows = best
+    hits = best_scores.shape[1]
+    query, column = (scores > best_scores[:, -1:]).nonzero(as_tuple=True)
+    counts = torch.bincount(query, minlength=len(scores))
+    width = int(counts.max()) if len(query) else 0
+    if width == 0:
+        return best
+    # Candidates of each query side by side, in row order.
+    place = torch.arange(len(query), device=scores.device) - (counts.cumsum(0) - counts)[query]
+    new_scores = scores.new_full((len(scores), width), -torch.inf)
+    new_rows = torch.full((len(scores), width), -1, dtype=torch.int64, device=scores.device)
+    new_scores[query, place] = scores[query, column]
+    new_rows[query, place] = column + first
+    joined, order = torch.cat([best_scores, new_scores], 1).sort(dim=1, descending=True, stable=True)
+    return joined[:, :hits], torch.cat([best_rows, new_rows], 1).gather(1, order[:, :hits])
 
 
 class FaissIndex:
-    """Any FAISS index; scores of l2 are negative squared distances."""
+    """Any FAISS index over consecutive corpus rows; scores of l2 are negative squared distances."""
 
-    def __init__(self, index: faiss.Index) -> None:
+    def __init__(self, index: faiss.Index, first: int) -> None:
         self.index = index
+        self.first = first
 
     @classmethod
-    def build(cls, vectors: np.ndarray, factory: str, metric: str) -> FaissIndex:
-        """Train on `vectors` ``(n, D)`` and add them.
+    def build(cls, shards: Sequence[VectorShard], factory: str, metric: str, device: torch.device) -> FaissIndex:
+        """Train on a sample of the vectors where the kind of index needs it, and add them shard by shard.
+
+        Args:
+            shards: at least one, of consecutive rows.
+            factory: FAISS factory string.
+            metric: ``cos``, ``ip`` or ``l2``.
+            device: with a GPU the index is moved there, when the installed FAISS can.
 
         Raises:
-            UserError: FAISS refuses the factory string, or has too few vectors to train on.
+            UserError: FAISS does not know the factory string, or has too few vectors to train on.
         """
+        shards = sorted(shards, key=lambda shard: shard.first)
         kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+        total = sum(shard.rows for shard in shards)
         try:
-            index = faiss.index_factory(vectors.shape[1], factory, kind)
+            index = faiss.index_factory(shards[0].load().shape[1], factory, kind)
             if not index.is_trained:
-                index.train(vectors)
+                index.train(_sample(shards, _training_rows(index)))
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise UserError(
-                f"--faiss_index_factory {factory!r} cannot index {len(vectors)} vectors: {reason}"
-            ) from error
-        index.add(vectors)
-        return cls(index)
+            raise UserError(f"--faiss_index_factory {factory!r} cannot index {total} vectors: {reason}") from error
+        index = _on_device(index, device)
+        for shard in shards:
+            index.add(np.ascontiguousarray(shard.load(), dtype=np.float32))
+        return cls(index, shards[0].first)
 
     @classmethod
-    def load(cls, path: str) -> FaissIndex:
-        """Read what `save` wrote."""
-        return cls(faiss.read_index(path))
+    def load(cls, path: str, first: int, device: torch.device) -> FaissIndex:
+        """Read what `save` wrote; `first` is the corpus row number of its first vector."""
+        return cls(_on_device(faiss.read_index(path), device), first)
 
     def save(self, path: str) -> None:
         """Write the index to a file."""
-        faiss.write_index(self.index, path)
+        on_gpu = hasattr(faiss, "GpuIndex") and isinstance(self.index, faiss.GpuIndex)
+        faiss.write_index(faiss.index_gpu_to_cpu(self.index) if on_gpu else self.index, path)
 
     def search(self, queries: np.ndarray, hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Index.search`."""
@@ -62,35 +178,29 @@ class FaissIndex:
         if self.index.metric_type == faiss.METRIC_L2:
             scores = -scores
         scores[rows < 0] = -np.inf
-        return scores, rows
+        return scores, np.where(rows < 0, -1, rows + self.first)
 
 
-class TorchIndex:
-    """Exact search by matrix products on a device."""
+def _training_rows(index: faiss.Index) -> int:
+    inverted_file = faiss.try_extract_index_ivf(index)
+    return max(TRAIN_ROWS, TRAIN_ROWS_PER_CELL * (inverted_file.nlist if inverted_file is not None else 0))
 
-    def __init__(self, vectors: np.ndarray, metric: str, device: torch.device) -> None:
-        self.vectors = torch.from_numpy(vectors).to(device)
-        self.metric = metric
 
-    def _scores(self, queries: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
-        products = queries @ block.T
-        if self.metric != "l2":
-            return products
-        return 2 * products - queries.square().sum(1, keepdim=True) - block.square().sum(1)
+def _sample(shards: Sequence[VectorShard], wanted: int) -> np.ndarray:
+    """About `wanted` vectors, or all, evenly spread over the shards; fp32."""
+    total = sum(shard.rows for shard in shards)
+    step = max(1, total // wanted)
+    return np.concatenate([shard.load()[::step] for shard in shards]).astype(np.float32)
 
-    def search(self, queries: np.ndarray, hits: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `Index.search`."""
-        device = self.vectors.device
-        local = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(device)
-        best_scores = torch.full((len(local), hits), -torch.inf, device=device)
-        best_rows = torch.full((len(local), hits), -1, dtype=torch.int64, device=device)
-        for start in range(0, len(self.vectors), BLOCK):
-            block = self.vectors[start : start + BLOCK]
-            scores, rows = self._scores(local, block).topk(min(hits, len(block)), dim=1)
-            scores, rows = torch.cat([best_scores, scores], 1), torch.cat([best_rows, rows + start], 1)
-            best_scores, order = scores.topk(hits, dim=1)
-            best_rows = rows.gather(1, order)
-        return best_scores.cpu().numpy(), best_rows.cpu().numpy()
+
+def _on_device(index: faiss.Index, device: torch.device) -> faiss.Index:
+    """The index on the GPU, when there is one and FAISS was built for it and has this kind of index there."""
+    if device.type != "cuda" or not hasattr(faiss, "StandardGpuResources"):
+        return index
+    try:
+        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), device.index or 0, index)
+    except RuntimeError:
+        return index
 
 
 def merge_hits(scores: list[np.ndarray], rows: list[np.ndarray], hits: int) -> tuple[np.ndarray, np.ndarray]:
