@@ -263,8 +263,11 @@ def report(data: EvalData, found: Iterable[Hits], config: EvalConfig) -> dict[st
     means = MetricMeans()
     outputs = _outputs(data, config) if distributed.is_main() else []
     with contextlib.ExitStack() as stack:
-        files = [(stack.enter_context(atomic_write(output.path)), output) for output in outputs]
+        files: list[tuple[IO[str], Output]] = []
         for hits in found:
+            if not files:
+                # Not before there is something to write: what goes wrong until then leaves no trace.
+                files = [(stack.enter_context(atomic_write(output.path)), output) for output in outputs]
             distributed.on_main(partial(_write_window, data, hits, config, means, files))
     for output in outputs:
         logger.info("%s: %s", output.what, output.path)

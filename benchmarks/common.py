@@ -1,0 +1,107 @@
+"""What the benchmarks share: sides in processes of their own, repeated in turn, and a result file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, accelerator and versions."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    models = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "processor": ", ".join(sorted(models)) or platform.processor(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(pages / 2**30, 1),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def compare(
+    module: str,
+    sides: Mapping[str, Callable[[argparse.Namespace], float]],
+    parser: argparse.ArgumentParser,
+    unit: str,
+    ours: Sequence[str],
+) -> None:
+    """Run every side `--repeats` times, in turn and each in a process of its own; print and save the comparison.
+
+    Args:
+        module: name of the benchmark, also of its result file.
+        sides: name to a function from the arguments to a rate (more is better) on the same work.
+        parser: the benchmark's own arguments.
+        unit: of the rate.
+        ours: the sides that are ours; the ratio to each of the others is shown.
+    """
+    parser.add_argument("--repeats", type=int, default=3, help="times that each side runs; the median counts")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each side")
+    parser.add_argument("--side", choices=list(sides), help="run one side here and print its numbers as JSON")
+    args = parser.parse_args()
+    if args.side:
+        rate = sides[args.side](args)
+        print(json.dumps({"rate": rate, "peak_mib": peak_mib()}))
+        return
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    for _ in range(args.repeats):
+        for name in sides:
+            command = [sys.executable, "-m", f"benchmarks.{module}", *sys.argv[1:], "--side", name]
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(f"{name} failed:\n{done.stderr}")
+            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{name:<44} {runs[name][-1]['rate']:>12.1f} {unit}", flush=True)
+    table = {
+        name: {key: round(statistics.median(run[key] for run in each), 2) for key in ("rate", "peak_mib")}
+        for name, each in runs.items()
+    }
+    ratios = {
+        f"{mine} / {other}": round(table[mine]["rate"] / table[other]["rate"], 2)
+        for mine in ours
+        for other in sides
+        if other not in ours
+    }
+    print(f"\n{'median':<44} {unit:>16} {'peak MiB':>10}")
+    for name, row in table.items():
+        print(f"{name:<44} {row['rate']:>16.1f} {row['peak_mib']:>10.0f}")
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio}")
+    shown = {key: value for key, value in vars(args).items() if key != "side"}
+    result = {"unit": unit, "sides": table, "ratios": ratios, "arguments": shown, "machine": machine()}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{module}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"saved: {RESULTS / module}.json")

@@ -1,0 +1,57 @@
+"""Encoding passages of mixed length: ours against sentence-transformers at several batch sizes, and against plain
+batches of 1000 in file order.
+
+python -m benchmarks.encode --model FOLDER_OR_HUB_NAME
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+
+from benchmarks.common import compare, timed
+from benchmarks.texts import passages
+from src.retrieval.encode import EncodeConfig, encode
+from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
+
+OURS, PLAIN = "ours", "plain batches of 1000"
+
+
+def encoding(args: argparse.Namespace, batch_size: int | None) -> float:
+    """Passages per second; `batch_size` None for ours, 1000 for plain batches, else sentence-transformers'."""
+    torch.set_num_threads(args.threads)
+    texts = passages(args.count)
+    device = torch.device(args.device)
+    theirs = SentenceTransformer(args.model, device=args.device)
+    theirs.max_seq_length = args.max_length
+    model = load_dense_retriever(EncoderConfig(args.model)).eval().to(device)
+    config = EncodeConfig(args.max_length, device)
+    ours = partial(encode, model.embed_key, model.key_tokenizer, config=config)
+    np.testing.assert_allclose(ours(texts=texts[:64]), theirs.encode(texts[:64]), atol=1e-5)
+    if batch_size is None:
+        return len(texts) / timed(lambda: ours(texts=texts))
+    if batch_size == 1000:
+        # In file order: sentence-transformers sorts within one call, so each batch is a call of its own.
+        starts = range(0, len(texts), batch_size)
+        return len(texts) / timed(lambda: [theirs.encode(texts[s : s + 1000], batch_size=1000) for s in starts])
+    return len(texts) / timed(lambda: theirs.encode(texts, batch_size=batch_size))
+
+
+def main() -> None:
+    """Compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="encoder: a sentence-transformers folder or hub name")
+    parser.add_argument("--count", type=int, default=2000, help="passages")
+    parser.add_argument("--max_length", type=int, default=256, help="most tokens of a passage")
+    parser.add_argument("--device", default="cpu")
+    sides = {OURS: partial(encoding, batch_size=None), PLAIN: partial(encoding, batch_size=1000)}
+    sides |= {f"sentence-transformers, batch {size}": partial(encoding, batch_size=size) for size in (16, 32, 64, 256)}
+    compare("encode", sides, parser, "passages/s", [OURS])
+
+
+if __name__ == "__main__":
+    main()
