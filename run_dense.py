@@ -23,6 +23,7 @@ from src.retrieval.builders import (
     check_outputs,
     dense_evaluator,
     encoder_config,
+    eval_config,
     instructions,
     load_eval_data,
     metric_names,
@@ -97,7 +98,8 @@ def main() -> None:
     distributed.on_main(lambda: check_outputs(args, training.output_dir, training.log_path))
     device: torch.device = torch.device("cpu") if args.cpu else training.device
     arguments = {**asdict(args), **training.to_dict()}
-    eval_data = load_eval_data(args, training.eval_method, training.output_dir)
+    evaluation = eval_config(args, training.output_dir, training.seed)
+    eval_data = load_eval_data(args, training.eval_method, evaluation)
     sources = []
     if args.train_data:
         sources = load_train_sources(
@@ -115,7 +117,7 @@ def main() -> None:
     model = load_dense_retriever(encoder_config(args, given))
     evaluate_model = None
     if eval_data is not None:
-        compute = dense_evaluator(args, eval_data, training.eval_method, training.output_dir, device)
+        compute = dense_evaluator(args, eval_data, training.eval_method, evaluation, device)
 
         def evaluate_model(current: DenseRetriever) -> dict[str, float]:
             metrics = compute(current)

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from src.errors import UserError
-from src.retrieval.collate import mine_negatives, open_hits
+from src.retrieval.collate import open_hits
 from src.retrieval.data import load_eval_rows
 from src.retrieval.index import ExactIndex, FaissIndex, VectorShard, merge_hits
 from tests.helpers import read_rows, run, write_rows
@@ -96,22 +96,6 @@ def test_any_factory_string(factory):
     _, rows = FaissIndex.build(shards(vectors, 150), factory, "ip", CPU).search(vectors[:5], 10)
     assert rows.shape == (5, 10)
     assert rows.max() < 400
-
-
-def test_mined_negatives_leave_positives_out():
-    """By index (0), by text (1 equals the positive, 2 is blank-different from it), doubles (4), answers (5)."""
-    corpus = ["the pope", "a positive", "a positive ", "wrong", "wrong", "it is 42 indeed", "far"]
-    row = {"query": "q", "pos": ["a positive"], "pos_index": [0], "answers": ["42"]}
-    hits = np.array([0, 1, 2, 3, 4, 5, 6, -1])
-    mined = mine_negatives(row, hits, corpus.__getitem__, 10, filter_answers=False)
-    assert mined["neg_index"] == [3, 5, 6]
-    assert mined["neg"] == ["wrong", "it is 42 indeed", "far"]
-    assert mined["pos"] == ["a positive"]
-    assert "teacher_scores" not in mine_negatives(
-        {**row, "teacher_scores": [1, 2]}, hits, corpus.__getitem__, 10, False
-    )
-    assert mine_negatives(row, hits, corpus.__getitem__, 10, filter_answers=True)["neg_index"] == [3, 6]
-    assert mine_negatives(row, hits, corpus.__getitem__, 1, filter_answers=False)["neg_index"] == [3]
 
 
 @pytest.fixture

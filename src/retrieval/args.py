@@ -76,6 +76,21 @@ class DataArgs:
     cutoffs: list[int] = _flag([1, 5, 10, 100], "Ranks at which metrics are computed.")
     filter_answers: bool = _flag(False, "Mining: leave out hits that contain one of the row's answers.")
     max_neg_num: int = _flag(100, "Mining: most negatives per row.")
+    neg_margin_relative: float | None = _flag(
+        None, "Mining: leave out hits that score above the positive's score minus this share of it (0.05: above 95 %)."
+    )
+    neg_margin_absolute: float | None = _flag(
+        None, "Mining: leave out hits that score above the positive's score minus this."
+    )
+    neg_range: list[int] | None = _flag(
+        None, "Mining: first and last rank of the hits that may become negatives, from 1 on, such as 10 200."
+    )
+    neg_sample: bool = _flag(False, "Mining: draw max_neg_num of the hits that are left, in place of the first.")
+    neg_near_duplicate: float | None = _flag(
+        None,
+        "Mining: leave out hits sharing so much of their words with a positive or an earlier negative (Jaccard, "
+        "0 to 1).",
+    )
     load_result: bool = _flag(False, "Evaluate the saved result file instead of retrieving.")
     save_result: bool = _flag(True, "Save query ids, hits and scores to output_dir.")
     save_per_query: bool = _flag(False, "Save every query's metrics to output_dir (<stem>.per_query<ext>).")
@@ -87,7 +102,15 @@ class DataArgs:
     def __post_init__(self) -> None:
         for metric in self.metrics:
             check_choice("metrics", metric, METRICS)
-        check_positive(max_neg_num=self.max_neg_num)
+        check_positive(max_neg_num=self.max_neg_num, neg_near_duplicate=self.neg_near_duplicate)
+        for name in ("neg_margin_relative", "neg_margin_absolute"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"--{name} must not be negative, found {getattr(self, name)}")
+        if (self.neg_near_duplicate or 0) > 1:
+            raise UserError(f"--neg_near_duplicate is a share of at most 1, found {self.neg_near_duplicate}")
+        ranks = self.neg_range
+        if ranks is not None and not (len(ranks) == 2 and 1 <= ranks[0] <= ranks[1]):
+            raise UserError(f"--neg_range: give first and last rank from 1 on, such as 10 200, found {ranks}")
         if not self.cutoffs or min(self.cutoffs) < 1:
             raise UserError(f"--cutoffs must be ranks of 1 or more, found {self.cutoffs}")
         if self.eval_data and self.eval_data.endswith(tuple("*?]")):
@@ -178,6 +201,10 @@ class RetrievalArgs(DenseArgs, BM25Args, DataArgs):
             raise UserError(
                 f"--cutoffs {' '.join(map(str, self.cutoffs))}: only --hits {self.hits} keys are retrieved, raise "
                 "one or lower the other"
+            )
+        if self.neg_range is not None and self.neg_range[1] > self.hits:
+            raise UserError(
+                f"--neg_range {self.neg_range[0]} {self.neg_range[1]}: only --hits {self.hits} are retrieved"
             )
         if self.load_result and not self.eval_data:
             raise UserError("--load_result needs --eval_data")

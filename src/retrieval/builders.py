@@ -26,6 +26,7 @@ from src.retrieval.evaluate import (
     rerank_dense,
     retrieve,
 )
+from src.retrieval.mining import MiningConfig
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, weights_fingerprint
 from src.retrieval.searcher import DenseSearchConfig, DenseSearcher, build_dense_searcher, encode_config
 from src.retrieval.store import IndexIdentity, file_fingerprint
@@ -56,15 +57,28 @@ def instructions(args: DenseArgs) -> InstructionOf:
     return partial(instruction_for, args.version) if args.add_instruction else no_instruction
 
 
-def eval_config(args: RetrievalArgs, output_dir: str) -> EvalConfig:
-    """What to compute and where to write."""
+def mining_config(args: RetrievalArgs, seed: int) -> MiningConfig:
+    """Which hits become negatives."""
+    return MiningConfig(
+        args.max_neg_num,
+        args.filter_answers,
+        args.neg_margin_absolute,
+        args.neg_margin_relative,
+        (args.neg_range[0], args.neg_range[1]) if args.neg_range else None,
+        args.neg_sample,
+        args.neg_near_duplicate,
+        seed,
+    )
+
+
+def eval_config(args: RetrievalArgs, output_dir: str, seed: int) -> EvalConfig:
+    """What to compute and where to write; `seed` is for what is drawn at random."""
     return EvalConfig(
         args.metrics,
         args.cutoffs,
         args.hits,
         output_dir,
-        args.filter_answers,
-        args.max_neg_num,
+        mining_config(args, seed),
         args.save_name,
         args.save_to_output,
         args.load_result,
@@ -94,7 +108,7 @@ def metric_names(args: DataArgs) -> list[str]:
     return [f"{name}@{cutoff}" for name in names for cutoff in sorted(set(args.cutoffs))]
 
 
-def load_eval_data(args: RetrievalArgs, eval_method: str, output_dir: str) -> EvalData | None:
+def load_eval_data(args: RetrievalArgs, eval_method: str, config: EvalConfig) -> EvalData | None:
     """Open and check the evaluation rows and the corpus; None without --eval_data.
 
     Raises:
@@ -115,7 +129,7 @@ def load_eval_data(args: RetrievalArgs, eval_method: str, output_dir: str) -> Ev
     # Only encoders know instructions; to BM25 they would be words like others.
     instruction_of = instructions(args) if args.retrieval_method == "dense" else no_instruction
     data = make_eval_data(rows, corpus, args.key_template, args.task, instruction_of)
-    check_labels(data, eval_config(args, output_dir))
+    check_labels(data, config)
     return data
 
 
@@ -156,17 +170,16 @@ def dense_searcher(
 
 
 def dense_evaluator(
-    args: RetrievalArgs, data: EvalData, eval_method: str, output_dir: str, device: torch.device
+    args: RetrievalArgs, data: EvalData, eval_method: str, config: EvalConfig, device: torch.device
 ) -> Callable[[DenseRetriever], dict[str, float]]:
     """A function from a model (in eval mode, on `device`) to its metrics on `data`."""
     query, key = encode_configs(args, device)
-    config = eval_config(args, output_dir)
 
     def evaluate(model: DenseRetriever) -> dict[str, float]:
         if eval_method == "rerank":
             found = rerank_dense(model, data, query, key)
         else:
-            found = retrieve(data, config, lambda: dense_searcher(args, data, output_dir, device, model))
+            found = retrieve(data, config, lambda: dense_searcher(args, data, config.output_dir, device, model))
         return report(data, found, config)
 
     return evaluate

@@ -14,7 +14,7 @@ import numpy as np
 from src.errors import UserError
 from src.io import existing_file
 from src.jsonl import JsonLines, open_jsonl
-from src.retrieval.metrics_nq import has_answer, token_string
+from src.retrieval.mining import MiningConfig, MiningSummary, mine_negatives
 from src.schema import check_hits_row
 
 
@@ -124,43 +124,11 @@ def read_hits(saved: JsonLines, first: int, end: int) -> Hits:
     return Hits(first, found, scores)
 
 
-def mine_negatives(
-    row: dict[str, Any], hits: np.ndarray, text_of: Callable[[int], str], max_neg_num: int, filter_answers: bool
-) -> dict[str, Any]:
-    """The row with its best-ranked hits that are not positives as ``neg`` and ``neg_index``.
-
-    Left out are positives by index and by text, texts that came already, and with `filter_answers` texts that
-    contain an answer of the row. ``teacher_scores`` are left out too: they belong to the candidates of before.
-
-    Args:
-        row: an evaluation row, ``pos`` and ``pos_index`` optional.
-        hits: int ``(hits,)`` corpus row numbers, best first, -1 for none.
-        text_of: text of a corpus row, without instruction.
-        max_neg_num: most negatives.
-        filter_answers: see above.
-    """
-    positive_index = set(row.get("pos_index") or [])
-    positives = list(row["pos"]) if row.get("pos") else [text_of(index) for index in row.get("pos_index") or []]
-    answers = row.get("answers") or []
-    seen = {text.strip() for text in positives} | {text_of(index).strip() for index in positive_index}
-    negatives: list[str] = []
-    negative_index: list[int] = []
-    for index in hits.tolist():
-        if index < 0 or len(negatives) == max_neg_num:
-            break
-        text = text_of(index)
-        if index in positive_index or text.strip() in seen:
-            continue
-        if filter_answers and has_answer(token_string(text), answers):
-            continue
-        seen.add(text.strip())
-        negatives.append(text)
-        negative_index.append(index)
-    kept = {name: value for name, value in row.items() if name != "teacher_scores"}
-    return {**kept, "pos": positives, "neg": negatives, "neg_index": negative_index}
-
-
-def mined_lines(window: Window, text_of: Callable[[int], str], max_neg_num: int, filter_answers: bool) -> Iterator[str]:
-    """Every row with its mined negatives, see `mine_negatives`."""
-    for _, row, found, _ in window:
-        yield json_line(mine_negatives(row, found, text_of, max_neg_num, filter_answers))
+def mined_lines(
+    window: Window, text_of: Callable[[int], str], config: MiningConfig, summary: MiningSummary
+) -> Iterator[str]:
+    """Every row with its mined negatives, see `mine_negatives`; `summary` counts them."""
+    for number, row, found, scores in window:
+        mined = mine_negatives(row, number, found, scores, text_of, config)
+        summary.add(mined)
+        yield json_line(mined.row)

@@ -30,6 +30,7 @@ from src.retrieval.data import InstructionOf, Texts, eval_task, render_key, rend
 from src.retrieval.encode import EncodeConfig, encode, progress
 from src.retrieval.metrics import retrieval_metrics
 from src.retrieval.metrics_nq import nq_recall
+from src.retrieval.mining import MiningConfig, MiningSummary
 from src.retrieval.modeling_dense import DenseRetriever
 from src.retrieval.searcher import Searcher
 
@@ -45,9 +46,10 @@ class EvalConfig:
     """What to compute and where to write.
 
     Attributes:
-        metrics, cutoffs, hits, filter_answers, max_neg_num, save_name, load_result, save_result, save_per_query,
+        metrics, cutoffs, hits, save_name, load_result, save_result, save_per_query,
             save_trec: as the flags.
         output_dir: folder of the result file.
+        mining: which hits become negatives.
         save_to_output: put mined and collated files there too.
     """
 
@@ -55,8 +57,7 @@ class EvalConfig:
     cutoffs: Sequence[int]
     hits: int
     output_dir: str
-    filter_answers: bool = False
-    max_neg_num: int = 100
+    mining: MiningConfig = MiningConfig()
     save_name: str | None = None
     save_to_output: bool = False
     load_result: bool = False
@@ -217,11 +218,12 @@ def retrieve(data: EvalData, config: EvalConfig, searcher: Callable[[], Searcher
 
 @dataclass(frozen=True)
 class Output:
-    """A file to write: what it is, where it goes, and the lines of a window."""
+    """A file to write: what it is, where it goes, the lines of a window, and what to say of it in the end."""
 
     what: str
     path: str
     lines: Callable[[Window], Iterator[str]]
+    describe: Callable[[], str] | None = None
 
 
 def _outputs(data: EvalData, config: EvalConfig) -> list[Output]:
@@ -239,13 +241,9 @@ def _outputs(data: EvalData, config: EvalConfig) -> list[Output]:
         qrels = derived("qrels", output_dir=config.output_dir, extension=".trec")
         outputs += [Output("TREC run", run, trec.run_lines), Output("TREC qrels", qrels, trec.qrels_lines)]
     if "collate_neg" in config.metrics:
-        lines = partial(
-            mined_lines,
-            text_of=data.key_text,
-            max_neg_num=config.max_neg_num,
-            filter_answers=config.filter_answers,
-        )
-        outputs.append(Output("mined negatives", derived("neg", output_dir=folder), lines))
+        summary = MiningSummary(config.mining.max_neg_num)
+        lines = partial(mined_lines, text_of=data.key_text, config=config.mining, summary=summary)
+        outputs.append(Output("mined negatives", derived("neg", output_dir=folder), lines, summary.describe))
     if "collate_key" in config.metrics:
         lines = partial(key_lines, text_of=data.key_text)
         outputs.append(Output("collated keys", derived("key", output_dir=folder), lines))
@@ -270,6 +268,8 @@ def report(data: EvalData, found: Iterable[Hits], config: EvalConfig) -> dict[st
                 files = [(stack.enter_context(atomic_write(output.path)), output) for output in outputs]
             distributed.on_main(partial(_write_window, data, hits, config, means, files))
     for output in outputs:
+        if output.describe is not None:
+            logger.info("%s", output.describe())
         logger.info("%s: %s", output.what, output.path)
     return distributed.on_main(means.result)
 

@@ -1,0 +1,121 @@
+"""Join files of mined negatives, such as dense and BM25 ones, without repeating a negative.
+
+python scripts/merge_negatives.py --files train.neg.bge.json train.neg.bm25.json --output_file train.neg.both.json
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from src.cli import parse_args, run
+from src.errors import UserError
+from src.io import check_writable, existing_file, write_jsonl
+from src.jsonl import JsonLines, open_jsonl
+from src.retrieval.collate import query_id
+from src.retrieval.mining import normalize
+from src.schema import TRAIN_CHECK, check_train_row
+
+logger = logging.getLogger("scripts.merge_negatives")
+
+
+@dataclass
+class MergeArgs:
+    """Settings of the merge."""
+
+    files: list[str] = field(
+        default_factory=list, metadata={"help": "Files of mined negatives of the same rows; the first one's rows stay."}
+    )
+    output_file: str | None = field(default=None, metadata={"help": "File to write."})
+    max_neg_num: int | None = field(default=None, metadata={"help": "Most negatives per row; all when None."})
+
+    def __post_init__(self) -> None:
+        if len(self.files) < 2:
+            raise UserError(f"--files: two files or more are needed, found {len(self.files)}")
+        if not self.output_file:
+            raise UserError("--output_file is needed: the file to write")
+        if self.max_neg_num is not None and self.max_neg_num < 1:
+            raise UserError(f"--max_neg_num must be above 0, found {self.max_neg_num}")
+
+
+def merge_rows(rows: Sequence[dict[str, Any]], max_neg_num: int | None) -> dict[str, Any]:
+    """The first row, with the negatives of all rows in turn, best first, each text and corpus row once.
+
+    ``neg_index`` is kept when every row has one; ``teacher_scores`` are left out, as they belong to the candidates of
+    one file.
+    """
+    indexed = all(len(row.get("neg_index") or []) == len(row["neg"]) for row in rows)
+    lists = [list(zip(row["neg"], row["neg_index"] if indexed else row["neg"], strict=True)) for row in rows]
+    texts = {normalize(text) for row in rows for text in row["pos"]}
+    indexes = {index for row in rows for index in row.get("pos_index") or []}
+    negatives = []
+    for place in zip_longest(*lists):
+        for candidate in place:
+            if candidate is None or normalize(candidate[0]) in texts or candidate[1] in indexes:
+                continue
+            texts.add(normalize(candidate[0]))
+            indexes.add(candidate[1])
+            negatives.append(candidate)
+    negatives = negatives[:max_neg_num]
+    kept = {name: value for name, value in rows[0].items() if name not in ("teacher_scores", "neg_index")}
+    kept["neg"] = [text for text, _ in negatives]
+    if indexed:
+        kept["neg_index"] = [index for _, index in negatives]
+    return kept
+
+
+def check_same_rows(files: Sequence[JsonLines]) -> None:
+    """Find out whether the files have the same rows in the same order.
+
+    Raises:
+        UserError: they have not, with the first row that differs.
+    """
+    first = files[0]
+    for number, row in enumerate(first):
+        if row.get("history") is not None:
+            raise UserError(f"{first.where(number)}: a chat row has its candidates in 'history' and no mined negatives")
+    for other in files[1:]:
+        if len(other) != len(first):
+            raise UserError(f"{first.path} has {len(first)} rows, {other.path} has {len(other)}: mine the same rows")
+        for number, (one, two) in enumerate(zip(first, other, strict=True)):
+            for name, a, b in (
+                ("query_id", query_id(one, number), query_id(two, number)),
+                ("query", one["query"], two["query"]),
+                ("pos", one.get("pos"), two.get("pos")),
+            ):
+                if a != b:
+                    raise UserError(f"{first.where(number)} and {other.where(number)} differ in {name!r}: {a!r}, {b!r}")
+
+
+def main() -> None:
+    """Check, merge, report."""
+    (args,), _ = parse_args([MergeArgs])
+    check_writable(os.path.dirname(args.output_file) or ".", "output_file")
+    files = [open_jsonl(existing_file(path, "files"), check_train_row, TRAIN_CHECK) for path in args.files]
+    check_same_rows(files)
+    counts = {"negatives": 0, "given": 0, "scored": 0}
+
+    def merged() -> Iterator[dict[str, Any]]:
+        for rows in zip(*files, strict=True):
+            row = merge_rows(rows, args.max_neg_num)
+            counts["given"] += sum(len(each["neg"]) for each in rows)
+            counts["negatives"] += len(row["neg"])
+            counts["scored"] += any(each.get("teacher_scores") for each in rows)
+            yield row
+
+    count = write_jsonl(args.output_file, merged())
+    logger.info("%d rows, %d negatives of %d given: %s", count, counts["negatives"], counts["given"], args.output_file)
+    if counts["scored"]:
+        logger.info("teacher_scores of %d rows left out: they belong to the candidates of one file", counts["scored"])
+
+
+if __name__ == "__main__":
+    run(main)

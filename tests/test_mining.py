@@ -1,0 +1,197 @@
+"""Mined negatives: every filter by hand, all of them against a slow reference, and the script that merges files."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from src.retrieval.mining import MiningConfig, MiningSummary, mine_negatives, normalize, score_limit
+from tests.helpers import read_rows, run, write_rows
+from tests.reference.mining import mine
+
+CORPUS = ["the pope", "a positive", "A  positive!", "wrong", "wrong.", "it is 42 indeed", "far away", "far far away"]
+ROW = {"query": "q", "pos": ["a positive"], "pos_index": [0], "answers": ["42"], "teacher_scores": [1.0], "more": 1}
+HITS = np.arange(8)
+SCORES = np.array([0.9, 0.85, 0.84, 0.8, 0.7, 0.5, 0.4, 0.1], dtype=np.float32)
+
+
+def indexes(row=ROW, hits=HITS, scores=SCORES, number=0, **config) -> list[int]:
+    return mine_negatives(row, number, hits, scores, CORPUS.__getitem__, MiningConfig(**config)).row["neg_index"]
+
+
+def test_positives_and_doubles_are_left_out():
+    """0 is the positive by index, 1 and 2 by text, 4 has the words of 3."""
+    mined = mine_negatives(ROW, 0, HITS, SCORES, CORPUS.__getitem__, MiningConfig())
+    assert mined.row["neg_index"] == [3, 5, 6, 7]
+    assert mined.row["neg"] == [CORPUS[i] for i in (3, 5, 6, 7)]
+    assert mined.row["pos"] == ["a positive"]
+    assert mined.row["more"] == 1
+    assert "teacher_scores" not in mined.row
+    assert mined.dropped == {"positive": 1, "same text as a positive or an earlier negative": 3}
+    assert indexes(max_neg_num=2) == [3, 5]
+
+
+def test_texts_of_positives_come_from_the_corpus_when_the_row_has_none():
+    row = {"query": "q", "pos_index": [1]}
+    mined = mine_negatives(row, 0, HITS, SCORES, CORPUS.__getitem__, MiningConfig())
+    assert mined.row["pos"] == ["a positive"]
+    assert mined.row["neg_index"] == [0, 3, 5, 6, 7]
+
+
+def test_answers():
+    assert indexes(filter_answers=True) == [3, 6, 7]
+
+
+def test_margins():
+    """The positive scores 0.9: at most 0.8 beside it with a margin of 0.1, at most 0.45 with half of it."""
+    assert indexes(margin_absolute=0.099) == [3, 5, 6, 7]
+    assert indexes(margin_absolute=0.15) == [4, 5, 6, 7]
+    assert indexes(margin_relative=0.5) == [6, 7]
+    assert indexes(margin_relative=0.5, margin_absolute=0.6) == [7]
+    assert score_limit(-2.0, MiningConfig(margin_relative=0.1)) == pytest.approx(-2.2)
+    assert score_limit(2.0, MiningConfig(margin_relative=0.1)) == pytest.approx(1.8)
+
+
+def test_margin_without_a_retrieved_positive():
+    """Every hit scores at least as high as the positive that is not among them."""
+    mined = mine_negatives(ROW, 0, HITS[3:], SCORES[3:], CORPUS.__getitem__, MiningConfig(margin_absolute=0.1))
+    assert mined.row["neg"] == []
+    assert not mined.positive_found
+
+
+def test_ranks():
+    assert indexes(ranks=(5, 7)) == [4, 5, 6]
+    assert indexes(ranks=(8, 100)) == [7]
+
+
+def test_near_duplicates():
+    """{far, away} and {far, away}: the same set; "it is 42 indeed" shares nothing."""
+    assert indexes(near_duplicate=0.99) == [3, 5, 6]
+
+
+def test_a_sample_is_of_what_is_left_and_told_by_seed_and_row():
+    drawn = {tuple(indexes(number=number, sample=True, max_neg_num=2)) for number in range(40)}
+    assert {index for pair in drawn for index in pair} == {3, 5, 6, 7}
+    assert all(list(pair) == sorted(pair) for pair in drawn)
+    assert len(drawn) == 6, "all pairs of four occur in 40 rows"
+    assert indexes(sample=True, max_neg_num=2, seed=1) == indexes(sample=True, max_neg_num=2, seed=1)
+
+
+def test_normalize():
+    assert normalize("  The «Straße», №1\n") == "the strasse no1"
+    assert normalize("?!") == "?!"
+
+
+def test_summary_counts_rows_and_reasons():
+    summary = MiningSummary(wanted=5)
+    for hits, scores in ((HITS, SCORES), (HITS[:2], SCORES[:2]), (HITS[:0], SCORES[:0])):
+        summary.add(mine_negatives(ROW, 0, hits, scores, CORPUS.__getitem__, MiningConfig(max_neg_num=5)))
+    assert (summary.rows, summary.negatives, summary.short, summary.empty, summary.not_retrieved) == (3, 4, 3, 2, 1)
+    text = summary.describe()
+    assert "3 rows mined, 4 negatives (1.3 a row); 3 rows have fewer than 5, 2 have none" in text
+    assert "4 hits dropped: same text as a positive or an earlier negative" in text
+
+
+def test_against_the_reference():
+    rng = random.Random(0)
+    words = ["red", "Red", "green", "blue!", "blue", "42"]
+    for case in range(400):
+        corpus = [" ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(12)]
+        row = {
+            "query": "q",
+            "pos_index": rng.sample(range(12), rng.randint(0, 2)),
+            "answers": rng.sample(words, rng.randint(0, 1)),
+        }
+        hits = rng.sample(range(12), rng.randint(0, 12))
+        scores = sorted((rng.choice([-1.0, -0.5, 0.0, 0.25, 0.5, 1.0]) for _ in hits), reverse=True)
+        first = rng.randint(1, 5)
+        config = MiningConfig(
+            max_neg_num=rng.randint(1, 6),
+            filter_answers=rng.random() < 0.5,
+            margin_absolute=rng.choice([None, 0.25]),
+            margin_relative=rng.choice([None, 0.5]),
+            ranks=rng.choice([None, (first, first + rng.randint(0, 6))]),
+            near_duplicate=rng.choice([None, 0.5, 1.0]),
+        )
+        found = mine_negatives(
+            row, case, np.array(hits, dtype=np.int64), np.array(scores, np.float32), corpus.__getitem__, config
+        )
+        assert found.row["neg_index"] == mine(row, hits, scores, corpus, config), (row, hits, corpus, config)
+
+
+def mined(*negatives: int, **more) -> dict:
+    return {
+        "query": "q",
+        "pos": ["a positive"],
+        "pos_index": [1],
+        "neg": [CORPUS[i] for i in negatives],
+        "neg_index": list(negatives),
+        **more,
+    }
+
+
+def merge(tmp_path, *files: list[dict], flags: tuple[str, ...] = ()):
+    paths = [write_rows(tmp_path / f"{number}.json", rows) for number, rows in enumerate(files)]
+    return run(["scripts/merge_negatives.py", "--files", *paths, "--output_file", tmp_path / "out.json", *flags])
+
+
+def test_merged_files_take_turns_and_repeat_nothing(tmp_path):
+    """4 has the words of 3, 2 those of the positive, 1 is the positive."""
+    done = merge(tmp_path, [mined(3, 5, 2, x=1)], [mined(4, 6, 5, 7, 1, teacher_scores=[1] * 6)])
+    assert done.returncode == 0, done.stderr
+    (row,) = read_rows(tmp_path / "out.json")
+    assert row["neg_index"] == [3, 5, 6, 7]
+    assert row["neg"] == [CORPUS[i] for i in (3, 5, 6, 7)]
+    assert row["x"] == 1
+    assert "4 negatives of 8 given" in done.stderr
+    assert "teacher_scores of 1 rows left out" in done.stderr
+
+
+def test_merged_without_indexes_and_cut(tmp_path):
+    plain = {name: value for name, value in mined(3, 5).items() if name != "neg_index"}
+    assert merge(tmp_path, [plain], [mined(4, 6)], flags=("--max_neg_num", "2")).returncode == 0
+    (row,) = read_rows(tmp_path / "out.json")
+    assert row["neg"] == [CORPUS[3], CORPUS[5]]
+    assert "neg_index" not in row
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ([mined(3), mined(3)], "has 1 rows"),
+        ([{**mined(3), "query": "other"}], "differ in 'query'"),
+        ([{**mined(3), "query_id": 7}], "differ in 'query_id'"),
+        ([{**mined(3), "neg": "x"}], "1.json:1: field 'neg' must be a list of strings"),
+    ],
+)
+def test_files_of_other_rows_are_refused(tmp_path, second, message):
+    done = merge(tmp_path, [mined(3)], second)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_mining_through_the_entry_point(tmp_path):
+    """Random retrieval over the whole corpus: ranks, sampling and the summary reach the command line."""
+    rows = [{"query": f"q{i}", "pos_index": [i % 8]} for i in range(6)]
+    command = ["-m", "evaluation.eval_retrieval", "--retrieval_method", "random", "--key_template", "{text}"]
+    command += ["--eval_data", write_rows(tmp_path / "train.json", rows)]
+    command += ["--corpus", write_rows(tmp_path / "corpus.json", [{"text": text} for text in CORPUS])]
+    command += ["--output_dir", tmp_path, "--hits", "8", "--metrics", "collate_neg", "--save_name", "random"]
+    command += ["--neg_range", "2", "8", "--max_neg_num", "3", "--neg_sample"]
+    results = []
+    for processes in (1, 2):
+        done = run(command, processes)
+        assert done.returncode == 0, done.stderr
+        assert "6 rows mined" in done.stderr
+        results.append((tmp_path / "train.neg.random.json").read_text())
+    assert results[0] == results[1]
+    hits = [row["pred"] for row in read_rows(tmp_path / "train.result.random.json")]
+    for line, found in zip(results[0].splitlines(), hits, strict=True):
+        row = json.loads(line)
+        assert row["neg_index"]
+        assert set(row["neg_index"]) <= set(found[1:8]) - set(row["pos_index"])
