@@ -77,7 +77,7 @@ class DataArgs:
     filter_answers: bool = _flag(False, "Mining: leave out hits that contain one of the row's answers.")
     max_neg_num: int = _flag(100, "Mining: most negatives per row.")
     neg_margin_relative: float | None = _flag(
-        None, "Mining: leave out hits that score above the positive's score minus this share of it (0.05: above 0.95 of it)."
+        None, "Mining: leave out hits that score above the positive's score minus this share of it (such as 0.05)."
     )
     neg_margin_absolute: float | None = _flag(
         None, "Mining: leave out hits that score above the positive's score minus this."
