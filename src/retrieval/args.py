@@ -22,6 +22,7 @@ POOLING_METHODS = ("cls", "mean", "last", "decoder", "dense")
 DENSE_METRICS = ("cos", "ip", "l2")
 DTYPES = ("fp32", "fp16", "bf16")
 RETRIEVAL_METHODS = ("dense", "bm25", "random", "no")
+BM25_BACKENDS = ("auto", "anserini", "bm25s")
 SELECT_POSITIVE = ("first", "random", "teacher", "teacher-pos")
 SELECT_NEGATIVE = ("random", "first", "teacher+", "teacher-")
 INBATCH_POLICIES = ("epoch", "epoch-static", "epoch-random", "random")
@@ -121,15 +122,25 @@ class DataArgs:
 class BM25Args:
     """Lexical retrieval."""
 
-    anserini_dir: str | None = _flag(None, "Folder with Anserini, for --retrieval_method bm25.")
-    k1: float = _flag(0.82, "BM25 term-frequency saturation.")
-    b: float = _flag(0.68, "BM25 length normalisation.")
-    storeDocvectors: bool = _flag(False, "BM25: store document vectors in the index.")  # noqa: N815
+    bm25_backend: str = _flag(
+        "auto",
+        "Engine of BM25: anserini; bm25s (embedded: no Java, the same ranking, English only); auto takes Anserini "
+        "where it and a Java that runs it are found.",
+    )
+    anserini_dir: str | None = _flag(
+        None,
+        "Folder with Anserini's fat jar, or with target/appassembler/bin (else the jar of an installed pyserini).",
+    )
+    k1: float = _flag(0.82, "BM25: saturation of term frequency, above 0.")
+    b: float = _flag(0.68, "BM25: normalisation by length, 0 to 1.")
+    storeDocvectors: bool = _flag(  # noqa: N815
+        False, "BM25: store document vectors in Anserini's index, for other tools that read it."
+    )
     hits: int = _flag(200, "Keys to retrieve per query.")
-    language: str = _flag("en", "BM25: language of the analyzer.")
-    threads: int = _flag(32, "BM25: indexing and search threads.")
+    language: str = _flag("en", "BM25: language of the analyzer, a two-letter code (other than en: Anserini).")
+    threads: int = _flag(32, "BM25: most indexing and search threads; cores that are not there are not used.")
     load_index: bool = _flag(False, "Load the saved index instead of encoding and indexing the corpus.")
-    load_collection: bool = _flag(False, "BM25: reuse the collection folder written before.")
+    load_collection: bool = _flag(False, "BM25: index the collection folder that Anserini's last run wrote.")
 
 
 @dataclass
@@ -196,6 +207,11 @@ class RetrievalArgs(DenseArgs, BM25Args, DataArgs):
         DenseArgs.__post_init__(self)
         check_choice("retrieval_method", self.retrieval_method, RETRIEVAL_METHODS)
         check_positive(hits=self.hits, k1=self.k1, threads=self.threads)
+        check_choice("bm25_backend", self.bm25_backend, BM25_BACKENDS)
+        if not 0 <= self.b <= 1:
+            raise UserError(f"--b must be from 0 to 1, found {self.b}")
+        if self.bm25_backend == "bm25s" and self.anserini_dir is not None:
+            raise UserError("--anserini_dir is of no use with --bm25_backend bm25s: leave one of them out")
         cuts = any(not metric.startswith("collate") for metric in self.metrics)
         if cuts and self.retrieval_method != "no" and max(self.cutoffs) > self.hits:
             raise UserError(
