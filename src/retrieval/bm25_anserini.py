@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 INDEX_CLASS = "io.anserini.index.IndexCollection"
 SEARCH_CLASS = "io.anserini.search.SearchCollection"
+#: The flag that names the reader of topics: from 0.24 on, and before.
+TOPIC_READERS = ("-topicReader", "-topicreader")
 APPASSEMBLER = os.path.join("target", "appassembler", "bin")
 #: Class files of Java N have the major version N + 44.
 CLASS_VERSION_OFFSET = 44
@@ -45,7 +47,8 @@ _ERROR = re.compile(
     r"^\S+ \S+ (?:ERROR|FATAL)\b|^(?:ERROR|FATAL)\b|TooManyClauses|^(?:Error|Exception)\b", re.MULTILINE
 )
 _INDEXED = re.compile(r"Total ([\d,]+) documents indexed")
-_PROCESSED = re.compile(r"([\d,]+) queries processed")
+# Lines about progress lack the "in".
+_PROCESSED = re.compile(r"([\d,]+) queries processed in")
 
 
 class Settings(Protocol):
@@ -348,6 +351,7 @@ def make_index(anserini: Anserini, layout: Layout, documents: int, settings: Set
     command += ["-input", str(layout.collection), "-index", str(layout.index), "-threads", threads]
     command += ["-language", settings.language, *(["-storeDocvectors"] if settings.store_docvectors else [])]
     log = layout.folder / "anserini-index.log"
+    logger.info("BM25: Anserini indexes %d documents; its log: %s", documents, log)
     text = anserini.run(command, log)
     found = _INDEXED.findall(text)
     indexed = int(found[-1].replace(",", "")) if found else 0
@@ -371,7 +375,6 @@ class AnseriniSearcher:
         self.rows = rows
         self.documents = documents
         self.settings = settings
-        self._dialect: list[str] | None = None
 
     def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Searcher.search`.
@@ -399,7 +402,13 @@ class AnseriniSearcher:
         source.write_text("".join(f"{number}\t{text}\n" for number, text in topics.items()), encoding="utf-8")
         layout = Layout(Path(self.settings.folder).absolute())
         command = [*self.anserini.search, "-index", str(layout.index), "-topics", str(source.absolute())]
-        command += [*self._options(layout), "-output", str(output.absolute()), "-format", "trec"]
+        command += [
+            *dialect(search_options(self.anserini), self.settings.threads),
+            "-output",
+            str(output.absolute()),
+            "-format",
+            "trec",
+        ]
         command += ["-bm25", "-bm25.k1", repr(self.settings.k1), "-bm25.b", repr(self.settings.b)]
         command += ["-hits", str(hits), "-language", self.settings.language]
         log = layout.folder / "anserini-search.log"
@@ -414,31 +423,31 @@ class AnseriniSearcher:
             raise UserError(f"Anserini wrote no hits: {_complaint(text)} (all of it: {log})")
         return output
 
-    def _options(self, layout: Layout) -> list[str]:
-        """The flags that changed between versions: the reader of topics, the number of threads.
 
-        Versions up to 0.23 search with -parallelism threads, later ones with -threads.
-        """
-        if self._dialect is None:
-            # Exits with an error in some versions, since no index is given.
-            done = subprocess.run(
-                [*self.anserini.search, "-options"],
-                capture_output=True,
-                text=True,
-                env={**os.environ, "JAVA_HOME": self.anserini.java_home} if self.anserini.java_home else None,
-                check=False,
-            )
-            known = set(re.findall(r"^\s*(-[\w.]+)", done.stdout + done.stderr, re.MULTILINE))
-            readers = [flag for flag in ("-topicReader", "-topicreader") if flag in known]
-            if not readers:
-                raise UserError(
-                    f"{self.anserini.source}: its search names no -topicReader among its options, so it is no Anserini "
-                    f"known here: {_complaint(done.stdout + done.stderr)}"
-                )
-            threads = str(min(self.settings.threads, available_cores()))
-            counts = [flag for flag in ("-threads", "-parallelism") if flag in known]
-            self._dialect = [readers[0], "TsvInt", *(word for flag in counts for word in (flag, threads))]
-        return self._dialect
+@lru_cache
+def search_options(anserini: Anserini) -> frozenset[str]:
+    """The flags that an Anserini's ``SearchCollection`` tells of."""
+    # Some versions exit with an error here, since no index is given.
+    env = {**os.environ, "JAVA_HOME": anserini.java_home} if anserini.java_home else None
+    done = subprocess.run([*anserini.search, "-options"], capture_output=True, text=True, env=env, check=False)
+    known = frozenset(re.findall(r"^\s*(-[\w.]+)", done.stdout + done.stderr, re.MULTILINE))
+    if not known & set(TOPIC_READERS):
+        raise UserError(
+            f"{anserini.source}: its search names no {TOPIC_READERS[0]} among its options, so it is no Anserini known "
+            f"here: {_complaint(done.stdout + done.stderr)}"
+        )
+    return known
+
+
+def dialect(known: frozenset[str], threads: int) -> list[str]:
+    """Arguments whose flags changed between versions: the reader of topics, the number of threads.
+
+    Versions up to 0.23 search with -parallelism threads, later ones with -threads.
+    """
+    words = [next(flag for flag in TOPIC_READERS if flag in known), "TsvInt"]
+    for flag in ("-threads", "-parallelism"):
+        words += [flag, str(min(threads, available_cores()))] if flag in known else []
+    return words
 
 
 def topic(query: str) -> str:
