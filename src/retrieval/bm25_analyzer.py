@@ -10,7 +10,8 @@ import re
 from collections.abc import Sequence
 
 import regex
-from nltk.stem.porter import PorterStemmer
+
+from src.errors import UserError
 
 #: EnglishAnalyzer.ENGLISH_STOP_WORDS_SET.
 STOP_WORDS = frozenset(
@@ -142,9 +143,18 @@ def lower(token: str) -> str:
 
 
 class EnglishAnalyzer:
-    """Text → terms. What a token becomes is kept, since a corpus repeats its words."""
+    """Text → terms. What a token becomes is kept, since a corpus repeats its words.
+
+    Raises:
+        UserError: NLTK, whose stemmer is used, is not installed.
+    """
 
     def __init__(self) -> None:
+        # Imported here, since it is an extra, and takes seconds to load that only BM25 should pay for.
+        try:
+            from nltk.stem.porter import PorterStemmer
+        except ImportError as error:
+            raise UserError("the embedded BM25 engine needs nltk: pip install -e '.[bm25]'") from error
         # Its extensions are those of Martin Porter's own later version, which Lucene has too.
         self._stemmer = PorterStemmer(mode=PorterStemmer.MARTIN_EXTENSIONS)
         self._terms: dict[str, str] = {}

@@ -14,6 +14,7 @@ from src.errors import UserError
 from src.io import check_writable, existing_file, resolve_path
 from src.jsonl import JsonLines
 from src.retrieval.args import DataArgs, DenseArgs, RetrievalArgs
+from src.retrieval.bm25 import BM25Config
 from src.retrieval.data import InstructionOf, load_corpus, load_eval_rows, no_instruction
 from src.retrieval.encode import EncodeConfig
 from src.retrieval.evaluate import (
@@ -167,6 +168,22 @@ def dense_searcher(
     config = DenseSearchConfig(query, key, args.faiss_index_factory, store, *stored)
     identity = distributed.on_main(lambda: _identity(args, data, model, key.dtype)) if any(stored) else None
     return build_dense_searcher(model, data.keys, config, identity)
+
+
+def bm25_config(args: RetrievalArgs, output_dir: str) -> BM25Config:
+    """How to build a BM25 searcher, with its index below `output_dir`."""
+    return BM25Config(
+        os.path.join(output_dir, "bm25"),
+        args.bm25_backend,
+        args.anserini_dir,
+        args.k1,
+        args.b,
+        args.threads,
+        args.language,
+        args.storeDocvectors,
+        args.load_index,
+        args.load_collection,
+    )
 
 
 def dense_evaluator(

@@ -1,0 +1,1 @@
+"""Evaluations: retrieval over a corpus, and what a language model does with what was retrieved."""
