@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.errors import UserError
-from src.retrieval import bm25, bm25_anserini
+from src.retrieval import bm25, bm25_analyzer, bm25_anserini
 from src.retrieval.bm25 import BM25Config, BM25Index, EmbeddedSearcher, build_bm25_searcher, index_texts
 from src.retrieval.bm25_analyzer import MAX_QUERY_TERMS, EnglishAnalyzer, cut_terms, first_terms, tokenize
 from tests.helpers import write_rows
@@ -81,12 +81,10 @@ def test_long_tokens_are_cut():
 
 
 def test_ascii_and_general_grammar_agree():
-    from src.retrieval.bm25_analyzer import _TOKEN
-
     rng = np.random.default_rng(1)
     for size in rng.integers(1, 30, 500):
         text = "".join(rng.choice(list("aabZs09__.:,;'\" -\t@"), size))
-        assert tokenize(text) == _TOKEN.findall(text)
+        assert tokenize(text) == bm25_analyzer._TOKEN.findall(text)
 
 
 def test_queries_are_cut_after_1024_distinct_terms():
@@ -103,6 +101,7 @@ def test_processes_and_chunks_do_not_change_the_index(monkeypatch):
     texts = TEXTS * 4
     whole = index_texts(texts, 1)
     monkeypatch.setattr(bm25, "CHUNK", 3)
+    monkeypatch.setattr(bm25, "WORTH_A_PROCESS", 1)
     for processes in (1, 2):
         parts = index_texts(texts, processes)
         assert parts.terms == whole.terms

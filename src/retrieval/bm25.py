@@ -26,7 +26,7 @@ from src import distributed
 from src.errors import UserError
 from src.io import read_json, write_json
 from src.jsonl import available_cores
-from src.retrieval.bm25_analyzer import EnglishAnalyzer, first_terms
+from src.retrieval.bm25_analyzer import EnglishAnalyzer, TermCounts, analyze, count_terms, first_terms
 from src.retrieval.bm25_anserini import (
     Anserini,
     CorpusIdentity,
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 #: Documents analysed by one process at a time.
 CHUNK = 4096
+#: Documents that make it worth while to start another process.
+WORTH_A_PROCESS = 50_000
 #: Lengths that Lucene keeps exactly.
 EXACT_LENGTHS = 24
 INDEX_FOLDER = "embedded"
@@ -126,39 +128,10 @@ class Postings:
         return cls({term: number for number, term in enumerate(terms)}, **arrays)
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Term counts of consecutive documents, ordered by term, then document."""
-
-    terms: list[Hashable]
-    starts: np.ndarray
-    documents: np.ndarray
-    frequencies: np.ndarray
-    lengths: np.ndarray
-
-
-def _count(documents: Iterable[Iterable[Hashable]]) -> _Chunk:
-    """Count the terms of some documents, which are numbered from 0."""
-    numbers: dict[Hashable, int] = {}
-    flat: list[int] = []
-    lengths = []
-    for document in documents:
-        before = len(flat)
-        flat.extend(numbers.setdefault(term, len(numbers)) for term in document)
-        lengths.append(len(flat) - before)
-    sizes = np.array(lengths, dtype=np.int32)
-    owners = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
-    # One number per (term, document), so that one sort groups the occurrences.
-    pairs, frequencies = np.unique(np.array(flat, dtype=np.int64) * max(len(sizes), 1) + owners, return_counts=True)
-    term, document = np.divmod(pairs, max(len(sizes), 1))
-    starts = np.searchsorted(term, np.arange(len(numbers) + 1))
-    return _Chunk(list(numbers), starts, document.astype(np.int32), frequencies.astype(np.int32), sizes)
-
-
-def _join(chunks: Iterable[_Chunk]) -> Postings:
+def _join(chunks: Iterable[TermCounts]) -> Postings:
     """Postings of all chunks, whose documents follow each other."""
     terms: dict[Hashable, int] = {}
-    parts: list[tuple[np.ndarray, _Chunk]] = []
+    parts: list[tuple[np.ndarray, TermCounts]] = []
     for chunk in chunks:
         parts.append((np.array([terms.setdefault(t, len(terms)) for t in chunk.terms], dtype=np.int64), chunk))
     counts = np.zeros(len(terms) + 1, dtype=np.int64)
@@ -208,7 +181,7 @@ class BM25Index:
     @classmethod
     def from_tokens(cls, documents: Iterable[Iterable[Hashable]], k1: float = 0.82, b: float = 0.68) -> BM25Index:
         """Index documents that are tokenised already, into strings or integers."""
-        return cls(_join([_count(documents)]), k1, b)
+        return cls(_join([count_terms(documents)]), k1, b)
 
     def __len__(self) -> int:
         return len(self.postings.lengths)
@@ -258,31 +231,21 @@ def best(scores: np.ndarray, hits: int) -> np.ndarray:
     return found[np.argsort(-values, kind="stable")]
 
 
-_analyzer: EnglishAnalyzer | None = None
-
-
-def _analyze(texts: Sequence[str]) -> _Chunk:
-    """Term counts of texts. The analyzer lives as long as the process, with the words it knows."""
-    global _analyzer
-    _analyzer = _analyzer or EnglishAnalyzer()
-    return _count(map(_analyzer, texts))
-
-
 def index_texts(corpus: Sequence[str], processes: int) -> Postings:
     """Analyse English texts, `CHUNK` at a time, over some processes, and index them."""
     texts = (corpus[first : first + CHUNK] for first in range(0, len(corpus), CHUNK))
-    processes = min(processes, -(-len(corpus) // (2 * CHUNK)))
+    processes = min(processes, len(corpus) // WORTH_A_PROCESS)
     if processes <= 1:
-        return _join(map(_analyze, texts))
+        return _join(map(analyze, texts))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return _join(_in_order(pool, texts, 2 * processes))
 
 
-def _in_order(pool: ProcessPoolExecutor, texts: Iterable[Sequence[str]], ahead: int) -> Iterator[_Chunk]:
-    """`_analyze` over a pool, results in order, no more than `ahead` chunks of text in memory."""
-    waiting: list[Future[_Chunk]] = []
+def _in_order(pool: ProcessPoolExecutor, texts: Iterable[Sequence[str]], ahead: int) -> Iterator[TermCounts]:
+    """`analyze` over a pool, results in order, no more than `ahead` chunks of text in memory."""
+    waiting: list[Future[TermCounts]] = []
     for part in texts:
-        waiting.append(pool.submit(_analyze, part))
+        waiting.append(pool.submit(analyze, part))
         if len(waiting) >= ahead:
             yield waiting.pop(0).result()
     yield from (future.result() for future in waiting)

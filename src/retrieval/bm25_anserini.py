@@ -402,13 +402,8 @@ class AnseriniSearcher:
         source.write_text("".join(f"{number}\t{text}\n" for number, text in topics.items()), encoding="utf-8")
         layout = Layout(Path(self.settings.folder).absolute())
         command = [*self.anserini.search, "-index", str(layout.index), "-topics", str(source.absolute())]
-        command += [
-            *dialect(search_options(self.anserini), self.settings.threads),
-            "-output",
-            str(output.absolute()),
-            "-format",
-            "trec",
-        ]
+        command += dialect(search_options(self.anserini), self.settings.threads)
+        command += ["-output", str(output.absolute()), "-format", "trec"]
         command += ["-bm25", "-bm25.k1", repr(self.settings.k1), "-bm25.b", repr(self.settings.b)]
         command += ["-hits", str(hits), "-language", self.settings.language]
         log = layout.folder / "anserini-search.log"
