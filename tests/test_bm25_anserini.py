@@ -14,7 +14,7 @@ import pytest
 from src.errors import UserError
 from src.retrieval import bm25_anserini
 from src.retrieval.bm25 import BM25Config, build_bm25_searcher
-from tests.helpers import ROOT, read_rows
+from tests.helpers import ROOT, read_rows, run
 
 SAMPLE = ROOT / "data" / "sample" / "tool"
 HOSTILE_QUERIES = [
@@ -111,13 +111,15 @@ def test_language_and_saved_parts(tmp_path):
 
 
 FAKE_JAVA = r"""
-import json, os, shutil, sys
+import json, os, sys
 fault = os.environ.get("FAKE_FAULT", "")
 args = sys.argv[1:]
 if args == ["-version"]:
     print('openjdk version "%s.0.1"' % os.environ.get("FAKE_JAVA", "21"), file=sys.stderr)
     sys.exit(0)
 main, args = args[2].rsplit(".", 1)[1], args[3:]
+if "FAKE_CALLS" in os.environ:
+    print(main, file=open(os.environ["FAKE_CALLS"], "a"))
 flag = lambda name: args[args.index(name) + 1]
 reader = "-topicreader" if os.environ.get("FAKE_OLD") else "-topicReader"
 if args == ["-options"]:
@@ -282,3 +284,37 @@ def test_a_jar_that_is_none_is_named(tmp_path, fake):
 def test_a_jar_file_may_be_named_itself(tmp_path, fake):
     jar = make_jar(tmp_path / "else" / "anserini-2.jar")
     assert build(tmp_path, TEXTS, anserini_dir=str(jar)).search(["a"], 1)[1].tolist() == [[0]]
+
+
+WORKER = """
+import json, sys
+import torch
+from src import distributed
+from src.retrieval.bm25 import BM25Config, build_bm25_searcher
+distributed.init_process_group(use_cpu=True)
+folder, anserini_dir = sys.argv[1:]
+texts, queries = ["one cat", "two cats", "", "three dogs"], ["cat", "", "dog three"]
+found = []
+for backend, place in (("bm25s", None), ("anserini", anserini_dir)):
+    config = BM25Config(f"{folder}/bm25", backend, place)
+    scores, rows = build_bm25_searcher(texts, f"{folder}/corpus.json", "{text}", config).search(queries, 3)
+    found.append([rows.tolist(), (rows >= 0).tolist() == (scores > 0).tolist()])
+open(f"{folder}/found.{distributed.rank()}.json", "w").write(json.dumps(found))
+distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_share_the_work(tmp_path, fake):
+    """All processes get all results; Anserini runs once."""
+    (tmp_path / "corpus.json").write_text("rows")
+    (tmp_path / "worker.py").write_text(WORKER)
+    calls = tmp_path / "calls"
+    script = [tmp_path / "worker.py", tmp_path, fake["anserini_dir"]]
+    done = run(script, processes=2, JAVA_HOME=str(tmp_path / "java"), FAKE_CALLS=str(calls))
+    assert done.returncode == 0, done.stderr
+    embedded = [[0, 1, -1], [-1, -1, -1], [3, -1, -1]]
+    anserini = [[0, 1, 3], [-1, -1, -1], [0, 1, 3]]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"found.{rank}.json").read_text())
+        assert found == [[embedded, True], [anserini, True]]
+    assert calls.read_text().split() == ["IndexCollection", "SearchCollection", "SearchCollection"]

@@ -29,6 +29,7 @@ from src.jsonl import available_cores
 from src.retrieval.bm25_analyzer import EnglishAnalyzer, TermCounts, analyze, count_terms, first_terms
 from src.retrieval.bm25_anserini import (
     Anserini,
+    BM25Config,
     CorpusIdentity,
     build_anserini_searcher,
     check_identity,
@@ -48,28 +49,6 @@ EXACT_LENGTHS = 24
 INDEX_FOLDER = "embedded"
 MANIFEST = "manifest.json"
 ARRAYS = ("starts", "documents", "frequencies", "lengths")
-
-
-@dataclass(frozen=True)
-class BM25Config:
-    """How a BM25 searcher is built.
-
-    Attributes:
-        folder: where index and collection are kept.
-        backend: auto (Anserini when it is there), anserini, or bm25s (the embedded engine).
-        anserini_dir, k1, b, threads, language, store_docvectors, load_index, load_collection: as the flags.
-    """
-
-    folder: str
-    backend: str = "auto"
-    anserini_dir: str | None = None
-    k1: float = 0.82
-    b: float = 0.68
-    threads: int = 32
-    language: str = "en"
-    store_docvectors: bool = False
-    load_index: bool = False
-    load_collection: bool = False
 
 
 def rounded_lengths(lengths: np.ndarray) -> np.ndarray:
@@ -283,6 +262,8 @@ def build_bm25_searcher(corpus: Sequence[str], corpus_path: str, key_template: s
             from something else.
     """
     anserini = distributed.on_main(partial(choose_engine, config))
+    if anserini is None and (config.load_collection or config.store_docvectors):
+        logger.info("BM25: --load_collection and --storeDocvectors concern Anserini only")
     fingerprint = distributed.on_main(partial(file_fingerprint, corpus_path))
     identity = CorpusIdentity(fingerprint, len(corpus), key_template)
     if anserini is not None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -51,25 +51,26 @@ _INDEXED = re.compile(r"Total ([\d,]+) documents indexed")
 _PROCESSED = re.compile(r"([\d,]+) queries processed in")
 
 
-class Settings(Protocol):
-    """What is read of the settings of a searcher, see `bm25.BM25Config`."""
+@dataclass(frozen=True)
+class BM25Config:
+    """How a BM25 searcher is built.
 
-    @property
-    def folder(self) -> str: ...
-    @property
-    def k1(self) -> float: ...
-    @property
-    def b(self) -> float: ...
-    @property
-    def threads(self) -> int: ...
-    @property
-    def language(self) -> str: ...
-    @property
-    def store_docvectors(self) -> bool: ...
-    @property
-    def load_index(self) -> bool: ...
-    @property
-    def load_collection(self) -> bool: ...
+    Attributes:
+        folder: where index and collection are kept.
+        backend: auto (Anserini when it is there), anserini, or bm25s (the embedded engine).
+        anserini_dir, k1, b, threads, language, store_docvectors, load_index, load_collection: as the flags.
+    """
+
+    folder: str
+    backend: str = "auto"
+    anserini_dir: str | None = None
+    k1: float = 0.82
+    b: float = 0.68
+    threads: int = 32
+    language: str = "en"
+    store_docvectors: bool = False
+    load_index: bool = False
+    load_collection: bool = False
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ def check_identity(manifest: str, wanted: dict[str, Any], flag: str) -> dict[str
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things are kept below the folder of `Settings`.
+    """Where things are kept below the folder of `BM25Config`.
 
     The manifests stand beside what they describe: Anserini would take one for a document.
     """
@@ -274,33 +275,33 @@ class Layout:
 
 
 def build_anserini_searcher(
-    anserini: Anserini, corpus: Sequence[str], identity: CorpusIdentity, settings: Settings
+    anserini: Anserini, corpus: Sequence[str], identity: CorpusIdentity, config: BM25Config
 ) -> AnseriniSearcher:
     """Write the collection and index it, or reuse what the flags say; the main process does the work.
 
     Raises:
         UserError: Anserini fails or loses a document; what shall be reused is missing or was made from something else.
     """
-    documents = distributed.on_main(partial(_prepare, anserini, corpus, identity, settings))
-    return AnseriniSearcher(anserini, identity.rows, documents, settings)
+    documents = distributed.on_main(partial(_prepare, anserini, corpus, identity, config))
+    return AnseriniSearcher(anserini, identity.rows, documents, config)
 
 
-def _prepare(anserini: Anserini, corpus: Sequence[str], identity: CorpusIdentity, settings: Settings) -> int:
+def _prepare(anserini: Anserini, corpus: Sequence[str], identity: CorpusIdentity, config: BM25Config) -> int:
     """Have a good index; returns the number of documents in it."""
-    layout = Layout(Path(settings.folder).absolute())
+    layout = Layout(Path(config.folder).absolute())
     made_from = asdict(identity)
-    wanted = {**made_from, "language": settings.language, "store_docvectors": settings.store_docvectors}
-    if settings.load_index:
+    wanted = {**made_from, "language": config.language, "store_docvectors": config.store_docvectors}
+    if config.load_index:
         return check_identity(str(layout.index_manifest), wanted, "load_index")["documents"]
-    if settings.load_collection:
+    if config.load_collection:
         documents = check_identity(str(layout.collection_manifest), made_from, "load_collection")["documents"]
     else:
         layout.collection_manifest.unlink(missing_ok=True)
-        documents = write_collection(corpus, layout.collection, settings.threads)
+        documents = write_collection(corpus, layout.collection, config.threads)
         write_json(layout.collection_manifest, {**made_from, "documents": documents})
     layout.index_manifest.unlink(missing_ok=True)
     if documents:
-        make_index(anserini, layout, documents, settings)
+        make_index(anserini, layout, documents, config)
     write_json(layout.index_manifest, {**wanted, "documents": documents})
     return documents
 
@@ -339,17 +340,17 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def make_index(anserini: Anserini, layout: Layout, documents: int, settings: Settings) -> None:
+def make_index(anserini: Anserini, layout: Layout, documents: int, config: BM25Config) -> None:
     """Index the collection.
 
     Raises:
         UserError: Anserini fails, loses a document or does not know the language.
     """
     shutil.rmtree(layout.index, ignore_errors=True)
-    threads = str(min(settings.threads, available_cores()))
+    threads = str(min(config.threads, available_cores()))
     command = [*anserini.index, "-collection", "JsonCollection", "-generator", "DefaultLuceneDocumentGenerator"]
     command += ["-input", str(layout.collection), "-index", str(layout.index), "-threads", threads]
-    command += ["-language", settings.language, *(["-storeDocvectors"] if settings.store_docvectors else [])]
+    command += ["-language", config.language, *(["-storeDocvectors"] if config.store_docvectors else [])]
     log = layout.folder / "anserini-index.log"
     logger.info("BM25: Anserini indexes %d documents; its log: %s", documents, log)
     text = anserini.run(command, log)
@@ -359,10 +360,10 @@ def make_index(anserini: Anserini, layout: Layout, documents: int, settings: Set
         raise UserError(f"Anserini indexed {indexed} of {documents} documents: {_complaint(text)} (all of it: {log})")
     if not any(layout.index.glob("segments*")):
         raise UserError(f"Anserini wrote no index to {layout.index} (its output: {log})")
-    if settings.language != "en" and "DefaultEnglishAnalyzer" in text:
+    if config.language != "en" and "DefaultEnglishAnalyzer" in text:
         shutil.rmtree(layout.index)
         raise UserError(
-            f"--language {settings.language!r} is unknown to Anserini, which would take it for English: give a "
+            f"--language {config.language!r} is unknown to Anserini, which would take it for English: give a "
             "two-letter code such as en, de, fr, es, zh or ar"
         )
 
@@ -370,11 +371,11 @@ def make_index(anserini: Anserini, layout: Layout, documents: int, settings: Set
 class AnseriniSearcher:
     """Search by ``SearchCollection``, one run for all queries of a call."""
 
-    def __init__(self, anserini: Anserini, rows: int, documents: int, settings: Settings) -> None:
+    def __init__(self, anserini: Anserini, rows: int, documents: int, config: BM25Config) -> None:
         self.anserini = anserini
         self.rows = rows
         self.documents = documents
-        self.settings = settings
+        self.config = config
 
     def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Searcher.search`.
@@ -391,7 +392,7 @@ class AnseriniSearcher:
         rows = np.full((len(queries), hits), -1, dtype=np.int64)
         topics = {number: text for number, query in enumerate(queries) if (text := topic(query))}
         if topics and self.documents:
-            with tempfile.TemporaryDirectory(dir=self.settings.folder, prefix="search.") as folder:
+            with tempfile.TemporaryDirectory(dir=self.config.folder, prefix="search.") as folder:
                 output = self._run(topics, hits, Path(folder))
                 read_run(output, topics, scores, rows, self.rows)
         return scores, rows
@@ -400,12 +401,12 @@ class AnseriniSearcher:
         """Search for the topics and return the file of hits in TREC's format."""
         source, output = folder / "topics.tsv", folder / "run.trec"
         source.write_text("".join(f"{number}\t{text}\n" for number, text in topics.items()), encoding="utf-8")
-        layout = Layout(Path(self.settings.folder).absolute())
+        layout = Layout(Path(self.config.folder).absolute())
         command = [*self.anserini.search, "-index", str(layout.index), "-topics", str(source.absolute())]
-        command += dialect(search_options(self.anserini), self.settings.threads)
+        command += dialect(search_options(self.anserini), self.config.threads)
         command += ["-output", str(output.absolute()), "-format", "trec"]
-        command += ["-bm25", "-bm25.k1", repr(self.settings.k1), "-bm25.b", repr(self.settings.b)]
-        command += ["-hits", str(hits), "-language", self.settings.language]
+        command += ["-bm25", "-bm25.k1", repr(self.config.k1), "-bm25.b", repr(self.config.b)]
+        command += ["-hits", str(hits), "-language", self.config.language]
         log = layout.folder / "anserini-search.log"
         text = self.anserini.run(command, log)
         processed = [int(count.replace(",", "")) for count in _PROCESSED.findall(text)]
