@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import re
 import resource
 import subprocess
 import sys
@@ -42,22 +41,13 @@ def draw_queries(texts: list[str], count: int) -> list[str]:
     return queries
 
 
-def own_peak_mib() -> float:
-    """Peak memory of this process; Linux counts that of the starting process into getrusage, but not here."""
-    if os.path.exists("/proc/self/status"):
-        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-        if found:
-            return int(found.group(1)) / 1024
-    return peak_mib()
-
-
 def measure(engine: str, folder: Path) -> None:
     """Index and search with one engine; numbers to <engine>.json, hits to <engine>.npy."""
     from src.retrieval.bm25 import BM25Config, build_bm25_searcher
 
     texts = [json.loads(line)["text"] for line in (folder / "corpus.json").open(encoding="utf-8")]
     queries = json.loads((folder / "queries.json").read_text(encoding="utf-8"))
-    before = own_peak_mib()
+    before = peak_mib()
     config = BM25Config(str(folder / engine), BACKENDS[engine])
     start = time.perf_counter()
     searcher = build_bm25_searcher(texts, str(folder / "corpus.json"), "{text}", config)
@@ -69,7 +59,7 @@ def measure(engine: str, folder: Path) -> None:
         "index_seconds": round(indexed - start, 2),
         "search_seconds": round(done - indexed, 2),
         "queries_per_second": round(len(queries) / (done - indexed), 1),
-        "peak_mib": round(own_peak_mib()),
+        "peak_mib": round(peak_mib()),
         "peak_mib_before_indexing": round(before),
         "peak_mib_of_largest_child": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from src.errors import UserError
 
 #: Scores computed at a time by the exact search: queries x corpus rows.
-CPU_SCORES = 1 << 24
+CPU_SCORES = 1 << 23
 GPU_SCORES = 1 << 29
 #: Queries compared at a time by the exact search.
 CPU_QUERIES = 512
