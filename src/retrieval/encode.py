@@ -21,7 +21,7 @@ T = TypeVar("T")
 #: Texts tokenized and sorted at a time.
 WINDOW = 16_384
 #: Padded tokens per batch that keep the device busy without spilling its caches.
-CPU_BATCH_TOKENS = 2_048
+CPU_BATCH_TOKENS = 1_024
 GPU_BATCH_TOKENS = 65_536
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
