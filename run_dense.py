@@ -123,15 +123,15 @@ def main() -> None:
             metrics = compute(current)
             if distributed.is_main():
                 logger.info("%s", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-                log_result(training.log_path, metrics, arguments)
+                if metrics:
+                    log_result(training.log_path, metrics, arguments)
             return metrics
 
     if args.train_data:
         if evaluate_model is None:
             training.set_evaluate("no")
         train(args, training, sources, model, evaluate_model, arguments, resume)
-    elif evaluate_model is not None:
-        evaluate_model(model.to(device).eval())
+    elif evaluate_model is not None and evaluate_model(model.to(device).eval()):
         logger.info("metrics appended to %s", training.log_path)
 
 

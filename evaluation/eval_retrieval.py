@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache
 
 import torch
 
@@ -22,12 +22,14 @@ from src.retrieval.builders import (
     bm25_config,
     check_outputs,
     dense_searcher,
+    encode_configs,
     encoder_config,
     eval_config,
     load_eval_data,
+    needs_hits,
 )
-from src.retrieval.evaluate import EvalData, report, retrieve
-from src.retrieval.modeling_dense import load_dense_retriever
+from src.retrieval.evaluate import EvalData, dense_scorer, report, retrieve, score_candidates
+from src.retrieval.modeling_dense import DenseRetriever, load_dense_retriever
 from src.retrieval.searcher import NoSearcher, RandomSearcher, Searcher
 
 logger = logging.getLogger("evaluation.eval_retrieval")
@@ -45,12 +47,13 @@ class EvalRetrievalArgs(EvalOutputArgs, RetrievalArgs):
             raise UserError("--train_data: nothing is trained here; to mine for a file name it with --eval_data")
 
 
-def build_searcher(args: EvalRetrievalArgs, given: frozenset[str], data: EvalData, device: torch.device) -> Searcher:
+def build_searcher(
+    args: EvalRetrievalArgs, data: EvalData, device: torch.device, load_model: Callable[[], DenseRetriever]
+) -> Searcher:
     """The searcher that --retrieval_method names, ready to search."""
     assert data.corpus is not None
     if args.retrieval_method == "dense":
-        model = load_dense_retriever(encoder_config(args, given)).to(device).eval()
-        return dense_searcher(args, data, args.output_dir, device, model)
+        return dense_searcher(args, data, args.output_dir, device, load_model())
     if args.retrieval_method == "bm25":
         return build_bm25_searcher(data.keys, data.corpus.path, args.key_template, bm25_config(args, args.output_dir))
     if args.retrieval_method == "random":
@@ -66,11 +69,18 @@ def main() -> None:
     config = eval_config(args, args.output_dir, args.seed)
     data = load_eval_data(args, "retrieval", config)
     assert data is not None
-    searcher: Callable[[], Searcher] = partial(build_searcher, args, given, data, device)
-    metrics = report(data, retrieve(data, config, searcher), config)
-    if distributed.is_main():
-        logger.info("%s", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        if metrics:
+
+    @cache
+    def load_model() -> DenseRetriever:
+        return load_dense_retriever(encoder_config(args, given)).to(device).eval()
+
+    if "collate_score" in args.metrics:
+        score_candidates(dense_scorer(load_model(), data, *encode_configs(args, device)), data, config)
+    if needs_hits(args):
+        found = retrieve(data, config, lambda: build_searcher(args, data, device, load_model))
+        metrics = report(data, found, config)
+        if distributed.is_main() and metrics:
+            logger.info("%s", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
             log_result(args.log_path, metrics, asdict(args))
             logger.info("metrics appended to %s", args.log_path)
 

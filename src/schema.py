@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 from src.errors import UserError
 
 TRAIN_CHECK = "train-2"
-EVAL_CHECK = "eval-2"
+EVAL_CHECK = "eval-3"
 
 
 class TrainRow(TypedDict, total=False):
@@ -102,10 +102,18 @@ def _common_problems(row: dict[str, Any]) -> list[str]:
 
 
 def candidates(row: TrainRow | dict[str, Any]) -> tuple[list[str], list[str]]:
-    """(positives, negatives) of a training row; a chat row's past turns are all negatives."""
+    """(positives, negatives) of a row, empty where it has none; a chat row's past turns are all negatives."""
     if row.get("history") is not None:
         return [], row["history"]
-    return row["pos"], row["neg"]
+    return row.get("pos") or [], row.get("neg") or []
+
+
+def _beside_history_problems(row: dict[str, Any]) -> list[str]:
+    return [
+        f"field {field!r} stands beside 'history': a chat row's candidates are its past turns, remove one of them"
+        for field in ("pos", "neg")
+        if row.get("history") is not None and row.get(field)
+    ]
 
 
 def check_train_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -119,11 +127,7 @@ def check_train_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     problems = _common_problems(row)
     if row.get("history") is not None:
         problems += _list_problems(row, "history", "strings")
-        problems += [
-            f"field {field!r} stands beside 'history': a chat row's candidates are its past turns, remove one of them"
-            for field in ("pos", "neg")
-            if row.get(field)
-        ]
+        problems += _beside_history_problems(row)
     else:
         problems += _list_problems(row, "pos", "strings", required=True)
         problems += _list_problems(row, "neg", "strings", required=True)
@@ -153,12 +157,14 @@ def check_eval_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Check one evaluation row.
 
     Returns:
-        The problems, and ``positives`` (count), ``pos_index_max`` (-1 without positives), ``answers``
-        and ``keys`` (counts), ``key_index_max`` (like that of the positives), ``task`` (str, empty when missing).
+        The problems, and ``positives`` (count), ``pos_index_max`` (-1 without positives), ``answers``, ``keys``
+        and ``candidates`` (counts; the last of pos + neg, or history), ``key_index_max`` (like that of the
+        positives), ``task`` (str, empty when missing).
     """
     problems = _common_problems(row)
-    problems += _list_problems(row, "pos", "strings")
-    problems += _list_problems(row, "key", "strings")
+    for field in ("pos", "neg", "history", "key"):
+        problems += _list_problems(row, field, "strings")
+    problems += _beside_history_problems(row)
     problems += _list_problems(row, "key_index", "indices")
     if problems:
         return problems, {}
@@ -168,6 +174,7 @@ def check_eval_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         "pos_index_max": max(pos_index, default=-1),
         "answers": len(row.get("answers") or []),
         "keys": len(row.get("key") or []),
+        "candidates": sum(map(len, candidates(row))),
         "key_index_max": max(row.get("key_index") or [], default=-1),
         "task": row.get("task") or "",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,12 +10,16 @@ import ir_measures
 import numpy as np
 import pytest
 from ir_measures import RR, R, nDCG
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Pooling, Transformer
 
 from evaluation import eval_retrieval
+from src.cli import parse_args
 from src.cli import run as run_entry
 from src.retrieval.trec import strictly_falling
-from tests.helpers import read_rows, run, write_rows
+from tests.helpers import ROOT, read_rows, run, write_rows
 
+FLAGS = ROOT.parent / "shared" / "contract" / "flags.json"
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu"]
 
 
@@ -153,3 +158,66 @@ def test_equal_scores_keep_their_order():
     falling = strictly_falling(scores)
     assert (np.diff(falling) < 0).all()
     np.testing.assert_allclose(falling, scores, atol=1e-6)
+
+
+def scored_rows() -> list[dict]:
+    """Rows with positives and negatives, a chat row, a row without candidates."""
+    return [
+        {"query": "alpha beta", "pos": ["beta alpha"], "neg": ["gamma", "delta mu"], "more": 1},
+        {"query": "kappa", "history": ["iota kappa", "mu"]},
+        {"query": "nu"},
+        {"query": "gamma", "pos": [], "neg": ["gamma nu zeta"]},
+    ]
+
+
+@pytest.mark.parametrize("metric", ["cos", "l2"])
+def test_candidates_are_scored_as_sentence_transformers_does(metric, evaluate, tiny_bert, tmp_path):
+    rows = scored_rows()
+    data = (
+        write_rows(tmp_path / "train.json", rows),
+        write_rows(tmp_path / "corpus.json", [{"title": "", "text": "mu"}]),
+    )
+    flags = [*dense(tiny_bert), "--pooling_method", "mean", "--dense_metric", metric, "--metrics", "collate_score"]
+    printed = evaluate(tmp_path, *flags, data=data)
+    assert "1 of 4 rows have no candidates" in printed
+    found = read_rows(tmp_path / "train.scored.json")
+    model = SentenceTransformer(modules=[Transformer(tiny_bert), Pooling(32, "mean")], device="cpu")
+    for row, scored in zip(rows, found, strict=True):
+        own = row.get("history") or [*row.get("pos", []), *row.get("neg", [])]
+        assert {**scored, "teacher_scores": None} == {**row, "teacher_scores": None}
+        assert len(scored["teacher_scores"]) == len(own)
+        if own:
+            query, keys = model.encode(row["query"]), model.encode(own)
+            unit = [vector / np.linalg.norm(vector) for vector in (query, *keys)]
+            wanted = [unit[0] @ key for key in unit[1:]] if metric == "cos" else -((keys - query) ** 2).sum(1)
+            np.testing.assert_allclose(scored["teacher_scores"], wanted, atol=1e-5)
+    name = ["--save_name", "two"]
+    evaluate(tmp_path, *flags, *name, data=data, processes=2)
+    for one, two in zip(found, read_rows(tmp_path / "train.scored.two.json"), strict=True):
+        np.testing.assert_allclose(one["teacher_scores"], two["teacher_scores"], atol=1e-6)
+
+
+def test_candidates_that_cannot_be_scored(evaluate, files, tmp_path):
+    assert "no row has candidates" in evaluate(tmp_path, "--metrics", "collate_score", expect=2)
+    flags = ["--retrieval_method", "bm25", "--metrics", "collate_score"]
+    assert "scored by the dense encoder" in evaluate(tmp_path, *flags, expect=2)
+    rows = [{"query": "a", "pos": ["b"], "history": ["c"]}]
+    data = write_rows(tmp_path / "bad.json", rows), files[1]
+    assert "bad.json:1" in evaluate(tmp_path, "--metrics", "collate_score", data=data, expect=2)
+
+
+def test_bm25_with_two_processes(evaluate, tmp_path):
+    flags = ["--retrieval_method", "bm25", "--bm25_backend", "bm25s"]
+    evaluate(tmp_path / "one", *flags)
+    evaluate(tmp_path / "two", *flags, processes=2)
+    assert read_rows(tmp_path / "one" / "test.result.json") == read_rows(tmp_path / "two" / "test.result.json")
+    assert any(row["pred"] for row in read_rows(tmp_path / "one" / "test.result.json"))
+
+
+@pytest.mark.skipif(not FLAGS.is_file(), reason="the list of flags lies beside the development checkout only")
+def test_every_flag_has_the_documented_default(monkeypatch):
+    monkeypatch.delenv("LLM_EMBEDDER_DATA", raising=False)
+    (args,), _ = parse_args([eval_retrieval.EvalRetrievalArgs], ["--eval_data", "x"])
+    wanted = json.loads(FLAGS.read_text())["python -m evaluation.eval_retrieval"]
+    found = {**vars(args), "eval_data": None}
+    assert {name: found[name] for name in wanted} == wanted

@@ -17,7 +17,7 @@ from src.errors import UserError
 from src.io import read_json
 from src.retrieval.tasks import VERSIONS
 
-METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg")
+METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg", "collate_score")
 POOLING_METHODS = ("cls", "mean", "last", "decoder", "dense")
 DENSE_METRICS = ("cos", "ip", "l2")
 DTYPES = ("fp32", "fp16", "bf16")
@@ -221,6 +221,11 @@ class RetrievalArgs(DenseArgs, BM25Args, DataArgs):
         if self.neg_range is not None and self.neg_range[1] > self.hits:
             raise UserError(
                 f"--neg_range {self.neg_range[0]} {self.neg_range[1]}: only --hits {self.hits} are retrieved"
+            )
+        if "collate_score" in self.metrics and self.retrieval_method != "dense":
+            raise UserError(
+                f"--metrics collate_score: candidates are scored by the dense encoder, and --retrieval_method is "
+                f"{self.retrieval_method}"
             )
         if self.load_result and not self.eval_data:
             raise UserError("--load_result needs --eval_data")

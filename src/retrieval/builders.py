@@ -22,10 +22,12 @@ from src.retrieval.evaluate import (
     EvalConfig,
     EvalData,
     check_labels,
+    dense_scorer,
     make_eval_data,
     report,
-    rerank_dense,
+    rerank,
     retrieve,
+    score_candidates,
 )
 from src.retrieval.mining import MiningConfig
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, weights_fingerprint
@@ -102,6 +104,11 @@ def check_outputs(args: RetrievalArgs, output_dir: str, log_path: str) -> None:
         check_writable(os.path.dirname(resolve_path(args.eval_data, args.data_root)) or ".", "eval_data")
 
 
+def needs_hits(args: DataArgs) -> bool:
+    """Whether anything but the scores of each row's own candidates is asked for."""
+    return set(args.metrics) != {"collate_score"}
+
+
 def metric_names(args: DataArgs) -> list[str]:
     """The names of all metrics that an evaluation reports."""
     names = [metric for metric in args.metrics if metric in LABEL_METRICS]
@@ -122,7 +129,7 @@ def load_eval_data(args: RetrievalArgs, eval_method: str, config: EvalConfig) ->
     if args.corpus is not None:
         corpus_path = existing_file(resolve_path(args.corpus, args.data_root), "corpus")
         corpus = load_corpus(corpus_path, args.key_template, args.dataset_cache_dir)
-    elif eval_method == "retrieval":
+    elif eval_method == "retrieval" and needs_hits(args):
         raise UserError(
             "--eval_data needs --corpus to retrieve from (or --eval_method rerank, to order each row's keys)"
         )
@@ -190,13 +197,18 @@ def dense_evaluator(
     args: RetrievalArgs, data: EvalData, eval_method: str, config: EvalConfig, device: torch.device
 ) -> Callable[[DenseRetriever], dict[str, float]]:
     """A function from a model (in eval mode, on `device`) to its metrics on `data`."""
-    query, key = encode_configs(args, device)
+    configs = encode_configs(args, device)
 
     def evaluate(model: DenseRetriever) -> dict[str, float]:
+        scorer = dense_scorer(model, data, *configs)
+        if "collate_score" in args.metrics:
+            score_candidates(scorer, data, config)
+        if not needs_hits(args):
+            return {}
         if eval_method == "rerank":
-            found = rerank_dense(model, data, query, key)
-        else:
-            found = retrieve(data, config, lambda: dense_searcher(args, data, config.output_dir, device, model))
-        return report(data, found, config)
+            return report(data, rerank(scorer, data), config)
+        return report(
+            data, retrieve(data, config, partial(dense_searcher, args, data, config.output_dir, device, model)), config
+        )
 
     return evaluate

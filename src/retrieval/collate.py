@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -90,6 +90,12 @@ def key_lines(window: Window, text_of: Callable[[int], str]) -> Iterator[str]:
     for _, row, found, _ in window:
         index = found.tolist()
         yield json_line({**row, "key": [text_of(i) for i in index], "key_index": index})
+
+
+def scored_lines(rows: Iterable[dict[str, Any]], scores: Iterable[np.ndarray]) -> Iterator[str]:
+    """Every row with the scores of its candidates (fp32, pos + neg or history order) as ``teacher_scores``."""
+    for row, own in zip(rows, scores, strict=True):
+        yield json_line({**row, "teacher_scores": shortest(own)})
 
 
 def open_hits(path: str, rows: JsonLines, corpus_size: int | None) -> JsonLines:

@@ -25,6 +25,7 @@ from src.retrieval.collate import (
     per_query_lines,
     read_hits,
     result_lines,
+    scored_lines,
 )
 from src.retrieval.data import InstructionOf, Texts, eval_task, render_key, render_query
 from src.retrieval.encode import EncodeConfig, encode, progress
@@ -33,12 +34,16 @@ from src.retrieval.metrics_nq import nq_recall
 from src.retrieval.mining import MiningConfig, MiningSummary
 from src.retrieval.modeling_dense import DenseRetriever
 from src.retrieval.searcher import Searcher
+from src.schema import candidates
 
 logger = logging.getLogger(__name__)
 
 #: Queries searched for and written at a time: memory does not grow with the evaluation file.
 WINDOW = 16_384
 LABEL_METRICS = ("mrr", "recall", "ndcg")
+
+#: Scores texts for evaluation rows: their numbers in the file and the texts of each → fp32 scores of each.
+CandidateScorer = Callable[[range, Sequence[Sequence[str]]], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,11 @@ def check_labels(data: EvalData, config: EvalConfig) -> None:
     for metric in ("nq", "collate_key", "collate_neg"):
         if metric in config.metrics and data.corpus is None:
             raise UserError(f"--metrics {metric} needs --corpus: it works on the texts of the hits")
+    if "collate_score" in config.metrics and not columns["candidates"].any():
+        raise UserError(
+            f"{data.rows.path}: no row has candidates ('pos' and 'neg', or 'history'), which --metrics collate_score "
+            "scores"
+        )
     if config.save_trec:
         trec.check_query_ids(data.rows)
 
@@ -288,8 +298,26 @@ def _result_path(data: EvalData, config: EvalConfig) -> str:
     return derived_path(data.rows.path, "result", config.save_name, config.output_dir)
 
 
-def rerank_dense(model: DenseRetriever, data: EvalData, query: EncodeConfig, key: EncodeConfig) -> Iterator[Hits]:
-    """Order the ``key`` of every row by the model's score; hits are their ``key_index``.
+def dense_scorer(model: DenseRetriever, data: EvalData, query: EncodeConfig, key: EncodeConfig) -> CandidateScorer:
+    """Similarity of a row's query and a text, the same as retrieval scores with."""
+
+    def score(part: range, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
+        flat = [data.key_instruction + text for own in texts for text in own]
+        if not flat:
+            return [np.empty(0, dtype=np.float32) for _ in texts]
+        queries = encode(model.embed_query, model.query_tokenizer, data.queries[part.start : part.stop], query)
+        keys = encode(model.embed_key, model.key_tokenizer, flat, key).astype(np.float32)
+        ends = np.cumsum([len(own) for own in texts])
+        return [
+            -np.square(own - wanted).sum(1) if model.metric == "l2" else own @ wanted
+            for wanted, own in zip(queries.astype(np.float32), np.split(keys, ends[:-1]), strict=True)
+        ]
+
+    return score
+
+
+def rerank(score: CandidateScorer, data: EvalData) -> Iterator[Hits]:
+    """Order the ``key`` of every row by score; hits are their ``key_index``.
 
     Rows without keys get no hits. Each process computes its part of a window; all get all hits.
 
@@ -304,34 +332,50 @@ def rerank_dense(model: DenseRetriever, data: EvalData, query: EncodeConfig, key
         for first in range(0, len(data.rows), WINDOW):
             size = min(WINDOW, len(data.rows) - first)
             part = distributed.part_of(size)
-            rows, scores = _rerank(model, data, range(first + part.start, first + part.stop), width, query, key)
+            rows, scores = _rerank(score, data, range(first + part.start, first + part.stop), width)
             found = np.concatenate(distributed.all_gather_array(rows))
             bar.update(size)
             yield Hits(first, found, np.concatenate(distributed.all_gather_array(scores)))
 
 
-def _rerank(
-    model: DenseRetriever, data: EvalData, part: range, width: int, query: EncodeConfig, key: EncodeConfig
-) -> tuple[np.ndarray, np.ndarray]:
+def _rerank(score: CandidateScorer, data: EvalData, part: range, width: int) -> tuple[np.ndarray, np.ndarray]:
     """key_index and scores ``(len(part), width)`` of some rows, best first."""
     found = np.full((len(part), width), -1, dtype=np.int64)
     scores = np.full((len(part), width), -np.inf, dtype=np.float32)
     rows = data.rows[part.start : part.stop]
-    texts = [data.key_instruction + text for row in rows for text in row.get("key") or []]
-    if not texts:
-        return found, scores
-    queries = encode(model.embed_query, model.query_tokenizer, data.queries[part.start : part.stop], query)
-    keys = encode(model.embed_key, model.key_tokenizer, texts, key)
-    start = 0
-    for number, row in enumerate(rows):
-        index = np.array(row.get("key_index") or [], dtype=np.int64)
-        if len(index) != len(row.get("key") or []):
-            where = data.rows.where(part[number])
-            raise UserError(f"{where}: 'key' and 'key_index' must have the same length for reranking")
-        own = keys[start : start + len(index)].astype(np.float32)
-        start += len(index)
-        wanted = queries[number].astype(np.float32)
-        similarity = -np.square(own - wanted).sum(1) if model.metric == "l2" else own @ wanted
-        order = np.argsort(-similarity, kind="stable")
-        found[number, : len(index)], scores[number, : len(index)] = index[order], similarity[order]
+    for number, row in zip(part, rows, strict=True):
+        if len(row.get("key_index") or []) != len(row.get("key") or []):
+            raise UserError(f"{data.rows.where(number)}: 'key' and 'key_index' must have the same length for reranking")
+    for place, own in enumerate(score(part, [row.get("key") or [] for row in rows])):
+        order = np.argsort(-own, kind="stable")
+        found[place, : len(own)] = np.array(rows[place].get("key_index") or [], dtype=np.int64)[order]
+        scores[place, : len(own)] = own[order]
     return found, scores
+
+
+def score_candidates(score: CandidateScorer, data: EvalData, config: EvalConfig) -> None:
+    """Write every row with its candidates' scores as ``teacher_scores`` to ``<stem>.scored[.<save_name>]<ext>``.
+
+    Candidates are pos + neg, or history, in that order. Each process scores its part of a window, and the main
+    process writes; memory is bounded by a window.
+    """
+    folder = config.output_dir if config.save_to_output else None
+    path = derived_path(data.rows.path, "scored", config.save_name, folder)
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(progress(len(data.rows), "scoring", distributed.is_main(), "query"))
+        file: IO[str] | None = None
+        for first in range(0, len(data.rows), WINDOW):
+            rows = data.rows[first : first + WINDOW]
+            texts = [[*positives, *negatives] for positives, negatives in map(candidates, rows)]
+            part = distributed.part_of(len(rows))
+            own = score(range(first + part.start, first + part.stop), texts[part.start : part.stop])
+            flat = np.concatenate(distributed.all_gather_array(np.concatenate([*own, np.empty(0, np.float32)])))
+            scores = np.split(flat, np.cumsum([len(each) for each in texts])[:-1])
+            if distributed.is_main():
+                file = file or stack.enter_context(atomic_write(path))
+                file.writelines(scored_lines(rows, scores))
+            bar.update(len(rows))
+    missing = int((data.rows.scan.columns["candidates"] == 0).sum())
+    if missing:
+        logger.info("%d of %d rows have no candidates and got no scores", missing, len(data.rows))
+    logger.info("scored candidates: %s", path)
