@@ -178,6 +178,7 @@ def test_candidates_are_scored_as_sentence_transformers_does(metric, evaluate, t
         write_rows(tmp_path / "corpus.json", [{"title": "", "text": "mu"}]),
     )
     flags = [*dense(tiny_bert), "--pooling_method", "mean", "--dense_metric", metric, "--metrics", "collate_score"]
+    flags += ["--add_instruction", "False"]
     printed = evaluate(tmp_path, *flags, data=data)
     assert "1 of 4 rows have no candidates" in printed
     found = read_rows(tmp_path / "train.scored.json")
