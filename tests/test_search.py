@@ -15,7 +15,7 @@ import torch
 from src.errors import UserError
 from src.retrieval.collate import open_hits
 from src.retrieval.data import load_eval_rows
-from src.retrieval.index import ExactIndex, FaissIndex, VectorShard, merge_hits
+from src.retrieval.index import ExactIndex, FaissIndex, VectorShard, check_factory, merge_hits
 from tests.helpers import read_rows, run, write_rows
 
 CPU = torch.device("cpu")
@@ -90,8 +90,19 @@ def test_merge_breaks_ties_by_row_and_puts_missing_hits_last():
     assert scores[0, :4].tolist() == pytest.approx([0.9, 0.5, 0.5, 0.1])
 
 
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [("Flatt", "could not parse"), ("PQ3", "should be a multiple"), ("IVF500,Flat", "has 500 cells, use fewer")],
+)
+def test_impossible_factory_strings_are_found_before_encoding(factory, message):
+    with pytest.raises(UserError, match=message) as caught:
+        check_factory(factory, 8, "ip", 400)
+    assert ".cpp" not in str(caught.value)
+
+
 @pytest.mark.parametrize("factory", ["HNSW8", "IVF4,Flat", "PQ4"])
 def test_any_factory_string(factory):
+    check_factory(factory, 8, "ip", 400)
     vectors = np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32)
     _, rows = FaissIndex.build(shards(vectors, 150), factory, "ip", CPU).search(vectors[:5], 10)
     assert rows.shape == (5, 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -138,6 +139,40 @@ def _true_positions(mask: Tensor) -> Tensor:
     return mask.flatten().nonzero().flatten()
 
 
+def check_factory(factory: str, width: int, metric: str, rows: int) -> None:
+    """Find out before anything is encoded whether FAISS can make such an index.
+
+    Args:
+        factory: FAISS factory string.
+        width: of the vectors.
+        metric: ``cos``, ``ip`` or ``l2``.
+        rows: vectors of the smallest index.
+
+    Raises:
+        UserError: it cannot.
+    """
+    inverted_file = faiss.try_extract_index_ivf(_make_index(factory, width, metric, rows))
+    if inverted_file is not None and inverted_file.nlist > rows:
+        raise UserError(
+            f"--faiss_index_factory {factory!r} cannot index {rows} vectors: it has {inverted_file.nlist} cells, "
+            "use fewer (or Flat)"
+        )
+
+
+def _make_index(factory: str, width: int, metric: str, rows: int) -> faiss.Index:
+    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    try:
+        return faiss.index_factory(width, factory, kind)
+    except RuntimeError as error:
+        raise _cannot_index(factory, rows, error) from error
+
+
+def _cannot_index(factory: str, rows: int, error: RuntimeError) -> UserError:
+    # FAISS tells function and source file before the reason.
+    reason = re.sub(r"^.*\.(cpp|h):\d+: (Error: )?", "", str(error).strip().splitlines()[-1])
+    return UserError(f"--faiss_index_factory {factory!r} cannot index {rows} vectors of this width: {reason}")
+
+
 class FaissIndex:
     """Any FAISS index over consecutive corpus rows; scores of l2 are negative squared distances."""
 
@@ -159,15 +194,13 @@ class FaissIndex:
             UserError: FAISS does not know the factory string, or has too few vectors to train on.
         """
         shards = sorted(shards, key=lambda shard: shard.first)
-        kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
         total = sum(shard.rows for shard in shards)
+        index = _make_index(factory, shards[0].load().shape[1], metric, total)
         try:
-            index = faiss.index_factory(shards[0].load().shape[1], factory, kind)
             if not index.is_trained:
                 index.train(_sample(shards, _training_rows(index)))
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"--faiss_index_factory {factory!r} cannot index {total} vectors: {reason}") from error
+            raise _cannot_index(factory, total, error) from error
         index = _on_device(index, device)
         for shard in shards:
             index.add(np.ascontiguousarray(shard.load(), dtype=np.float32))

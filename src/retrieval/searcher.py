@@ -14,7 +14,7 @@ from src import distributed
 from src.errors import UserError
 from src.io import read_json, write_json
 from src.retrieval.encode import EncodeConfig, encode, progress
-from src.retrieval.index import ExactIndex, FaissIndex, Index, VectorShard, merge_hits
+from src.retrieval.index import ExactIndex, FaissIndex, Index, VectorShard, check_factory, merge_hits
 from src.retrieval.modeling_dense import DenseRetriever
 from src.retrieval.store import IndexIdentity, VectorStore, create_store, differences, load_store
 
@@ -105,11 +105,13 @@ def build_dense_searcher(
         identity: what saved vectors must have been made from; None when nothing is saved or loaded.
 
     Raises:
-        UserError: saved vectors or indexes are missing or were made from something else.
+        UserError: FAISS does not know the kind of index; saved vectors or indexes are missing or were made from
+            something else.
     """
     if config.load_index:
         assert identity is not None
         return DenseSearcher(model, config.query, _load_indexes(config, identity))
+    check_factory(config.factory, vector_width(model), model.metric, len(corpus) // distributed.world_size())
     shards = _shards(model, corpus, config, identity)
     if config.factory == "Flat" and not config.save_index:
         return DenseSearcher(model, config.query, [ExactIndex(shards, model.metric, config.key.device)])
