@@ -40,6 +40,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def shown_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments for a result file: a model's folder says nothing to others, its shape does."""
+    from transformers import AutoConfig
+
+    shown = {key: value for key, value in vars(args).items() if key != "side"}
+    if os.path.isdir(folder := shown.get("model", "")):
+        config = AutoConfig.from_pretrained(folder)
+        shown["model"] = f"{config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}"
+    return shown
+
+
 def peak_mib() -> float:
     """Peak resident memory of this process in MiB; on Linux without what the process that started it held."""
     status = Path("/proc/self/status")
@@ -104,8 +115,13 @@ def compare(
         print(f"{name:<44} {row['rate']:>16.1f} {row['peak_mib']:>10.0f}")
     for name, ratio in ratios.items():
         print(f"{name}: {ratio}")
-    shown = {key: value for key, value in vars(args).items() if key != "side"}
-    result = {"unit": unit, "sides": table, "ratios": ratios, "arguments": shown, "machine": machine()}
+    result = {
+        "unit": unit,
+        "sides": table,
+        "ratios": ratios,
+        "arguments": shown_arguments(args),
+        "machine": machine(),
+    }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{module}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"saved: {RESULTS / module}.json")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.common import RESULTS, ROOT, machine
+from benchmarks.common import RESULTS, ROOT, machine, shown_arguments
 
 DATA = ROOT / "data" / "sample" / "tool"
 OUTPUT = ROOT / "data" / "outputs" / "mined_negatives"
@@ -27,10 +27,21 @@ def python(*command: object) -> None:
         sys.exit(f"failed: {' '.join(map(str, command))}")
 
 
-def mine(model: str, margin: float) -> Path:
-    """Negatives of the training rows by the encoder (below the margin) and by BM25, joined."""
+def mine(model: str, margin: float, ranks: list[int]) -> Path:
+    """Negatives of the training rows by the encoder (below the margin) and by BM25, both within ranks, joined."""
     common = [*EVALUATION, "--eval_data", DATA / "train.json", "--metrics", "collate_neg", "--max_neg_num", 8]
-    common += ["--neg_near_duplicate", 0.9, "--save_to_output", "--save_result", "False", "--output_dir", OUTPUT]
+    common += [
+        "--neg_range",
+        *ranks,
+        "--neg_sample",
+        "--neg_near_duplicate",
+        0.9,
+        "--save_to_output",
+        "--save_result",
+        "False",
+        "--output_dir",
+        OUTPUT,
+    ]
     entry = ["-m", "evaluation.eval_retrieval"]
     log = ["--log_path", OUTPUT / "mine.log"]
     python(*entry, *common, *log, "--query_encoder", model, "--neg_margin_relative", margin, "--save_name", "dense")
@@ -61,15 +72,16 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="encoder to fine-tune: a folder or hub name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="training seeds")
     parser.add_argument("--margin", type=float, default=0.05, help="--neg_margin_relative of the dense mining")
+    parser.add_argument("--neg_range", type=int, nargs=2, default=[1, 100], help="ranks that negatives are drawn from")
     args = parser.parse_args()
-    mined = mine(args.model, args.margin)
+    mined = mine(args.model, args.margin, args.neg_range)
     ways = {"in-batch": (DATA / "train.json", 1), "random": (DATA / "train.json", 2), "mined": (mined, 2)}
     table: dict[str, list[float]] = {name: [] for name in ways}
     for seed in args.seeds:
         for name, (rows, group) in ways.items():
             table[name].append(round(train_and_evaluate(name, args.model, rows, group, seed), 4))
             print(f"seed {seed}, {name} negatives: held-out nDCG@10 {table[name][-1]:.4f}", flush=True)
-    result = {"unit": "held-out nDCG@10", "negatives": table, "arguments": vars(args), "machine": machine()}
+    result = {"unit": "held-out nDCG@10", "negatives": table, "arguments": shown_arguments(args), "machine": machine()}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "mined_negatives.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"saved: {RESULTS / 'mined_negatives.json'}")
