@@ -19,6 +19,7 @@ from src.errors import UserError
 from src.io import expand_data_paths
 from src.result_log import log_result
 from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.batch_scores import DenseBatchScores
 from src.retrieval.builders import (
     check_outputs,
     dense_evaluator,
@@ -82,6 +83,7 @@ def train(
         training,
         TrainDataset(sources, training.seed),
         TrainCollator(model.query_tokenizer, model.key_tokenizer, args.query_max_length, args.key_max_length),
+        DenseBatchScores(model.metric, training.negative_cross_device),
         evaluate_model,
         arguments,
     )
