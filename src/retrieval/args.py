@@ -16,11 +16,13 @@ from transformers import TrainingArguments
 from src.errors import UserError
 from src.io import read_json
 from src.retrieval.tasks import VERSIONS
+from src.schema import ROW_FIELDS
 
-METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg")
+METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg", "collate_score")
 POOLING_METHODS = ("cls", "mean", "last", "decoder", "dense")
 DENSE_METRICS = ("cos", "ip", "l2")
 DTYPES = ("fp32", "fp16", "bf16")
+RANKER_METHODS = ("cross-encoder",)
 RETRIEVAL_METHODS = ("dense", "bm25", "random", "no")
 BM25_BACKENDS = ("auto", "anserini", "bm25s")
 SELECT_POSITIVE = ("first", "random", "teacher", "teacher-pos")
@@ -119,6 +121,24 @@ class DataArgs:
 
 
 @dataclass
+class CandidateArgs(DataArgs):
+    """Scores that a model gives to the candidates of evaluation rows."""
+
+    score_name: str | None = _flag(
+        None, "Field that collate_score writes (teacher_scores when None), so that scores of several models fit a row."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score_name is None:
+            return
+        if "collate_score" not in self.metrics:
+            raise UserError(f"--score_name {self.score_name} names what --metrics collate_score writes: give both")
+        if self.score_name in ROW_FIELDS or not self.score_name:
+            raise UserError(f"--score_name {self.score_name!r} is no name for scores: choose one that rows do not use")
+
+
+@dataclass
 class BM25Args:
     """Lexical retrieval."""
 
@@ -197,13 +217,53 @@ class DenseArgs:
 
 
 @dataclass
-class RetrievalArgs(DenseArgs, BM25Args, DataArgs):
+class RankerArgs(CandidateArgs):
+    """The reranker."""
+
+    ranker: str = _flag(
+        "BAAI/bge-base-en",
+        "Reranker: a hub name, a transformers folder (an encoder gets a new head), a CrossEncoder of "
+        "sentence-transformers, or one of our checkpoints.",
+    )
+    ranker_method: str = _flag("cross-encoder", f"Kind of reranker: {', '.join(RANKER_METHODS)}.")
+    dtype: str = _flag("fp16", "Precision of scoring: fp32, fp16 or bf16 (fp32 on a CPU without it).")
+    query_max_length: int = _flag(256, "Most tokens of a query, instruction included, special tokens not counted.")
+    key_max_length: int = _flag(
+        256, "Most tokens of a key, likewise; a pair longer than the model takes loses the end of its key."
+    )
+    add_instruction: bool = _flag(False, "Put the instructions of --version before queries and keys.")
+    version: str = _flag("bge", f"Instruction set: {', '.join(VERSIONS)}.")
+    hits: int | None = _flag(None, "Keep only the best so many of each row's keys (all when None).")
+    batch_size: int = _flag(4, "Most queries scored in one batch, each with its keys.")
+    cpu: bool = _flag(False, "Use the CPU even when there is a GPU.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("ranker_method", self.ranker_method, RANKER_METHODS)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("version", self.version, VERSIONS)
+        check_positive(
+            query_max_length=self.query_max_length,
+            key_max_length=self.key_max_length,
+            hits=self.hits,
+            batch_size=self.batch_size,
+        )
+        cuts = any(not metric.startswith("collate") for metric in self.metrics)
+        if cuts and self.hits is not None and max(self.cutoffs) > self.hits:
+            raise UserError(
+                f"--cutoffs {' '.join(map(str, self.cutoffs))}: only --hits {self.hits} keys are kept, raise one or "
+                "lower the other"
+            )
+
+
+@dataclass
+class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
     """All settings of retrieval over a corpus."""
 
     retrieval_method: str = _flag("dense", f"How to retrieve: {', '.join(RETRIEVAL_METHODS)}.")
 
     def __post_init__(self) -> None:
-        DataArgs.__post_init__(self)
+        CandidateArgs.__post_init__(self)
         DenseArgs.__post_init__(self)
         check_choice("retrieval_method", self.retrieval_method, RETRIEVAL_METHODS)
         check_positive(hits=self.hits, k1=self.k1, threads=self.threads)
@@ -212,6 +272,11 @@ class RetrievalArgs(DenseArgs, BM25Args, DataArgs):
             raise UserError(f"--b must be from 0 to 1, found {self.b}")
         if self.bm25_backend == "bm25s" and self.anserini_dir is not None:
             raise UserError("--anserini_dir is of no use with --bm25_backend bm25s: leave one of them out")
+        if "collate_score" in self.metrics and self.retrieval_method != "dense":
+            raise UserError(
+                f"--metrics collate_score scores with a model, not by --retrieval_method {self.retrieval_method}: take "
+                "dense, or run_ranker.py"
+            )
         cuts = any(not metric.startswith("collate") for metric in self.metrics)
         if cuts and self.retrieval_method != "no" and max(self.cutoffs) > self.hits:
             raise UserError(
