@@ -5,34 +5,30 @@ python -m evaluation.eval_retrieval --eval_data test.json --corpus corpus.json -
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 
 from src import distributed
 from src.cli import parse_args, run
 from src.errors import UserError
-from src.result_log import log_result
 from src.retrieval.args import EvalOutputArgs, RetrievalArgs
 from src.retrieval.bm25 import build_bm25_searcher
 from src.retrieval.builders import (
     bm25_config,
     check_outputs,
+    dense_scorer,
     dense_searcher,
-    encode_configs,
     encoder_config,
     eval_config,
     load_eval_data,
-    needs_hits,
 )
-from src.retrieval.evaluate import EvalData, dense_scorer, report, retrieve, score_candidates
+from src.retrieval.evaluate import EvalData, retrieve
+from src.retrieval.evaluators import evaluate, record
 from src.retrieval.modeling_dense import DenseRetriever, load_dense_retriever
 from src.retrieval.searcher import NoSearcher, RandomSearcher, Searcher
-
-logger = logging.getLogger("evaluation.eval_retrieval")
 
 
 @dataclass
@@ -67,22 +63,18 @@ def main() -> None:
     device = distributed.init_process_group(args.cpu)
     distributed.on_main(lambda: check_outputs(args, args.output_dir, args.log_path))
     config = eval_config(args, args.output_dir, args.seed)
-    data = load_eval_data(args, "retrieval", config)
+    data = load_eval_data(args, config)
     assert data is not None
 
     @cache
     def load_model() -> DenseRetriever:
         return load_dense_retriever(encoder_config(args, given)).to(device).eval()
 
-    if "collate_score" in args.metrics:
-        score_candidates(dense_scorer(load_model(), data, *encode_configs(args, device)), data, config)
-    if needs_hits(args):
-        found = retrieve(data, config, lambda: build_searcher(args, data, device, load_model))
-        metrics = report(data, found, config)
-        if distributed.is_main() and metrics:
-            logger.info("%s", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-            log_result(args.log_path, metrics, asdict(args))
-            logger.info("metrics appended to %s", args.log_path)
+    searcher: Callable[[], Searcher] = partial(build_searcher, args, data, device, load_model)
+    metrics = evaluate(
+        data, config, lambda: dense_scorer(args, device, load_model()), lambda: retrieve(data, config, searcher)
+    )
+    record(metrics, args.log_path, asdict(args))
 
 
 if __name__ == "__main__":

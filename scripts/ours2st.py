@@ -22,7 +22,8 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 
 from src.cli import parse_args, run
 from src.errors import UserError
-from src.retrieval.args import DENSE_METRICS, POOLING_METHODS, check_choice
+from src.flags import check_choice
+from src.retrieval.args import DENSE_METRICS, POOLING_METHODS
 from src.retrieval.encode import EncodeConfig, encode
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, TextEncoder, load_dense_retriever
 from src.retrieval.trainer import replace_folder

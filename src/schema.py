@@ -15,6 +15,7 @@ from src.errors import UserError
 
 TRAIN_CHECK = "train-2"
 EVAL_CHECK = "eval-3"
+SCORING_CHECK = "scoring-1"
 
 
 class TrainRow(TypedDict, total=False):
@@ -43,6 +44,10 @@ class EvalRow(TypedDict, total=False):
     key_index: list[int]
     task: str
     query_id: int | str
+
+
+#: Fields of rows with a meaning of their own: no name for further scores. (teacher_scores is where scores go.)
+ROW_FIELDS = ({*TrainRow.__annotations__} | {*EvalRow.__annotations__}) - {"teacher_scores"}
 
 
 def _is_int(value: Any) -> bool:
@@ -102,17 +107,21 @@ def _common_problems(row: dict[str, Any]) -> list[str]:
 
 
 def candidates(row: TrainRow | dict[str, Any]) -> tuple[list[str], list[str]]:
-    """(positives, negatives) of a row, empty where it has none; a chat row's past turns are all negatives."""
+    """(positives, negatives) of a training row; a chat row's past turns are all negatives."""
     if row.get("history") is not None:
         return [], row["history"]
-    return row.get("pos") or [], row.get("neg") or []
+    return row["pos"], row["neg"]
 
 
-def _beside_history_problems(row: dict[str, Any]) -> list[str]:
-    return [
+def _candidate_problems(row: dict[str, Any]) -> list[str]:
+    if row.get("history") is None:
+        return _list_problems(row, "pos", "strings", required=True) + _list_problems(
+            row, "neg", "strings", required=True
+        )
+    return _list_problems(row, "history", "strings") + [
         f"field {field!r} stands beside 'history': a chat row's candidates are its past turns, remove one of them"
         for field in ("pos", "neg")
-        if row.get("history") is not None and row.get(field)
+        if row.get(field)
     ]
 
 
@@ -125,12 +134,7 @@ def check_train_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         the highest score in pos + neg, -1 without scores), ``task`` (str, empty when missing).
     """
     problems = _common_problems(row)
-    if row.get("history") is not None:
-        problems += _list_problems(row, "history", "strings")
-        problems += _beside_history_problems(row)
-    else:
-        problems += _list_problems(row, "pos", "strings", required=True)
-        problems += _list_problems(row, "neg", "strings", required=True)
+    problems += _candidate_problems(row)
     problems += _list_problems(row, "neg_index", "indices")
     problems += _list_problems(row, "teacher_scores", "numbers")
     if problems:
@@ -157,14 +161,13 @@ def check_eval_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Check one evaluation row.
 
     Returns:
-        The problems, and ``positives`` (count), ``pos_index_max`` (-1 without positives), ``answers``, ``keys``
-        and ``candidates`` (counts; the last of pos + neg, or history), ``key_index_max`` (like that of the
-        positives), ``task`` (str, empty when missing).
+        The problems, and ``positives`` (count), ``pos_index_max`` (-1 without positives), ``answers``,
+        ``keys`` and ``key_indices`` (counts), ``key_index_max`` (like that of the positives), ``task`` (str, empty
+        when missing).
     """
     problems = _common_problems(row)
-    for field in ("pos", "neg", "history", "key"):
-        problems += _list_problems(row, field, "strings")
-    problems += _beside_history_problems(row)
+    problems += _list_problems(row, "pos", "strings")
+    problems += _list_problems(row, "key", "strings")
     problems += _list_problems(row, "key_index", "indices")
     if problems:
         return problems, {}
@@ -174,10 +177,19 @@ def check_eval_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         "pos_index_max": max(pos_index, default=-1),
         "answers": len(row.get("answers") or []),
         "keys": len(row.get("key") or []),
-        "candidates": sum(map(len, candidates(row))),
+        "key_indices": len(row.get("key_index") or []),
         "key_index_max": max(row.get("key_index") or [], default=-1),
         "task": row.get("task") or "",
     }
+
+
+def check_scoring_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Check one evaluation row whose candidates are to be scored: as `check_eval_row`, and ``candidates`` (count)."""
+    problems, numbers = check_eval_row(row)
+    problems += [problem for problem in _candidate_problems(row) if problem not in problems]
+    if problems:
+        return problems, {}
+    return [], {**numbers, "candidates": sum(map(len, candidates(row)))}
 
 
 def check_hits_row(row: dict[str, Any], corpus_size: int | None) -> tuple[list[str], dict[str, Any]]:

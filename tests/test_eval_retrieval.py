@@ -165,7 +165,7 @@ def scored_rows() -> list[dict]:
     return [
         {"query": "alpha beta", "pos": ["beta alpha"], "neg": ["gamma", "delta mu"], "more": 1},
         {"query": "kappa", "history": ["iota kappa", "mu"]},
-        {"query": "nu"},
+        {"query": "nu", "pos": [], "neg": []},
         {"query": "gamma", "pos": [], "neg": ["gamma nu zeta"]},
     ]
 
@@ -179,8 +179,7 @@ def test_candidates_are_scored_as_sentence_transformers_does(metric, evaluate, t
     )
     flags = [*dense(tiny_bert), "--pooling_method", "mean", "--dense_metric", metric, "--metrics", "collate_score"]
     flags += ["--add_instruction", "False"]
-    printed = evaluate(tmp_path, *flags, data=data)
-    assert "1 of 4 rows have no candidates" in printed
+    assert "teacher_scores of 6 candidates of 4 rows" in evaluate(tmp_path, *flags, data=data)
     found = read_rows(tmp_path / "train.scored.json")
     model = SentenceTransformer(modules=[Transformer(tiny_bert), Pooling(32, "mean")], device="cpu")
     for row, scored in zip(rows, found, strict=True):
@@ -199,9 +198,9 @@ def test_candidates_are_scored_as_sentence_transformers_does(metric, evaluate, t
 
 
 def test_candidates_that_cannot_be_scored(evaluate, files, tmp_path):
-    assert "no row has candidates" in evaluate(tmp_path, "--metrics", "collate_score", expect=2)
+    assert "field 'neg' is missing" in evaluate(tmp_path, "--metrics", "collate_score", expect=2)
     flags = ["--retrieval_method", "bm25", "--metrics", "collate_score"]
-    assert "scored by the dense encoder" in evaluate(tmp_path, *flags, expect=2)
+    assert "scores with a model" in evaluate(tmp_path, *flags, expect=2)
     rows = [{"query": "a", "pos": ["b"], "history": ["c"]}]
     data = write_rows(tmp_path / "bad.json", rows), files[1]
     assert "bad.json:1" in evaluate(tmp_path, "--metrics", "collate_score", data=data, expect=2)

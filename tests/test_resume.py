@@ -20,6 +20,7 @@ import torch
 import run_dense
 from src.errors import UserError
 from src.retrieval import trainer as trainer_module
+from src.retrieval import training
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
 from src.retrieval.trainer import (
     RetrievalTrainer,
@@ -216,7 +217,7 @@ def test_best_weights_are_loaded_at_the_end(bench: Bench, tmp_path: Path, monkey
             trained.append(self)
 
     monkeypatch.setattr(run_dense, "dense_evaluator", scripted)
-    monkeypatch.setattr(run_dense, "RetrievalTrainer", Remembered)
+    monkeypatch.setattr(training, "RetrievalTrainer", Remembered)
     more = ("--eval_steps", 1, "--save_steps", 1, "--save_total_limit", 1)
     monkeypatch.setattr(sys, "argv", ["run_dense.py", *bench.flags(tmp_path, 1, None, *bench.evaluation(), *more)])
     run_dense.main()

@@ -6,7 +6,6 @@ reads no file.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +13,16 @@ import torch
 from transformers import TrainingArguments
 
 from src.errors import UserError
+from src.flags import check_choice, check_positive, default_data_root, flag
 from src.io import read_json
 from src.retrieval.tasks import VERSIONS
+from src.schema import ROW_FIELDS
 
 METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg", "collate_score")
 POOLING_METHODS = ("cls", "mean", "last", "decoder", "dense")
 DENSE_METRICS = ("cos", "ip", "l2")
 DTYPES = ("fp32", "fp16", "bf16")
+RANKER_METHODS = ("cross-encoder",)
 RETRIEVAL_METHODS = ("dense", "bm25", "random", "no")
 BM25_BACKENDS = ("auto", "anserini", "bm25s")
 SELECT_POSITIVE = ("first", "random", "teacher", "teacher-pos")
@@ -29,76 +31,53 @@ INBATCH_POLICIES = ("epoch", "epoch-static", "epoch-random", "random")
 EVAL_METHODS = ("retrieval", "rerank")
 
 
-def _flag(default: Any, help: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-def check_choice(flag: str, value: str | None, choices: tuple[str, ...]) -> None:
-    """Raise a UserError naming the choices unless `value` is one of them (or None)."""
-    if value is not None and value not in choices:
-        raise UserError(f"--{flag} {value!r} is unknown: choose from {', '.join(choices)}")
-
-
-def check_positive(**values: float | None) -> None:
-    """Raise a UserError for the first value that is given and not above 0."""
-    for flag, value in values.items():
-        if value is not None and value <= 0:
-            raise UserError(f"--{flag} must be above 0, found {value}")
-
-
-def _default_data_root() -> str:
-    return os.environ.get("LLM_EMBEDDER_DATA", "/data/llm-embedder")
-
-
 @dataclass
 class DataArgs:
     """Files to read, what to compute from them and where results go."""
 
-    model_cache_dir: str | None = _flag(None, "Folder where models from the hub are kept.")
-    dataset_cache_dir: str | None = _flag(
+    model_cache_dir: str | None = flag(None, "Folder where models from the hub are kept.")
+    dataset_cache_dir: str | None = flag(
         None, "Folder where the scans of data files are kept, so that a restart on unchanged files is quick."
     )
     data_root: str = field(
-        default_factory=_default_data_root,
+        default_factory=default_data_root,
         metadata={"help": "What the path prefix llm-embedder: stands for (LLM_EMBEDDER_DATA sets the default)."},
     )
-    train_data: list[str] | None = _flag(
+    train_data: list[str] | None = flag(
         None, "Training files (JSON lines), globs allowed; a file named twice counts twice."
     )
-    eval_data: str | None = _flag(None, "Evaluation file (JSON lines).")
-    corpus: str | None = _flag(None, "Corpus file (JSON lines) that pos_index refers to.")
-    key_template: str = _flag("{title} {text}", "How a corpus row becomes a key: columns in braces.")
-    task: str | None = _flag(
+    eval_data: str | None = flag(None, "Evaluation file (JSON lines).")
+    corpus: str | None = flag(None, "Corpus file (JSON lines) that pos_index refers to.")
+    key_template: str = flag("{title} {text}", "How a corpus row becomes a key: columns in braces.")
+    task: str | None = flag(
         None, "Task of rows that name none: qa, convsearch, chat, lrlm, icl or tool (else the path's folder tells)."
     )
-    metrics: list[str] = _flag(["mrr", "recall", "ndcg"], f"Any of {', '.join(METRICS)}.")
-    cutoffs: list[int] = _flag([1, 5, 10, 100], "Ranks at which metrics are computed.")
-    filter_answers: bool = _flag(False, "Mining: leave out hits that contain one of the row's answers.")
-    max_neg_num: int = _flag(100, "Mining: most negatives per row.")
-    neg_margin_relative: float | None = _flag(
+    metrics: list[str] = flag(["mrr", "recall", "ndcg"], f"Any of {', '.join(METRICS)}.")
+    cutoffs: list[int] = flag([1, 5, 10, 100], "Ranks at which metrics are computed.")
+    filter_answers: bool = flag(False, "Mining: leave out hits that contain one of the row's answers.")
+    max_neg_num: int = flag(100, "Mining: most negatives per row.")
+    neg_margin_relative: float | None = flag(
         None, "Mining: leave out hits that score above the positive's score minus this share of it (such as 0.05)."
     )
-    neg_margin_absolute: float | None = _flag(
+    neg_margin_absolute: float | None = flag(
         None, "Mining: leave out hits that score above the positive's score minus this."
     )
-    neg_range: list[int] | None = _flag(
+    neg_range: list[int] | None = flag(
         None, "Mining: first and last rank of the hits that may become negatives, from 1 on, such as 10 200."
     )
-    neg_sample: bool = _flag(False, "Mining: draw max_neg_num of the hits that are left, in place of the first.")
-    neg_near_duplicate: float | None = _flag(
+    neg_sample: bool = flag(False, "Mining: draw max_neg_num of the hits that are left, in place of the first.")
+    neg_near_duplicate: float | None = flag(
         None,
         "Mining: leave out hits sharing so much of their words with a positive or an earlier negative (Jaccard, "
         "0 to 1).",
     )
-    load_result: bool = _flag(False, "Evaluate the saved result file instead of retrieving.")
-    save_result: bool = _flag(True, "Save query ids, hits and scores to output_dir.")
-    save_per_query: bool = _flag(False, "Save every query's metrics to output_dir (<stem>.per_query<ext>).")
-    save_trec: bool = _flag(False, "Save a TREC run and qrels to output_dir (<stem>.run.trec, <stem>.qrels.trec).")
-    save_name: str | None = _flag(None, "Middle part of output file names: <stem>.<field>.<save_name><ext>.")
-    save_to_output: bool = _flag(False, "Write mined and collated files to output_dir instead of next to eval_data.")
-    trust_remote_code: bool = _flag(False, "Run model code that comes with a checkpoint.")
+    load_result: bool = flag(False, "Evaluate the saved result file instead of retrieving.")
+    save_result: bool = flag(True, "Save query ids, hits and scores to output_dir.")
+    save_per_query: bool = flag(False, "Save every query's metrics to output_dir (<stem>.per_query<ext>).")
+    save_trec: bool = flag(False, "Save a TREC run and qrels to output_dir (<stem>.run.trec, <stem>.qrels.trec).")
+    save_name: str | None = flag(None, "Middle part of output file names: <stem>.<field>.<save_name><ext>.")
+    save_to_output: bool = flag(False, "Write mined and collated files to output_dir instead of next to eval_data.")
+    trust_remote_code: bool = flag(False, "Run model code that comes with a checkpoint.")
 
     def __post_init__(self) -> None:
         for metric in self.metrics:
@@ -119,62 +98,80 @@ class DataArgs:
 
 
 @dataclass
+class CandidateArgs(DataArgs):
+    """Scores that a model gives to the candidates of evaluation rows."""
+
+    score_name: str | None = flag(
+        None, "Field that collate_score writes (teacher_scores when None), so that scores of several models fit a row."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score_name is None:
+            return
+        if "collate_score" not in self.metrics:
+            raise UserError(f"--score_name {self.score_name} names what --metrics collate_score writes: give both")
+        if self.score_name in ROW_FIELDS or not self.score_name:
+            raise UserError(f"--score_name {self.score_name!r} is no name for scores: choose one that rows do not use")
+
+
+@dataclass
 class BM25Args:
     """Lexical retrieval."""
 
-    bm25_backend: str = _flag(
+    bm25_backend: str = flag(
         "auto",
         "Engine of BM25: anserini; bm25s (embedded: no Java, the same ranking, English only); auto takes Anserini "
         "where it and a Java that runs it are found.",
     )
-    anserini_dir: str | None = _flag(
+    anserini_dir: str | None = flag(
         None,
         "Folder with Anserini's fat jar, or with target/appassembler/bin (else the jar of an installed pyserini).",
     )
-    k1: float = _flag(0.82, "BM25: saturation of term frequency, above 0.")
-    b: float = _flag(0.68, "BM25: normalisation by length, 0 to 1.")
-    storeDocvectors: bool = _flag(  # noqa: N815
+    k1: float = flag(0.82, "BM25: saturation of term frequency, above 0.")
+    b: float = flag(0.68, "BM25: normalisation by length, 0 to 1.")
+    storeDocvectors: bool = flag(  # noqa: N815
         False, "BM25: store document vectors in Anserini's index, for other tools that read it."
     )
-    hits: int = _flag(200, "Keys to retrieve per query.")
-    language: str = _flag("en", "BM25: language of the analyzer, a two-letter code (other than en: Anserini).")
-    threads: int = _flag(32, "BM25: most indexing and search threads; cores that are not there are not used.")
-    load_index: bool = _flag(False, "Load the saved index instead of encoding and indexing the corpus.")
-    load_collection: bool = _flag(False, "BM25: index the collection folder that Anserini's last run wrote.")
+    hits: int = flag(200, "Keys to retrieve per query.")
+    language: str = flag("en", "BM25: language of the analyzer, a two-letter code (other than en: Anserini).")
+    threads: int = flag(32, "BM25: most indexing and search threads; cores that are not there are not used.")
+    load_index: bool = flag(False, "Load the saved index instead of encoding and indexing the corpus.")
+    load_collection: bool = flag(False, "BM25: index the collection folder that Anserini's last run wrote.")
 
 
 @dataclass
 class DenseArgs:
     """The dual encoder and its index."""
 
-    query_encoder: str = _flag(
+    query_encoder: str = flag(
         "BAAI/bge-base-en",
         "Encoder: a hub name, a transformers or sentence-transformers folder, or one of our checkpoints.",
     )
-    key_encoder: str = _flag("BAAI/bge-base-en", "Key encoder, used with --tie_encoders False.")
-    add_instruction: bool = _flag(True, "Put the instructions of --version before queries and keys.")
-    version: str = _flag("bge", f"Instruction set: {', '.join(VERSIONS)}.")
-    query_max_length: int = _flag(256, "Most tokens of a query, instruction included.")
-    key_max_length: int = _flag(256, "Most tokens of a key, instruction included.")
-    truncation_side: str = _flag("right", "Side that loses tokens of a text too long: right or left.")
-    pooling_method: list[str] = _flag(
+    key_encoder: str = flag("BAAI/bge-base-en", "Key encoder, used with --tie_encoders False.")
+    add_instruction: bool = flag(True, "Put the instructions of --version before queries and keys.")
+    version: str = flag("bge", f"Instruction set: {', '.join(VERSIONS)}.")
+    query_max_length: int = flag(256, "Most tokens of a query, instruction included.")
+    key_max_length: int = flag(256, "Most tokens of a key, instruction included.")
+    truncation_side: str = flag("right", "Side that loses tokens of a text too long: right or left.")
+    pooling_method: list[str] = flag(
         ["cls"],
         "cls, mean, last (last token, for decoder-only models) or decoder (T5 start token), optionally followed by "
         "dense. Taken from the checkpoint when it tells and the flag is not given.",
     )
-    dense_dim: int | None = _flag(
+    dense_dim: int | None = flag(
         None, "Width of a new dense layer, when pooling_method names dense and the checkpoint has none."
     )
-    tie_encoders: bool = _flag(True, "One encoder (query_encoder) for queries and keys.")
-    dense_metric: str = _flag("cos", "Similarity: cos, ip or l2 (taken from the checkpoint like pooling_method).")
-    faiss_index_factory: str = _flag("Flat", "FAISS index factory string.")
-    batch_size: int = _flag(1000, "Most texts encoded in one batch.")
-    load_encode: bool = _flag(False, "Load saved corpus embeddings instead of encoding.")
-    save_encode: bool = _flag(False, "Save corpus embeddings to output_dir.")
-    save_index: bool = _flag(False, "Save the FAISS index to output_dir.")
-    embedding_name: str = _flag("embeddings", "Name of saved embeddings and index.")
-    dtype: str = _flag("fp16", "Precision of encoding: fp32, fp16 or bf16 (fp32 on a CPU without it).")
-    cpu: bool = _flag(False, "Use the CPU even when there is a GPU.")
+    tie_encoders: bool = flag(True, "One encoder (query_encoder) for queries and keys.")
+    dense_metric: str = flag("cos", "Similarity: cos, ip or l2 (taken from the checkpoint like pooling_method).")
+    faiss_index_factory: str = flag("Flat", "FAISS index factory string.")
+    batch_size: int = flag(1000, "Most texts encoded in one batch.")
+    load_encode: bool = flag(False, "Load saved corpus embeddings instead of encoding.")
+    save_encode: bool = flag(False, "Save corpus embeddings to output_dir.")
+    save_index: bool = flag(False, "Save the FAISS index to output_dir.")
+    embedding_name: str = flag("embeddings", "Name of saved embeddings and index.")
+    dtype: str = flag("fp16", "Precision of encoding: fp32, fp16 or bf16 (fp32 on a CPU without it).")
+    cpu: bool = flag(False, "Use the CPU even when there is a GPU.")
 
     def __post_init__(self) -> None:
         check_choice("version", self.version, VERSIONS)
@@ -197,13 +194,53 @@ class DenseArgs:
 
 
 @dataclass
-class RetrievalArgs(DenseArgs, BM25Args, DataArgs):
-    """All settings of retrieval over a corpus."""
+class RankerArgs(CandidateArgs):
+    """The reranker."""
 
-    retrieval_method: str = _flag("dense", f"How to retrieve: {', '.join(RETRIEVAL_METHODS)}.")
+    ranker: str = flag(
+        "BAAI/bge-base-en",
+        "Reranker: a hub name, a transformers folder (an encoder gets a new head), a CrossEncoder of "
+        "sentence-transformers, or one of our checkpoints.",
+    )
+    ranker_method: str = flag("cross-encoder", f"Kind of reranker: {', '.join(RANKER_METHODS)}.")
+    dtype: str = flag("fp16", "Precision of scoring: fp32, fp16 or bf16 (fp32 on a CPU without it).")
+    query_max_length: int = flag(256, "Most tokens of a query, instruction included, special tokens not counted.")
+    key_max_length: int = flag(
+        256, "Most tokens of a key, likewise; a pair longer than the model takes loses the end of its key."
+    )
+    add_instruction: bool = flag(False, "Put the instructions of --version before queries and keys.")
+    version: str = flag("bge", f"Instruction set: {', '.join(VERSIONS)}.")
+    hits: int | None = flag(None, "Keep only the best so many of each row's keys (all when None).")
+    batch_size: int = flag(4, "Most queries scored in one batch, each with its keys.")
+    cpu: bool = flag(False, "Use the CPU even when there is a GPU.")
 
     def __post_init__(self) -> None:
-        DataArgs.__post_init__(self)
+        super().__post_init__()
+        check_choice("ranker_method", self.ranker_method, RANKER_METHODS)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("version", self.version, VERSIONS)
+        check_positive(
+            query_max_length=self.query_max_length,
+            key_max_length=self.key_max_length,
+            hits=self.hits,
+            batch_size=self.batch_size,
+        )
+        cuts = any(not metric.startswith("collate") for metric in self.metrics)
+        if cuts and self.hits is not None and max(self.cutoffs) > self.hits:
+            raise UserError(
+                f"--cutoffs {' '.join(map(str, self.cutoffs))}: only --hits {self.hits} keys are kept, raise one or "
+                "lower the other"
+            )
+
+
+@dataclass
+class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
+    """All settings of retrieval over a corpus."""
+
+    retrieval_method: str = flag("dense", f"How to retrieve: {', '.join(RETRIEVAL_METHODS)}.")
+
+    def __post_init__(self) -> None:
+        CandidateArgs.__post_init__(self)
         DenseArgs.__post_init__(self)
         check_choice("retrieval_method", self.retrieval_method, RETRIEVAL_METHODS)
         check_positive(hits=self.hits, k1=self.k1, threads=self.threads)
@@ -212,6 +249,11 @@ class RetrievalArgs(DenseArgs, BM25Args, DataArgs):
             raise UserError(f"--b must be from 0 to 1, found {self.b}")
         if self.bm25_backend == "bm25s" and self.anserini_dir is not None:
             raise UserError("--anserini_dir is of no use with --bm25_backend bm25s: leave one of them out")
+        if "collate_score" in self.metrics and self.retrieval_method != "dense":
+            raise UserError(
+                f"--metrics collate_score scores with a model, not by --retrieval_method {self.retrieval_method}: take "
+                "dense, or run_ranker.py"
+            )
         cuts = any(not metric.startswith("collate") for metric in self.metrics)
         if cuts and self.retrieval_method != "no" and max(self.cutoffs) > self.hits:
             raise UserError(
@@ -221,11 +263,6 @@ class RetrievalArgs(DenseArgs, BM25Args, DataArgs):
         if self.neg_range is not None and self.neg_range[1] > self.hits:
             raise UserError(
                 f"--neg_range {self.neg_range[0]} {self.neg_range[1]}: only --hits {self.hits} are retrieved"
-            )
-        if "collate_score" in self.metrics and self.retrieval_method != "dense":
-            raise UserError(
-                f"--metrics collate_score: candidates are scored by the dense encoder, and --retrieval_method is "
-                f"{self.retrieval_method}"
             )
         if self.load_result and not self.eval_data:
             raise UserError("--load_result needs --eval_data")
@@ -244,63 +281,63 @@ def _check_deepspeed(config: Any) -> None:
 class EvalOutputArgs:
     """Where an evaluation writes, and its seed."""
 
-    output_dir: str = _flag("data/outputs/", "Folder for results, saved vectors and indexes.")
-    log_path: str = _flag("data/results/performance.log", "Metrics are appended here, and as JSON lines beside it.")
-    seed: int = _flag(42, "Seed of whatever is drawn at random.")
+    output_dir: str = flag("data/outputs/", "Folder for results, saved vectors and indexes.")
+    log_path: str = flag("data/results/performance.log", "Metrics are appended here, and as JSON lines beside it.")
+    seed: int = flag(42, "Seed of whatever is drawn at random.")
 
 
 @dataclass
 class RetrievalTrainingArgs(TrainingArguments):
     """transformers' TrainingArguments, with this toolkit's defaults and settings added."""
 
-    output_dir: str = _flag("data/outputs/", "Folder for checkpoints and results.")
-    eval_method: str = _flag("retrieval", "retrieval (over the corpus) or rerank (the keys in each evaluation row).")
+    output_dir: str = flag("data/outputs/", "Folder for checkpoints and results.")
+    eval_method: str = flag("retrieval", "retrieval (over the corpus) or rerank (the keys in each evaluation row).")
 
-    use_train_config: bool = _flag(False, "Use the training settings of each task (of --version) over the flags.")
-    inbatch_same_dataset: str | None = _flag(
+    use_train_config: bool = flag(False, "Use the training settings of each task (of --version) over the flags.")
+    inbatch_same_dataset: str | None = flag(
         None,
         "Batches of rows from one file only. epoch: cut anew each epoch; epoch-static: cut once, order shuffled; "
         "epoch-random: a file drawn in proportion to the rows left in it; random: file and rows drawn for each step.",
     )
-    negative_cross_device: bool = _flag(True, "Use the keys of all processes as negatives.")
-    cos_temperature: float = _flag(0.01, "Cosine scores are divided by this.")
-    teacher_temperature: float = _flag(
+    negative_cross_device: bool = flag(True, "Use the keys of all processes as negatives.")
+    cos_temperature: float = flag(0.01, "Cosine scores are divided by this.")
+    teacher_temperature: float = flag(
         1.0, "Teacher scores are divided by this (plain distillation; graded takes them as they are)."
     )
-    student_temperature: float = _flag(1.0, "Student scores are divided by this (plain distillation).")
-    contrastive_weight: float = _flag(0.2, "Weight of the contrastive loss.")
-    distill_weight: float = _flag(1.0, "Weight of the distillation loss.")
-    stable_distill: bool = _flag(False, "Graded distillation: a contrastive loss per rank of the teacher.")
+    student_temperature: float = flag(1.0, "Student scores are divided by this (plain distillation).")
+    contrastive_weight: float = flag(0.2, "Weight of the contrastive loss.")
+    distill_weight: float = flag(1.0, "Weight of the distillation loss.")
+    stable_distill: bool = flag(False, "Graded distillation: a contrastive loss per rank of the teacher.")
 
-    max_sample_num: int | None = _flag(None, "Most rows of each training file, drawn by --seed.")
-    train_group_size: int = _flag(8, "Keys per query: one positive, the rest negatives.")
-    select_positive: str = _flag(
+    max_sample_num: int | None = flag(None, "Most rows of each training file, drawn by --seed.")
+    train_group_size: int = flag(8, "Keys per query: one positive, the rest negatives.")
+    select_positive: str = flag(
         "first", "first, random, teacher (best teacher score of all candidates) or teacher-pos (best positive)."
     )
-    select_negative: str = _flag("random", "random, first, teacher+ (best scores first) or teacher- (worst first).")
-    teacher_scores_margin: float | None = _flag(None, "Drop rows whose teacher scores spread less than this.")
-    teacher_scores_min: float | None = _flag(None, "Drop rows whose best teacher score is below this.")
+    select_negative: str = flag("random", "random, first, teacher+ (best scores first) or teacher- (worst first).")
+    teacher_scores_margin: float | None = flag(None, "Drop rows whose teacher scores spread less than this.")
+    teacher_scores_min: float | None = flag(None, "Drop rows whose best teacher score is below this.")
 
-    per_device_train_batch_size: int = _flag(16, "Queries per process and step.")
-    learning_rate: float = _flag(5e-6, "Peak learning rate.")
-    warmup_ratio: float = _flag(0.1, "Share of the steps with rising learning rate, unless --warmup_steps is given.")
-    warmup_steps: float | None = _flag(  # type: ignore[assignment]
+    per_device_train_batch_size: int = flag(16, "Queries per process and step.")
+    learning_rate: float = flag(5e-6, "Peak learning rate.")
+    warmup_ratio: float = flag(0.1, "Share of the steps with rising learning rate, unless --warmup_steps is given.")
+    warmup_steps: float | None = flag(  # type: ignore[assignment]
         None, "Steps with rising learning rate; below 1 a share of all steps (--warmup_ratio when None)."
     )
-    weight_decay: float = _flag(0.01, "AdamW weight decay.")
-    fp16: bool = _flag(True, "Train in fp16 autocast where the device can; weights stay fp32.")
-    ddp_find_unused_parameters: bool | None = _flag(False, "Passed on to DistributedDataParallel.")
-    remove_unused_columns: bool = _flag(False, "Must be False: rows are tokenized in the collator.")
-    evaluation_strategy: str = _flag("steps", "When to evaluate during training, with eval_data: no, steps, epoch.")
-    eval_strategy: str | None = _flag(  # type: ignore[assignment]
+    weight_decay: float = flag(0.01, "AdamW weight decay.")
+    fp16: bool = flag(True, "Train in fp16 autocast where the device can; weights stay fp32.")
+    ddp_find_unused_parameters: bool | None = flag(False, "Passed on to DistributedDataParallel.")
+    remove_unused_columns: bool = flag(False, "Must be False: rows are tokenized in the collator.")
+    evaluation_strategy: str = flag("steps", "When to evaluate during training, with eval_data: no, steps, epoch.")
+    eval_strategy: str | None = flag(  # type: ignore[assignment]
         None, "Newer name of --evaluation_strategy, which it overrides."
     )
-    save_steps: float = _flag(2000, "Save a checkpoint every so many steps.")
-    logging_steps: float = _flag(100, "Log every so many steps.")
-    report_to: str = _flag("none", "none, or where transformers reports to: tensorboard, wandb, all.")
-    no_cuda: bool = _flag(False, "Older name of --use_cpu.")
-    early_exit_steps: int | None = _flag(None, "Stop (and save) after so many steps of the same schedule.")
-    log_path: str = _flag("data/results/performance.log", "Metrics are appended here, and as JSON lines beside it.")
+    save_steps: float = flag(2000, "Save a checkpoint every so many steps.")
+    logging_steps: float = flag(100, "Log every so many steps.")
+    report_to: str = flag("none", "none, or where transformers reports to: tensorboard, wandb, all.")
+    no_cuda: bool = flag(False, "Older name of --use_cpu.")
+    early_exit_steps: int | None = flag(None, "Stop (and save) after so many steps of the same schedule.")
+    log_path: str = flag("data/results/performance.log", "Metrics are appended here, and as JSON lines beside it.")
 
     def __post_init__(self) -> None:
         check_choice("eval_method", self.eval_method, EVAL_METHODS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,24 +12,22 @@ from src import distributed
 from src.errors import UserError
 from src.io import check_writable, existing_file, resolve_path
 from src.jsonl import JsonLines
-from src.retrieval.args import DataArgs, DenseArgs, RetrievalArgs
+from src.retrieval.args import DataArgs, DenseArgs, RankerArgs, RetrievalArgs
 from src.retrieval.bm25 import BM25Config
 from src.retrieval.data import InstructionOf, load_corpus, load_eval_rows, no_instruction
 from src.retrieval.encode import EncodeConfig
 from src.retrieval.evaluate import (
     LABEL_METRICS,
+    SCORE,
     EvalConfig,
     EvalData,
     check_labels,
-    dense_scorer,
     make_eval_data,
-    report,
-    rerank,
-    retrieve,
-    score_candidates,
 )
 from src.retrieval.mining import MiningConfig
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, weights_fingerprint
+from src.retrieval.modeling_ranker import CrossEncoder, RankerConfig
+from src.retrieval.pair_scorers import DensePairScorer, RankerPairScorer
 from src.retrieval.searcher import DenseSearchConfig, DenseSearcher, build_dense_searcher, encode_config
 from src.retrieval.store import IndexIdentity, file_fingerprint
 from src.retrieval.tasks import instruction_for
@@ -55,12 +52,12 @@ def encoder_config(args: RetrievalArgs, given: frozenset[str]) -> EncoderConfig:
     )
 
 
-def instructions(args: DenseArgs) -> InstructionOf:
+def instructions(args: DenseArgs | RankerArgs) -> InstructionOf:
     """Instruction by task."""
     return partial(instruction_for, args.version) if args.add_instruction else no_instruction
 
 
-def mining_config(args: RetrievalArgs, seed: int) -> MiningConfig:
+def mining_config(args: DataArgs, seed: int) -> MiningConfig:
     """Which hits become negatives."""
     return MiningConfig(
         args.max_neg_num,
@@ -74,8 +71,15 @@ def mining_config(args: RetrievalArgs, seed: int) -> MiningConfig:
     )
 
 
-def eval_config(args: RetrievalArgs, output_dir: str, seed: int) -> EvalConfig:
-    """What to compute and where to write; `seed` is for what is drawn at random."""
+def eval_config(args: RetrievalArgs | RankerArgs, output_dir: str, seed: int, rerank: bool = False) -> EvalConfig:
+    """What to compute and where to write.
+
+    Args:
+        args: flags.
+        output_dir: folder of results.
+        seed: for what is drawn at random.
+        rerank: order each row's keys in place of retrieving from the corpus.
+    """
     return EvalConfig(
         args.metrics,
         args.cutoffs,
@@ -88,10 +92,12 @@ def eval_config(args: RetrievalArgs, output_dir: str, seed: int) -> EvalConfig:
         args.save_result,
         args.save_per_query,
         args.save_trec,
+        rerank,
+        args.score_name,
     )
 
 
-def check_outputs(args: RetrievalArgs, output_dir: str, log_path: str) -> None:
+def check_outputs(args: DataArgs, output_dir: str, log_path: str) -> None:
     """Find out before the work whether its results can be written.
 
     Raises:
@@ -104,11 +110,6 @@ def check_outputs(args: RetrievalArgs, output_dir: str, log_path: str) -> None:
         check_writable(os.path.dirname(resolve_path(args.eval_data, args.data_root)) or ".", "eval_data")
 
 
-def needs_hits(args: DataArgs) -> bool:
-    """Whether anything but the scores of each row's own candidates is asked for."""
-    return set(args.metrics) != {"collate_score"}
-
-
 def metric_names(args: DataArgs) -> list[str]:
     """The names of all metrics that an evaluation reports."""
     names = [metric for metric in args.metrics if metric in LABEL_METRICS]
@@ -116,7 +117,7 @@ def metric_names(args: DataArgs) -> list[str]:
     return [f"{name}@{cutoff}" for name in names for cutoff in sorted(set(args.cutoffs))]
 
 
-def load_eval_data(args: RetrievalArgs, eval_method: str, config: EvalConfig) -> EvalData | None:
+def load_eval_data(args: RetrievalArgs | RankerArgs, config: EvalConfig) -> EvalData | None:
     """Open and check the evaluation rows and the corpus; None without --eval_data.
 
     Raises:
@@ -129,14 +130,15 @@ def load_eval_data(args: RetrievalArgs, eval_method: str, config: EvalConfig) ->
     if args.corpus is not None:
         corpus_path = existing_file(resolve_path(args.corpus, args.data_root), "corpus")
         corpus = load_corpus(corpus_path, args.key_template, args.dataset_cache_dir)
-    elif eval_method == "retrieval" and needs_hits(args):
+    elif config.ranks and not config.rerank:
         raise UserError(
             "--eval_data needs --corpus to retrieve from (or --eval_method rerank, to order each row's keys)"
         )
-    rows = load_eval_rows(path, len(corpus) if corpus is not None else None, args.dataset_cache_dir)
-    # Only encoders know instructions; to BM25 they would be words like others.
-    instruction_of = instructions(args) if args.retrieval_method == "dense" else no_instruction
-    data = make_eval_data(rows, corpus, args.key_template, args.task, instruction_of)
+    size = len(corpus) if corpus is not None else None
+    rows = load_eval_rows(path, size, args.dataset_cache_dir, SCORE in config.metrics)
+    # Only models know instructions; to BM25 they would be words like others.
+    lexical = isinstance(args, RetrievalArgs) and args.retrieval_method != "dense"
+    data = make_eval_data(rows, corpus, args.key_template, args.task, no_instruction if lexical else instructions(args))
     check_labels(data, config)
     return data
 
@@ -193,22 +195,18 @@ def bm25_config(args: RetrievalArgs, output_dir: str) -> BM25Config:
     )
 
 
-def dense_evaluator(
-    args: RetrievalArgs, data: EvalData, eval_method: str, config: EvalConfig, device: torch.device
-) -> Callable[[DenseRetriever], dict[str, float]]:
-    """A function from a model (in eval mode, on `device`) to its metrics on `data`."""
-    configs = encode_configs(args, device)
+def ranker_config(args: RankerArgs) -> RankerConfig:
+    """How to load the cross-encoder."""
+    return RankerConfig(
+        args.ranker, args.query_max_length, args.key_max_length, args.model_cache_dir, args.trust_remote_code
+    )
 
-    def evaluate(model: DenseRetriever) -> dict[str, float]:
-        scorer = dense_scorer(model, data, *configs)
-        if "collate_score" in args.metrics:
-            score_candidates(scorer, data, config)
-        if not needs_hits(args):
-            return {}
-        if eval_method == "rerank":
-            return report(data, rerank(scorer, data), config)
-        return report(
-            data, retrieve(data, config, partial(dense_searcher, args, data, config.output_dir, device, model)), config
-        )
 
-    return evaluate
+def dense_scorer(args: RetrievalArgs, device: torch.device, model: DenseRetriever) -> DensePairScorer:
+    """A scorer of pairs out of an encoder in eval mode on `device`."""
+    return DensePairScorer(model, *encode_configs(args, device))
+
+
+def ranker_scorer(args: RankerArgs, device: torch.device, model: CrossEncoder) -> RankerPairScorer:
+    """A scorer of pairs out of a cross-encoder in eval mode on `device`."""
+    return RankerPairScorer(model, encode_config(model.pairs.max_length, device, args.dtype, args.batch_size))

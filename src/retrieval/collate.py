@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,17 +85,11 @@ def per_query_lines(window: Window) -> Iterator[str]:
         yield json_line({"query_id": query_id(row, window.hits.first + offset), **shown})
 
 
-def key_lines(window: Window, text_of: Callable[[int], str]) -> Iterator[str]:
-    """Every row with its hits as ``key`` and ``key_index``."""
+def key_lines(window: Window, texts_of: Callable[[dict[str, Any], list[int]], list[str]]) -> Iterator[str]:
+    """Every row with its hits as ``key`` and ``key_index``; `texts_of` gives the texts of a row's hits."""
     for _, row, found, _ in window:
         index = found.tolist()
-        yield json_line({**row, "key": [text_of(i) for i in index], "key_index": index})
-
-
-def scored_lines(rows: Iterable[dict[str, Any]], scores: Iterable[np.ndarray]) -> Iterator[str]:
-    """Every row with the scores of its candidates (fp32, pos + neg or history order) as ``teacher_scores``."""
-    for row, own in zip(rows, scores, strict=True):
-        yield json_line({**row, "teacher_scores": shortest(own)})
+        yield json_line({**row, "key": texts_of(row, index), "key_index": index})
 
 
 def open_hits(path: str, rows: JsonLines, corpus_size: int | None) -> JsonLines:

@@ -19,9 +19,11 @@ from src.retrieval.settings import SourceSettings
 from src.retrieval.tasks import Instruction, task_from_path
 from src.schema import (
     EVAL_CHECK,
+    SCORING_CHECK,
     TRAIN_CHECK,
     check_corpus_row,
     check_eval_row,
+    check_scoring_row,
     check_train_row,
     template_columns,
 )
@@ -225,13 +227,22 @@ def check_mixable(sources: Sequence[Source]) -> None:
             )
 
 
-def load_eval_rows(path: str, corpus_size: int | None, cache_dir: str | None) -> JsonLines:
+def load_eval_rows(
+    path: str, corpus_size: int | None, cache_dir: str | None, needs_candidates: bool = False
+) -> JsonLines:
     """Open and check an evaluation file.
+
+    Args:
+        path: a JSON lines file.
+        corpus_size: rows of the corpus; None when there is none.
+        cache_dir: see `open_jsonl`.
+        needs_candidates: every row must have candidates (maybe none), to be scored.
 
     Raises:
         UserError: rows with problems, or a ``pos_index`` or ``key_index`` beyond the corpus.
     """
-    rows = distributed.on_main(partial(open_jsonl, path, check_eval_row, EVAL_CHECK, cache_dir))
+    check, name = (check_scoring_row, SCORING_CHECK) if needs_candidates else (check_eval_row, EVAL_CHECK)
+    rows = distributed.on_main(partial(open_jsonl, path, check, name, cache_dir))
     if corpus_size is not None:
         for field in ("pos_index", "key_index"):
             highest = rows.scan.columns[f"{field}_max"]

@@ -1,4 +1,4 @@
-"""From texts to vectors: length-sorted batches under a token budget, tokenized while the model computes."""
+"""A model over many texts: length-sorted batches under a token budget, tokenized while the model computes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from src.errors import UserError
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 #: Texts tokenized and sorted at a time.
 WINDOW = 16_384
@@ -29,10 +30,10 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """How texts are embedded.
+    """How a model is run over texts.
 
     Attributes:
-        max_length: most tokens of a text.
+        max_length: most tokens of a text (or of a pair of texts).
         device: where the model lies.
         dtype: fp32, fp16 or bf16 autocast; fp32 on a CPU.
         batch_size: most texts in a batch, whatever their length.
@@ -80,21 +81,63 @@ def _ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _token_windows(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], config: EncodeConfig
-) -> Iterator[tuple[int, list[tuple[np.ndarray, dict[str, Tensor]]]]]:
-    """Window by window: number of its first text, and its batches as (positions in the window, padded tokens)."""
+    tokenize: Callable[[Sequence[Item]], Mapping[str, list]],
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    config: EncodeConfig,
+    window: int,
+) -> Iterator[list[tuple[np.ndarray, dict[str, Tensor]]]]:
+    """Window by window: its batches as (positions in the window, padded tokens)."""
     default = CPU_BATCH_TOKENS if config.device.type == "cpu" else GPU_BATCH_TOKENS
-    for start in range(0, len(texts), WINDOW):
-        encoded = tokenizer(list(texts[start : start + WINDOW]), truncation=True, max_length=config.max_length)
+    for start in range(0, len(items), window):
+        encoded = tokenize(items[start : start + window])
         lengths = [len(ids) for ids in encoded["input_ids"]]
         batches = []
         for batch in cut_batches(lengths, config.batch_size, config.batch_tokens or default):
             rows = {name: [values[i] for i in batch] for name, values in encoded.items()}
             batches.append((batch, dict(tokenizer.pad(rows, return_tensors="pt"))))
-        yield start, batches
+        yield batches
 
 
-@torch.no_grad()
+def compute(
+    function: Callable[[Mapping[str, Tensor]], Tensor],
+    tokenize: Callable[[Sequence[Item]], Mapping[str, list]],
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    config: EncodeConfig,
+    bar: tqdm | None = None,
+    window: int = WINDOW,
+) -> Iterator[np.ndarray]:
+    """Run a model over texts, or whatever else `tokenize` takes.
+
+    Args:
+        function: token tensors ``(n, length)`` to ``(n, ...)``.
+        tokenize: items to ``input_ids`` and the like, not padded.
+        tokenizer: pads them.
+        items: read window by window.
+        config: device, precision and batches; its `max_length` is for `tokenize` to keep.
+        bar: moved on by the number of items of each batch.
+        window: items tokenized and sorted at a time.
+
+    Yields:
+        fp32 ``(window, ...)``, in the order of `items`.
+    """
+    for batches in _ahead(_token_windows(tokenize, tokenizer, items, config, window)):
+        parts = []
+        for positions, tokens in batches:
+            inputs = {name: tensor.to(config.device, non_blocking=True) for name, tensor in tokens.items()}
+            with torch.no_grad(), _autocast(config):
+                # Left on the device until the window is done: a copy would wait for the batch.
+                parts.append(function(inputs).float())
+            if bar is not None:
+                bar.update(len(positions))
+        order = np.concatenate([positions for positions, _ in batches])
+        joined = torch.cat(parts).cpu().numpy()
+        results = np.empty_like(joined)
+        results[order] = joined
+        yield results
+
+
 def encode(
     embed: Callable[[Mapping[str, Tensor]], Tensor],
     tokenizer: PreTrainedTokenizerBase,
@@ -117,22 +160,16 @@ def encode(
     Raises:
         UserError: the vectors are no numbers in that type.
     """
+
+    def tokenize(part: Sequence[str]) -> Mapping[str, list]:
+        return tokenizer(list(part), truncation=True, max_length=config.max_length)
+
     windows = []
-    for _, batches in _ahead(_token_windows(tokenizer, texts, config)):
-        parts = []
-        for positions, tokens in batches:
-            inputs = {name: tensor.to(config.device, non_blocking=True) for name, tensor in tokens.items()}
-            with _autocast(config):
-                # Left on the device until the window is done: a copy would wait for the batch.
-                parts.append(embed(inputs).float())
-            if bar is not None:
-                bar.update(len(positions))
-        order = np.concatenate([positions for positions, _ in batches])
-        vectors = np.empty((len(order), parts[0].shape[1]), dtype=config.stored_dtype)
-        vectors[order] = torch.cat(parts).cpu().numpy()
-        if not np.isfinite(vectors).all():
+    for vectors in compute(embed, tokenize, tokenizer, texts, config, bar):
+        stored = vectors.astype(config.stored_dtype, copy=False)
+        if not np.isfinite(stored).all():
             raise UserError(f"--dtype {config.dtype}: the vectors leave the range of half precision, use --dtype fp32")
-        windows.append(vectors)
+        windows.append(stored)
     return windows[0] if len(windows) == 1 else np.concatenate(windows)
 
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,25 +25,20 @@ from src.retrieval.collate import (
     per_query_lines,
     read_hits,
     result_lines,
-    scored_lines,
 )
 from src.retrieval.data import InstructionOf, Texts, eval_task, render_key, render_query
-from src.retrieval.encode import EncodeConfig, encode, progress
+from src.retrieval.encode import progress
 from src.retrieval.metrics import retrieval_metrics
 from src.retrieval.metrics_nq import nq_recall
 from src.retrieval.mining import MiningConfig, MiningSummary
-from src.retrieval.modeling_dense import DenseRetriever
 from src.retrieval.searcher import Searcher
-from src.schema import candidates
 
 logger = logging.getLogger(__name__)
 
 #: Queries searched for and written at a time: memory does not grow with the evaluation file.
 WINDOW = 16_384
 LABEL_METRICS = ("mrr", "recall", "ndcg")
-
-#: Scores texts for evaluation rows: their numbers in the file and the texts of each → fp32 scores of each.
-CandidateScorer = Callable[[range, Sequence[Sequence[str]]], list[np.ndarray]]
+SCORE = "collate_score"
 
 
 @dataclass(frozen=True)
@@ -51,16 +46,17 @@ class EvalConfig:
     """What to compute and where to write.
 
     Attributes:
-        metrics, cutoffs, hits, save_name, load_result, save_result, save_per_query,
+        metrics, cutoffs, hits (None: all), save_name, score_name, load_result, save_result, save_per_query,
             save_trec: as the flags.
         output_dir: folder of the result file.
         mining: which hits become negatives.
         save_to_output: put mined and collated files there too.
+        rerank: hits are the keys of the row itself, in a new order, and not of the corpus.
     """
 
     metrics: Sequence[str]
     cutoffs: Sequence[int]
-    hits: int
+    hits: int | None
     output_dir: str
     mining: MiningConfig = MiningConfig()
     save_name: str | None = None
@@ -69,6 +65,13 @@ class EvalConfig:
     save_result: bool = True
     save_per_query: bool = False
     save_trec: bool = False
+    rerank: bool = False
+    score_name: str | None = None
+
+    @property
+    def ranks(self) -> bool:
+        """Whether anything is asked for that needs hits."""
+        return any(metric != SCORE for metric in self.metrics)
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,16 @@ class EvalData:
         assert self.corpus is not None
         return render_key(self.corpus[index], self.key_template)
 
+    def corpus_texts(self, row: dict[str, Any], found: Sequence[int]) -> list[str]:
+        """The texts of corpus rows, whatever evaluation row they were found for."""
+        return [self.key_text(index) for index in found]
+
+
+def own_texts(row: dict[str, Any], found: Sequence[int]) -> list[str]:
+    """The texts of some of an evaluation row's own keys, by their ``key_index``."""
+    texts = dict(zip(row["key_index"], row["key"], strict=True)) if found else {}
+    return [texts[index] for index in found]
+
 
 def make_eval_data(
     rows: JsonLines, corpus: JsonLines | None, key_template: str, task: str | None, instruction_of: InstructionOf
@@ -138,16 +151,26 @@ def check_labels(data: EvalData, config: EvalConfig) -> None:
         )
     if "nq" in config.metrics and not (columns["answers"] > 0).any():
         raise UserError(f"{data.rows.path}: no row has 'answers', which --metrics nq needs")
-    for metric in ("nq", "collate_key", "collate_neg"):
+    for metric in ("nq", "collate_neg") if config.rerank else ("nq", "collate_key", "collate_neg"):
         if metric in config.metrics and data.corpus is None:
             raise UserError(f"--metrics {metric} needs --corpus: it works on the texts of the hits")
-    if "collate_score" in config.metrics and not columns["candidates"].any():
-        raise UserError(
-            f"{data.rows.path}: no row has candidates ('pos' and 'neg', or 'history'), which --metrics collate_score "
-            "scores"
-        )
+    if config.rerank and config.ranks:
+        _check_keys(data.rows)
     if config.save_trec:
         trec.check_query_ids(data.rows)
+
+
+def _check_keys(rows: JsonLines) -> None:
+    keys, indices = rows.scan.columns["keys"], rows.scan.columns["key_indices"]
+    if not keys.any():
+        raise UserError(f"{rows.path}: no row has 'key' and 'key_index', which reranking orders")
+    if unequal := np.flatnonzero(keys != indices).tolist():
+        first = unequal[0]
+        raise UserError(
+            f"{rows.where(first)}: {keys[first]} 'key' for {indices[first]} 'key_index': reranking needs the corpus "
+            f"row number of every key; {len(unequal)} rows have this problem (--metrics collate_key of "
+            "evaluation.eval_retrieval writes both)"
+        )
 
 
 def window_metrics(data: EvalData, rows: Sequence[dict], hits: Hits, config: EvalConfig) -> dict[str, np.ndarray]:
@@ -201,6 +224,22 @@ class MetricMeans:
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
 
+def load_hits(data: EvalData, config: EvalConfig) -> Iterator[Hits]:
+    """Hits of all rows that an earlier run saved, window by window, on every process.
+
+    Raises:
+        UserError: there are none, or they are of other rows or another corpus.
+    """
+    size = len(data.corpus) if data.corpus is not None else None
+    saved = distributed.on_main(lambda: open_hits(_result_path(data, config), data.rows, size))
+    for bound in _bounds(len(data.rows)):
+        yield distributed.on_main(partial(read_hits, saved, *bound))
+
+
+def _bounds(total: int) -> list[tuple[int, int]]:
+    return [(first, min(first + WINDOW, total)) for first in range(0, total, WINDOW)]
+
+
 def retrieve(data: EvalData, config: EvalConfig, searcher: Callable[[], Searcher]) -> Iterator[Hits]:
     """Hits of all rows, window by window, on every process: searched for, or loaded with ``--load_result``.
 
@@ -209,19 +248,16 @@ def retrieve(data: EvalData, config: EvalConfig, searcher: Callable[[], Searcher
         config: see there.
         searcher: builds the searcher; not called when results are loaded.
     """
-    total = len(data.rows)
-    bounds = [(first, min(first + WINDOW, total)) for first in range(0, total, WINDOW)]
     if config.load_result:
-        size = len(data.corpus) if data.corpus is not None else None
-        saved = distributed.on_main(lambda: open_hits(_result_path(data, config), data.rows, size))
-        for bound in bounds:
-            yield distributed.on_main(partial(read_hits, saved, *bound))
+        yield from load_hits(data, config)
         return
+    total = len(data.rows)
     assert data.corpus is not None
     ready = searcher()
+    most = len(data.corpus) if config.hits is None else min(config.hits, len(data.corpus))
     with progress(total, "searching", distributed.is_main(), "query") as bar:
-        for first, end in bounds:
-            scores, found = ready.search(data.queries[first:end], min(config.hits, len(data.corpus)))
+        for first, end in _bounds(total):
+            scores, found = ready.search(data.queries[first:end], most)
             bar.update(end - first)
             yield Hits(first, found, scores)
 
@@ -255,7 +291,7 @@ def _outputs(data: EvalData, config: EvalConfig) -> list[Output]:
         lines = partial(mined_lines, text_of=data.key_text, config=config.mining, summary=summary)
         outputs.append(Output("mined negatives", derived("neg", output_dir=folder), lines, summary.describe))
     if "collate_key" in config.metrics:
-        lines = partial(key_lines, text_of=data.key_text)
+        lines = partial(key_lines, texts_of=own_texts if config.rerank else data.corpus_texts)
         outputs.append(Output("collated keys", derived("key", output_dir=folder), lines))
     return outputs
 
@@ -296,86 +332,3 @@ def _write_window(
 
 def _result_path(data: EvalData, config: EvalConfig) -> str:
     return derived_path(data.rows.path, "result", config.save_name, config.output_dir)
-
-
-def dense_scorer(model: DenseRetriever, data: EvalData, query: EncodeConfig, key: EncodeConfig) -> CandidateScorer:
-    """Similarity of a row's query and a text, the same as retrieval scores with."""
-
-    def score(part: range, texts: Sequence[Sequence[str]]) -> list[np.ndarray]:
-        flat = [data.key_instruction + text for own in texts for text in own]
-        if not flat:
-            return [np.empty(0, dtype=np.float32) for _ in texts]
-        queries = encode(model.embed_query, model.query_tokenizer, data.queries[part.start : part.stop], query)
-        keys = encode(model.embed_key, model.key_tokenizer, flat, key).astype(np.float32)
-        ends = np.cumsum([len(own) for own in texts])
-        return [
-            -np.square(own - wanted).sum(1) if model.metric == "l2" else own @ wanted
-            for wanted, own in zip(queries.astype(np.float32), np.split(keys, ends[:-1]), strict=True)
-        ]
-
-    return score
-
-
-def rerank(score: CandidateScorer, data: EvalData) -> Iterator[Hits]:
-    """Order the ``key`` of every row by score; hits are their ``key_index``.
-
-    Rows without keys get no hits. Each process computes its part of a window; all get all hits.
-
-    Raises:
-        UserError: no row has keys, or a row's key_index does not fit them.
-    """
-    columns = data.rows.scan.columns
-    if not columns["keys"].any():
-        raise UserError(f"{data.rows.path}: no row has 'key' and 'key_index', which --eval_method rerank orders")
-    width = int(columns["keys"].max())
-    with progress(len(data.rows), "reranking", distributed.is_main(), "query") as bar:
-        for first in range(0, len(data.rows), WINDOW):
-            size = min(WINDOW, len(data.rows) - first)
-            part = distributed.part_of(size)
-            rows, scores = _rerank(score, data, range(first + part.start, first + part.stop), width)
-            found = np.concatenate(distributed.all_gather_array(rows))
-            bar.update(size)
-            yield Hits(first, found, np.concatenate(distributed.all_gather_array(scores)))
-
-
-def _rerank(score: CandidateScorer, data: EvalData, part: range, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """key_index and scores ``(len(part), width)`` of some rows, best first."""
-    found = np.full((len(part), width), -1, dtype=np.int64)
-    scores = np.full((len(part), width), -np.inf, dtype=np.float32)
-    rows = data.rows[part.start : part.stop]
-    for number, row in zip(part, rows, strict=True):
-        if len(row.get("key_index") or []) != len(row.get("key") or []):
-            raise UserError(f"{data.rows.where(number)}: 'key' and 'key_index' must have the same length for reranking")
-    for place, own in enumerate(score(part, [row.get("key") or [] for row in rows])):
-        order = np.argsort(-own, kind="stable")
-        found[place, : len(own)] = np.array(rows[place].get("key_index") or [], dtype=np.int64)[order]
-        scores[place, : len(own)] = own[order]
-    return found, scores
-
-
-def score_candidates(score: CandidateScorer, data: EvalData, config: EvalConfig) -> None:
-    """Write every row with its candidates' scores as ``teacher_scores`` to ``<stem>.scored[.<save_name>]<ext>``.
-
-    Candidates are pos + neg, or history, in that order. Each process scores its part of a window, and the main
-    process writes; memory is bounded by a window.
-    """
-    folder = config.output_dir if config.save_to_output else None
-    path = derived_path(data.rows.path, "scored", config.save_name, folder)
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(progress(len(data.rows), "scoring", distributed.is_main(), "query"))
-        file: IO[str] | None = None
-        for first in range(0, len(data.rows), WINDOW):
-            rows = data.rows[first : first + WINDOW]
-            texts = [[*positives, *negatives] for positives, negatives in map(candidates, rows)]
-            part = distributed.part_of(len(rows))
-            own = score(range(first + part.start, first + part.stop), texts[part.start : part.stop])
-            flat = np.concatenate(distributed.all_gather_array(np.concatenate([*own, np.empty(0, np.float32)])))
-            scores = np.split(flat, np.cumsum([len(each) for each in texts])[:-1])
-            if distributed.is_main():
-                file = file or stack.enter_context(atomic_write(path))
-                file.writelines(scored_lines(rows, scores))
-            bar.update(len(rows))
-    missing = int((data.rows.scan.columns["candidates"] == 0).sum())
-    if missing:
-        logger.info("%d of %d rows have no candidates and got no scores", missing, len(data.rows))
-    logger.info("scored candidates: %s", path)

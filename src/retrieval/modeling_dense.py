@@ -19,12 +19,12 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForTextEncoding,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from src.errors import UserError
+from src.retrieval.checkpoints import TrainableModel, below, inner_folder, load_error, load_tokenizer, position_limit
 from src.retrieval.pooling import DENSE_FOLDER, DenseLayer, PoolingSpec, pool, read_pooling_spec, write_own_file
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class TextEncoder(nn.Module):
         return pooled if self.dense is None else self.dense(pooled)
 
 
-class DenseRetriever(nn.Module):
+class DenseRetriever(TrainableModel):
     """Embeds queries and keys, with one encoder for both or one each.
 
     Args:
@@ -119,9 +119,9 @@ class DenseRetriever(nn.Module):
         return self.tokenizers[self.key_name]
 
     @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return next(self.parameters()).device
+    def backbones(self) -> list[PreTrainedModel]:
+        """The transformers of the encoders."""
+        return [encoder.backbone for encoder in self.encoders.values()]
 
     def _embed(self, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
         vectors = self.encoders[name](inputs).float()
@@ -139,37 +139,16 @@ class DenseRetriever(nn.Module):
         """Vectors of queries ``(B, D)`` and keys ``(B*N, D)``, fp32."""
         return self.embed_query(query), self.embed_key(key)
 
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """Recompute activations in the backward pass; called by the Trainer.
-
-        Non-reentrant, because the other kind fails under DistributedDataParallel when one encoder runs twice.
-        """
-        kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
-        for encoder in self.encoders.values():
-            encoder.backbone.activation_checkpointing_enable(
-                activation_checkpointing_kwargs=kwargs, every_n_layers=every_n_layers, offload=offload
-            )
-
     def save(self, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write each encoder as a transformers checkpoint with its tokenizer below `folder`.
-
-        Args:
-            folder: gets ``encoder``, or ``query_encoder`` and ``key_encoder``.
-            state_dict: weights of this module gathered from elsewhere (DeepSpeed); its own when None.
-        """
+        """Write ``encoder``, or ``query_encoder`` and ``key_encoder``; see `TrainableModel.save`."""
         state = self.state_dict() if state_dict is None else state_dict
         for name, encoder in self.encoders.items():
             target = os.path.join(folder, name)
-            weights = _below(state, f"modules_by_name.{name}.backbone.")
+            weights = below(state, f"modules_by_name.{name}.backbone.")
             encoder.backbone.save_pretrained(target, state_dict=weights)
             self.tokenizers[name].save_pretrained(target)
             if encoder.dense is not None:
-                encoder.dense.save(os.path.join(target, DENSE_FOLDER), _below(state, f"modules_by_name.{name}.dense."))
+                encoder.dense.save(os.path.join(target, DENSE_FOLDER), below(state, f"modules_by_name.{name}.dense."))
             write_own_file(target, encoder.pooling_method, self.metric)
 
     def load_weights(self, folder: str) -> None:
@@ -199,36 +178,10 @@ def weights_fingerprint(encoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
 def _no_pooler(model_class: type) -> dict[str, Any]:
     """Leave the pooler out where the class has one: unused parameters stop DistributedDataParallel."""
     accepts = "add_pooling_layer" in inspect.signature(model_class).parameters
     return {"add_pooling_layer": False} if accepts else {}
-
-
-def _checkpoint_folder(path: str, name: str) -> str:
-    """The encoder folder that `path` means: itself, or a checkpoint-N around it."""
-    for inner in (name, TIED):
-        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-            candidate = os.path.join(path, inner)
-            if os.path.isfile(os.path.join(candidate, "config.json")):
-                return candidate
-    return path
-
-
-def _load_error(checkpoint: str, error: Exception) -> UserError:
-    lines = str(error).strip().splitlines()
-    reason = lines[0] if lines else type(error).__name__
-    advice = (
-        "the folder must hold config.json, model.safetensors and the tokenizer's files"
-        if os.path.isdir(checkpoint)
-        else "no such folder here; as a hub name it must be in the cache already when there is no network, "
-        "see --model_cache_dir"
-    )
-    return UserError(f"cannot load the encoder {checkpoint!r}: {reason} ({advice})")
 
 
 def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> PreTrainedModel:
@@ -251,7 +204,7 @@ def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> Pre
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
-        raise _load_error(checkpoint, error) from error
+        raise load_error(checkpoint, error, "encoder") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"{checkpoint!r} lacks {len(missing)} weights of the encoder, among them {missing[0]}")
@@ -259,17 +212,9 @@ def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> Pre
 
 
 def _load_tokenizer(checkpoint: str, config: EncoderConfig) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint, cache_dir=config.cache_dir, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise _load_error(checkpoint, error) from error
+    tokenizer, borrowed = load_tokenizer(checkpoint, config.cache_dir, config.trust_remote_code, "encoder")
     tokenizer.truncation_side = config.truncation_side
-    # Right padding keeps absolute positions and causal attention untouched by padding; pooling reads the mask.
-    tokenizer.padding_side = "right"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if borrowed:
         logger.info("%s: the tokenizer has no padding token, its end token is used (and masked)", checkpoint)
     return tokenizer
 
@@ -278,9 +223,7 @@ def _check_lengths(
     backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint: str, config: EncoderConfig
 ) -> None:
     special = tokenizer.num_special_tokens_to_add()
-    limit = getattr(backbone.config, "max_position_embeddings", None)
-    if backbone.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") and limit:
-        limit -= backbone.config.pad_token_id + 1
+    limit = position_limit(backbone.config)
     for flag, length in (("query_max_length", config.query_max_length), ("key_max_length", config.key_max_length)):
         if length is not None and length <= special:
             raise UserError(f"--{flag} {length} leaves no room for text: {checkpoint!r} adds {special} special tokens")
@@ -337,11 +280,11 @@ def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:
     Raises:
         UserError: a checkpoint cannot be loaded, or does not fit the settings.
     """
-    query_folder = _checkpoint_folder(config.query_encoder, UNTIED[0])
+    query_folder = inner_folder(config.query_encoder, (UNTIED[0], TIED))
     if config.tie_encoders:
         encoder, tokenizer, metric = _load_encoder(query_folder, config)
         return DenseRetriever({TIED: encoder}, {TIED: tokenizer}, metric)
-    key_folder = _checkpoint_folder(config.key_encoder or config.query_encoder, UNTIED[1])
+    key_folder = inner_folder(config.key_encoder or config.query_encoder, (UNTIED[1], TIED))
     query, query_tokenizer, metric = _load_encoder(query_folder, config)
     key, key_tokenizer, key_metric = _load_encoder(key_folder, config)
     if metric != key_metric:

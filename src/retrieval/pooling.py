@@ -114,7 +114,7 @@ def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:
     return states[torch.arange(len(states), device=states.device), position]
 
 
-def _find(checkpoint: str, name: str, cache_dir: str | None) -> str | None:
+def find_file(checkpoint: str, name: str, cache_dir: str | None) -> str | None:
     """A file of a local folder or of a hub repository, None when it is not there."""
     if os.path.isdir(checkpoint):
         path = os.path.join(checkpoint, name)
@@ -138,13 +138,13 @@ def read_pooling_spec(checkpoint: str, cache_dir: str | None = None) -> PoolingS
     Raises:
         UserError: a sentence-transformers pipeline that cannot be expressed here.
     """
-    own = _find(checkpoint, OWN_FILE, cache_dir)
+    own = find_file(checkpoint, OWN_FILE, cache_dir)
     if own is not None:
         saved = read_json(own, "encoder settings")
         methods = tuple(saved["pooling_method"])
         dense = os.path.join(os.path.dirname(own), DENSE_FOLDER) if "dense" in methods else None
         return PoolingSpec(methods, saved["dense_metric"], dense, own)
-    modules_file = _find(checkpoint, "modules.json", cache_dir)
+    modules_file = find_file(checkpoint, "modules.json", cache_dir)
     if modules_file is None:
         return PoolingSpec()
     return _read_modules(checkpoint, modules_file, cache_dir)
@@ -157,20 +157,20 @@ def _read_modules(checkpoint: str, modules_file: str, cache_dir: str | None) -> 
     for module in read_json(modules_file, "sentence-transformers modules"):
         kind = module["type"].rpartition(".")[2]
         if kind == "Pooling":
-            config_file = _find(checkpoint, f"{module['path']}/config.json", cache_dir)
+            config_file = find_file(checkpoint, f"{module['path']}/config.json", cache_dir)
             methods.append(_st_pooling(config_file, checkpoint))
         elif kind == "Dense":
             if dense_folder is not None:
                 raise UserError(f"{checkpoint}: more than one Dense module is not supported")
-            config_file = _find(checkpoint, f"{module['path']}/config.json", cache_dir)
-            _find(checkpoint, f"{module['path']}/model.safetensors", cache_dir)
+            config_file = find_file(checkpoint, f"{module['path']}/config.json", cache_dir)
+            find_file(checkpoint, f"{module['path']}/model.safetensors", cache_dir)
             dense_folder = os.path.dirname(config_file) if config_file else None
             methods.append("dense")
         elif kind == "Normalize":
             metric = "cos"
         elif kind != "Transformer":
             raise UserError(f"{checkpoint}: the sentence-transformers module {module['type']} is not supported")
-    similarity_file = _find(checkpoint, "config_sentence_transformers.json", cache_dir)
+    similarity_file = find_file(checkpoint, "config_sentence_transformers.json", cache_dir)
     if metric is None and similarity_file:
         name = read_json(similarity_file, "sentence-transformers settings").get("similarity_fn_name")
         metric = _ST_SIMILARITY.get(name)

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,15 @@ from src import distributed
 from src.errors import UserError
 from src.io import write_json
 from src.retrieval.args import RetrievalTrainingArgs
-from src.retrieval.collator import TrainCollator
-from src.retrieval.data import TrainDataset
-from src.retrieval.losses import LossConfig, combine, group_positions, similarity
-from src.retrieval.modeling_dense import DenseRetriever
+from src.retrieval.batch_scores import BatchScores, ScoreBatch
+from src.retrieval.checkpoints import TrainableModel
+from src.retrieval.data import TrainDataset, TrainExample
+from src.retrieval.losses import LossConfig, combine
 from src.retrieval.sampler import POLICIES, EpochDataLoader
 
 logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", bound=TrainableModel)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 #: A checkpoint being written or removed; what a killed run leaves of one.
@@ -34,14 +36,15 @@ ARGS_FILE = "args.json"
 TRAINER_STATE = "trainer_state.json"
 
 
-class RetrievalTrainer(Trainer):
-    """Trains a dual encoder.
+class RetrievalTrainer(Trainer, Generic[ModelT]):
+    """Trains a dual encoder or a cross-encoder.
 
     Args:
-        model: the dual encoder.
+        model: see `TrainableModel`.
         args: settings.
         train_dataset: rows of all files.
         collator: examples to tensors.
+        score_batch: tensors to the scores that the losses compare.
         evaluate_model: the model to metrics, without prefix; None when there is nothing to evaluate on.
         saved_args: all arguments, written into each checkpoint.
         callbacks: further callbacks.
@@ -49,16 +52,17 @@ class RetrievalTrainer(Trainer):
 
     # Narrower than what transformers declares.
     args: RetrievalTrainingArgs
-    model: DenseRetriever
+    model: ModelT
     train_dataset: TrainDataset
 
     def __init__(
         self,
-        model: DenseRetriever,
+        model: ModelT,
         args: RetrievalTrainingArgs,
         train_dataset: TrainDataset,
-        collator: TrainCollator,
-        evaluate_model: Callable[[DenseRetriever], dict[str, float]] | None,
+        collator: Callable[[Sequence[TrainExample]], dict[str, Any]],
+        score_batch: ScoreBatch,
+        evaluate_model: Callable[[ModelT], dict[str, float]] | None,
         saved_args: Mapping[str, Any],
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
@@ -70,6 +74,7 @@ class RetrievalTrainer(Trainer):
             eval_dataset=() if evaluate_model else None,
             callbacks=[StopCallback(args.early_exit_steps), *callbacks],
         )
+        self.score_batch = score_batch
         self.evaluate_model = evaluate_model
         self.saved_args = dict(saved_args)
         self.loss_configs: list[LossConfig] = [source.settings.loss for source in train_dataset.sources]
@@ -145,30 +150,20 @@ class RetrievalTrainer(Trainer):
     ) -> Any:
         """Mean loss over the queries of all processes, scaled so that averaged gradients are exact."""
         config = self.loss_configs[inputs["source"]]
-        queries, keys = model(query=inputs["query"], key=inputs["key"])
-        batch, group = len(queries), len(keys) // len(queries)
-        sizes, offset = [batch], 0
-        if distributed.world_size() > 1:
-            sizes = distributed.gather_sizes(batch, queries.device)
-            if self.args.negative_cross_device:
-                keys = distributed.gather_with_grad(keys, [size * group for size in sizes])
-                offset = sum(sizes[: distributed.rank()]) * group
-        scores = similarity(queries, keys, self.model.metric, config.cos_temperature)
-        positions = group_positions(batch, group, offset, scores.device)
-        parts = combine(scores, positions, inputs["teacher_scores"], config)
+        found = self.score_batch(model, inputs, config)
+        parts = combine(found.scores, found.positions, inputs["teacher_scores"], config)
         self._parts.add("contrastive", parts.contrastive)
         self._parts.add("distillation", parts.distillation)
-        self._add_similarities(scores.detach(), positions, config)
+        self._add_similarities(found)
         # Processes may hold parts of different size; the average over processes must be the mean over queries.
-        loss = parts.total.sum() * len(sizes) / sum(sizes)
-        return (loss, (queries, keys)) if return_outputs else loss
+        loss = parts.total.sum() * distributed.world_size() / found.queries
+        return (loss, found.scores) if return_outputs else loss
 
-    def _add_similarities(self, scores: Tensor, positions: Tensor, config: LossConfig) -> None:
-        scale = config.cos_temperature if self.model.metric == "cos" else 1.0
-        self._parts.add("positive_similarity", scores.gather(1, positions[:, :1]) * scale)
+    def _add_similarities(self, found: BatchScores) -> None:
+        scores, positives = found.scores.detach() / found.unit, found.positions[:, :1]
+        self._parts.add("positive_similarity", scores.gather(1, positives))
         if scores.shape[1] > 1:
-            others = scores.scatter(1, positions[:, :1], -torch.inf)
-            self._parts.add("hardest_negative_similarity", others.max(1).values * scale)
+            self._parts.add("hardest_negative_similarity", scores.scatter(1, positives, -torch.inf).max(1).values)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the loss parts since the last log to the Trainer's training log lines."""
@@ -400,6 +395,5 @@ def check_optimizer_state(folder: str, deepspeed: bool) -> None:
     else:
         problem = "it has no optimizer state (--save_only_model?)"
     raise UserError(
-        f"--resume_from_checkpoint {folder}: {problem}, "
-        f"or start a new run from its weights with --query_encoder {folder}"
+        f"--resume_from_checkpoint {folder}: {problem}, or start a new run from its weights: name it as the model"
     )

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from src import distributed
 from src.retrieval.args import RetrievalTrainingArgs
+from src.retrieval.batch_scores import DenseBatchScores
 from src.retrieval.collator import TrainCollator
 from src.retrieval.data import Source, TrainDataset, TrainExample, no_instruction
 from src.retrieval.losses import LossConfig
@@ -98,11 +99,11 @@ def make_trainer(model: DenseRetriever, case: Case, output_dir: str) -> Retrieva
     args = RetrievalTrainingArgs(
         output_dir=output_dir,
         use_cpu=True,
-        negative_cross_device=case.negative_cross_device,
         evaluation_strategy="no",
     )
     collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, 32, 32)
-    return RetrievalTrainer(model, args, TrainDataset([source], 0), collator, None, {})
+    scores = DenseBatchScores(model.metric, case.negative_cross_device)
+    return RetrievalTrainer(model, args, TrainDataset([source], 0), collator, scores, None, {})
 
 
 def gradients(model: DenseRetriever) -> dict[str, torch.Tensor]:

@@ -1,0 +1,65 @@
+"""Train a cross-encoder, or rerank and score with it when only --eval_data is given.
+
+torchrun --nproc_per_node 8 run_ranker.py --train_data train.json --output_dir data/outputs/my-ranker
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+
+import torch
+from transformers import set_seed
+
+from src import distributed
+from src.cli import parse_args, run
+from src.errors import UserError
+from src.retrieval.args import RankerArgs, RetrievalTrainingArgs
+from src.retrieval.batch_scores import ranker_batch_scores
+from src.retrieval.builders import check_outputs, eval_config, load_eval_data, ranker_config
+from src.retrieval.collator import PairCollator
+from src.retrieval.evaluators import ranker_evaluator, recorded
+from src.retrieval.modeling_ranker import load_cross_encoder
+from src.retrieval.trainer import checkpoint_to_resume
+from src.retrieval.training import check_flags, load_sources, train
+
+logger = logging.getLogger("run_ranker")
+
+
+def check_combinations(args: RankerArgs, training: RetrievalTrainingArgs, given: frozenset[str]) -> None:
+    """Refuse flags that contradict each other, before anything is read, and tell of those without effect."""
+    check_flags(args, training)
+    if args.train_data and training.train_group_size < 2:
+        raise UserError("--train_group_size 1: a ranker learns by comparing a query's keys, give 2 or more")
+    for flag in ("negative_cross_device", "cos_temperature"):
+        if args.train_data and flag in given:
+            logger.warning("--%s has no effect: a cross-encoder compares a query with its own keys only", flag)
+    if args.eval_data and training.eval_method != "rerank":
+        logger.info("--eval_method %s is taken as rerank: a ranker orders each row's keys", training.eval_method)
+
+
+def main() -> None:
+    """Parse, load, train or evaluate."""
+    (args, training), given = parse_args([RankerArgs, RetrievalTrainingArgs])
+    check_combinations(args, training, given)
+    distributed.on_main(lambda: check_outputs(args, training.output_dir, training.log_path))
+    device: torch.device = torch.device("cpu") if args.cpu else training.device
+    arguments = {**asdict(args), **training.to_dict()}
+    evaluation = eval_config(args, training.output_dir, training.seed, rerank=True)
+    eval_data = load_eval_data(args, evaluation)
+    sources = load_sources(args, training)
+    resume = distributed.on_main(lambda: checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir))
+    set_seed(training.seed)
+    model = load_cross_encoder(ranker_config(args))
+    evaluate_model = None
+    if eval_data is not None:
+        evaluate_model = recorded(ranker_evaluator(args, eval_data, evaluation, device), training.log_path, arguments)
+    if sources:
+        collator = PairCollator(model.pairs)
+        train(model, training, sources, collator, ranker_batch_scores, evaluate_model, arguments, resume)
+    elif evaluate_model is not None:
+        evaluate_model(model.to(device).eval())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,121 @@
+"""What both kinds of models have in common: what the trainer asks of them, and how they are loaded."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from src.errors import UserError
+
+#: Model types whose positions begin after the padding token's id.
+_SHIFTED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
+
+
+class TrainableModel(nn.Module, ABC):
+    """A model of the trainer's: transformers inside, saved and loaded below a checkpoint-N folder."""
+
+    @property
+    @abstractmethod
+    def backbones(self) -> list[PreTrainedModel]:
+        """The transformers inside."""
+
+    @abstractmethod
+    def save(self, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write each transformer with its tokenizer into a folder of its own below `folder`.
+
+        Args:
+            folder: made when missing.
+            state_dict: weights of this module gathered from elsewhere (DeepSpeed); its own when None.
+        """
+
+    @abstractmethod
+    def load_weights(self, folder: str) -> None:
+        """Take the weights that `save` wrote below `folder`.
+
+        Raises:
+            UserError: some are missing there.
+        """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.parameters()).device
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute activations in the backward pass; called by the Trainer.
+
+        Non-reentrant, because the other kind fails under DistributedDataParallel when one encoder runs twice.
+        """
+        kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
+        for backbone in self.backbones:
+            backbone.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=kwargs, every_n_layers=every_n_layers, offload=offload
+            )
+
+
+def inner_folder(path: str, names: Sequence[str]) -> str:
+    """The model folder that `path` means: itself, or when it is a checkpoint-N the first of `names` inside."""
+    for name in names:
+        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
+            candidate = os.path.join(path, name)
+            if os.path.isfile(os.path.join(candidate, "config.json")):
+                return candidate
+    return path
+
+
+def load_error(checkpoint: str, error: Exception, what: str) -> UserError:
+    """One line about an exception of transformers; `what` is the kind of model that was wanted."""
+    lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
+    advice = (
+        "the folder must hold config.json, model.safetensors and the tokenizer's files"
+        if os.path.isdir(checkpoint)
+        else "no such folder here; as a hub name it must be in the cache already when there is no network, "
+        "see --model_cache_dir"
+    )
+    return UserError(f"cannot load the {what} {checkpoint!r}: {reason} ({advice})")
+
+
+def load_tokenizer(
+    checkpoint: str, cache_dir: str | None, trust_remote_code: bool, what: str
+) -> tuple[PreTrainedTokenizerBase, bool]:
+    """A tokenizer that pads on the right, and whether its end token had to serve as padding.
+
+    Right padding keeps absolute positions and causal attention untouched by padding; models read the mask.
+
+    Raises:
+        UserError: it cannot be loaded; `what` is the kind of model it belongs to.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise load_error(checkpoint, error, what) from error
+    tokenizer.padding_side = "right"
+    borrowed = tokenizer.pad_token is None
+    if borrowed:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, borrowed
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """Most tokens that a model takes; None when its configuration sets no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if config.model_type in _SHIFTED_POSITIONS and limit:
+        limit -= config.pad_token_id + 1
+    return limit
+
+
+def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

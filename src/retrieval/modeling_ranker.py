@@ -1,0 +1,153 @@
+"""The cross-encoder: load, score pairs, save."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from src.errors import UserError
+from src.io import read_json
+from src.retrieval.checkpoints import TrainableModel, below, inner_folder, load_error, load_tokenizer, position_limit
+from src.retrieval.pairs import PairTokenizer, read_layout
+from src.retrieval.pooling import find_file
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "ranker"
+#: What sentence-transformers' CrossEncoder reads from config.json: without it, it would squash scores by a sigmoid.
+ST_SETTINGS = {"activation_fn": "torch.nn.modules.linear.Identity"}
+
+
+@dataclass(frozen=True)
+class RankerConfig:
+    """How to load the cross-encoder; lengths are in tokens, special tokens not counted."""
+
+    ranker: str
+    query_max_length: int = 256
+    key_max_length: int = 256
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+
+
+class CrossEncoder(TrainableModel):
+    """Scores (query, key) pairs with one transformer that reads both texts at once.
+
+    Args:
+        backbone: a sequence-classification model with one label.
+        pairs: its tokenizer, with the limits of length.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, pairs: PairTokenizer) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pairs = pairs
+
+    def forward(self, pair: Mapping[str, Tensor]) -> Tensor:
+        """Token tensors ``(n, length)`` of pairs to fp32 scores ``(n,)``, the plain logits."""
+        return self.backbone(**pair).logits.squeeze(-1).float()
+
+    @property
+    def backbones(self) -> list[PreTrainedModel]:
+        """The transformer."""
+        return [self.backbone]
+
+    def save(self, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write ``ranker``; see `TrainableModel.save`."""
+        target = os.path.join(folder, FOLDER)
+        weights = below(self.state_dict() if state_dict is None else state_dict, "backbone.")
+        self.backbone.save_pretrained(target, state_dict=weights)
+        self.pairs.tokenizer.save_pretrained(target)
+
+    def load_weights(self, folder: str) -> None:
+        """Take the weights that `save` wrote below `folder`.
+
+        Raises:
+            UserError: there are none.
+        """
+        source = os.path.join(folder, FOLDER)
+        if not os.path.isdir(source):
+            raise UserError(f"{folder} has no {FOLDER!r} folder: it is no checkpoint of run_ranker.py")
+        saved = type(self.backbone).from_pretrained(source, dtype=torch.float32)
+        self.backbone.load_state_dict(saved.state_dict())
+
+
+def load_cross_encoder(config: RankerConfig) -> CrossEncoder:
+    """Load a cross-encoder from a hub name, a folder of transformers or sentence-transformers, or our checkpoint.
+
+    Weights are fp32. An encoder without a head to score with gets a new one, drawn from torch's random state.
+
+    Raises:
+        UserError: it cannot be loaded, has another kind of head, or does not take texts of these lengths.
+    """
+    checkpoint = inner_folder(config.ranker, (FOLDER,))
+    options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
+    tokenizer, _ = load_tokenizer(checkpoint, config.cache_dir, config.trust_remote_code, "ranker")
+    try:
+        model_config = AutoConfig.from_pretrained(checkpoint, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise load_error(checkpoint, error, "ranker") from error
+    _check_kind(checkpoint, model_config, config.cache_dir)
+    pairs = _pair_tokenizer(checkpoint, tokenizer, model_config, config)
+    model_config.num_labels = 1
+    model_config.sentence_transformers = dict(ST_SETTINGS)
+    if getattr(model_config, "pad_token_id", None) is None:
+        model_config.pad_token_id = tokenizer.pad_token_id
+    backbone = _load_backbone(checkpoint, model_config, options)
+    if hasattr(backbone.config, "use_cache"):
+        backbone.config.use_cache = False
+    return CrossEncoder(backbone, pairs)
+
+
+def _check_kind(checkpoint: str, config: PretrainedConfig, cache_dir: str | None) -> None:
+    """Refuse heads that give more than one number, and sentence-transformers pipelines beyond a plain transformer."""
+    architecture = (config.architectures or [""])[0]
+    if architecture.endswith("ForSequenceClassification") and config.num_labels != 1:
+        raise UserError(
+            f"{checkpoint!r} is a classifier with {config.num_labels} labels: a ranker has one, start from its encoder"
+        )
+    modules = find_file(checkpoint, "modules.json", cache_dir)
+    settings = find_file(checkpoint, "config_sentence_transformers.json", cache_dir)
+    if modules is None or settings is None:
+        return
+    # The folder of a bi-encoder is an encoder like any other: its pooling is not used.
+    if read_json(settings, "sentence-transformers settings").get("model_type") == "CrossEncoder":
+        kinds = [module["type"].rpartition(".")[2] for module in read_json(modules, "sentence-transformers modules")]
+        if kinds != ["Transformer"]:
+            raise UserError(f"{checkpoint!r}: a CrossEncoder of the modules {', '.join(kinds)} is not supported")
+
+
+def _pair_tokenizer(checkpoint: str, tokenizer: Any, model: PretrainedConfig, config: RankerConfig) -> PairTokenizer:
+    layout = read_layout(tokenizer, checkpoint)
+    wanted = config.query_max_length + config.key_max_length + layout.special
+    limit = position_limit(model) or wanted
+    if config.query_max_length + layout.special >= limit:
+        raise UserError(
+            f"--query_max_length {config.query_max_length} leaves no room for a key: {checkpoint!r} takes {limit} "
+            "tokens at most"
+        )
+    return PairTokenizer(tokenizer, layout, config.query_max_length, config.key_max_length, min(wanted, limit))
+
+
+def _load_backbone(checkpoint: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise load_error(checkpoint, error, "ranker") from error
+    missing = sorted(info["missing_keys"])
+    body = f"{model.base_model_prefix}."
+    lost = [name for name in missing if name.startswith(body) and ".pooler." not in name]
+    if lost:
+        raise UserError(f"{checkpoint!r} lacks {len(lost)} weights of the encoder, among them {lost[0]}")
+    if missing:
+        names = ", ".join(dict.fromkeys(name.removeprefix(body).partition(".")[0] for name in missing))
+        logger.info("%s has no head to score with: a new one is made (%s), to be trained", checkpoint, names)
+    return model

@@ -1,0 +1,97 @@
+"""What the training entry points do alike: check flags, load rows, train."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from src.errors import UserError
+from src.io import expand_data_paths
+from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.batch_scores import ScoreBatch
+from src.retrieval.builders import instructions, metric_names
+from src.retrieval.data import Source, TrainDataset, TrainExample, check_mixable, load_train_sources
+from src.retrieval.evaluate import SCORE
+from src.retrieval.settings import settings_for
+from src.retrieval.trainer import ModelT, RetrievalTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def check_flags(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArgs) -> None:
+    """Refuse flags that contradict each other, whatever the model, before anything is read."""
+    if not args.train_data and not args.eval_data:
+        raise UserError("nothing to do: give --train_data to train, --eval_data to evaluate, or both")
+    if args.train_data and args.load_result:
+        raise UserError(
+            "--load_result is of no use in training, where the weights change from step to step: evaluate the trained "
+            "model in a run of its own, without --train_data"
+        )
+    if args.train_data and SCORE in args.metrics:
+        raise UserError(
+            f"--metrics {SCORE} is of no use in training, where the weights change from step to step: score with the "
+            "trained model in a run of its own, without --train_data"
+        )
+    if args.train_data and args.cpu and not training.use_cpu:
+        raise UserError("--cpu is for evaluation: give --use_cpu to train on the CPU as well")
+    known = metric_names(args)
+    best = training.metric_for_best_model
+    if args.train_data and best is not None and (not args.eval_data or best.removeprefix("eval_") not in known):
+        raise UserError(
+            f"--load_best_model_at_end needs --eval_data and --metric_for_best_model, one of {', '.join(known)}; "
+            f"found {best!r}"
+        )
+
+
+def load_sources(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArgs) -> list[Source]:
+    """The training rows of all files; none without --train_data.
+
+    Raises:
+        UserError: rows with problems, or files that cannot be trained as the flags say.
+    """
+    if not args.train_data:
+        return []
+    sources = load_train_sources(
+        expand_data_paths(args.train_data, args.data_root, "train_data"),
+        partial(settings_for, training, args.version),
+        instructions(args),
+        args.task,
+        training.seed,
+        args.dataset_cache_dir,
+    )
+    if training.inbatch_same_dataset is None:
+        check_mixable(sources)
+    return sources
+
+
+def train(
+    model: ModelT,
+    training: RetrievalTrainingArgs,
+    sources: Sequence[Source],
+    collator: Callable[[Sequence[TrainExample]], dict[str, Any]],
+    score_batch: ScoreBatch,
+    evaluate_model: Callable[[ModelT], dict[str, float]] | None,
+    arguments: Mapping[str, Any],
+    resume: str | None,
+) -> None:
+    """Train, with checkpoints and evaluation as the settings say.
+
+    Args:
+        model, collator, score_batch, evaluate_model: see `RetrievalTrainer`.
+        training: settings.
+        sources: rows of all files.
+        arguments: all arguments, written into each checkpoint.
+        resume: checkpoint folder to go on from.
+    """
+    if evaluate_model is None:
+        training.set_evaluate("no")
+    if training.use_cpu and not training.bf16:
+        logger.info("training on the CPU in fp32 (it has no fp16 training)")
+    dataset = TrainDataset(sources, training.seed)
+    trainer = RetrievalTrainer(model, training, dataset, collator, score_batch, evaluate_model, arguments)
+    trainer.train(resume_from_checkpoint=resume)
+    logger.info("trained for %d steps; checkpoints are in %s", trainer.state.global_step, training.output_dir)
+    if trainer.state.best_model_checkpoint:
+        logger.info("best checkpoint: %s", trainer.state.best_model_checkpoint)
