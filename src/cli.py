@@ -65,7 +65,7 @@ def setup_logging() -> None:
     """Log lines of the main process to stderr; of libraries warnings, of transformers errors only."""
     level = logging.INFO if distributed.launched_rank() == 0 else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for name in ("src", "evaluation", "scripts", "run_dense", "run_ranker", "__main__"):
+    for name in ("src", "evaluation", "scripts", "run_dense", "run_ranker", "run_lm_score", "__main__"):
         logging.getLogger(name).setLevel(level)
     # Its warnings speak of its own workings; weights that are missing from a checkpoint are an error of ours.
     transformers.logging.set_verbosity_error()

@@ -16,6 +16,7 @@ from src.errors import UserError
 TRAIN_CHECK = "train-2"
 EVAL_CHECK = "eval-3"
 SCORING_CHECK = "scoring-1"
+LM_CHECK = "lm-1"
 
 
 class TrainRow(TypedDict, total=False):
@@ -79,7 +80,7 @@ def _text_problems(row: dict[str, Any], field: str, required: bool) -> list[str]
 
 
 def _list_problems(row: dict[str, Any], field: str, kind: str, required: bool = False) -> list[str]:
-    """Problems of an (optional) list of 'strings', 'indices' or 'numbers'."""
+    """Problems of an (optional) list of 'strings', 'indices', 'tokens' or 'numbers'."""
     value = row.get(field)
     if value is None:
         return [f"field {field!r} is missing: give a list of {kind} (or 'history' for a chat row)"] if required else []
@@ -90,6 +91,8 @@ def _list_problems(row: dict[str, Any], field: str, kind: str, required: bool = 
             return problems
         if kind == "indices" and not (_is_int(item) and item >= 0):
             return [f"field {field!r}[{position}] must be a row number of the corpus (0 or more), found {item!r}"]
+        if kind == "tokens" and not (_is_int(item) and item >= 0):
+            return [f"field {field!r}[{position}] must be a token number (0 or more), found {item!r}"]
         if kind == "numbers" and not (_is_number(item) and math.isfinite(item)):
             return [f"field {field!r}[{position}] must be a finite number, found {item!r}"]
     return []
@@ -190,6 +193,44 @@ def check_scoring_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     if problems:
         return problems, {}
     return [], {**numbers, "candidates": sum(map(len, candidates(row)))}
+
+
+#: Fields of an lrlm row that carries tokens of the LM in place of text; one list of tokens per candidate in the first.
+TOKEN_FIELDS = ("score_inputs", "context_inputs", "query_inputs", "answer_inputs")
+
+
+def check_lm_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Check one row whose candidates an LM is to score.
+
+    Returns:
+        The problems, and ``candidates`` and ``answers`` (counts), ``task`` (str, empty when missing).
+    """
+    problems = _common_problems(row) + _candidate_problems(row) + _text_problems(row, "context", required=False)
+    problems += _token_problems(row) if "score_inputs" in row else []
+    if not problems and "score_inputs" not in row:
+        answers = row.get("answers")
+        if not answers:
+            problems.append("field 'answers' is missing or empty: the LM is scored by how likely it finds an answer")
+        elif blank := [position for position, answer in enumerate(answers) if not answer.strip()]:
+            problems.append(f"field 'answers'[{blank[0]}] is blank: an answer needs text")
+    if problems:
+        return problems, {}
+    if "score_inputs" in row:
+        return [], {"candidates": len(row["score_inputs"]), "answers": 1, "task": row.get("task") or ""}
+    count = sum(map(len, candidates(row)))
+    return [], {"candidates": count, "answers": len(row["answers"]), "task": row.get("task") or ""}
+
+
+def _token_problems(row: dict[str, Any]) -> list[str]:
+    if missing := [field for field in TOKEN_FIELDS if not isinstance(row.get(field), list)]:
+        return [f"field {missing[0]!r} is missing: beside 'score_inputs' a row needs {', '.join(TOKEN_FIELDS[1:])}"]
+    problems = [problem for field in TOKEN_FIELDS[1:] for problem in _list_problems(row, field, "tokens")]
+    for position, tokens in enumerate(row["score_inputs"]):
+        name = f"score_inputs[{position}]"
+        problems += _list_problems({name: tokens}, name, "tokens")
+    if not row["answer_inputs"]:
+        problems.append("field 'answer_inputs' is empty: an answer needs tokens")
+    return problems
 
 
 def check_hits_row(row: dict[str, Any], corpus_size: int | None) -> tuple[list[str], dict[str, Any]]:

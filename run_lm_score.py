@@ -1,0 +1,127 @@
+"""Let a language model score how much each candidate of a row helps it to give the row's answer.
+
+torchrun --nproc_per_node 8 run_lm_score.py --eval_data train.json --model_name_or_path meta-llama/Llama-2-7b-chat-hf
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src import distributed
+from src.cli import parse_args, run
+from src.errors import UserError
+from src.io import check_writable, derived_path, existing_file, resolve_path
+from src.jsonl import JsonLines, open_jsonl
+from src.lm.args import NO_EFFECT, LMScoreArgs
+from src.lm.journal import Journal
+from src.lm.modeling_lm import LMConfig, lm_max_length, load_lm
+from src.lm.prompts import PromptEncoder
+from src.lm.score import ScoreData, check_all_fit, score_units, write_scored
+from src.retrieval.tasks import TASKS, task_from_path
+from src.schema import LM_CHECK, check_lm_row
+
+logger = logging.getLogger("run_lm_score")
+
+
+def load_data(args: LMScoreArgs) -> ScoreData:
+    """Open and check the rows, and find out their task.
+
+    Raises:
+        UserError: rows with problems, or without a known task.
+    """
+    assert args.eval_data is not None
+    path = existing_file(resolve_path(args.eval_data, args.data_root), "eval_data")
+    rows: JsonLines = distributed.on_main(partial(open_jsonl, path, check_lm_row, LM_CHECK, args.dataset_cache_dir))
+    default = args.task or task_from_path(path)
+    tasks = rows.scan.columns["task"]
+    for task in np.unique(tasks):
+        if (task or default) not in TASKS:
+            where = rows.where(int(np.flatnonzero(tasks == task)[0]))
+            problem = f"unknown task {str(task)!r}" if task else "neither row nor path names a task (see --task)"
+            raise UserError(f"{where}: {problem}: the prompt depends on it, choose from {', '.join(TASKS)}")
+    return ScoreData(rows, default, args.answer_select, args.seed)
+
+
+def identity(args: LMScoreArgs, dtype: str, rows: JsonLines) -> dict[str, Any]:
+    """What scores depend on: scores of anything else must not mix with these."""
+    name = args.model_name_or_path
+    data, folder = os.stat(rows.path), Path(name)
+    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    return {
+        "model_name_or_path": str(folder.resolve()) if files else name,
+        "model files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
+        "eval_data": [os.path.abspath(rows.path), data.st_size, data.st_mtime_ns],
+        "lm_dtype": dtype,
+        **{
+            flag: getattr(args, flag)
+            for flag in (
+                "context_max_length",
+                "key_max_length",
+                "truncation_side",
+                "add_llama_inst",
+                "task",
+                "answer_select",
+                "seed",
+            )
+        },
+    }
+
+
+def main() -> None:
+    """Parse, load, score, write."""
+    (args,), given = parse_args([LMScoreArgs])
+    for flag in NO_EFFECT:
+        if flag in given:
+            logger.warning("--%s has no effect on scoring", flag)
+    if args.lm_device_map is not None and distributed.launched_processes() > 1:
+        raise UserError("--lm_device_map gives all GPUs to one process: start it with python, not with torchrun")
+    device = distributed.init_process_group(args.cpu)
+    dtype = args.lm_dtype if device.type == "cuda" or "lm_dtype" in given else "fp32"
+    data = load_data(args)
+    output = derived_path(data.rows.path, "scored", args.save_name, args.output_dir if args.save_to_output else None)
+    distributed.on_main(lambda: check_writable(os.path.dirname(output) or ".", "eval_data"))
+    journal = Journal(f"{output}.parts")
+    if args.load_score:
+        if not distributed.on_main(journal.exists):
+            raise UserError(f"--load_score: there are no scores of an interrupted run in {journal.folder}")
+    else:
+        config = LMConfig(
+            args.model_name_or_path,
+            dtype,
+            device,
+            args.lm_device_map,
+            args.padding_side,
+            args.add_position_ids,
+            args.model_cache_dir,
+            args.trust_remote_code,
+        )
+        model = load_lm(config)
+        encoder = PromptEncoder(
+            model.tokenizer,
+            lm_max_length(model.model, args.context_max_length),
+            args.key_max_length,
+            args.truncation_side,
+            args.add_llama_inst,
+            model.encoder_decoder,
+        )
+        if args.strict:
+            check_all_fit(encoder, data)
+        distributed.on_main(lambda: journal.open(identity(args, dtype, data.rows)))
+        logger.info("scoring with %s in %s on %s", args.model_name_or_path, dtype, model.model.device)
+        score_units(model, encoder, data, journal, args.lm_batch_size * args.context_max_length)
+    if distributed.is_main():
+        if args.load_score:
+            journal.check(identity(args, dtype, data.rows))
+        write_scored(data, journal, args.score_name or "teacher_scores", output)
+        if not args.load_score:
+            journal.remove()
+
+
+if __name__ == "__main__":
+    run(main)

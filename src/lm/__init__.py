@@ -1,0 +1,1 @@
+"""Dense retrieval: rows, model, losses, trainer, encoding, search and metrics."""

@@ -1,0 +1,119 @@
+"""Every flag of the language-model entry points, with its default, help and checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from src.errors import UserError
+from src.flags import check_choice, check_positive, default_data_root, flag
+from src.retrieval.tasks import TASKS
+from src.schema import ROW_FIELDS
+
+DTYPES = ("fp32", "fp16", "bf16")
+SIDES = ("left", "right")
+ANSWER_SELECT = ("random", "first", "best", "mean")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+#: Flags that all entry points take, and that scoring has no use for.
+NO_EFFECT = (
+    "train_data",
+    "corpus",
+    "key_template",
+    "metrics",
+    "cutoffs",
+    "filter_answers",
+    "max_neg_num",
+    "load_result",
+    "save_result",
+)
+
+
+def _shared(default: object) -> object:
+    return flag(default, "No effect here; accepted because all entry points share it.")
+
+
+@dataclass
+class LMArgs:
+    """The language model."""
+
+    model_name_or_path: str = flag(
+        "meta-llama/Llama-2-7b-chat-hf",
+        "Causal or encoder-decoder LM: a hub name, a transformers folder, or a folder with one .gguf file.",
+    )
+    model_cache_dir: str | None = flag(None, "Folder where models from the hub are kept.")
+    trust_remote_code: bool = flag(False, "Run model code that comes with the weights.")
+    padding_side: str = flag("left", f"Side on which batches are padded: {', '.join(SIDES)}. It changes no score.")
+    truncation_side: str = flag("right", f"Side on which keys are cut: {', '.join(SIDES)}.")
+    context_max_length: int = flag(1024, "Most tokens of a prompt with its answer.")
+    add_position_ids: bool = flag(
+        False, "Always hand position numbers to the model; without it only where padding makes them necessary."
+    )
+    lm_dtype: str = flag("bf16", f"Precision of the LM: {', '.join(DTYPES)} (on a CPU fp32 unless given).")
+    lm_device_map: str | None = flag(
+        None, f"Spread one LM over several GPUs: {', '.join(DEVICE_MAPS)} (one process; needs accelerate)."
+    )
+    lm_batch_size: int = flag(
+        4,
+        "A batch holds at most so many times context_max_length tokens, padding included: many short prompts or "
+        "few long ones.",
+    )
+    cpu: bool = flag(False, "Use the CPU even when there is a GPU.")
+    add_llama_inst: bool = flag(False, "Put prompts between [INST] and [/INST] (not for lrlm, which continues text).")
+
+    def __post_init__(self) -> None:
+        check_choice("padding_side", self.padding_side, SIDES)
+        check_choice("truncation_side", self.truncation_side, SIDES)
+        check_choice("lm_dtype", self.lm_dtype, DTYPES)
+        check_choice("lm_device_map", self.lm_device_map, DEVICE_MAPS)
+        check_positive(context_max_length=self.context_max_length, lm_batch_size=self.lm_batch_size)
+        if self.cpu and self.lm_device_map is not None:
+            raise UserError("--lm_device_map spreads the model over GPUs: leave it or --cpu out")
+
+
+@dataclass
+class LMScoreArgs(LMArgs):
+    """What to score and where to write it."""
+
+    eval_data: str | None = flag(None, "Rows to score (JSON lines): query, answers, and pos + neg or history.")
+    data_root: str = field(
+        default_factory=default_data_root,
+        metadata={"help": "What the path prefix llm-embedder: stands for (LLM_EMBEDDER_DATA sets the default)."},
+    )
+    dataset_cache_dir: str | None = flag(None, "Folder where the scans of data files are kept.")
+    task: str | None = flag(None, f"Task of rows that name none: {', '.join(TASKS)}.")
+    key_max_length: int = flag(512, "Most tokens of a key; more are cut off.")
+    answer_select: str = flag(
+        "random",
+        "Several answers: score a random one (by --seed and row), the first, the best-scoring one, or the mean of all.",
+    )
+    seed: int = flag(42, "For --answer_select random.")
+    score_name: str | None = flag(
+        None, "Field to write (teacher_scores when None), so that scores of several models fit a row."
+    )
+    strict: bool = flag(
+        False, "Stop, before scoring, at rows whose query and answer do not fit; else keep them unscored."
+    )
+    load_score: bool = flag(
+        False, "Score nothing: write the output from what an interrupted run has scored, other rows unscored."
+    )
+    save_name: str | None = flag("llama2-7b-chat", "Part of the output's name: <stem>.scored.<save_name><ext>.")
+    save_to_output: bool = flag(False, "Write to output_dir, not beside eval_data.")
+    output_dir: str = flag("data/outputs/", "Folder for --save_to_output.")
+    train_data: list[str] | None = _shared(None)  # type: ignore[assignment]
+    corpus: str | None = _shared(None)  # type: ignore[assignment]
+    key_template: str = _shared("{title} {text}")  # type: ignore[assignment]
+    metrics: list[str] = _shared(["mrr", "recall", "ndcg"])  # type: ignore[assignment]
+    cutoffs: list[int] = _shared([1, 5, 10, 100])  # type: ignore[assignment]
+    filter_answers: bool = _shared(False)  # type: ignore[assignment]
+    max_neg_num: int = _shared(100)  # type: ignore[assignment]
+    load_result: bool = _shared(False)  # type: ignore[assignment]
+    save_result: bool = _shared(True)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_data is None:
+            raise UserError("--eval_data is needed: the rows to score")
+        check_choice("task", self.task, TASKS)
+        check_choice("answer_select", self.answer_select, ANSWER_SELECT)
+        check_positive(key_max_length=self.key_max_length)
+        if self.score_name is not None and (self.score_name in ROW_FIELDS or not self.score_name):
+            raise UserError(f"--score_name {self.score_name!r} is no name for scores: choose one that rows do not use")

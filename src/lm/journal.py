@@ -1,0 +1,112 @@
+"""Scores on the disk while a long job runs: what a killed run has scored is not scored again.
+
+A folder holds a manifest, which says what the scores are of, and one file of JSON lines per unit of rows, to which
+every batch is added as it is done. A unit is claimed by making a file that must not exist yet, so that processes,
+also on several hosts with a common folder, share out the units among themselves as they go.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.errors import UserError
+from src.io import read_json, write_json
+
+MANIFEST = "manifest.json"
+#: Value of a number that was looked at and cannot be scored; NaN is one not looked at yet.
+UNFIT = np.inf
+
+
+class Journal:
+    """Scores of numbered things in units.
+
+    Args:
+        folder: where it lies.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def exists(self) -> bool:
+        """Whether an earlier run left anything."""
+        return (self.folder / MANIFEST).exists()
+
+    def open(self, identity: Mapping[str, Any]) -> None:
+        """Begin, or go on where a run with the same `identity` stopped; by one process, before any other claims.
+
+        Raises:
+            UserError: what is there is of something else.
+        """
+        if self.exists():
+            self.check(identity)
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / MANIFEST, dict(identity))
+        for claim in self.folder.glob("*.claim"):
+            claim.unlink()
+
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Find out whether the scores are of `identity`.
+
+        Raises:
+            UserError: they are not.
+        """
+        found = read_json(self.folder / MANIFEST, "manifest of scores")
+        wanted = json.loads(json.dumps(dict(identity)))
+        if differing := [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]:
+            name = differing[0]
+            raise UserError(
+                f"{self.folder} holds the scores of another run: its {name} is {found.get(name)!r}, this one's "
+                f"{wanted.get(name)!r}. Remove the folder, or choose another --save_name"
+            )
+
+    def claim(self, unit: int) -> bool:
+        """Whether the unit is now this process's."""
+        try:
+            os.close(os.open(self.folder / f"{unit:07}.claim", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+    def read(self, unit: int, size: int) -> np.ndarray:
+        """fp64 ``(size,)`` scores of a unit: NaN where there is none yet, `UNFIT` where there can be none."""
+        scores = np.full(size, np.nan)
+        for numbers, values in self._lines(unit):
+            scores[numbers] = [UNFIT if value is None else value for value in values]
+        return scores
+
+    def add(self, unit: int, numbers: Sequence[int], values: Sequence[float | None]) -> None:
+        """Append scores, None for what cannot be scored."""
+        with open(self._path(unit), "ab") as file:
+            file.write(json.dumps([list(numbers), list(values)]).encode() + b"\n")
+
+    def repair(self, unit: int) -> None:
+        """Cut off a line that a killed process left half-written."""
+        path = self._path(unit)
+        if path.exists():
+            with open(path, "r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+
+    def remove(self) -> None:
+        """Delete everything."""
+        shutil.rmtree(self.folder)
+
+    def _path(self, unit: int) -> Path:
+        return self.folder / f"{unit:07}.jsonl"
+
+    def _lines(self, unit: int) -> Iterator[tuple[list[int], list[float | None]]]:
+        path = self._path(unit)
+        if not path.exists():
+            return
+        with open(path, "rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    numbers, values = json.loads(line)
+                    yield numbers, values

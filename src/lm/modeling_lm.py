@@ -1,0 +1,279 @@
+"""Language models: loading any that transformers loads, and the likelihood of answers."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from src.errors import UserError
+from src.retrieval.checkpoints import load_error, position_limit
+
+logger = logging.getLogger(__name__)
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WHAT = "language model"
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """How to load a language model.
+
+    Attributes:
+        model_name_or_path, padding_side, add_position_ids, cache_dir, trust_remote_code: as the flags.
+        dtype: fp32, fp16 or bf16.
+        device: where it goes, unless `device_map` spreads it.
+        device_map: as accelerate understands it, or None.
+    """
+
+    model_name_or_path: str
+    dtype: str
+    device: torch.device
+    device_map: str | None = None
+    padding_side: str = "left"
+    add_position_ids: bool = False
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+
+
+class LanguageModel:
+    """Scores answers. Padding, batching and sharing of prompts change no score.
+
+    Args:
+        model: a causal or encoder-decoder LM in eval mode.
+        tokenizer: fitting it.
+        padding_side: ``left`` or ``right``.
+        add_position_ids: hand position numbers to the model even where it does not need them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        padding_side: str = "left",
+        add_position_ids: bool = False,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.padding_side = padding_side
+        self.encoder_decoder: bool = bool(model.config.is_encoder_decoder)
+        known = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in known and (padding_side == "left" or add_position_ids)
+        self._keeps_logits = "logits_to_keep" in known
+
+    @property
+    def vocabulary(self) -> int:
+        """Width of the logits."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @torch.no_grad()
+    def answer_scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
+        """Mean log-likelihood per token of one answer after each prompt.
+
+        Args:
+            prompts: token ids, none empty.
+            answers: token ids of as many answers, none empty.
+
+        Returns:
+            fp32 ``(len(prompts),)``.
+        """
+        if self.encoder_decoder:
+            return self._decoded_scores(self._encode(prompts), answers)
+        width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+        rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+        ids, mask = self._pad(rows, width, self.padding_side)
+        firsts = [
+            (width - len(row) if self.padding_side == "left" else 0) + len(prompt) - 1
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+        spans = [range(first, first + len(answer)) for first, answer in zip(firsts, answers, strict=True)]
+        columns = sorted(set().union(*spans))
+        logits = self._logits(ids, mask, columns)
+        places = {column: place for place, column in enumerate(columns)}
+        return _scores(
+            [
+                _token_log_likelihoods(row[places[span.start] : places[span.start] + len(span)], answer).mean()
+                for row, span, answer in zip(logits, spans, answers, strict=True)
+            ]
+        )
+
+    @torch.no_grad()
+    def shared_answer_scores(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+    ) -> np.ndarray:
+        """Mean log-likelihood per token of several answers after each prompt, which is read once.
+
+        Args:
+            prompts: token ids, none empty.
+            answers: for each prompt as many answers as for the others, none empty.
+
+        Returns:
+            fp32 ``(len(prompts), answers)``.
+        """
+        number = len(answers[0])
+        flat = [answer for own in answers for answer in own]
+        if self.encoder_decoder:
+            states, mask = self._encode(prompts)
+            repeated = states.repeat_interleave(number, 0), mask.repeat_interleave(number, 0)
+            return self._decoded_scores(repeated, flat).reshape(-1, number)
+        width = max(map(len, prompts))
+        ids, mask = self._pad(prompts, width, "left")
+        # Left padding puts what follows the prompts into the same columns, whatever --padding_side says.
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        options = {"position_ids": positions} if self._knows_positions() else {}
+        read = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **self._keep([width - 1]), **options)
+        first = read.logits[:, -1].float().log_softmax(-1).repeat_interleave(number, 0)
+        starts = torch.tensor([answer[0] for answer in flat], device=first.device)
+        sums = first.gather(1, starts[:, None]).squeeze(1)
+        lengths = torch.tensor([len(answer) for answer in flat], device=first.device)
+        longest = int(lengths.max())
+        if longest > 1:
+            cache = read.past_key_values
+            cache.batch_repeat_interleave(number)
+            rest, rest_mask = self._pad([answer[:-1] for answer in flat], longest - 1, "right")
+            mask = torch.cat([mask.repeat_interleave(number, 0), rest_mask], 1)
+            if options:
+                ends = positions[:, -1:].repeat_interleave(number, 0)
+                options = {"position_ids": ends + 1 + torch.arange(longest - 1, device=ends.device)}
+            following = self.model(
+                input_ids=rest, attention_mask=mask, past_key_values=cache, use_cache=True, **options
+            ).logits
+            sums = sums + torch.stack(
+                [
+                    _token_log_likelihoods(row[: len(answer) - 1], answer[1:]).sum()
+                    for row, answer in zip(following, flat, strict=True)
+                ]
+            )
+        return (sums / lengths).cpu().numpy().reshape(-1, number)
+
+    def _logits(self, ids: Tensor, mask: Tensor, columns: Sequence[int]) -> Tensor:
+        """Logits ``(n, columns, vocabulary)`` of a causal LM; those of other columns are never computed."""
+        options: dict[str, Any] = self._keep(columns)
+        if self._takes_positions:
+            options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
+        return logits if self._keeps_logits else logits[:, list(columns)]
+
+    def _keep(self, columns: Sequence[int]) -> dict[str, Any]:
+        if not self._keeps_logits:
+            return {}
+        return {"logits_to_keep": torch.tensor(columns, device=self.model.device)}
+
+    def _knows_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
+    def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """The encoder's states ``(n, length, width)`` of an encoder-decoder LM, and the mask."""
+        ids, mask = self._pad(prompts, max(map(len, prompts)), "right")
+        return self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+
+    def _decoded_scores(self, encoded: tuple[Tensor, Tensor], answers: Sequence[Sequence[int]]) -> np.ndarray:
+        states, mask = encoded
+        start = self.model.config.decoder_start_token_id
+        rows = [[start, *answer[:-1]] for answer in answers]
+        ids, decoder_mask = self._pad(rows, max(map(len, rows)), "right")
+        logits = self.model(
+            encoder_outputs=(states,),
+            attention_mask=mask,
+            decoder_input_ids=ids,
+            decoder_attention_mask=decoder_mask,
+            use_cache=False,
+        ).logits
+        return _scores(
+            [
+                _token_log_likelihoods(row[: len(answer)], answer).mean()
+                for row, answer in zip(logits, answers, strict=True)
+            ]
+        )
+
+    def _pad(self, rows: Sequence[Sequence[int]], width: int, side: str) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, int64 ``(n, width)``."""
+        # What stands under the mask is never looked at, so a tokenizer without a padding token does as well.
+        filler = self.tokenizer.pad_token_id or 0
+        ids = torch.full((len(rows), width), filler, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            part = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            ids[number, part] = torch.tensor(row, dtype=torch.int64)
+            mask[number, part] = 1
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+
+def _token_log_likelihoods(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """fp32 ``(tokens,)`` of logits ``(tokens, vocabulary)``."""
+    wanted = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
+    return -F.cross_entropy(logits.float(), wanted, reduction="none")
+        logits.float(), torch.tensor(tokens, dtype=torch.int64, device=logits.device), reduction="none"
+    )
+
+
+def _scores(values: Sequence[Tensor]) -> np.ndarray:
+    return torch.stack(list(values)).cpu().numpy()
+
+
+def lm_max_length(model: PreTrainedModel, wanted: int) -> int:
+    """`wanted` tokens, or what the model takes when that is fewer."""
+    limit = None if model.config.is_encoder_decoder else position_limit(model.config)
+    if limit is not None and limit < wanted:
+        logger.info("--context_max_length %d: the model takes %d tokens, longer prompts are cut to that", wanted, limit)
+        return limit
+    return wanted
+
+
+def _gguf_file(path: str) -> str | None:
+    """Name of the .gguf file of a folder that holds nothing else to load.
+
+    Raises:
+        UserError: it holds several.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise UserError(f"{path} holds {len(files)} .gguf files ({', '.join(files)}): leave one in a folder of its own")
+    return files[0] if files else None
+
+
+def load_lm(config: LMConfig) -> LanguageModel:
+    """Load a causal or encoder-decoder LM with its tokenizer.
+
+    Raises:
+        UserError: it cannot be loaded, is no LM, or lacks weights.
+    """
+    name = config.model_name_or_path
+    options: dict[str, Any] = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
+    if (gguf := _gguf_file(name)) is not None:
+        options["gguf_file"] = gguf
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model_config = AutoConfig.from_pretrained(name, **options)
+        kind: Any = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
+        model, info = kind.from_pretrained(
+            name, dtype=TORCH_DTYPES[config.dtype], device_map=config.device_map, output_loading_info=True, **options
+        )
+    except ImportError as error:
+        raise UserError(f"cannot load the {WHAT} {name!r}: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise load_error(name, error, WHAT) from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{name!r} lacks {len(missing)} weights of a {WHAT}, among them {missing[0]}: it cannot score")
+    if config.device_map is None:
+        model = model.to(config.device)
+    return LanguageModel(model.eval(), tokenizer, config.padding_side, config.add_position_ids)

@@ -1,0 +1,162 @@
+"""Prompts of the six tasks, and their tokens: pure functions of texts and a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ScorePrompt:
+    """What stands before each part of ``key, query, answer``; `strip` removes white space around the parts."""
+
+    before_key: str
+    before_query: str
+    before_answer: str
+    strip: bool = False
+
+    def head(self, key: str, query: str) -> str:
+        """The prompt up to where the answer begins."""
+        if self.strip:
+            key, query = key.strip(), query.strip()
+        return f"{self.before_key}{key}{self.before_query}{query}{self.before_answer}"
+
+
+_QUESTION = ScorePrompt("Knowledge: ", "\n\nQuestion: ", "\n\nAnswer: ", strip=True)
+
+#: The tool task reads as qa does: the tool's description is the knowledge.
+SCORE_PROMPTS = {
+    "qa": _QUESTION,
+    "convsearch": _QUESTION,
+    "tool": _QUESTION,
+    "icl": ScorePrompt("", "\n", "\n"),
+    "chat": ScorePrompt("", "\nSpeaker 1: ", "\nSpeaker 2: "),
+    "lrlm": ScorePrompt("", "", ""),
+}
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """Token ids of a prompt and of the answer whose likelihood is wanted."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+
+def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens that a tokenizer puts before a text (such as ``<s>``); those after it are never wanted."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    marked = tokenizer("a")["input_ids"]
+    for start in range(len(marked) - len(plain) + 1):
+        if marked[start : start + len(plain)] == plain:
+            return marked[:start]
+    return []
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Texts to prompt tokens within a budget: only the key is ever cut.
+
+    Attributes:
+        tokenizer: of the LM.
+        max_length: most tokens of prompt and answer.
+        key_max_length: most tokens of a key.
+        truncation_side: ``left`` or ``right``, where a key is cut.
+        llama_inst: put the prompt between ``[INST]`` and ``[/INST]`` (not for lrlm).
+        encoder_decoder: prompt and answer are read apart, each with the special tokens of its own.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    key_max_length: int
+    truncation_side: str = "right"
+    llama_inst: bool = False
+    encoder_decoder: bool = False
+
+    def encode(self, task: str, query: str, keys: Sequence[str], answer: str) -> list[PromptTokens | None]:
+        """Tokens of the prompt with each key; None where query and answer do not fit even without one.
+
+        Args:
+            task: one of `SCORE_PROMPTS`; for lrlm `query` is the context and the query.
+            query, answer: texts.
+            keys: candidates.
+        """
+        if not keys:
+            return []
+        template = SCORE_PROMPTS[task]
+        if template.strip:
+            answer = answer.strip()
+        tokens = self.tokenizer(list(keys), add_special_tokens=False)["input_ids"]
+        rooms = [min(len(ids), self.key_max_length) for ids in tokens]
+        found: list[PromptTokens | None] = [None] * len(keys)
+        waiting = list(range(len(keys)))
+        while waiting:
+            cut = [self._cut(keys[i], tokens[i], rooms[i]) for i in waiting]
+            tried = self._tokens(task, [template.head(key, query) for key in cut], answer)
+            longer = []
+            for i, each in zip(waiting, tried, strict=True):
+                excess = len(each) - self.max_length
+                if excess <= 0 and each.prompt:
+                    found[i] = each
+                elif excess > 0 and rooms[i] > 0:
+                    rooms[i] = max(0, rooms[i] - excess)
+                    longer.append(i)
+            waiting = longer
+        return found
+
+    def _cut(self, key: str, ids: Sequence[int], room: int) -> str:
+        if len(ids) <= room:
+            return key
+        if room == 0:
+            return ""
+        return cast(str, self.tokenizer.decode(list(_cut_ids(ids, room, self.truncation_side))))
+
+    def _tokens(self, task: str, heads: Sequence[str], answer: str) -> list[PromptTokens]:
+        if self.llama_inst and task != "lrlm":
+            heads = [f"[INST] {head.rstrip(' ')} [/INST] " for head in heads]
+        if self.encoder_decoder:
+            prompts = self.tokenizer([head.rstrip(" ") for head in heads])["input_ids"]
+            ids = tuple(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+            return [PromptTokens(tuple(prompt), ids) for prompt in prompts]
+        # A space before the answer belongs to its first token, as tokenizers of LMs have it.
+        without = self.tokenizer([head.rstrip(" ") for head in heads], add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer([head + answer for head in heads], add_special_tokens=False)["input_ids"]
+        prefix = special_prefix(self.tokenizer)
+        split = [_common_length(head, full) for head, full in zip(without, whole, strict=True)]
+        return [
+            PromptTokens((*prefix, *full[:start]), tuple(full[start:]))
+            for full, start in zip(whole, split, strict=True)
+        ]
+
+    def encode_tokens(self, row: dict[str, Any]) -> list[PromptTokens | None]:
+        """Tokens of an lrlm row that carries them: key, context, query and answer in a line, nothing added."""
+        rest = [*row["context_inputs"], *row["query_inputs"]]
+        answer = tuple(row["answer_inputs"])
+        free = self.max_length - len(rest) - len(answer)
+        room = min(self.key_max_length, free)
+        found: list[PromptTokens | None] = []
+        for key in row["score_inputs"]:
+            cut = _cut_ids(key, room, self.truncation_side)
+            fits = free >= 0 and (rest or cut)
+            found.append(PromptTokens((*cut, *rest), answer) if fits else None)
+        return found
+
+
+def _cut_ids(ids: Sequence[int], room: int, side: str) -> Sequence[int]:
+    if len(ids) <= room or room < 0:
+        return ids
+    return ids[:room] if side == "right" else ids[len(ids) - room :]
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike: all of `first`, unless a token spans its end."""
+    for position, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return position
+    return min(len(first), len(second))

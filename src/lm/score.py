@@ -1,0 +1,291 @@
+"""Rows → prompts → likelihoods of the answers → rows with teacher scores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from src import distributed
+from src.errors import UserError
+from src.io import atomic_write
+from src.jsonl import JsonLines
+from src.lm.journal import UNFIT, Journal
+from src.lm.modeling_lm import LanguageModel
+from src.lm.prompts import PromptEncoder, PromptTokens
+from src.retrieval.collate import json_line, shortest
+from src.schema import candidates
+
+logger = logging.getLogger(__name__)
+
+#: Pairs of a unit of work: small enough that a kill costs little and no process waits long for the last.
+UNIT_PAIRS = 512
+#: Logits in memory at a time.
+CPU_LOGITS = 1 << 25
+GPU_LOGITS = 1 << 29
+SHOWN_ROWS = 5
+
+
+@dataclass(frozen=True)
+class ScoreData:
+    """What is scored.
+
+    Attributes:
+        rows: checked by `check_lm_row`.
+        default_task: of rows that name none.
+        answer_select: ``random``, ``first``, ``best`` or ``mean``.
+        seed: for ``random``.
+    """
+
+    rows: JsonLines
+    default_task: str | None
+    answer_select: str = "random"
+    seed: int = 42
+
+    def answers(self, number: int) -> int:
+        """How many answers of a row are scored."""
+        return int(self.rows.scan.columns["answers"][number]) if self.answer_select in ("best", "mean") else 1
+
+    def chosen(self, number: int, row: dict[str, Any]) -> list[str]:
+        """The answers of a row that are scored."""
+        answers: list[str] = row["answers"]
+        if self.answer_select == "random":
+            return [answers[int(np.random.default_rng((self.seed, number)).integers(len(answers)))]]
+        return answers[:1] if self.answer_select == "first" else answers
+
+    def units(self) -> list[range]:
+        """Consecutive rows with about `UNIT_PAIRS` (candidate, answer) pairs; whatever the number of processes."""
+        counts = self.pairs()
+        ends = np.cumsum(counts)
+        # A row belongs to the unit in which its first pair lies.
+        unit = (ends - counts) // UNIT_PAIRS
+        bounds = [0, *(np.flatnonzero(np.diff(unit)) + 1).tolist(), len(counts)]
+        return [range(first, end) for first, end in pairwise(bounds)]
+
+    def pairs(self) -> np.ndarray:
+        """int64 ``(rows,)``, (candidate, answer) pairs of each row."""
+        columns = self.rows.scan.columns
+        many = self.answer_select in ("best", "mean")
+        return columns["candidates"] * (columns["answers"] if many else 1)
+
+
+def encode_row(encoder: PromptEncoder, data: ScoreData, number: int) -> list[PromptTokens | None]:
+    """Prompts of a row's pairs, answer by answer: candidates of the first answer, then of the next."""
+    row = data.rows[number]
+    task = str(row.get("task") or data.default_task)
+    if task == "lrlm" and "score_inputs" in row:
+        return encoder.encode_tokens(row)
+    positives, negatives = candidates(row)
+    query = (row.get("context") or "") + row["query"] if task == "lrlm" else row["query"]
+    return [
+        tokens
+        for answer in data.chosen(number, row)
+        for tokens in encoder.encode(task, query, [*positives, *negatives], answer)
+    ]
+
+
+def unfit_rows(encoder: PromptEncoder, data: ScoreData) -> list[int]:
+    """Numbers of the rows whose query and answer do not fit, found by all processes together."""
+    part = distributed.part_of(len(data.rows))
+    mine = [number for number in part if any(tokens is None for tokens in encode_row(encoder, data, number))]
+    return np.concatenate(distributed.all_gather_array(np.array(mine, dtype=np.int64))).tolist()
+
+
+def check_all_fit(encoder: PromptEncoder, data: ScoreData) -> None:
+    """For ``--strict``.
+
+    Raises:
+        UserError: some rows do not fit.
+    """
+    if unfit := unfit_rows(encoder, data):
+        raise UserError(
+            f"{data.rows.where(unfit[0])}: query and answer do not fit into --context_max_length "
+            f"{encoder.max_length}, nor do those of {len(unfit) - 1} more rows: raise it, shorten them, or leave out "
+            "--strict to keep such rows unscored"
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """A prompt to read once, the answers to score after it, and the numbers of the pairs that want each answer."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+    numbers: tuple[tuple[int, ...], ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer."""
+        return max(map(len, self.answers))
+
+    @property
+    def width(self) -> int:
+        """Tokens of the prompt with the longest answer."""
+        return len(self.prompt) + self.longest
+
+
+def collect_work(pairs: Sequence[tuple[int, PromptTokens]]) -> list[Work]:
+    """Numbered prompts to work in which nothing occurs twice, in order of first occurrence."""
+    found: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+    for number, tokens in pairs:
+        found.setdefault(tokens.prompt, {}).setdefault(tokens.answer, []).append(number)
+    return [Work(prompt, tuple(own), tuple(map(tuple, own.values()))) for prompt, own in found.items()]
+
+
+def cut_work(
+    work: Sequence[Work], max_tokens: int, max_logits: int, vocabulary: int, padding_side: str
+) -> Iterator[list[Work]]:
+    """Batches of work with equally many answers, longest first, within a budget of padded tokens and of logits.
+
+    A single piece of work may exceed the budget.
+    """
+    batch: list[Work] = []
+    for each in sorted(work, key=lambda own: (len(own.answers), own.width), reverse=True):
+        grown = [*batch, each]
+        number, longest = len(each.answers), max(own.longest for own in grown)
+        # Several answers share the states of their prompt, which are repeated for each.
+        tokens = len(grown) * number * (max(len(own.prompt) for own in grown) + longest)
+        # Rows that are padded on the right end, and so want their logits, in different columns.
+        spread = grown[0].width - each.width if padding_side == "right" else 0
+        logits = len(grown) * number * (longest + spread) * vocabulary
+        if batch and (number != len(batch[0].answers) or tokens > max_tokens or logits > max_logits):
+            yield batch
+            grown = [each]
+        batch = grown
+    if batch:
+        yield batch
+
+
+def score_batch(model: LanguageModel, batch: Sequence[Work]) -> tuple[list[int], list[float]]:
+    """Numbers of all pairs of a batch, and their scores."""
+    prompts = [work.prompt for work in batch]
+    if len(batch[0].answers) == 1:
+        scores = model.answer_scores(prompts, [work.answers[0] for work in batch])[:, None]
+    else:
+        scores = model.shared_answer_scores(prompts, [work.answers for work in batch])
+    found = [
+        (number, score)
+        for work, own in zip(batch, scores, strict=True)
+        for numbers, score in zip(work.numbers, shortest(own), strict=True)
+        for number in numbers
+    ]
+    return [number for number, _ in found], [score for _, score in found]
+
+
+def score_units(
+    model: LanguageModel, encoder: PromptEncoder, data: ScoreData, journal: Journal, max_tokens: int
+) -> None:
+    """Score what the journal lacks, together with the other processes.
+
+    Args:
+        model: the LM.
+        encoder: texts to prompts.
+        data: rows.
+        journal: opened; takes the scores.
+        max_tokens: budget of a batch, padding included.
+    """
+    units, pairs = data.units(), data.pairs()
+    sizes = [int(pairs[unit.start : unit.stop].sum()) for unit in units]
+    lengths = data.rows.scan.lengths
+    # The heaviest first: what is left for the end is light, and no process waits long.
+    order = sorted(range(len(units)), key=lambda unit: -int(lengths[units[unit].start : units[unit].stop].sum()))
+    max_logits = CPU_LOGITS if model.model.device.type == "cpu" else GPU_LOGITS
+    passed = 0
+    with tqdm(total=sum(sizes), desc="scoring", unit="pair", disable=not distributed.is_main(), smoothing=0.1) as bar:
+        for unit in order:
+            if journal.claim(unit):
+                journal.repair(unit)
+                present = journal.read(unit, sizes[unit])
+                bar.update(int((~np.isnan(present)).sum()))
+                for numbers, scores in _score_unit(model, encoder, data, units[unit], present, max_tokens, max_logits):
+                    journal.add(unit, numbers, scores)
+                    bar.update(len(numbers))
+            # Units of other processes count when this one gets past them.
+            passed += sizes[unit]
+            bar.update(passed - bar.n if passed > bar.n else 0)
+    distributed.barrier()
+
+
+def _score_unit(
+    model: LanguageModel,
+    encoder: PromptEncoder,
+    data: ScoreData,
+    rows: range,
+    present: np.ndarray,
+    max_tokens: int,
+    max_logits: int,
+) -> Iterator[tuple[list[int], list[Any]]]:
+    """Batches of numbers and scores of what is not in `present`."""
+    if not np.isnan(present).any():
+        return
+    encoded = [tokens for number in rows for tokens in encode_row(encoder, data, number)]
+    missing = np.flatnonzero(np.isnan(present)).tolist()
+    if unfit := [number for number in missing if encoded[number] is None]:
+        yield unfit, [None] * len(unfit)
+    work = collect_work([(number, tokens) for number in missing if (tokens := encoded[number]) is not None])
+    for batch in cut_work(work, max_tokens, max_logits, model.vocabulary, model.padding_side):
+        yield score_batch(model, batch)
+
+
+def write_scored(data: ScoreData, journal: Journal, field: str, path: str) -> int:
+    """Write all rows with the scores of their candidates; by one process.
+
+    Rows that do not fit or were not reached lose a `field` they had: it would be of another model.
+
+    Args:
+        data: rows.
+        journal: holds the scores.
+        field: gets the list of scores, in pos + neg (or history) order.
+        path: JSON lines file, there only when it is whole.
+
+    Returns:
+        How many rows have their scores.
+    """
+    pairs = data.pairs()
+    unfit: list[int] = []
+    absent = 0
+    replaced = 0
+    with atomic_write(path) as file:
+        for unit, rows in enumerate(data.units()):
+            scores = journal.read(unit, int(pairs[rows.start : rows.stop].sum()))
+            ends = np.cumsum(pairs[rows.start : rows.stop])
+            for number in rows:
+                end = int(ends[number - rows.start])
+                own = scores[end - int(pairs[number]) : end]
+                row = data.rows[number]
+                replaced += field in row
+                row.pop(field, None)
+                if np.isnan(own).any():
+                    absent += 1
+                elif (own == UNFIT).any():
+                    unfit.append(number)
+                else:
+                    row[field] = reduce_answers(own, data.answers(number), data.answer_select)
+                file.write(json_line(row))
+    _report(data, field, path, unfit, absent, replaced)
+    return len(data.rows) - len(unfit) - absent
+
+
+def reduce_answers(scores: np.ndarray, answers: int, answer_select: str) -> list[float]:
+    """One score per candidate of fp64 ``(answers * candidates,)``, answer by answer."""
+    table = scores.reshape(answers, -1)
+    best = table.max(0) if answer_select == "best" else table.mean(0)
+    return shortest(best.astype(np.float32))
+
+
+def _report(data: ScoreData, field: str, path: str, unfit: Sequence[int], absent: int, replaced: int) -> None:
+    if unfit:
+        shown = ", ".join(data.rows.where(number) for number in unfit[:SHOWN_ROWS])
+        more = f" and {len(unfit) - SHOWN_ROWS} more" if len(unfit) > SHOWN_ROWS else ""
+        logger.warning("%d rows are unscored: query and answer do not fit (%s%s)", len(unfit), shown, more)
+    if absent:
+        logger.warning("%d rows are unscored: the run that scored stopped before them", absent)
+    if replaced:
+        logger.info("%d rows had %s already: replaced", replaced, field)
+    scored = len(data.rows) - len(unfit) - absent
+    logger.info("%s of %d of %d rows: %s", field, scored, len(data.rows), path)

@@ -1,0 +1,378 @@
+"""run_lm_score.py against a slow reference, on tiny models and real rows; resume, processes, bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import run_lm_score
+from src.cli import run as run_entry
+from src.lm.journal import UNFIT, Journal
+from src.lm.modeling_lm import LanguageModel
+from src.lm.prompts import PromptEncoder, PromptTokens
+from src.lm.score import collect_work, cut_work
+from tests.conftest import VOCABULARY, make_tokenizer
+from tests.helpers import TASKS, TOY_ROWS, read_rows, run, write_rows
+from tests.reference import lm_score as reference
+
+SIZE = {"vocab_size": len(VOCABULARY)}
+KINDS = ("llama", "gpt2", "opt", "t5")
+
+
+def make_model(kind: str):
+    torch.manual_seed(1)
+    if kind == "llama":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(**SIZE, **sizes, intermediate_size=64, max_position_embeddings=4096))
+    elif kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(**SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=4096))
+    elif kind == "opt":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64}
+        config = OPTConfig(**SIZE, **sizes, word_embed_proj_dim=32, max_position_embeddings=4096)
+        model = OPTForCausalLM(config)
+    else:
+        config = T5Config(**SIZE, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
+        model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Random weights of the usual size hardly tell one prompt from another.
+            if parameter.dim() > 1:
+                parameter.mul_(8 if kind != "t5" else 1.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders of tiny random LMs with a tokenizer of characters."""
+    folders = {}
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp(kind)
+        make_model(kind).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        folders[kind] = str(folder)
+    return folders
+
+
+def load(folder):
+    cls = AutoModelForSeq2SeqLM if "t5" in folder else AutoModelForCausalLM
+    return cls.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def toy(task: str, candidates: int = 3, rows: int = 2) -> list[dict]:
+    """Short real rows of a task, with answers where the data has none."""
+    found = read_rows(TOY_ROWS / f"{task}.json")[:rows]
+    for row in found:
+        row.setdefault("answers", ["yes, it is so"])
+        row["query"] = row["query"][:150]
+        for field in ("pos", "neg", "history"):
+            if field in row:
+                row[field] = [text[:100] for text in row[field][:candidates]]
+        row["answers"] = [answer[:60] for answer in row["answers"]]
+        row.pop("teacher_scores", None)
+    return found
+
+
+def own_candidates(row: dict) -> list[str]:
+    return row.get("history") or [*row["pos"], *row["neg"]]
+
+
+@pytest.fixture
+def score(monkeypatch, capsys, caplog):
+    """Run the entry point in this process and return what it printed."""
+    caplog.set_level("INFO")
+
+    def call(*flags, expect: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["run_lm_score", "--cpu", "--save_name", "x", *map(str, flags)])
+        with pytest.raises(SystemExit) as stop:
+            run_entry(run_lm_score.main)
+        printed = capsys.readouterr().err + caplog.text
+        assert int(stop.value.code or 0) == expect, printed
+        return printed
+
+    return call
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_equal_the_slow_reference_on_rows_of_all_tasks(kind, models, score, tmp_path):
+    model, tokenizer = load(models[kind])
+    rows = [row for task in TASKS for row in toy(task)]
+    data = write_rows(tmp_path / "rows.json", rows)
+    for side, batch in (("left", 1), ("left", 64), ("right", 64)):
+        flags = ["--padding_side", side, "--lm_batch_size", batch, "--answer_select", "first"]
+        score("--eval_data", data, "--model_name_or_path", models[kind], *flags)
+        for row, scored in zip(rows, read_rows(tmp_path / "rows.scored.x.json"), strict=True):
+            assert {name: value for name, value in scored.items() if name != "teacher_scores"} == row
+            wanted = [
+                reference.score(model, tokenizer, row["task"], row, key, row["answers"][0])
+                for key in own_candidates(row)
+            ]
+            np.testing.assert_allclose(scored["teacher_scores"], wanted, atol=1e-5, err_msg=f"{row['task']} {side}")
+    assert not (tmp_path / "rows.scored.x.json.parts").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("select", ["best", "mean"])
+def test_several_answers_share_their_prompt(kind, select, models, score, tmp_path):
+    model, tokenizer = load(models[kind])
+    rows = toy("qa", rows=3)
+    answers = ["a", "the second answer", "42!"]
+    for row in rows[:2]:
+        row["answers"] = answers
+    flags = ["--eval_data", write_rows(tmp_path / "rows.json", rows), "--model_name_or_path", models[kind]]
+    score(*flags, "--answer_select", select)
+    for row, scored in zip(rows, read_rows(tmp_path / "rows.scored.x.json"), strict=True):
+        table = [
+            [reference.score(model, tokenizer, "qa", row, key, answer) for answer in row["answers"]]
+            for key in own_candidates(row)
+        ]
+        wanted = np.max(table, 1) if select == "best" else np.mean(table, 1)
+        np.testing.assert_allclose(scored["teacher_scores"], wanted, atol=1e-5)
+
+
+def test_random_answer_depends_on_seed_and_row_only(models, score, tmp_path):
+    rows = [{"query": "q", "pos": ["k"], "neg": [], "answers": [f"answer {i}" for i in range(9)], "task": "qa"}] * 12
+    data = write_rows(tmp_path / "rows.json", rows)
+    found = []
+    for seed in (1, 1, 2):
+        score("--eval_data", data, "--model_name_or_path", models["llama"], "--seed", seed)
+        found.append([row["teacher_scores"][0] for row in read_rows(tmp_path / "rows.scored.x.json")])
+    assert found[0] == found[1] != found[2]
+    assert len(set(found[0])) > 3
+
+
+def test_rows_with_tokens_are_scored_by_them(models, score, tmp_path):
+    model, _ = load(models["gpt2"])
+    row = {"query": "", "pos": [], "neg": ["ab", "c"], "task": "lrlm", "answers": []}
+    row |= {
+        "score_inputs": [[9, 8, 7, 6], [5]],
+        "context_inputs": [11, 12],
+        "query_inputs": [13],
+        "answer_inputs": [14, 15],
+    }
+    flags = ["--eval_data", write_rows(tmp_path / "rows.json", [row]), "--model_name_or_path", models["gpt2"]]
+    score(*flags, "--key_max_length", 3)
+    found = read_rows(tmp_path / "rows.scored.x.json")[0]["teacher_scores"]
+    wanted = [
+        reference.likelihood_of(model, [9, 8, 7, 11, 12, 13, 14, 15], 6),
+        reference.likelihood_of(model, [5, 11, 12, 13, 14, 15], 4),
+    ]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    score(*flags, "--key_max_length", 3, "--truncation_side", "left")
+    found = read_rows(tmp_path / "rows.scored.x.json")[0]["teacher_scores"]
+    assert found[0] == pytest.approx(reference.likelihood_of(model, [8, 7, 6, 11, 12, 13, 14, 15], 6), abs=1e-5)
+
+
+def test_a_long_key_is_cut_and_nothing_else():
+    tokenizer = make_tokenizer()
+    key = "abc " * 50
+    for side, part in (("right", "a b c"), ("left", "c a b c")):
+        encoder = PromptEncoder(tokenizer, 40, 30, side)
+        (tokens,) = encoder.encode("chat", "qqq", [key], "www")
+        assert len(tokens) <= 40
+        text = tokenizer.decode([*tokens.prompt, *tokens.answer], skip_special_tokens=True).replace(" ", "")
+        assert text.endswith("speaker1:qqqspeaker2:www")
+        assert text.removesuffix("speaker1:qqqspeaker2:www") in key.replace(" ", "")
+        assert part
+    assert PromptEncoder(tokenizer, 20, 30).encode("chat", "qqq", [key], "www") == [None]
+    (short,) = PromptEncoder(tokenizer, 400, 5).encode("icl", "q", [key], "w")
+    assert len(short.prompt) == 1 + 5 + 1
+
+
+def test_a_token_that_spans_the_end_of_the_prompt_belongs_to_the_answer():
+    class Pairs:
+        """Two letters a token, spaces kept."""
+
+        def __call__(self, texts, add_special_tokens=True):
+            if isinstance(texts, str):
+                return {"input_ids": [ord(texts[0])]}
+            return {"input_ids": [[hash(text[i : i + 2]) for i in range(0, len(text), 2)] for text in texts]}
+
+    (tokens,) = PromptEncoder(Pairs(), 100, 100).encode("lrlm", "abc", ["k"], "xyz")
+    assert tokens == PromptTokens(tuple(map(hash, ("ka", "bc"))), tuple(map(hash, ("xy", "z"))))
+    (tokens,) = PromptEncoder(Pairs(), 100, 100).encode("lrlm", "abcd", ["k"], "xyz")
+    assert tokens == PromptTokens(tuple(map(hash, ("ka", "bc"))), tuple(map(hash, ("dx", "yz"))))
+
+
+def test_work_is_collected_once_and_cut_to_the_budget():
+    rng = np.random.default_rng(0)
+    pairs = [
+        (
+            number,
+            PromptTokens(tuple(rng.integers(0, 3, rng.integers(1, 6))), tuple(rng.integers(0, 2, rng.integers(1, 4)))),
+        )
+        for number in range(300)
+    ]
+    work = collect_work(pairs)
+    assert sum(len(own.answers) for own in work) == len({(tokens.prompt, tokens.answer) for _, tokens in pairs})
+    for side in ("left", "right"):
+        batches = list(cut_work(work, 64, 200, 4, side))
+        numbers = [number for batch in batches for own in batch for each in own.numbers for number in each]
+        assert sorted(numbers) == list(range(300))
+        for batch in batches:
+            answers = {len(own.answers) for own in batch}
+            assert len(answers) == 1
+            longest = max(own.longest for own in batch)
+            if len(batch) > 1:
+                count = len(batch) * answers.pop()
+                assert count * (max(len(own.prompt) for own in batch) + longest) <= 64
+                assert count * longest * 4 <= 200
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_and_scores_nothing_twice(models, score, tmp_path, monkeypatch):
+    rows = [row for task in ("qa", "chat", "icl") for row in toy(task, candidates=4, rows=4)]
+    # The same pair twice in a row is scored once.
+    rows[0]["neg"] = [*rows[0]["neg"], rows[0]["neg"][0]]
+    data = write_rows(tmp_path / "rows.json", rows)
+    flags = ["--eval_data", data, "--model_name_or_path", models["llama"], "--lm_batch_size", 1]
+    score(*flags, "--save_name", "whole")
+    seen: list[tuple] = []
+    plain = LanguageModel.answer_scores
+
+    def counted(self, prompts, answers):
+        if len(seen) > 14 and not done:
+            raise KilledError
+        seen.extend((tuple(prompt), tuple(answer)) for prompt, answer in zip(prompts, answers, strict=True))
+        return plain(self, prompts, answers)
+
+    monkeypatch.setattr(LanguageModel, "answer_scores", counted)
+    done: list[int] = []
+    monkeypatch.setattr(sys, "argv", ["run_lm_score", "--cpu", "--save_name", "x", *map(str, flags)])
+    with pytest.raises(KilledError):
+        run_lm_score.main()
+    parts = tmp_path / "rows.scored.x.json.parts"
+    journal = sorted(parts.glob("*.jsonl"))
+    assert journal
+    assert not (tmp_path / "rows.scored.x.json").exists()
+    before = len(seen)
+    with open(journal[-1], "a") as file:
+        file.write("[[0, 1], [-3.2")
+    assert "stopped before them" in score(*flags, "--load_score")
+    part = read_rows(tmp_path / "rows.scored.x.json")
+    assert len(part) == len(rows)
+    done.append(1)
+    score(*flags)
+    assert len(seen) > before
+    assert len(seen) == len(set(seen))
+    assert read_rows(tmp_path / "rows.scored.x.json") == read_rows(tmp_path / "rows.scored.whole.json")
+    scored = read_rows(tmp_path / "rows.scored.x.json")[0]["teacher_scores"]
+    assert scored[-1] == scored[len(rows[0]["pos"])]
+
+
+def test_two_processes_give_what_one_gives(models, score, tmp_path, monkeypatch):
+    rows = [row for task in TASKS for row in toy(task)]
+    data = write_rows(tmp_path / "rows.json", rows * 30)
+    flags = ["--eval_data", data, "--model_name_or_path", models["opt"], "--answer_select", "mean"]
+    score(*flags)
+    done = run(["run_lm_score.py", "--cpu", *map(str, flags), "--save_name", "two"], 2)
+    assert done.returncode == 0, done.stderr
+    one, two = (read_rows(tmp_path / f"rows.scored.{name}.json") for name in ("x", "two"))
+    assert [row["query"] for row in one] == [row["query"] for row in two]
+    for first, second in zip(one, two, strict=True):
+        np.testing.assert_allclose(first["teacher_scores"], second["teacher_scores"], atol=1e-5)
+
+
+def test_rows_that_do_not_fit_are_kept_unscored_or_stop_the_run(models, score, tmp_path):
+    rows = toy("qa", rows=3)
+    rows[1]["query"] = "q w " * 450
+    rows[1]["teacher_scores"] = [0.0] * len(own_candidates(rows[1]))
+    flags = ["--eval_data", write_rows(tmp_path / "rows.json", rows), "--model_name_or_path", models["llama"]]
+    flags += ["--context_max_length", 600]
+    printed = score(*flags, "--score_name", "llama")
+    assert "1 rows are unscored" in printed
+    assert "rows.json:2" in printed
+    found = read_rows(tmp_path / "rows.scored.x.json")
+    assert ["llama" in row for row in found] == [True, False, True]
+    assert "teacher_scores" in found[1]
+    score(*flags)
+    assert "teacher_scores" not in read_rows(tmp_path / "rows.scored.x.json")[1]
+    printed = score(*flags, "--strict", expect=2)
+    assert "rows.json:2" in printed
+    assert "--context_max_length" in printed
+
+
+TOKENS = {"score_inputs": [[1], [2]], "context_inputs": [], "query_inputs": [], "answer_inputs": [1]}
+GOOD = {"query": "q", "pos": ["a"], "neg": ["b"], "answers": ["c"], "task": "qa"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answers": None}, "rows.json:2: field 'answers' is missing or empty"),
+        ({"answers": []}, "rows.json:2: field 'answers' is missing or empty"),
+        ({"answers": ["x", " "]}, "field 'answers'[1] is blank"),
+        ({"task": "cooking"}, "rows.json:2: unknown task 'cooking'"),
+        ({"task": None}, "rows.json:2: neither row nor path names a task"),
+        ({"history": ["h"]}, "field 'pos' stands beside 'history'"),
+        ({"neg": None}, "field 'neg' is missing"),
+        ({"score_inputs": [[1]], "query_inputs": [1]}, "field 'context_inputs' is missing"),
+        (TOKENS | {"score_inputs": [[1], ["x"]]}, "'score_inputs[1]'[0] must be a token number"),
+        (TOKENS | {"answer_inputs": []}, "field 'answer_inputs' is empty"),
+    ],
+)
+def test_bad_rows(row, message, score, tmp_path):
+    data = write_rows(tmp_path / "rows.json", [GOOD, {**GOOD, **row}])
+    assert message in score("--eval_data", data, expect=2)
+
+
+def test_bad_flags_and_models(models, score, tmp_path):
+    data = write_rows(tmp_path / "rows.json", [GOOD])
+    flags = ["--eval_data", data, "--model_name_or_path", models["llama"]]
+    assert "--eval_data is needed" in score(expect=2)
+    assert "choose from random, first" in score(*flags, "--answer_select", "last", expect=2)
+    assert "is no name for scores" in score(*flags, "--score_name", "query", expect=2)
+    assert "--load_score: there are no scores" in score(*flags, "--load_score", expect=2)
+    assert "cannot load the language model" in score("--eval_data", data, "--model_name_or_path", tmp_path, expect=2)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    make_tokenizer().save_pretrained(broken)
+    LlamaConfig(**SIZE).save_pretrained(broken)
+    assert "model.safetensors" in score("--eval_data", data, "--model_name_or_path", broken, expect=2)
+    assert "--metrics has no effect" in score(*flags, "--metrics", "mrr")
+
+
+def test_scores_of_another_model_are_not_mixed_in(models, score, tmp_path):
+    data = write_rows(tmp_path / "rows.json", [GOOD])
+    journal = Journal(f"{tmp_path / 'rows.scored.x.json'}.parts")
+    journal.open({"model_name_or_path": "another"})
+    printed = score("--eval_data", data, "--model_name_or_path", models["llama"], expect=2)
+    assert "its model_name_or_path is 'another'" in printed
+    assert "--save_name" in printed
+
+
+def test_journal(tmp_path):
+    journal = Journal(str(tmp_path / "parts"))
+    journal.open({"a": 1})
+    assert journal.claim(3)
+    assert not journal.claim(3)
+    journal.add(3, [0, 2], [-1.5, None])
+    with open(tmp_path / "parts" / "0000003.jsonl", "ab") as file:
+        file.write(json.dumps([[1], [-9.0]]).encode()[:-2])
+    np.testing.assert_equal(journal.read(3, 4), [-1.5, np.nan, UNFIT, np.nan])
+    journal.repair(3)
+    journal.add(3, [1], [-2.0])
+    np.testing.assert_equal(journal.read(3, 4), [-1.5, -2.0, UNFIT, np.nan])
+    journal.open({"a": 1})
+    assert journal.claim(3)
+    journal.remove()
+    assert not journal.exists()
