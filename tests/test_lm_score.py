@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import run_lm_score
+from scripts import sample_lm
 from src.cli import run as run_entry
 from src.lm.journal import UNFIT, Journal
 from src.lm.modeling_lm import LanguageModel
@@ -376,3 +377,46 @@ def test_journal(tmp_path):
     assert journal.claim(3)
     journal.remove()
     assert not journal.exists()
+
+
+@pytest.fixture(scope="session")
+def small_lm(tmp_path_factory):
+    """Folder of the sample language model, a trained one."""
+    folder = tmp_path_factory.mktemp("lm") / "smollm2"
+    sample_lm.build(sample_lm.find_gguf(), folder)
+    return str(folder)
+
+
+def test_a_trained_lm_scores_as_the_reference_and_finds_the_passage_that_helps(small_lm, score, tmp_path):
+    rows = [
+        {
+            "query": "In which town is the Varnholt lighthouse?",
+            "pos": ["The Varnholt lighthouse stands in Quellin, on the northern cape."],
+            "neg": ["The river Asmer is 40 miles long.", "A lighthouse guides ships at night with its lamp. " * 3],
+            "answers": ["Quellin"],
+            "task": "qa",
+        },
+        {**toy("chat", rows=1)[0], "task": "chat"},
+    ]
+    data = write_rows(tmp_path / "rows.json", rows)
+    score("--eval_data", data, "--model_name_or_path", small_lm)
+    found = read_rows(tmp_path / "rows.scored.x.json")
+    model, tokenizer = load(small_lm)
+    model = model.float()
+    for row, scored in zip(rows, found, strict=True):
+        wanted = [
+            reference.score(model, tokenizer, row["task"], row, key, row["answers"][0]) for key in own_candidates(row)
+        ]
+        np.testing.assert_allclose(scored["teacher_scores"], wanted, atol=1e-5)
+    assert int(np.argmax(found[0]["teacher_scores"])) == 0
+
+
+def test_a_gguf_folder_is_scored_with(score, tmp_path):
+    source = sample_lm.find_gguf()
+    (tmp_path / "lm").mkdir()
+    (tmp_path / "lm" / source.name).symlink_to(source)
+    score("--eval_data", write_rows(tmp_path / "rows.json", [GOOD]), "--model_name_or_path", tmp_path / "lm")
+    assert len(read_rows(tmp_path / "rows.scored.x.json")[0]["teacher_scores"]) == 2
+    (tmp_path / "lm" / "other.gguf").symlink_to(source)
+    printed = score("--eval_data", tmp_path / "rows.json", "--model_name_or_path", tmp_path / "lm", expect=2)
+    assert "2 .gguf files" in printed

@@ -219,8 +219,6 @@ def _token_log_likelihoods(logits: Tensor, tokens: Sequence[int]) -> Tensor:
     """fp32 ``(tokens,)`` of logits ``(tokens, vocabulary)``."""
     wanted = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
     return -F.cross_entropy(logits.float(), wanted, reduction="none")
-        logits.float(), torch.tensor(tokens, dtype=torch.int64, device=logits.device), reduction="none"
-    )
 
 
 def _scores(values: Sequence[Tensor]) -> np.ndarray:

@@ -1,0 +1,102 @@
+"""Scoring candidates by a language model: ours against batches in file order with logits of every position.
+
+python scripts/sample_data.py && python scripts/sample_lm.py && python -m benchmarks.lm_score
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.common import ROOT, compare, timed
+from src.jsonl import open_jsonl
+from src.lm.journal import Journal
+from src.lm.modeling_lm import LanguageModel, LMConfig, load_lm
+from src.lm.prompts import PromptEncoder, PromptTokens
+from src.lm.score import ScoreData, encode_row, score_units
+from src.schema import check_lm_row
+
+OURS, PLAIN = "run_lm_score", "file order, all logits"
+KEY_LENGTH, CONTEXT = 512, 1024
+
+
+def rows(count: int) -> list[dict]:
+    """Requests whose answer is the tool's name, with their tools and three others as candidates."""
+    data = ROOT / "data" / "sample" / "tool"
+    names = [json.loads(line)["name"] for line in open(data / "corpus.json", encoding="utf-8")]
+    found = []
+    for line in open(data / "train.json", encoding="utf-8"):
+        row = json.loads(line)
+        found.append({**row, "neg": row["neg"][:3], "answers": [names[row["pos_index"][0]]]})
+        if len(found) == count:
+            break
+    return found
+
+
+def plain_batches(pairs: list[PromptTokens], size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Token ids, mask and labels of consecutive pairs, padded on the left."""
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        width = max(map(len, part))
+        ids, labels = torch.zeros(len(part), width, dtype=torch.int64), torch.full((len(part), width), -100)
+        mask = torch.zeros_like(ids)
+        for number, pair in enumerate(part):
+            ids[number, width - len(pair) :] = torch.tensor([*pair.prompt, *pair.answer])
+            mask[number, width - len(pair) :] = 1
+            labels[number, width - len(pair.answer) :] = torch.tensor(pair.answer)
+        yield ids, mask, labels
+
+
+@torch.no_grad()
+def score_plainly(model: LanguageModel, pairs: list[PromptTokens], size: int) -> list[float]:
+    """Mean log-likelihood of each answer."""
+    scores: list[float] = []
+    for ids, mask, labels in plain_batches(pairs, size):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1].float()
+        losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+        scores += (-losses.sum(1) / (labels[:, 1:] != -100).sum(1)).tolist()
+    return scores
+
+
+def measure(args: argparse.Namespace, side: str) -> float:
+    """Pairs per second, tokenization included."""
+    torch.set_num_threads(args.threads)
+    model = load_lm(LMConfig(args.model, "fp32", torch.device("cpu")))
+    encoder = PromptEncoder(model.tokenizer, CONTEXT, KEY_LENGTH)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/rows.json"
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows(args.count))
+        data = ScoreData(open_jsonl(path, check_lm_row, "benchmark"), "tool", "first")
+        total = int(data.pairs().sum())
+
+        def ours() -> None:
+            journal = Journal(f"{folder}/parts")
+            journal.open({})
+            score_units(model, encoder, data, journal, args.batch_size * CONTEXT)
+
+        def plain() -> None:
+            pairs = [pair for number in range(len(data.rows)) for pair in encode_row(encoder, data, number) if pair]
+            assert len(score_plainly(model, pairs, args.batch_size)) == total
+
+        return total / timed(ours if side == OURS else plain)
+
+
+def main() -> None:
+    """Compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(ROOT / "data" / "sample" / "lm"), help="causal LM, a folder or hub name")
+    parser.add_argument("--count", type=int, default=60, help="rows, of four or more candidates each")
+    parser.add_argument("--batch_size", type=int, default=4)
+    sides = {name: (lambda args, name=name: measure(args, name)) for name in (OURS, PLAIN)}
+    compare("lm_score", sides, parser, "pairs/s", [OURS])
+
+
+if __name__ == "__main__":
+    main()
