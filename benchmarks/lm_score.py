@@ -28,14 +28,9 @@ KEY_LENGTH, CONTEXT = 512, 1024
 def rows(count: int) -> list[dict]:
     """Requests whose answer is the tool's name, with their tools and three others as candidates."""
     data = ROOT / "data" / "sample" / "tool"
-    names = [json.loads(line)["name"] for line in open(data / "corpus.json", encoding="utf-8")]
-    found = []
-    for line in open(data / "train.json", encoding="utf-8"):
-        row = json.loads(line)
-        found.append({**row, "neg": row["neg"][:3], "answers": [names[row["pos_index"][0]]]})
-        if len(found) == count:
-            break
-    return found
+    names = [json.loads(line)["name"] for line in (data / "corpus.json").read_text(encoding="utf-8").splitlines()]
+    lines = (data / "train.json").read_text(encoding="utf-8").splitlines()[:count]
+    return [{**row, "neg": row["neg"][:3], "answers": [names[row["pos_index"][0]]]} for row in map(json.loads, lines)]
 
 
 def plain_batches(pairs: list[PromptTokens], size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -407,7 +407,7 @@ def test_a_trained_lm_scores_as_the_reference_and_finds_the_passage_that_helps(s
         wanted = [
             reference.score(model, tokenizer, row["task"], row, key, row["answers"][0]) for key in own_candidates(row)
         ]
-        np.testing.assert_allclose(scored["teacher_scores"], wanted, atol=1e-5)
+        np.testing.assert_allclose(scored["teacher_scores"], wanted, rtol=1e-5, atol=1e-5)
     assert int(np.argmax(found[0]["teacher_scores"])) == 0
 
 
