@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 from collections.abc import Iterator
 
@@ -26,11 +27,21 @@ KEY_LENGTH, CONTEXT = 512, 1024
 
 
 def rows(count: int) -> list[dict]:
-    """Requests whose answer is the tool's name, with their tools and three others as candidates."""
+    """Requests whose answer is the tool's name; the keys are documents of one to eight tool descriptions, many short
+    and a few long, as in document collections."""
     data = ROOT / "data" / "sample" / "tool"
-    names = [json.loads(line)["name"] for line in (data / "corpus.json").read_text(encoding="utf-8").splitlines()]
+    tools = [json.loads(line) for line in (data / "corpus.json").read_text(encoding="utf-8").splitlines()]
     lines = (data / "train.json").read_text(encoding="utf-8").splitlines()[:count]
-    return [{**row, "neg": row["neg"][:3], "answers": [names[row["pos_index"][0]]]} for row in map(json.loads, lines)]
+    rng = random.Random(0)
+
+    def document(first: str) -> str:
+        return " ".join([first, *(tool["text"] for tool in rng.choices(tools, k=rng.choice((0, 0, 1, 3, 7))))])
+
+    found = []
+    for row in map(json.loads, lines):
+        texts = {name: [document(text) for text in row[name][:3]] for name in ("pos", "neg")}
+        found.append({**row, **texts, "answers": [tools[row["pos_index"][0]]["name"]]})
+    return found
 
 
 def plain_batches(pairs: list[PromptTokens], size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -87,7 +98,7 @@ def main() -> None:
     """Compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "data" / "sample" / "lm"), help="causal LM, a folder or hub name")
-    parser.add_argument("--count", type=int, default=60, help="rows, of four or more candidates each")
+    parser.add_argument("--count", type=int, default=30, help="rows, of two or more candidates each")
     parser.add_argument("--batch_size", type=int, default=4)
     sides = {name: (lambda args, name=name: measure(args, name)) for name in (OURS, PLAIN)}
     compare("lm_score", sides, parser, "pairs/s", [OURS])

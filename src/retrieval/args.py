@@ -315,6 +315,9 @@ class RetrievalTrainingArgs(TrainingArguments):
         "first", "first, random, teacher (best teacher score of all candidates) or teacher-pos (best positive)."
     )
     select_negative: str = flag("random", "random, first, teacher+ (best scores first) or teacher- (worst first).")
+    teacher_score_field: str = flag(
+        "teacher_scores", "Field of the rows with the scores to distil from (see --score_name of the scoring commands)."
+    )
     teacher_scores_margin: float | None = flag(None, "Drop rows whose teacher scores spread less than this.")
     teacher_scores_min: float | None = flag(None, "Drop rows whose best teacher score is below this.")
 

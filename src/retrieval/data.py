@@ -20,6 +20,7 @@ from src.retrieval.tasks import Instruction, task_from_path
 from src.schema import (
     EVAL_CHECK,
     SCORING_CHECK,
+    TEACHER_SCORES,
     TRAIN_CHECK,
     check_corpus_row,
     check_eval_row,
@@ -49,6 +50,7 @@ class Source:
         default_task: task of rows that name none.
         instruction_of: instruction per task.
         settings: selection, filters and loss.
+        score_field: where the teacher scores are.
         scored: how many of the rows in use have teacher scores.
     """
 
@@ -57,6 +59,7 @@ class Source:
     default_task: str | None
     instruction_of: InstructionOf
     settings: SourceSettings
+    score_field: str
     scored: int
 
     def __len__(self) -> int:
@@ -105,6 +108,7 @@ class TrainDataset(Dataset):
         number = int(np.searchsorted(self._ends, index, side="right"))
         source = self.sources[number]
         row: Any = source.rows[int(source.kept[index - self._ends[number] + len(source)])]
+        row = {**row, TEACHER_SCORES: row.get(source.score_field)}
         group = select_group(row, source.settings.selection, np.random.default_rng((self.seed, epoch, index)))
         instruction = source.instruction_of(row.get("task") or source.default_task)
         return TrainExample(
@@ -151,6 +155,7 @@ def load_train_sources(
     task: str | None,
     seed: int,
     cache_dir: str | None,
+    score_field: str = TEACHER_SCORES,
 ) -> list[Source]:
     """Open, check and filter the training files.
 
@@ -161,6 +166,7 @@ def load_train_sources(
         task: the ``--task`` flag.
         seed: for ``max_sample_num``.
         cache_dir: see `open_jsonl`.
+        score_field: where the rows have their teacher scores.
 
     Raises:
         UserError: rows with problems; rows of several tasks in one file that would be trained differently; a
@@ -170,7 +176,9 @@ def load_train_sources(
     sources = []
     for number, path in enumerate(files):
         if path not in opened:
-            opened[path] = distributed.on_main(partial(open_jsonl, path, check_train_row, TRAIN_CHECK, cache_dir))
+            check = partial(check_train_row, score_field=score_field)
+            check_name = f"{TRAIN_CHECK} {score_field}"
+            opened[path] = distributed.on_main(partial(open_jsonl, path, check, check_name, cache_dir))
         rows = opened[path]
         default = task or task_from_path(path)
         tasks = _tasks(rows, default)
@@ -189,7 +197,7 @@ def load_train_sources(
         if len(kept) == 0:
             raise UserError(f"{path}: no row can be trained on ({summary})")
         scored = int((rows.scan.columns["best"][kept] >= 0).sum())
-        sources.append(Source(rows, kept, default, instruction_of, settings, scored))
+        sources.append(Source(rows, kept, default, instruction_of, settings, score_field, scored))
     _check_something_trains(sources)
     return sources
 
@@ -204,11 +212,13 @@ def _check_something_trains(sources: Sequence[Source]) -> None:
         if source.scored == 0:
             idle.append(source.rows.path)
         if unscored:
-            logger.info("%s: %d rows have no teacher_scores and train contrastively", source.rows.path, unscored)
+            logger.info(
+                "%s: %d rows have no %s and train contrastively", source.rows.path, unscored, source.score_field
+            )
     if len(idle) == len(sources):
         raise UserError(
-            f"the contrastive weight is 0 and no row of {', '.join(sorted(set(idle)))} has teacher_scores to distil "
-            "from: score them (run_lm_score.py), or give --contrastive_weight above 0"
+            f"the contrastive weight is 0 and no row of {', '.join(sorted(set(idle)))} has {sources[0].score_field} to "
+            "distil from: score them (run_lm_score.py), or give --contrastive_weight above 0"
         )
 
 

@@ -60,6 +60,7 @@ def load_sources(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingAr
         args.task,
         training.seed,
         args.dataset_cache_dir,
+        training.teacher_score_field,
     )
     if training.inbatch_same_dataset is None:
         check_mixable(sources)

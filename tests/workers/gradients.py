@@ -95,7 +95,7 @@ def make_trainer(model: DenseRetriever, case: Case, output_dir: str) -> Retrieva
     """A trainer with the case's settings; its data is never read."""
     settings = SourceSettings(SelectionPolicy(group_size=GROUP), case.loss)
     # The rows themselves are given to compute_loss directly.
-    source = Source(None, np.arange(sum(case.sizes)), None, no_instruction, settings, 0)  # type: ignore[arg-type]
+    source = Source(None, np.arange(sum(case.sizes)), None, no_instruction, settings, "teacher_scores", 0)  # type: ignore[arg-type]
     args = RetrievalTrainingArgs(
         output_dir=output_dir,
         use_cpu=True,
