@@ -13,7 +13,8 @@
 #   OUT ROUNDS NPROC       output folder, rounds, processes
 #   NEGATIVES              mined per row, by dense retrieval and by BM25 each
 #   KEY_TEMPLATE           how a corpus row becomes a key
-#   ENCODE_FLAGS LM_FLAGS TRAIN_FLAGS   further flags of every step with the encoder, of scoring, of training
+#   ENCODE_FLAGS LM_FLAGS RANKER_FLAGS TRAIN_FLAGS   further flags of every step with the encoder, with the LM, with the
+#                          reranker, and of training either
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh bm25,lm
@@ -42,7 +43,7 @@ if [ -z "${TRAIN:-}" ]; then
 fi
 : "${TEST:?TEST, the held-out rows, is needed beside TRAIN}" "${CORPUS:?CORPUS is needed beside TRAIN}"
 : "${ENCODER:?ENCODER is needed beside TRAIN}" "${LM:?LM is needed beside TRAIN}"
-ENCODE_FLAGS=${ENCODE_FLAGS:-} LM_FLAGS=${LM_FLAGS:-} TRAIN_FLAGS=${TRAIN_FLAGS:-}
+ENCODE_FLAGS=${ENCODE_FLAGS:-} LM_FLAGS=${LM_FLAGS:-} RANKER_FLAGS=${RANKER_FLAGS:-} TRAIN_FLAGS=${TRAIN_FLAGS:-}
 
 # launch SCRIPT_OR_-m_MODULE FLAGS…: with one process or several
 launch() {
@@ -83,9 +84,9 @@ for ROUND in $(seq 1 "$ROUNDS"); do
         if [ ! -s "$DIR/mined.scored.ranker.json" ]; then
             echo "== round $ROUND: a reranker learns the scores, and scores in their place"
             launch run_ranker.py --train_data "$SCORED" --ranker "$RERANKER" --output_dir "$DIR/ranker" \
-                --contrastive_weight 0 $TRAIN_FLAGS --save_total_limit 1 --resume_from_checkpoint True
+                $RANKER_FLAGS --contrastive_weight 0 $TRAIN_FLAGS --save_total_limit 1 --resume_from_checkpoint True
             launch run_ranker.py --eval_data "$DIR/mined.json" --ranker "$(last_checkpoint "$DIR/ranker")" \
-                --metrics collate_score --save_name ranker --output_dir "$DIR"
+                $RANKER_FLAGS --metrics collate_score --save_name ranker --output_dir "$DIR" --log_path "$DIR/ranker.log"
         fi
         SCORED=$DIR/mined.scored.ranker.json
     fi

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: Pairs of a unit of work: small enough that a kill costs little and no process waits long for the last.
 UNIT_PAIRS = 512
+#: Padded tokens of a batch that a CPU's caches hold: more of them are slower.
+CPU_BATCH_TOKENS = 1_024
 #: Logits in memory at a time.
 CPU_LOGITS = 1 << 25
 GPU_LOGITS = 1 << 29
@@ -194,7 +196,9 @@ def score_units(
     lengths = data.rows.scan.lengths
     # The heaviest first: what is left for the end is light, and no process waits long.
     order = sorted(range(len(units)), key=lambda unit: -int(lengths[units[unit].start : units[unit].stop].sum()))
-    max_logits = CPU_LOGITS if model.model.device.type == "cpu" else GPU_LOGITS
+    max_logits = GPU_LOGITS
+    if model.model.device.type == "cpu":
+        max_logits, max_tokens = CPU_LOGITS, min(max_tokens, CPU_BATCH_TOKENS)
     passed = 0
     with tqdm(total=sum(sizes), desc="scoring", unit="pair", disable=not distributed.is_main(), smoothing=0.1) as bar:
         for unit in order:
