@@ -98,7 +98,7 @@ def main() -> None:
     """Compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(ROOT / "data" / "sample" / "lm"), help="causal LM, a folder or hub name")
-    parser.add_argument("--count", type=int, default=30, help="rows, of two or more candidates each")
+    parser.add_argument("--count", type=int, default=16, help="rows, of two or more candidates each")
     parser.add_argument("--batch_size", type=int, default=4)
     sides = {name: (lambda args, name=name: measure(args, name)) for name in (OURS, PLAIN)}
     compare("lm_score", sides, parser, "pairs/s", [OURS])
