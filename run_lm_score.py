@@ -22,7 +22,7 @@ from src.lm.args import NO_EFFECT, LMScoreArgs
 from src.lm.journal import Journal
 from src.lm.modeling_lm import LMConfig, lm_max_length, load_lm
 from src.lm.prompts import PromptEncoder
-from src.lm.score import ScoreData, check_all_fit, score_units, write_scored
+from src.lm.score import ScoreData, check_all_fit, check_tokens, score_units, write_scored
 from src.retrieval.tasks import TASKS, task_from_path
 from src.schema import LM_CHECK, check_lm_row
 
@@ -76,16 +76,16 @@ def identity(args: LMScoreArgs, dtype: str, rows: JsonLines) -> dict[str, Any]:
 def main() -> None:
     """Parse, load, score, write."""
     (args,), given = parse_args([LMScoreArgs])
-    for flag in NO_EFFECT:
-        if flag in given:
-            logger.warning("--%s has no effect on scoring", flag)
+    for name in sorted(given.intersection(NO_EFFECT)):
+        logger.warning("--%s has no effect on scoring", name)
     if args.lm_device_map is not None and distributed.launched_processes() > 1:
         raise UserError("--lm_device_map gives all GPUs to one process: start it with python, not with torchrun")
     device = distributed.init_process_group(args.cpu)
     dtype = args.lm_dtype if device.type == "cuda" or "lm_dtype" in given else "fp32"
     data = load_data(args)
     output = derived_path(data.rows.path, "scored", args.save_name, args.output_dir if args.save_to_output else None)
-    distributed.on_main(lambda: check_writable(os.path.dirname(output) or ".", "eval_data"))
+    flag = "output_dir" if args.save_to_output else "eval_data"
+    distributed.on_main(lambda: check_writable(os.path.dirname(output) or ".", flag))
     journal = Journal(f"{output}.parts")
     if args.load_score:
         if not distributed.on_main(journal.exists):
@@ -102,6 +102,7 @@ def main() -> None:
             args.trust_remote_code,
         )
         model = load_lm(config)
+        check_tokens(data, model.vocabulary)
         encoder = PromptEncoder(
             model.tokenizer,
             lm_max_length(model.model, args.context_max_length),

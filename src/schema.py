@@ -16,7 +16,7 @@ from src.errors import UserError
 TRAIN_CHECK = "train-2"
 EVAL_CHECK = "eval-3"
 SCORING_CHECK = "scoring-1"
-LM_CHECK = "lm-1"
+LM_CHECK = "lm-2"
 
 #: Field of the scores that training distils from, unless another is named.
 TEACHER_SCORES = "teacher_scores"
@@ -206,7 +206,8 @@ def check_lm_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Check one row whose candidates an LM is to score.
 
     Returns:
-        The problems, and ``candidates`` and ``answers`` (counts), ``task`` (str, empty when missing).
+        The problems, and ``candidates`` and ``answers`` (counts), ``token_max`` (the highest token number, -1 in rows
+        of text), ``task`` (str, empty when missing).
     """
     problems = _common_problems(row) + _candidate_problems(row) + _text_problems(row, "context", required=False)
     problems += _token_problems(row) if "score_inputs" in row else []
@@ -218,10 +219,13 @@ def check_lm_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
             problems.append(f"field 'answers'[{blank[0]}] is blank: an answer needs text")
     if problems:
         return problems, {}
+    task = row.get("task") or ""
     if "score_inputs" in row:
-        return [], {"candidates": len(row["score_inputs"]), "answers": 1, "task": row.get("task") or ""}
+        tokens = [*row["score_inputs"], *(row[field] for field in TOKEN_FIELDS[1:])]
+        highest = max(max(own, default=-1) for own in tokens)
+        return [], {"candidates": len(row["score_inputs"]), "answers": 1, "token_max": highest, "task": task}
     count = sum(map(len, candidates(row)))
-    return [], {"candidates": count, "answers": len(row["answers"]), "task": row.get("task") or ""}
+    return [], {"candidates": count, "answers": len(row["answers"]), "token_max": -1, "task": task}
 
 
 def _token_problems(row: dict[str, Any]) -> list[str]:

@@ -348,6 +348,21 @@ def test_filters_by_teacher_scores(tmp_path, caplog, filters, dropped, counts):
     assert all(count in log for count in counts)
 
 
+def test_scores_of_another_field_are_taken(tmp_path):
+    row = row_of("q", negatives=2, teacher_scores=[0.0, 5.0, 1.0], reranker=[0.0, 1.0, 5.0])
+    path = write_rows(tmp_path / "rows.json", [row])
+    best = source_settings("teacher", "first")
+    for field, wanted in (("teacher_scores", [5.0, 0.0, 1.0]), ("reranker", [5.0, 0.0, 1.0])):
+        sources = load_train_sources([str(path)], lambda _: best, no_instruction, None, 0, None, field)
+        example = TrainDataset(sources, 0)[0, 0]
+        scores = dict(zip([*row["pos"], *row["neg"]], row[field], strict=True))
+        assert example.scores == [scores[key] for key in example.keys]
+        assert example.scores[0] == max(wanted)
+    write_rows(path, [{**row, "reranker": [1.0]}])
+    with pytest.raises(UserError, match="field 'reranker' has 1 numbers for 1 positives"):
+        load_train_sources([str(path)], lambda _: best, no_instruction, None, 0, None, "reranker")
+
+
 def test_rows_without_negatives_are_dropped_and_counted(tmp_path, caplog):
     file = write_rows(tmp_path / "train.json", [row_of("a"), row_of("b", 0), row_of("c", 1), row_of("d", 0)])
     sources, log = log_of(caplog, [file], source_settings())

@@ -352,6 +352,15 @@ def test_bad_flags_and_models(models, score, tmp_path):
     assert "--metrics has no effect" in score(*flags, "--metrics", "mrr")
 
 
+def test_tokens_of_another_tokenizer_and_scores_that_are_no_numbers(models, score, tmp_path, monkeypatch):
+    data = write_rows(tmp_path / "rows.json", [{**GOOD, "task": "lrlm"}, {**GOOD, **TOKENS, "query_inputs": [9999]}])
+    flags = ["--eval_data", data, "--model_name_or_path", models["llama"]]
+    assert f"rows.json:2: token 9999 is beyond the vocabulary of {len(VOCABULARY)}" in score(*flags, expect=2)
+    write_rows(tmp_path / "rows.json", [GOOD])
+    monkeypatch.setattr(LanguageModel, "answer_scores", lambda *_: np.array([np.nan, 1.0]))
+    assert "try another --lm_dtype" in score(*flags, expect=2)
+
+
 def test_scores_of_another_model_are_not_mixed_in(models, score, tmp_path):
     data = write_rows(tmp_path / "rows.json", [GOOD])
     journal = Journal(f"{tmp_path / 'rows.scored.x.json'}.parts")

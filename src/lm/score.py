@@ -91,6 +91,20 @@ def encode_row(encoder: PromptEncoder, data: ScoreData, number: int) -> list[Pro
     ]
 
 
+def check_tokens(data: ScoreData, vocabulary: int) -> None:
+    """Find out whether the tokens that rows carry can be those of the LM.
+
+    Raises:
+        UserError: some are beyond its vocabulary.
+    """
+    highest = data.rows.scan.columns["token_max"]
+    if beyond := np.flatnonzero(highest >= vocabulary).tolist():
+        raise UserError(
+            f"{data.rows.where(beyond[0])}: token {highest[beyond[0]]} is beyond the vocabulary of {vocabulary}; "
+            f"{len(beyond)} rows have this problem: were they made with another tokenizer?"
+        )
+
+
 def unfit_rows(encoder: PromptEncoder, data: ScoreData) -> list[int]:
     """Numbers of the rows whose query and answer do not fit, found by all processes together."""
     part = distributed.part_of(len(data.rows))
@@ -164,12 +178,18 @@ def cut_work(
 
 
 def score_batch(model: LanguageModel, batch: Sequence[Work]) -> tuple[list[int], list[float]]:
-    """Numbers of all pairs of a batch, and their scores."""
+    """Numbers of all pairs of a batch, and their scores.
+
+    Raises:
+        UserError: scores are not finite.
+    """
     prompts = [work.prompt for work in batch]
     if len(batch[0].answers) == 1:
         scores = model.answer_scores(prompts, [work.answers[0] for work in batch])[:, None]
     else:
         scores = model.shared_answer_scores(prompts, [work.answers for work in batch])
+    if not np.isfinite(scores).all():
+        raise UserError("the language model gives scores that are no numbers: try another --lm_dtype (bf16 or fp32)")
     found = [
         (number, score)
         for work, own in zip(batch, scores, strict=True)
