@@ -147,6 +147,29 @@ def test_several_answers_share_their_prompt(kind, select, models, score, tmp_pat
         np.testing.assert_allclose(scored["teacher_scores"], wanted, atol=1e-5)
 
 
+def test_a_tokenizer_without_padding_scores_alike(models, score, tmp_path):
+    folder = tmp_path / "lm"
+    make_model("llama").save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    data = write_rows(tmp_path / "rows.json", toy("qa"))
+    found = []
+    for model in (models["llama"], folder):
+        score("--eval_data", data, "--model_name_or_path", model)
+        found.append([row["teacher_scores"] for row in read_rows(tmp_path / "rows.scored.x.json")])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_instruction_marks_go_around_the_prompt():
+    encoder = PromptEncoder(make_tokenizer(), 400, 100, llama_inst=True)
+    text = [make_tokenizer().decode(tokens.prompt) for tokens in encoder.encode("icl", "q", ["k"], "w")]
+    assert text == ["[CLS] [ inst ] k q [ / inst ]"]
+    (plain,) = encoder.encode("lrlm", "q", ["k"], "w")
+    assert "inst" not in make_tokenizer().decode(plain.prompt)
+
+
 def test_random_answer_depends_on_seed_and_row_only(models, score, tmp_path):
     rows = [{"query": "q", "pos": ["k"], "neg": [], "answers": [f"answer {i}" for i in range(9)], "task": "qa"}] * 12
     data = write_rows(tmp_path / "rows.json", rows)
