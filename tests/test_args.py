@@ -10,7 +10,8 @@ import torch
 
 from src.cli import parse_args
 from src.errors import UserError
-from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
+from src.lm.args import LMScoreArgs
+from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs
 from tests.helpers import ROOT
 
 FLAGS = ROOT.parent / "shared" / "contract" / "flags.json"
@@ -23,17 +24,26 @@ def parse(*argv: str, **defaults):
 
 
 @pytest.mark.skipif(not FLAGS.is_file(), reason="the list of flags lies beside the development checkout only")
-def test_every_flag_of_run_dense_has_the_documented_default(monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "classes", "needed"),
+    [
+        ("run_dense.py", [RetrievalArgs, RetrievalTrainingArgs], {}),
+        ("run_ranker.py", [RankerArgs, RetrievalTrainingArgs], {}),
+        ("run_lm_score.py", [LMScoreArgs], {"eval_data": "rows.json"}),
+    ],
+)
+def test_every_flag_has_the_documented_default(command, classes, needed, monkeypatch):
     monkeypatch.delenv("LLM_EMBEDDER_DATA", raising=False)
-    (args, training), given = parse()
-    assert given == frozenset()
-    wanted = json.loads(FLAGS.read_text())["python run_dense.py"]
-    found = {**vars(training), **vars(args)}
-    found["report_to"] = found["report_to"] or "none"
+    instances, given = parse_args(classes, [part for name, value in needed.items() for part in (f"--{name}", value)])
+    assert given == set(needed)
+    wanted = json.loads(FLAGS.read_text())[f"python {command}"] | needed
+    found = {name: value for instance in reversed(instances) for name, value in vars(instance).items()}
+    if "report_to" in found:
+        found["report_to"] = found["report_to"] or "none"
+        assert found["fp16"] == torch.cuda.is_available()
     assert {name: found[name] for name in wanted if name not in BY_MACHINE} == {
         name: value for name, value in wanted.items() if name not in BY_MACHINE
     }
-    assert training.fp16 == torch.cuda.is_available()
 
 
 def test_given_flags_are_told_from_defaults():
