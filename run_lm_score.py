@@ -21,7 +21,7 @@ from src.jsonl import JsonLines, open_jsonl
 from src.lm.args import NO_EFFECT, LMScoreArgs
 from src.lm.journal import Journal
 from src.lm.modeling_lm import LMConfig, lm_max_length, load_lm
-from src.lm.prompts import PromptEncoder
+from src.lm.prompts import PromptEncoder, make_frame
 from src.lm.score import ScoreData, check_all_fit, check_tokens, score_units, write_scored
 from src.retrieval.tasks import TASKS, task_from_path
 from src.schema import LM_CHECK, check_lm_row
@@ -65,6 +65,7 @@ def identity(args: LMScoreArgs, dtype: str, rows: JsonLines) -> dict[str, Any]:
                 "key_max_length",
                 "truncation_side",
                 "add_llama_inst",
+                "use_chat_template",
                 "task",
                 "answer_select",
                 "seed",
@@ -108,7 +109,7 @@ def main() -> None:
             lm_max_length(model.model, args.context_max_length),
             args.key_max_length,
             args.truncation_side,
-            args.add_llama_inst,
+            make_frame(model.tokenizer, args.add_llama_inst, args.use_chat_template),
             model.encoder_decoder,
         )
         if args.strict:

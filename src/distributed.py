@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -128,6 +129,18 @@ def all_gather_array(array: np.ndarray) -> list[np.ndarray]:
     gathered = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(gathered, padded)
     return [tensor[:size].cpu().numpy() for tensor, size in zip(gathered, sizes, strict=True)]
+
+
+def all_gather_json(value: Any) -> list[Any]:
+    """Every process's `value`, which JSON can hold, in rank order."""
+    texts = all_gather_array(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy())
+    return [json.loads(text.tobytes()) for text in texts]
+
+
+def raise_together(message: str | None) -> None:
+    """Raise a UserError on every process if any process passes a message, so that none waits for the others."""
+    if messages := [text for text in all_gather_json(message) if text is not None]:
+        raise UserError(messages[0])
 
 
 def gather_sizes(size: int, device: torch.device) -> list[int]:

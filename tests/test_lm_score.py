@@ -26,9 +26,9 @@ import run_lm_score
 from scripts import sample_lm
 from src.cli import run as run_entry
 from src.lm.journal import UNFIT, Journal
+from src.lm.likelihood import collect_work, cut_work
 from src.lm.modeling_lm import LanguageModel
-from src.lm.prompts import PromptEncoder, PromptTokens
-from src.lm.score import collect_work, cut_work
+from src.lm.prompts import LLAMA_INST, PromptEncoder, PromptTokens
 from tests.conftest import VOCABULARY, make_tokenizer
 from tests.helpers import TASKS, TOY_ROWS, read_rows, run, write_rows
 from tests.reference import lm_score as reference
@@ -163,7 +163,7 @@ def test_a_tokenizer_without_padding_scores_alike(models, score, tmp_path):
 
 
 def test_instruction_marks_go_around_the_prompt():
-    encoder = PromptEncoder(make_tokenizer(), 400, 100, llama_inst=True)
+    encoder = PromptEncoder(make_tokenizer(), 400, 100, frame=LLAMA_INST)
     text = [make_tokenizer().decode(tokens.prompt) for tokens in encoder.encode("icl", "q", ["k"], "w")]
     assert text == ["[CLS] [ inst ] k q [ / inst ]"]
     (plain,) = encoder.encode("lrlm", "q", ["k"], "w")

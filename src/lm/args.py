@@ -58,6 +58,9 @@ class LMArgs:
     )
     cpu: bool = flag(False, "Use the CPU even when there is a GPU.")
     add_llama_inst: bool = flag(False, "Put prompts between [INST] and [/INST] (not for lrlm, which continues text).")
+    use_chat_template: bool = flag(
+        False, "Put prompts into the chat template that the tokenizer carries, as a user's message (not for lrlm)."
+    )
 
     def __post_init__(self) -> None:
         check_choice("padding_side", self.padding_side, SIDES)
@@ -65,6 +68,8 @@ class LMArgs:
         check_choice("lm_dtype", self.lm_dtype, DTYPES)
         check_choice("lm_device_map", self.lm_device_map, DEVICE_MAPS)
         check_positive(context_max_length=self.context_max_length, lm_batch_size=self.lm_batch_size)
+        if self.add_llama_inst and self.use_chat_template:
+            raise UserError("--add_llama_inst and --use_chat_template both put the prompt into a frame: choose one")
         if self.cpu and self.lm_device_map is not None:
             raise UserError("--lm_device_map spreads the model over GPUs: leave it or --cpu out")
 

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -161,6 +162,25 @@ class LanguageModel:
                 ]
             )
         return (sums / lengths).cpu().numpy().reshape(-1, number)
+
+    @torch.no_grad()
+    def continuations(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[str]:
+        """What the model writes after each prompt, without special tokens.
+
+        Args:
+            prompts: token ids, none empty.
+            config: how to generate; what it leaves open is not taken from the model's own settings.
+
+        Returns:
+            ``num_return_sequences`` texts for each prompt in turn.
+        """
+        width = max(map(len, prompts))
+        ids, mask = self._pad(prompts, width, "right" if self.encoder_decoder else "left")
+        written = self.model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, use_model_defaults=False
+        )
+        new = written if self.encoder_decoder else written[:, width:]
+        return list(self.tokenizer.batch_decode(new, skip_special_tokens=True))
 
     def _logits(self, ids: Tensor, mask: Tensor, columns: Sequence[int]) -> Tensor:
         """Logits ``(n, columns, vocabulary)`` of a causal LM; those of other columns are never computed."""

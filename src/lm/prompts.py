@@ -8,6 +8,8 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from src.errors import UserError
+
 
 @dataclass(frozen=True)
 class ScorePrompt:
@@ -60,6 +62,55 @@ def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """What stands around a prompt for models that were tuned to follow instructions.
+
+    Attributes:
+        before, after: texts around the prompt.
+        special: put the tokenizer's special tokens before it (a chat template brings its own).
+    """
+
+    before: str = ""
+    after: str = ""
+    special: bool = True
+
+    def __call__(self, prompt: str) -> str:
+        """The prompt within its frame; the answer follows as it stands."""
+        if not self.before and not self.after:
+            return prompt
+        return f"{self.before}{prompt.rstrip(' ')}{self.after}"
+
+
+PLAIN = Frame()
+LLAMA_INST = Frame("[INST] ", " [/INST] ")
+_PLACE = "<the prompt stands here>"
+
+
+def make_frame(tokenizer: PreTrainedTokenizerBase, llama_inst: bool, chat_template: bool) -> Frame:
+    """The frame that ``--add_llama_inst`` or ``--use_chat_template`` asks for.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or one that changes the message.
+    """
+    if not chat_template:
+        return LLAMA_INST if llama_inst else PLAIN
+    if not tokenizer.chat_template:
+        raise UserError(
+            "--use_chat_template: the tokenizer has none: leave the flag out, or take a model tuned for chat"
+        )
+    whole = cast(
+        str,
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": _PLACE}], tokenize=False, add_generation_prompt=True
+        ),
+    )
+    before, found, after = whole.partition(_PLACE)
+    if not found:
+        raise UserError("--use_chat_template: the model's template leaves the message out, so it cannot be used")
+    return Frame(before, after, special=False)
+
+
+@dataclass(frozen=True)
 class PromptEncoder:
     """Texts to prompt tokens within a budget: only the key is ever cut.
 
@@ -68,7 +119,7 @@ class PromptEncoder:
         max_length: most tokens of prompt and answer.
         key_max_length: most tokens of a key.
         truncation_side: ``left`` or ``right``, where a key is cut.
-        llama_inst: put the prompt between ``[INST]`` and ``[/INST]`` (not for lrlm).
+        frame: what stands around the prompt (not for lrlm, which continues a text).
         encoder_decoder: prompt and answer are read apart, each with the special tokens of its own.
     """
 
@@ -76,7 +127,7 @@ class PromptEncoder:
     max_length: int
     key_max_length: int
     truncation_side: str = "right"
-    llama_inst: bool = False
+    frame: Frame = PLAIN
     encoder_decoder: bool = False
 
     def encode(self, task: str, query: str, keys: Sequence[str], answer: str) -> list[PromptTokens | None]:
@@ -118,21 +169,9 @@ class PromptEncoder:
         return cast(str, self.tokenizer.decode(list(_cut_ids(ids, room, self.truncation_side))))
 
     def _tokens(self, task: str, heads: Sequence[str], answer: str) -> list[PromptTokens]:
-        if self.llama_inst and task != "lrlm":
-            heads = [f"[INST] {head.rstrip(' ')} [/INST] " for head in heads]
-        if self.encoder_decoder:
-            prompts = self.tokenizer([head.rstrip(" ") for head in heads])["input_ids"]
-            ids = tuple(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
-            return [PromptTokens(tuple(prompt), ids) for prompt in prompts]
-        # A space before the answer belongs to its first token, as tokenizers of LMs have it.
-        without = self.tokenizer([head.rstrip(" ") for head in heads], add_special_tokens=False)["input_ids"]
-        whole = self.tokenizer([head + answer for head in heads], add_special_tokens=False)["input_ids"]
-        prefix = special_prefix(self.tokenizer)
-        split = [_common_length(head, full) for head, full in zip(without, whole, strict=True)]
-        return [
-            PromptTokens((*prefix, *full[:start]), tuple(full[start:]))
-            for full, start in zip(whole, split, strict=True)
-        ]
+        frame = PLAIN if task == "lrlm" else self.frame
+        pairs = [(head, answer) for head in heads]
+        return tokenize_pairs(self.tokenizer, pairs, frame, self.encoder_decoder)
 
     def encode_tokens(self, row: dict[str, Any]) -> list[PromptTokens | None]:
         """Tokens of an lrlm row that carries them: key, context, query and answer in a line, nothing added."""
@@ -146,6 +185,52 @@ class PromptEncoder:
             fits = free >= 0 and (rest or cut)
             found.append(PromptTokens((*cut, *rest), answer) if fits else None)
         return found
+
+
+def tokenize_pairs(
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[str, str]],
+    frame: Frame = PLAIN,
+    encoder_decoder: bool = False,
+) -> list[PromptTokens]:
+    """Tokens of prompts with their answers, told apart exactly: tokenized with and without the answer.
+
+    A space at the end of a prompt belongs to the answer's first token, as tokenizers of LMs have it.
+
+    Args:
+        tokenizer: of the LM.
+        pairs: prompt and answer; the answer may be empty.
+        frame: goes around the prompts.
+        encoder_decoder: prompt and answer are read apart.
+    """
+    heads = [frame(prompt) for prompt, _ in pairs]
+    short = [head.rstrip(" ") for head in heads]
+    if encoder_decoder:
+        prompts = tokenizer(short)["input_ids"]
+        answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+        return [PromptTokens(tuple(own), tuple(ids)) for own, ids in zip(prompts, answers, strict=True)]
+    without = tokenizer(short, add_special_tokens=False)["input_ids"]
+    texts = [head + answer for head, (_, answer) in zip(heads, pairs, strict=True)]
+    whole = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prefix = special_prefix(tokenizer) if frame.special else []
+    split = [_common_length(head, full) for head, full in zip(without, whole, strict=True)]
+    return [
+        PromptTokens((*prefix, *full[:start]), tuple(full[start:])) for full, start in zip(whole, split, strict=True)
+    ]
+
+
+def tokenize_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    frame: Frame = PLAIN,
+    encoder_decoder: bool = False,
+) -> list[tuple[int, ...]]:
+    """Tokens of prompts that a model is to continue; a space at the end is left to what it writes."""
+    texts = [frame(prompt).rstrip(" ") for prompt in prompts]
+    if encoder_decoder:
+        return [tuple(ids) for ids in tokenizer(texts)["input_ids"]]
+    prefix = special_prefix(tokenizer) if frame.special else []
+    return [(*prefix, *ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def _cut_ids(ids: Sequence[int], room: int, side: str) -> Sequence[int]:

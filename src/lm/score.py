@@ -16,6 +16,7 @@ from src.errors import UserError
 from src.io import atomic_write
 from src.jsonl import JsonLines
 from src.lm.journal import UNFIT, Journal
+from src.lm.likelihood import budgets, collect_work, cut_work, score_batch
 from src.lm.modeling_lm import LanguageModel
 from src.lm.prompts import PromptEncoder, PromptTokens
 from src.retrieval.collate import json_line, shortest
@@ -25,11 +26,6 @@ logger = logging.getLogger(__name__)
 
 #: Pairs of a unit of work: small enough that a kill costs little and no process waits long for the last.
 UNIT_PAIRS = 512
-#: Padded tokens of a batch that a CPU's caches hold: more of them are slower.
-CPU_BATCH_TOKENS = 1_024
-#: Logits in memory at a time.
-CPU_LOGITS = 1 << 25
-GPU_LOGITS = 1 << 29
 SHOWN_ROWS = 5
 
 
@@ -126,79 +122,6 @@ def check_all_fit(encoder: PromptEncoder, data: ScoreData) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Work:
-    """A prompt to read once, the answers to score after it, and the numbers of the pairs that want each answer."""
-
-    prompt: tuple[int, ...]
-    answers: tuple[tuple[int, ...], ...]
-    numbers: tuple[tuple[int, ...], ...]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest answer."""
-        return max(map(len, self.answers))
-
-    @property
-    def width(self) -> int:
-        """Tokens of the prompt with the longest answer."""
-        return len(self.prompt) + self.longest
-
-
-def collect_work(pairs: Sequence[tuple[int, PromptTokens]]) -> list[Work]:
-    """Numbered prompts to work in which nothing occurs twice, in order of first occurrence."""
-    found: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
-    for number, tokens in pairs:
-        found.setdefault(tokens.prompt, {}).setdefault(tokens.answer, []).append(number)
-    return [Work(prompt, tuple(own), tuple(map(tuple, own.values()))) for prompt, own in found.items()]
-
-
-def cut_work(
-    work: Sequence[Work], max_tokens: int, max_logits: int, vocabulary: int, padding_side: str
-) -> Iterator[list[Work]]:
-    """Batches of work with equally many answers, longest first, within a budget of padded tokens and of logits.
-
-    A single piece of work may exceed the budget.
-    """
-    batch: list[Work] = []
-    for each in sorted(work, key=lambda own: (len(own.answers), own.width), reverse=True):
-        grown = [*batch, each]
-        number, longest = len(each.answers), max(own.longest for own in grown)
-        # Several answers share the states of their prompt, which are repeated for each.
-        tokens = len(grown) * number * (max(len(own.prompt) for own in grown) + longest)
-        # Rows that are padded on the right end, and so want their logits, in different columns.
-        spread = grown[0].width - each.width if padding_side == "right" else 0
-        logits = len(grown) * number * (longest + spread) * vocabulary
-        if batch and (number != len(batch[0].answers) or tokens > max_tokens or logits > max_logits):
-            yield batch
-            grown = [each]
-        batch = grown
-    if batch:
-        yield batch
-
-
-def score_batch(model: LanguageModel, batch: Sequence[Work]) -> tuple[list[int], list[float]]:
-    """Numbers of all pairs of a batch, and their scores.
-
-    Raises:
-        UserError: scores are not finite.
-    """
-    prompts = [work.prompt for work in batch]
-    if len(batch[0].answers) == 1:
-        scores = model.answer_scores(prompts, [work.answers[0] for work in batch])[:, None]
-    else:
-        scores = model.shared_answer_scores(prompts, [work.answers for work in batch])
-    if not np.isfinite(scores).all():
-        raise UserError("the language model gives scores that are no numbers: try another --lm_dtype (bf16 or fp32)")
-    found = [
-        (number, score)
-        for work, own in zip(batch, scores, strict=True)
-        for numbers, score in zip(work.numbers, shortest(own), strict=True)
-        for number in numbers
-    ]
-    return [number for number, _ in found], [score for _, score in found]
-
-
 def score_units(
     model: LanguageModel, encoder: PromptEncoder, data: ScoreData, journal: Journal, max_tokens: int
 ) -> None:
@@ -216,23 +139,26 @@ def score_units(
     lengths = data.rows.scan.lengths
     # The heaviest first: what is left for the end is light, and no process waits long.
     order = sorted(range(len(units)), key=lambda unit: -int(lengths[units[unit].start : units[unit].stop].sum()))
-    max_logits = GPU_LOGITS
-    if model.model.device.type == "cpu":
-        max_logits, max_tokens = CPU_LOGITS, min(max_tokens, CPU_BATCH_TOKENS)
+    max_tokens, max_logits = budgets(model, max_tokens)
     passed = 0
+    failure: str | None = None
     with tqdm(total=sum(sizes), desc="scoring", unit="pair", disable=not distributed.is_main(), smoothing=0.1) as bar:
-        for unit in order:
-            if journal.claim(unit):
-                journal.repair(unit)
-                present = journal.read(unit, sizes[unit])
-                bar.update(int((~np.isnan(present)).sum()))
-                for numbers, scores in _score_unit(model, encoder, data, units[unit], present, max_tokens, max_logits):
-                    journal.add(unit, numbers, scores)
-                    bar.update(len(numbers))
-            # Units of other processes count when this one gets past them.
-            passed += sizes[unit]
-            bar.update(passed - bar.n if passed > bar.n else 0)
-    distributed.barrier()
+        try:
+            for unit in order:
+                if journal.claim(unit):
+                    journal.repair(unit)
+                    present = journal.read(unit, sizes[unit])
+                    bar.update(int((~np.isnan(present)).sum()))
+                    batches = _score_unit(model, encoder, data, units[unit], present, max_tokens, max_logits)
+                    for numbers, scores in batches:
+                        journal.add(unit, numbers, scores)
+                        bar.update(len(numbers))
+                # Units of other processes count when this one gets past them.
+                passed += sizes[unit]
+                bar.update(passed - bar.n if passed > bar.n else 0)
+        except UserError as error:
+            failure = str(error)
+    distributed.raise_together(failure)
 
 
 def _score_unit(

@@ -1,0 +1,99 @@
+"""A prompt of several parts within a budget of tokens: knowledge is cut first, then examples, never the question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What stands before and between the parts of a prompt.
+
+    Attributes:
+        before_knowledge: before the first key.
+        between_keys: between two keys.
+        between_parts: between knowledge, header, examples and question.
+    """
+
+    before_knowledge: str = "Knowledge: "
+    between_keys: str = "\n"
+    between_parts: str = "\n\n"
+
+
+DEFAULT_LAYOUT = Layout()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The parts of a prompt, in the order they stand in.
+
+    Attributes:
+        question: always kept whole; the answer follows it.
+        knowledge: retrieved keys, the last of which are cut first.
+        examples: the first of which are left out first.
+        header: a line between knowledge and examples, kept like the question.
+        layout: what stands between the parts.
+    """
+
+    question: str
+    knowledge: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    header: str = ""
+    layout: Layout = DEFAULT_LAYOUT
+
+    @property
+    def text(self) -> str:
+        """The whole prompt."""
+        layout = self.layout
+        keys = [key for key in self.knowledge if key]
+        knowledge = [layout.before_knowledge + layout.between_keys.join(keys)] if keys else []
+        header = [self.header] if self.header else []
+        return layout.between_parts.join([*knowledge, *header, *self.examples, self.question])
+
+
+def fit(
+    prompt: Prompt, length: Callable[[str], int], max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> Prompt | None:
+    """The prompt with as much of its knowledge, then of its examples, as fits.
+
+    Args:
+        prompt: any.
+        length: tokens of a whole prompt text, with its frame and whatever is to follow it.
+        max_length: most tokens.
+        tokenizer: cuts keys between tokens.
+
+    Returns:
+        None when header and question alone do not fit.
+    """
+    excess = length(prompt.text) - max_length
+    while excess > 0 and prompt.knowledge:
+        *kept, last = prompt.knowledge
+        cut = _shorten(last, excess, tokenizer)
+        prompt = replace(prompt, knowledge=(*kept, cut) if cut else tuple(kept))
+        excess = length(prompt.text) - max_length
+    if excess <= 0:
+        return prompt
+    # The fewest examples to leave out, by halving: with fewer examples a prompt is never longer.
+    low, high = 0, len(prompt.examples)
+    while low < high:
+        middle = (low + high) // 2
+        if length(replace(prompt, examples=prompt.examples[middle:]).text) <= max_length:
+            high = middle
+        else:
+            low = middle + 1
+    prompt = replace(prompt, examples=prompt.examples[low:])
+    return prompt if length(prompt.text) <= max_length else None
+
+
+def _shorten(text: str, excess: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """`text` without its last `excess` tokens, or more where cutting inside a character gives no text; maybe empty."""
+    ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for room in range(len(ids) - excess, 0, -1):
+        cut = str(tokenizer.decode(ids[:room]))
+        # Half a character decodes to a replacement sign; a text that did not become shorter would never fit.
+        if not cut.endswith("\ufffd") and len(tokenizer(cut, add_special_tokens=False)["input_ids"]) <= room:
+            return cut
+    return ""

@@ -1,0 +1,122 @@
+"""Generation in batches of like length, which stops where the answer ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from src import distributed
+from src.lm.modeling_lm import LanguageModel
+from src.retrieval.encode import progress
+
+#: What ``--eos_token_id`` was in the original for the newline of one tokenizer: here the newline of any.
+NEWLINE_ID = 13
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to generate.
+
+    Attributes:
+        max_new_tokens, do_sample, num_return_sequences, temperature, top_p: as the flags.
+        stop_token: stop at this token in place of a newline; None for the newline.
+        seed: for sampling.
+    """
+
+    max_new_tokens: int
+    do_sample: bool = False
+    num_return_sequences: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_token: int | None = None
+    seed: int = 42
+
+
+def newline_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """All tokens that end a line: whose text, after some letter, holds a newline."""
+    # After a letter, since tokenizers drop what they take for white space at the start of a text.
+    letter = tokenizer("a", add_special_tokens=False)["input_ids"]
+    size = len(tokenizer)
+    texts = tokenizer.batch_decode([[*letter, token] for token in range(size)])
+    return [token for token, text in enumerate(texts) if "\n" in text]
+
+
+def end_tokens(model: LanguageModel) -> list[int]:
+    """The tokens that end a text or a turn, by what tokenizer and model say."""
+    told = [
+        model.tokenizer.eos_token_id,
+        model.model.config.eos_token_id,
+        getattr(model.model.generation_config, "eos_token_id", None),
+    ]
+    flat = [token for ids in told if ids is not None for token in (ids if isinstance(ids, list) else [ids])]
+    return sorted(set(flat))
+
+
+def generate(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], decoding: Decoding, max_tokens: int
+) -> list[list[str]]:
+    """What the model writes after each prompt, computed by all processes together.
+
+    The text up to the first newline (with ``stop_token`` the whole text), white space around it removed. Greedy
+    generation depends on neither batches nor processes; sampling does on both, and is repeatable for the same ones.
+
+    Args:
+        model: the LM.
+        prompts: token ids, none empty; the same on every process.
+        decoding: see there.
+        max_tokens: budget of a batch, padding and new tokens included.
+
+    Returns:
+        ``num_return_sequences`` texts for each prompt, on every process.
+    """
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    mine = order[distributed.rank() :: distributed.world_size()]
+    stops = newline_tokens(model.tokenizer) if decoding.stop_token is None else [decoding.stop_token]
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=decoding.do_sample,
+        num_return_sequences=decoding.num_return_sequences,
+        **({"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.do_sample else {}),
+        eos_token_id=sorted({*end_tokens(model), *stops}),
+        pad_token_id=model.tokenizer.pad_token_id or 0,
+        decoder_start_token_id=model.model.config.decoder_start_token_id if model.encoder_decoder else None,
+    )
+    found: dict[int, list[str]] = {}
+    with progress(len(mine), "generating", distributed.is_main(), "prompt") as bar:
+        for batch in _batches(mine, prompts, decoding, max_tokens):
+            with torch.random.fork_rng(devices=_devices(model)):
+                torch.manual_seed(decoding.seed + batch[0])
+                texts = model.continuations([prompts[number] for number in batch], config)
+            for place, number in enumerate(batch):
+                own = texts[place * decoding.num_return_sequences : (place + 1) * decoding.num_return_sequences]
+                found[number] = [_first_line(text) if decoding.stop_token is None else text.strip() for text in own]
+            bar.update(len(batch))
+    parts = distributed.all_gather_json([[number, texts] for number, texts in found.items()])
+    joined = {number: texts for part in parts for number, texts in part}
+    return [joined[number] for number in range(len(prompts))]
+
+
+def _batches(
+    order: Sequence[int], prompts: Sequence[Sequence[int]], decoding: Decoding, max_tokens: int
+) -> Iterator[list[int]]:
+    """Consecutive numbers of `order`, longest prompts first, whose padded tokens fit; at least one."""
+    batch: list[int] = []
+    for number in order:
+        width = len(prompts[(batch or [number])[0]]) + decoding.max_new_tokens
+        if batch and (len(batch) + 1) * decoding.num_return_sequences * width > max_tokens:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def _devices(model: LanguageModel) -> list[int]:
+    return list(range(torch.cuda.device_count())) if model.model.device.type == "cuda" else []
+
+
+def _first_line(text: str) -> str:
+    return text.split("\n", 1)[0].strip()

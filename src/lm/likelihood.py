@@ -1,0 +1,140 @@
+"""Prompts with answers → likelihoods: nothing read twice, batches of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from src import distributed
+from src.errors import UserError
+from src.lm.modeling_lm import LanguageModel
+from src.lm.prompts import PromptTokens
+from src.retrieval.collate import shortest
+from src.retrieval.encode import progress
+
+#: Padded tokens of a batch that a CPU's caches hold: more of them are slower.
+CPU_BATCH_TOKENS = 1_024
+#: Logits in memory at a time.
+CPU_LOGITS = 1 << 25
+GPU_LOGITS = 1 << 29
+
+
+def budgets(model: LanguageModel, max_tokens: int) -> tuple[int, int]:
+    """Padded tokens (at most `max_tokens`) and logits of a batch that suit the model's device."""
+    if model.model.device.type == "cpu":
+        return min(max_tokens, CPU_BATCH_TOKENS), CPU_LOGITS
+    return max_tokens, GPU_LOGITS
+
+
+@dataclass(frozen=True)
+class Work:
+    """A prompt to read once, the answers to score after it, and the numbers of the pairs that want each answer."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+    numbers: tuple[tuple[int, ...], ...]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest answer."""
+        return max(map(len, self.answers))
+
+    @property
+    def width(self) -> int:
+        """Tokens of the prompt with the longest answer."""
+        return len(self.prompt) + self.longest
+
+
+def collect_work(pairs: Sequence[tuple[int, PromptTokens]]) -> list[Work]:
+    """Numbered prompts to work in which nothing occurs twice, in order of first occurrence."""
+    found: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+    for number, tokens in pairs:
+        found.setdefault(tokens.prompt, {}).setdefault(tokens.answer, []).append(number)
+    return [Work(prompt, tuple(own), tuple(map(tuple, own.values()))) for prompt, own in found.items()]
+
+
+def cut_work(
+    work: Sequence[Work], max_tokens: int, max_logits: int, vocabulary: int, padding_side: str
+) -> Iterator[list[Work]]:
+    """Batches of work with equally many answers, longest first, within a budget of padded tokens and of logits.
+
+    A single piece of work may exceed the budget.
+    """
+    batch: list[Work] = []
+    for each in sorted(work, key=lambda own: (len(own.answers), own.width), reverse=True):
+        grown = [*batch, each]
+        number, longest = len(each.answers), max(own.longest for own in grown)
+        # Several answers share the states of their prompt, which are repeated for each.
+        tokens = len(grown) * number * (max(len(own.prompt) for own in grown) + longest)
+        # Rows that are padded on the right end, and so want their logits, in different columns.
+        spread = grown[0].width - each.width if padding_side == "right" else 0
+        logits = len(grown) * number * (longest + spread) * vocabulary
+        if batch and (number != len(batch[0].answers) or tokens > max_tokens or logits > max_logits):
+            yield batch
+            grown = [each]
+        batch = grown
+    if batch:
+        yield batch
+
+
+def score_batch(model: LanguageModel, batch: Sequence[Work]) -> tuple[list[int], list[float]]:
+    """Numbers of all pairs of a batch, and their scores.
+
+    Raises:
+        UserError: scores are not finite.
+    """
+    prompts = [work.prompt for work in batch]
+    if len(batch[0].answers) == 1:
+        scores = model.answer_scores(prompts, [work.answers[0] for work in batch])[:, None]
+    else:
+        scores = model.shared_answer_scores(prompts, [work.answers for work in batch])
+    if not np.isfinite(scores).all():
+        raise UserError("the language model gives scores that are no numbers: try another --lm_dtype (bf16 or fp32)")
+    found = [
+        (number, score)
+        for work, own in zip(batch, scores, strict=True)
+        for numbers, score in zip(work.numbers, shortest(own), strict=True)
+        for number in numbers
+    ]
+    return [number for number, _ in found], [score for _, score in found]
+
+
+def score_prompts(model: LanguageModel, prompts: Sequence[PromptTokens], max_tokens: int, what: str) -> np.ndarray:
+    """Mean log-likelihood per token of the answers, computed by all processes together.
+
+    Args:
+        model: the LM.
+        prompts: prompts with answers, the same on every process.
+        max_tokens: budget of a batch, padding included.
+        what: description of the progress bar.
+
+    Returns:
+        fp64 ``(len(prompts),)``, on every process.
+
+    Raises:
+        UserError: scores are not finite.
+    """
+    max_tokens, max_logits = budgets(model, max_tokens)
+    # What shares a prompt goes to one process; lengths are dealt out evenly.
+    work = sorted(collect_work(list(enumerate(prompts))), key=lambda own: own.width, reverse=True)
+    mine = work[distributed.rank() :: distributed.world_size()]
+    numbers: list[int] = []
+    scores: list[float] = []
+    failure: str | None = None
+    with progress(len(mine), what, distributed.is_main(), "prompt") as bar:
+        try:
+            for batch in cut_work(mine, max_tokens, max_logits, model.vocabulary, model.padding_side):
+                found = score_batch(model, batch)
+                numbers += found[0]
+                scores += found[1]
+                bar.update(len(batch))
+        except UserError as error:
+            failure = str(error)
+    distributed.raise_together(failure)
+    joined = np.full(len(prompts), np.nan)
+    joined[np.concatenate(distributed.all_gather_array(np.array(numbers, dtype=np.int64)))] = np.concatenate(
+        distributed.all_gather_array(np.array(scores, dtype=np.float64))
+    )
+    return joined
