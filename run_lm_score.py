@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from src.io import check_writable, derived_path, existing_file, resolve_path
 from src.jsonl import JsonLines, open_jsonl
 from src.lm.args import NO_EFFECT, LMScoreArgs
 from src.lm.journal import Journal
-from src.lm.modeling_lm import LMConfig, lm_max_length, load_lm
+from src.lm.modeling_lm import LMConfig, lm_max_length, load_lm, model_identity
 from src.lm.prompts import PromptEncoder, make_frame
 from src.lm.score import ScoreData, check_all_fit, check_tokens, score_units, write_scored
 from src.retrieval.tasks import TASKS, task_from_path
@@ -50,12 +49,9 @@ def load_data(args: LMScoreArgs) -> ScoreData:
 
 def identity(args: LMScoreArgs, dtype: str, rows: JsonLines) -> dict[str, Any]:
     """What scores depend on: scores of anything else must not mix with these."""
-    name = args.model_name_or_path
-    data, folder = os.stat(rows.path), Path(name)
-    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    data = os.stat(rows.path)
     return {
-        "model_name_or_path": str(folder.resolve()) if files else name,
-        "model files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
+        **model_identity(args.model_name_or_path),
         "eval_data": [os.path.abspath(rows.path), data.st_size, data.st_mtime_ns],
         "lm_dtype": dtype,
         **{
@@ -106,7 +102,7 @@ def main() -> None:
         check_tokens(data, model.vocabulary)
         encoder = PromptEncoder(
             model.tokenizer,
-            lm_max_length(model.model, args.context_max_length),
+            lm_max_length(model.model.config, args.context_max_length),
             args.key_max_length,
             args.truncation_side,
             make_frame(model.tokenizer, args.add_llama_inst, args.use_chat_template),

@@ -5,30 +5,28 @@ python -m evaluation.eval_retrieval --eval_data test.json --corpus corpus.json -
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from typing import Any
 
-import torch
-
+from evaluation.common import build_searcher, retriever_name, versions
 from src import distributed
 from src.cli import parse_args, run
 from src.errors import UserError
 from src.retrieval.args import EvalOutputArgs, RetrievalArgs
-from src.retrieval.bm25 import build_bm25_searcher
 from src.retrieval.builders import (
-    bm25_config,
     check_outputs,
     dense_scorer,
-    dense_searcher,
     encoder_config,
     eval_config,
     load_eval_data,
 )
-from src.retrieval.evaluate import EvalData, retrieve
+from src.retrieval.evaluate import retrieve
 from src.retrieval.evaluators import evaluate, record
 from src.retrieval.modeling_dense import DenseRetriever, load_dense_retriever
-from src.retrieval.searcher import NoSearcher, RandomSearcher, Searcher
+from src.retrieval.searcher import Searcher
 
 
 @dataclass
@@ -43,23 +41,15 @@ class EvalRetrievalArgs(EvalOutputArgs, RetrievalArgs):
             raise UserError("--train_data: nothing is trained here; to mine for a file name it with --eval_data")
 
 
-def build_searcher(
-    args: EvalRetrievalArgs, data: EvalData, device: torch.device, load_model: Callable[[], DenseRetriever]
-) -> Searcher:
-    """The searcher that --retrieval_method names, ready to search."""
-    assert data.corpus is not None
-    if args.retrieval_method == "dense":
-        return dense_searcher(args, data, args.output_dir, device, load_model())
-    if args.retrieval_method == "bm25":
-        return build_bm25_searcher(data.keys, data.corpus.path, args.key_template, bm25_config(args, args.output_dir))
-    if args.retrieval_method == "random":
-        return RandomSearcher(len(data.corpus), args.seed)
-    return NoSearcher()
+def main(name: str = "retrieval", **defaults: Any) -> None:
+    """Parse, load, search, report.
 
-
-def main() -> None:
-    """Parse, load, search, report."""
-    (args,), given = parse_args([EvalRetrievalArgs])
+    Args:
+        name: under which results are reported.
+        defaults: of flags that differ from those of this entry point.
+    """
+    started = time.monotonic()
+    (args,), given = parse_args([EvalRetrievalArgs], **defaults)
     device = distributed.init_process_group(args.cpu)
     distributed.on_main(lambda: check_outputs(args, args.output_dir, args.log_path))
     config = eval_config(args, args.output_dir, args.seed)
@@ -74,7 +64,8 @@ def main() -> None:
     metrics = evaluate(
         data, config, lambda: dense_scorer(args, device, load_model()), lambda: retrieve(data, config, searcher)
     )
-    record(metrics, args.log_path, asdict(args))
+    facts = {"task": name, "retriever": retriever_name(args), "versions": versions()}
+    record(metrics, args.log_path, asdict(args), seconds=round(time.monotonic() - started, 1), **facts)
 
 
 if __name__ == "__main__":

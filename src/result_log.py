@@ -11,19 +11,20 @@ from pathlib import Path
 from typing import Any
 
 
-def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[str, Any]) -> None:
+def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[str, Any], **facts: Any) -> None:
     """Append a block to `log_path` and a line to the same path with the ending ``.jsonl``.
 
     Args:
         log_path: created with its folder when missing; one that ends in ``.jsonl`` gets the lines only.
         metrics: name to value.
         arguments: anything JSON can hold; other values are written as text.
+        facts: more of the same for the line only, such as the task's name or the seconds it took.
     """
     path = Path(log_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     time = datetime.now().astimezone().isoformat(timespec="seconds")
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    record = {"time": time, "command": command, "metrics": dict(metrics), "arguments": dict(arguments)}
+    record = {"time": time, "command": command, "metrics": dict(metrics), "arguments": dict(arguments), **facts}
     line = json.dumps(record, ensure_ascii=False, default=str)
     lines_path = path.with_suffix(path.suffix + "l" if path.suffix == ".json" else ".jsonl")
     if lines_path != path:

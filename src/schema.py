@@ -7,7 +7,8 @@ which the reader adds, and the few numbers per row that filters need without par
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from string import Formatter
 from typing import Any, TypedDict
 
@@ -196,6 +197,44 @@ def check_scoring_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     if problems:
         return problems, {}
     return [], {**numbers, "candidates": sum(map(len, candidates(row)))}
+
+
+@dataclass(frozen=True)
+class FurtherCheck:
+    """What an evaluation asks of its rows besides what all rows must have.
+
+    Attributes:
+        name: changes whenever the check does.
+        problems: a module's function from a row to texts for the user.
+    """
+
+    name: str
+    problems: Callable[[dict[str, Any]], list[str]]
+
+
+def check_further(
+    row: dict[str, Any],
+    check: Callable[[dict[str, Any]], tuple[list[str], dict[str, Any]]],
+    further: Callable[[dict[str, Any]], list[str]],
+) -> tuple[list[str], dict[str, Any]]:
+    """`check`, then, of a row without problems, `further`."""
+    problems, numbers = check(row)
+    problems = problems or further(row)
+    return problems, {} if problems else numbers
+
+
+def text_list_problems(row: dict[str, Any], field: str, least: int = 0) -> list[str]:
+    """Problems of a field that must hold at least `least` strings; when 0 it may be missing."""
+    value = row.get(field)
+    problems = _list_problems(row, field, "strings")
+    if not problems and len(value or []) < least:
+        return [f"field {field!r} needs {least} or more strings, found {len(value) if value else 'none'}"]
+    return problems
+
+
+def text_problems(row: dict[str, Any], *fields: str) -> list[str]:
+    """Problems of fields that must be strings."""
+    return [problem for field in fields for problem in _text_problems(row, field, required=True)]
 
 
 #: Fields of an lrlm row that carries tokens of the LM in place of text; one list of tokens per candidate in the first.

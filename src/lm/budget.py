@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -90,7 +90,7 @@ def fit(
 
 def _shorten(text: str, excess: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """`text` without its last `excess` tokens, or more where cutting inside a character gives no text; maybe empty."""
-    ids: Sequence[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     for room in range(len(ids) - excess, 0, -1):
         cut = str(tokenizer.decode(ids[:room]))
         # Half a character decodes to a replacement sign; a text that did not become shorter would never fit.

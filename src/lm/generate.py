@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from src import distributed
 from src.lm.modeling_lm import LanguageModel
-from src.retrieval.encode import progress
 
 #: What ``--eos_token_id`` was in the original for the newline of one tokenizer: here the newline of any.
 NEWLINE_ID = 13
@@ -22,7 +20,8 @@ class Decoding:
 
     Attributes:
         max_new_tokens, do_sample, num_return_sequences, temperature, top_p: as the flags.
-        stop_token: stop at this token in place of a newline; None for the newline.
+        stop_tokens: end the answer, as the end of a text does.
+        first_line: keep the text up to the first newline only.
         seed: for sampling.
     """
 
@@ -31,7 +30,8 @@ class Decoding:
     num_return_sequences: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
-    stop_token: int | None = None
+    stop_tokens: tuple[int, ...] = ()
+    first_line: bool = True
     seed: int = 42
 
 
@@ -56,47 +56,48 @@ def end_tokens(model: LanguageModel) -> list[int]:
 
 
 def generate(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], decoding: Decoding, max_tokens: int
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    max_tokens: int,
+    advance: Callable[[int], object],
 ) -> list[list[str]]:
-    """What the model writes after each prompt, computed by all processes together.
+    """What the model writes after each prompt.
 
-    The text up to the first newline (with ``stop_token`` the whole text), white space around it removed. Greedy
-    generation depends on neither batches nor processes; sampling does on both, and is repeatable for the same ones.
+    White space around the texts is removed. Greedy generation does not depend on batches; sampling does, and is
+    repeatable for the same prompts and budget.
 
     Args:
         model: the LM.
-        prompts: token ids, none empty; the same on every process.
+        prompts: token ids, none empty.
         decoding: see there.
         max_tokens: budget of a batch, padding and new tokens included.
+        advance: called with how many prompts are done.
 
     Returns:
-        ``num_return_sequences`` texts for each prompt, on every process.
+        ``num_return_sequences`` texts for each prompt.
     """
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    mine = order[distributed.rank() :: distributed.world_size()]
-    stops = newline_tokens(model.tokenizer) if decoding.stop_token is None else [decoding.stop_token]
     config = GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
         do_sample=decoding.do_sample,
         num_return_sequences=decoding.num_return_sequences,
         **({"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.do_sample else {}),
-        eos_token_id=sorted({*end_tokens(model), *stops}),
+        eos_token_id=sorted({*end_tokens(model), *decoding.stop_tokens}),
         pad_token_id=model.tokenizer.pad_token_id or 0,
         decoder_start_token_id=model.model.config.decoder_start_token_id if model.encoder_decoder else None,
     )
-    found: dict[int, list[str]] = {}
-    with progress(len(mine), "generating", distributed.is_main(), "prompt") as bar:
-        for batch in _batches(mine, prompts, decoding, max_tokens):
-            with torch.random.fork_rng(devices=_devices(model)):
-                torch.manual_seed(decoding.seed + batch[0])
-                texts = model.continuations([prompts[number] for number in batch], config)
-            for place, number in enumerate(batch):
-                own = texts[place * decoding.num_return_sequences : (place + 1) * decoding.num_return_sequences]
-                found[number] = [_first_line(text) if decoding.stop_token is None else text.strip() for text in own]
-            bar.update(len(batch))
-    parts = distributed.all_gather_json([[number, texts] for number, texts in found.items()])
-    joined = {number: texts for part in parts for number, texts in part}
-    return [joined[number] for number in range(len(prompts))]
+    found: list[list[str]] = [[] for _ in prompts]
+    number_each = decoding.num_return_sequences
+    for batch in _batches(order, prompts, decoding, max_tokens):
+        with torch.random.fork_rng(devices=_devices(model)):
+            torch.manual_seed(decoding.seed + batch[0])
+            texts = model.continuations([prompts[number] for number in batch], config)
+        for place, number in enumerate(batch):
+            own = texts[place * number_each : (place + 1) * number_each]
+            found[number] = [(_first_line(text) if decoding.first_line else text).strip() for text in own]
+        advance(len(batch))
+    return found
 
 
 def _batches(
@@ -119,4 +120,4 @@ def _devices(model: LanguageModel) -> list[int]:
 
 
 def _first_line(text: str) -> str:
-    return text.split("\n", 1)[0].strip()
+    return text.split("\n", 1)[0]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from src import distributed
 from src.errors import UserError
 from src.lm.modeling_lm import LanguageModel
 from src.lm.prompts import PromptTokens
 from src.retrieval.collate import shortest
-from src.retrieval.encode import progress
 
 #: Padded tokens of a batch that a CPU's caches hold: more of them are slower.
 CPU_BATCH_TOKENS = 1_024
@@ -101,40 +99,28 @@ def score_batch(model: LanguageModel, batch: Sequence[Work]) -> tuple[list[int],
     return [number for number, _ in found], [score for _, score in found]
 
 
-def score_prompts(model: LanguageModel, prompts: Sequence[PromptTokens], max_tokens: int, what: str) -> np.ndarray:
-    """Mean log-likelihood per token of the answers, computed by all processes together.
+def score_prompts(
+    model: LanguageModel, prompts: Sequence[PromptTokens], max_tokens: int, advance: Callable[[int], object]
+) -> np.ndarray:
+    """Mean log-likelihood per token of the answers.
 
     Args:
         model: the LM.
-        prompts: prompts with answers, the same on every process.
+        prompts: prompts with answers.
         max_tokens: budget of a batch, padding included.
-        what: description of the progress bar.
+        advance: called with how many prompts are done.
 
     Returns:
-        fp64 ``(len(prompts),)``, on every process.
+        fp64 ``(len(prompts),)``.
 
     Raises:
         UserError: scores are not finite.
     """
     max_tokens, max_logits = budgets(model, max_tokens)
-    # What shares a prompt goes to one process; lengths are dealt out evenly.
-    work = sorted(collect_work(list(enumerate(prompts))), key=lambda own: own.width, reverse=True)
-    mine = work[distributed.rank() :: distributed.world_size()]
-    numbers: list[int] = []
-    scores: list[float] = []
-    failure: str | None = None
-    with progress(len(mine), what, distributed.is_main(), "prompt") as bar:
-        try:
-            for batch in cut_work(mine, max_tokens, max_logits, model.vocabulary, model.padding_side):
-                found = score_batch(model, batch)
-                numbers += found[0]
-                scores += found[1]
-                bar.update(len(batch))
-        except UserError as error:
-            failure = str(error)
-    distributed.raise_together(failure)
-    joined = np.full(len(prompts), np.nan)
-    joined[np.concatenate(distributed.all_gather_array(np.array(numbers, dtype=np.int64)))] = np.concatenate(
-        distributed.all_gather_array(np.array(scores, dtype=np.float64))
-    )
-    return joined
+    scores = np.full(len(prompts), np.nan)
+    work = collect_work(list(enumerate(prompts)))
+    for batch in cut_work(work, max_tokens, max_logits, model.vocabulary, model.padding_side):
+        numbers, found = score_batch(model, batch)
+        scores[numbers] = found
+        advance(len(numbers))
+    return scores

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -169,16 +170,15 @@ class LanguageModel:
 
         Args:
             prompts: token ids, none empty.
-            config: how to generate; what it leaves open is not taken from the model's own settings.
+            config: how to generate.
 
         Returns:
             ``num_return_sequences`` texts for each prompt in turn.
         """
         width = max(map(len, prompts))
         ids, mask = self._pad(prompts, width, "right" if self.encoder_decoder else "left")
-        written = self.model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, use_model_defaults=False
-        )
+        model: Any = self.model
+        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         new = written if self.encoder_decoder else written[:, width:]
         return list(self.tokenizer.batch_decode(new, skip_special_tokens=True))
 
@@ -245,9 +245,19 @@ def _scores(values: Sequence[Tensor]) -> np.ndarray:
     return torch.stack(list(values)).cpu().numpy()
 
 
-def lm_max_length(model: PreTrainedModel, wanted: int) -> int:
+def model_identity(name: str) -> dict[str, Any]:
+    """What tells a model from another: its name, and sizes and times of the files of a folder."""
+    folder = Path(name)
+    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    return {
+        "model_name_or_path": str(folder.resolve()) if files else name,
+        "model files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
+    }
+
+
+def lm_max_length(config: PretrainedConfig, wanted: int) -> int:
     """`wanted` tokens, or what the model takes when that is fewer."""
-    limit = None if model.config.is_encoder_decoder else position_limit(model.config)
+    limit = None if config.is_encoder_decoder else position_limit(config)
     if limit is not None and limit < wanted:
         logger.info("--context_max_length %d: the model takes %d tokens, longer prompts are cut to that", wanted, limit)
         return limit
@@ -269,19 +279,37 @@ def _gguf_file(path: str) -> str | None:
     return files[0] if files else None
 
 
+def _options(config: LMConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
+    if (gguf := _gguf_file(config.model_name_or_path)) is not None:
+        options["gguf_file"] = gguf
+    return options
+
+
+def load_lm_tokenizer(config: LMConfig) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """What prompts are made with, before the weights are loaded: tokenizer and configuration.
+
+    Raises:
+        UserError: they cannot be loaded.
+    """
+    name, options = config.model_name_or_path, _options(config)
+    try:
+        return AutoTokenizer.from_pretrained(name, **options), AutoConfig.from_pretrained(name, **options)
+    except ImportError as error:
+        raise UserError(f"cannot load the {WHAT} {name!r}: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise load_error(name, error, WHAT) from error
+
+
 def load_lm(config: LMConfig) -> LanguageModel:
     """Load a causal or encoder-decoder LM with its tokenizer.
 
     Raises:
         UserError: it cannot be loaded, is no LM, or lacks weights.
     """
-    name = config.model_name_or_path
-    options: dict[str, Any] = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
-    if (gguf := _gguf_file(name)) is not None:
-        options["gguf_file"] = gguf
+    name, options = config.model_name_or_path, _options(config)
+    tokenizer, model_config = load_lm_tokenizer(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model_config = AutoConfig.from_pretrained(name, **options)
         kind: Any = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
         model, info = kind.from_pretrained(
             name, dtype=TORCH_DTYPES[config.dtype], device_map=config.device_map, output_loading_info=True, **options
@@ -294,4 +322,6 @@ def load_lm(config: LMConfig) -> LanguageModel:
         raise UserError(f"{name!r} lacks {len(missing)} weights of a {WHAT}, among them {missing[0]}: it cannot score")
     if config.device_map is None:
         model = model.to(config.device)
+    # How a model likes to sample (temperature, penalties) is no part of an evaluation; where its texts end is.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return LanguageModel(model.eval(), tokenizer, config.padding_side, config.add_position_ids)

@@ -7,7 +7,7 @@ reads no file.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -237,12 +237,15 @@ class RankerArgs(CandidateArgs):
 class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
     """All settings of retrieval over a corpus."""
 
+    #: What --retrieval_method may be; an entry point may know more.
+    methods: ClassVar[tuple[str, ...]] = RETRIEVAL_METHODS
+
     retrieval_method: str = flag("dense", f"How to retrieve: {', '.join(RETRIEVAL_METHODS)}.")
 
     def __post_init__(self) -> None:
         CandidateArgs.__post_init__(self)
         DenseArgs.__post_init__(self)
-        check_choice("retrieval_method", self.retrieval_method, RETRIEVAL_METHODS)
+        check_choice("retrieval_method", self.retrieval_method, self.methods)
         check_positive(hits=self.hits, k1=self.k1, threads=self.threads)
         check_choice("bm25_backend", self.bm25_backend, BM25_BACKENDS)
         if not 0 <= self.b <= 1:

@@ -31,6 +31,7 @@ from src.retrieval.pair_scorers import DensePairScorer, RankerPairScorer
 from src.retrieval.searcher import DenseSearchConfig, DenseSearcher, build_dense_searcher, encode_config
 from src.retrieval.store import IndexIdentity, file_fingerprint
 from src.retrieval.tasks import instruction_for
+from src.schema import FurtherCheck
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +118,15 @@ def metric_names(args: DataArgs) -> list[str]:
     return [f"{name}@{cutoff}" for name in names for cutoff in sorted(set(args.cutoffs))]
 
 
-def load_eval_data(args: RetrievalArgs | RankerArgs, config: EvalConfig) -> EvalData | None:
+def load_eval_data(
+    args: RetrievalArgs | RankerArgs, config: EvalConfig, further: FurtherCheck | None = None
+) -> EvalData | None:
     """Open and check the evaluation rows and the corpus; None without --eval_data.
+
+    Args:
+        args: flags.
+        config: what is computed.
+        further: check of fields that the evaluation needs besides.
 
     Raises:
         UserError: a file is missing or has problems, or the metrics cannot be computed on them.
@@ -135,7 +143,7 @@ def load_eval_data(args: RetrievalArgs | RankerArgs, config: EvalConfig) -> Eval
             "--eval_data needs --corpus to retrieve from (or --eval_method rerank, to order each row's keys)"
         )
     size = len(corpus) if corpus is not None else None
-    rows = load_eval_rows(path, size, args.dataset_cache_dir, SCORE in config.metrics)
+    rows = load_eval_rows(path, size, args.dataset_cache_dir, SCORE in config.metrics, further)
     # Only models know instructions; to BM25 they would be words like others.
     lexical = isinstance(args, RetrievalArgs) and args.retrieval_method != "dense"
     data = make_eval_data(rows, corpus, args.key_template, args.task, no_instruction if lexical else instructions(args))

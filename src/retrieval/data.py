@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from src import distributed
 from src.errors import UserError
-from src.jsonl import JsonLines, open_jsonl
+from src.jsonl import JsonLines, RowCheck, open_jsonl
 from src.retrieval.select import select_group, unusable
 from src.retrieval.settings import SourceSettings
 from src.retrieval.tasks import Instruction, task_from_path
@@ -22,8 +22,10 @@ from src.schema import (
     SCORING_CHECK,
     TEACHER_SCORES,
     TRAIN_CHECK,
+    FurtherCheck,
     check_corpus_row,
     check_eval_row,
+    check_further,
     check_scoring_row,
     check_train_row,
     template_columns,
@@ -238,7 +240,11 @@ def check_mixable(sources: Sequence[Source]) -> None:
 
 
 def load_eval_rows(
-    path: str, corpus_size: int | None, cache_dir: str | None, needs_candidates: bool = False
+    path: str,
+    corpus_size: int | None,
+    cache_dir: str | None,
+    needs_candidates: bool = False,
+    further: FurtherCheck | None = None,
 ) -> JsonLines:
     """Open and check an evaluation file.
 
@@ -247,11 +253,15 @@ def load_eval_rows(
         corpus_size: rows of the corpus; None when there is none.
         cache_dir: see `open_jsonl`.
         needs_candidates: every row must have candidates (maybe none), to be scored.
+        further: check of the fields that an evaluation needs besides.
 
     Raises:
         UserError: rows with problems, or a ``pos_index`` or ``key_index`` beyond the corpus.
     """
+    check: RowCheck
     check, name = (check_scoring_row, SCORING_CHECK) if needs_candidates else (check_eval_row, EVAL_CHECK)
+    if further is not None:
+        check, name = partial(check_further, check=check, further=further.problems), f"{name} {further.name}"
     rows = distributed.on_main(partial(open_jsonl, path, check, name, cache_dir))
     if corpus_size is not None:
         for field in ("pos_index", "key_index"):

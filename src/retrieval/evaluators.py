@@ -47,11 +47,11 @@ def evaluate(
     return report(data, hits(), config) if config.ranks else {}
 
 
-def record(metrics: Mapping[str, float], log_path: str, arguments: Mapping[str, Any]) -> None:
-    """Show metrics and append them to the log, with all arguments; the main process does, and only if there are any."""
+def record(metrics: Mapping[str, float], log_path: str, arguments: Mapping[str, Any], **facts: Any) -> None:
+    """Show metrics and append them to the log, with arguments and facts; by the main process, and if there are any."""
     if distributed.is_main() and metrics:
         logger.info("%s", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-        log_result(log_path, metrics, arguments)
+        log_result(log_path, metrics, arguments, **facts)
         logger.info("metrics appended to %s", log_path)
 
 

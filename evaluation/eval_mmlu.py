@@ -1,0 +1,100 @@
+"""MMLU (Hendrycks et al. 2021): four options, scored by the likelihood of their letter, with retrieved passages.
+
+torchrun --nproc_per_node 8 -m evaluation.eval_mmlu --query_encoder data/outputs/my-retriever/checkpoint-2000
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from evaluation.common import Context, EvalTask, Found, Row, Values, run_task
+from evaluation.few_shot import from_train_data
+from evaluation.mmlu_subjects import GROUP_OF, GROUPS
+from evaluation.text_metrics import mean
+from src.cli import run
+from src.lm.ask import Request
+from src.lm.budget import Layout, Prompt
+from src.lm.eval_args import ChoiceArgs
+from src.schema import FurtherCheck, text_list_problems, text_problems
+
+LETTERS = ("A", "B", "C", "D")
+LAYOUT = Layout(before_knowledge="Knowledge:\n")
+
+
+def subject_of(row: Row) -> str:
+    """Its name as in `GROUP_OF`."""
+    return str(row["subject"]).strip().lower().replace(" ", "_")
+
+
+def problems(row: Row) -> list[str]:
+    """Of the fields that this evaluation needs."""
+    found = text_problems(row, "subject") + text_list_problems(row, "choices", 4)
+    if not found and subject_of(row) not in GROUP_OF:
+        found.append(f"subject {row['subject']!r} is none of MMLU's: {', '.join(sorted(GROUP_OF))}")
+    if not found and len(row["choices"]) != len(LETTERS):
+        found.append(f"field 'choices' needs four options, found {len(row['choices'])}")
+    if not isinstance(row.get("answer"), int) or not 0 <= row["answer"] < len(LETTERS):
+        found.append(f"field 'answer' must be the number of the right option, 0 to 3, found {row.get('answer')!r}")
+    return found
+
+
+CHECK = FurtherCheck("mmlu-1", problems)
+
+
+def question(row: Row, answer: str = "") -> str:
+    """Question and options, with the letter of the right one as an example."""
+    options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True))
+    return f"{row['query']}{options}\nAnswer: {answer}"
+
+
+def examples(context: Context) -> Callable[[Row], Sequence[str]]:
+    """The first questions of the same subject."""
+    return from_train_data(context, CHECK, lambda row: question(row, LETTERS[row["answer"]]), subject_of)
+
+
+def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request:
+    """Knowledge, a line naming the subject, examples, question; the letters are the answers to choose from."""
+    subject = subject_of(row).replace("_", " ")
+    header = f"The following are multiple choice questions (with answers) about {subject}."
+    return Request(Prompt(question(row), found.texts, tuple(shots), header, LAYOUT), LETTERS)
+
+
+def summarize(rows: Sequence[tuple[Row, Values]]) -> Values:
+    """Accuracy by subject, and its means over the subjects of each group and over all."""
+    by_subject: dict[str, list[float]] = defaultdict(list)
+    for row, values in rows:
+        by_subject[subject_of(row)].append(values["accuracy"])
+    subjects = {subject: mean(values) for subject, values in sorted(by_subject.items())}
+    present = {group: [subjects[name] for name in names if name in subjects] for group, names in GROUPS.items()}
+    groups = {group: mean(values) for group, values in present.items() if values}
+    return {**subjects, **groups, "accuracy": mean(list(subjects.values()))}
+
+
+TASK = EvalTask(
+    name="mmlu",
+    args=ChoiceArgs,
+    defaults={
+        "train_data": ["llm-embedder:qa/mmlu/dev.json"],
+        "eval_data": "llm-embedder:qa/mmlu/test.json",
+        "corpus": "llm-embedder:qa/msmarco/corpus.json",
+        "metrics": ["collate_key"],
+        "save_to_output": True,
+        "hits": 10,
+        "key_max_length": 128,
+        "context_max_length": 2048,
+        "lm_batch_size": 2,
+        "output_dir": "data/results/mmlu",
+        "log_path": "data/results/mmlu/mmlu.log",
+    },
+    check=CHECK,
+    examples=examples,
+    request=request,
+    score=lambda row, response: {"accuracy": float(response.choice == row["answer"])},
+    gold=lambda row: row["answer"],
+    summarize=summarize,
+)
+
+
+if __name__ == "__main__":
+    run(lambda: run_task(TASK))

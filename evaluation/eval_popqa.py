@@ -1,0 +1,101 @@
+"""PopQA (Mallen et al. 2023): questions on rarely mentioned entities, answered with retrieved passages.
+
+torchrun --nproc_per_node 8 -m evaluation.eval_popqa --query_encoder data/outputs/my-retriever/checkpoint-2000
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from evaluation.common import Context, EvalTask, Found, run_task
+from evaluation.text_metrics import contains_answer, mean
+from src.cli import run
+from src.lm.ask import Request, Response
+from src.lm.budget import Prompt
+from src.lm.eval_args import QuestionArgs
+from src.schema import FurtherCheck, text_list_problems
+
+#: Relations that examples are taken of, one each.
+RELATIONS = (22, 91, 97, 106, 164, 182, 218, 257, 292, 422, 472, 484, 526, 533, 560, 639)
+
+
+def answers(row: dict[str, Any]) -> list[str]:
+    """What counts as right: a list, or one as JSON text (as PopQA is published)."""
+    found = row["possible_answers"]
+    return json.loads(found) if isinstance(found, str) else found
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """Of the fields that this evaluation needs."""
+    try:
+        own = {"possible_answers": answers(row)}
+    except (KeyError, json.JSONDecodeError):
+        return ["field 'possible_answers' is missing: give a list of strings, or one as JSON text"]
+    found = text_list_problems(own, "possible_answers", 1)
+    if not isinstance(row.get("prop_id"), int):
+        found.append(f"field 'prop_id' must be the number of the relation, found {row.get('prop_id')!r}")
+    return found
+
+
+def question(row: dict[str, Any], answer: str = "") -> str:
+    """A question, with its answer as an example."""
+    return f"Q: {row['query']} A: {answer}"
+
+
+def one_per_relation(context: Context) -> Callable[[dict[str, Any]], Sequence[str]]:
+    """Examples of the relations other than the row's own."""
+    rng = np.random.default_rng(context.args.seed)
+    by_relation: dict[int, list[dict[str, Any]]] = {relation: [] for relation in RELATIONS}
+    for row in context.data.rows if context.args.few_shot else ():
+        by_relation.get(row["prop_id"], []).append(row)
+    chosen = {
+        relation: question(row, row.get("obj") or answers(row)[0])
+        for relation, rows in by_relation.items()
+        if rows and (row := rows[int(rng.integers(len(rows)))])
+    }
+    few_shot = context.args.few_shot
+    return lambda row: [text for relation, text in chosen.items() if relation != row["prop_id"]][:few_shot]
+
+
+def request(context: Context, row: dict[str, Any], found: Found, examples: Sequence[str]) -> Request:
+    """Knowledge, examples, question."""
+    return Request(Prompt(question(row), found.texts, tuple(examples)))
+
+
+def score(row: dict[str, Any], response: Response) -> dict[str, float]:
+    """Whether an answer occurs in the output."""
+    return {"accuracy": mean([contains_answer(text, answers(row)) for text in response.texts])}
+
+
+TASK = EvalTask(
+    name="popqa",
+    args=QuestionArgs,
+    defaults={
+        "eval_data": "llm-embedder:qa/popqa/test.json",
+        "corpus": "llm-embedder:qa/nq/corpus.json",
+        "metrics": ["collate_key"],
+        "save_to_output": True,
+        "hits": 10,
+        "key_max_length": 128,
+        "context_max_length": 2048,
+        "lm_batch_size": 2,
+        "few_shot": 15,
+        "max_new_tokens": 16,
+        "eos_token_id": 13,
+        "output_dir": "data/results/popqa",
+        "log_path": "data/results/popqa/popqa.log",
+    },
+    check=FurtherCheck("popqa-1", problems),
+    examples=one_per_relation,
+    request=request,
+    score=score,
+    gold=answers,
+)
+
+
+if __name__ == "__main__":
+    run(lambda: run_task(TASK))

@@ -1,0 +1,81 @@
+"""Open-domain questions (Natural Questions): exact match of short answers, with retrieved passages.
+
+torchrun --nproc_per_node 8 -m evaluation.eval_qa --query_encoder data/outputs/my-retriever/checkpoint-2000
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from evaluation.common import Context, EvalTask, Found, Row, run_task
+from evaluation.few_shot import from_train_data
+from evaluation.text_metrics import exact_match, mean, token_f1
+from src.cli import run
+from src.lm.ask import Request, Response
+from src.lm.budget import Prompt
+from src.lm.eval_args import QuestionArgs
+from src.schema import FurtherCheck, text_list_problems
+
+
+def problems(row: Row) -> list[str]:
+    """Of the fields that this evaluation needs."""
+    return text_list_problems(row, "answers", 1)
+
+
+CHECK = FurtherCheck("qa-1", problems)
+
+
+def question(row: Row, answer: str = "") -> str:
+    """A question, with its answer as an example."""
+    return f"Question: {row['query']}\nAnswer: {answer}"
+
+
+def examples(context: Context) -> Callable[[Row], Sequence[str]]:
+    """Questions with their first answers, the same for all rows."""
+    return from_train_data(context, CHECK, lambda row: question(row, row["answers"][0]))
+
+
+def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request:
+    """Knowledge, examples, question."""
+    return Request(Prompt(question(row), found.texts, tuple(shots)))
+
+
+def score(row: Row, response: Response) -> dict[str, float]:
+    """Exact match and F1, means over the texts."""
+    texts, answers = response.texts, row["answers"]
+    return {
+        "exact_match": mean([exact_match(text, answers) for text in texts]),
+        "f1": mean([token_f1(text, answers) for text in texts]),
+    }
+
+
+TASK = EvalTask(
+    name="qa",
+    args=QuestionArgs,
+    defaults={
+        "train_data": ["llm-embedder:qa/nq/dev.json"],
+        "eval_data": "llm-embedder:qa/nq/test.json",
+        "corpus": "llm-embedder:qa/nq/corpus.json",
+        "metrics": ["collate_key"],
+        "save_to_output": True,
+        "hits": 10,
+        "query_max_length": 32,
+        "key_max_length": 128,
+        "context_max_length": 2048,
+        "lm_batch_size": 4,
+        "few_shot": 10,
+        "max_new_tokens": 32,
+        "eos_token_id": 13,
+        "output_dir": "data/results/qa/",
+        "log_path": "data/results/qa/qa.log",
+    },
+    check=CHECK,
+    examples=examples,
+    request=request,
+    score=score,
+    gold=lambda row: row["answers"],
+)
+
+
+if __name__ == "__main__":
+    run(lambda: run_task(TASK))

@@ -1,0 +1,76 @@
+"""QReCC (Anantha et al. 2021): passages for a question in its conversation; with --do_generate also answers.
+
+torchrun --nproc_per_node 8 -m evaluation.eval_qrecc --query_encoder data/outputs/my-retriever/checkpoint-2000
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evaluation.common import Context, EvalTask, Found, Row, run_task
+from evaluation.text_metrics import mean, rouge_l
+from src.cli import run
+from src.flags import flag
+from src.lm.ask import Request, Response
+from src.lm.budget import Prompt
+from src.lm.eval_args import GenerateArgs, KnowledgeArgs
+from src.schema import FurtherCheck, text_list_problems
+
+
+@dataclass
+class QReCCArgs(GenerateArgs, KnowledgeArgs):
+    """Flags of this evaluation."""
+
+    do_generate: bool = flag(False, "Let the LM answer with what was retrieved, and report ROUGE-L.")
+
+    def __post_init__(self) -> None:
+        GenerateArgs.__post_init__(self)
+        KnowledgeArgs.__post_init__(self)
+
+
+def problems(row: Row) -> list[str]:
+    """Of the fields that this evaluation needs; answers only matter when some are generated."""
+    return text_list_problems(row, "answers")
+
+
+def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request:
+    """Knowledge, conversation, question."""
+    return Request(Prompt(f"Question: {row['query']}\n\nAnswer: ", found.texts))
+
+
+def score(row: Row, response: Response) -> dict[str, float]:
+    """ROUGE-L of the texts; 0 for a question without an answer, unless nothing was written."""
+    answers = row.get("answers") or [""]
+    return {"rouge_l": mean([rouge_l(text, answers) for text in response.texts])}
+
+
+TASK = EvalTask(
+    name="qrecc",
+    args=QReCCArgs,
+    defaults={
+        "eval_data": "llm-embedder:convsearch/qrecc/test.concat.json",
+        "corpus": "llm-embedder:convsearch/qrecc/corpus.json",
+        "key_template": "{text}",
+        "metrics": ["ndcg", "recall", "collate_key"],
+        "cutoffs": [3, 10, 100],
+        "max_neg_num": 32,
+        "save_to_output": True,
+        "hits": 100,
+        "context_max_length": 2048,
+        "lm_batch_size": 2,
+        "max_new_tokens": 128,
+        "eos_token_id": 13,
+        "output_dir": "data/results/qrecc",
+        "log_path": "data/results/qrecc/qrecc.log",
+    },
+    check=FurtherCheck("qrecc-1", problems),
+    request=request,
+    score=score,
+    gold=lambda row: row.get("answers"),
+    asks=lambda args: args.do_generate,
+)
+
+
+if __name__ == "__main__":
+    run(lambda: run_task(TASK))

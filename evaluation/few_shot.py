@@ -1,0 +1,52 @@
+"""Examples out of the training rows of an evaluation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from evaluation.common import Context, Row
+from src import distributed
+from src.errors import UserError
+from src.io import expand_data_paths
+from src.jsonl import open_jsonl
+from src.schema import EVAL_CHECK, FurtherCheck, check_eval_row, check_further
+
+
+def from_train_data(
+    context: Context, check: FurtherCheck, show: Callable[[Row], str], group: Callable[[Row], str] | None = None
+) -> Callable[[Row], Sequence[str]]:
+    """``--few_shot`` examples out of ``--train_data``, the same for all rows (of a group).
+
+    Args:
+        context: flags.
+        check: of the training rows.
+        show: row → example.
+        group: row → the group its examples come from, whose first rows are taken in the order of the file; None draws
+            from all rows by ``--seed``.
+
+    Raises:
+        UserError: there are no training rows, or they have problems.
+    """
+    args = context.args
+    if args.few_shot == 0:
+        return lambda row: ()
+    if not args.train_data:
+        raise UserError(f"--few_shot {args.few_shot} takes examples from --train_data: give it, or --few_shot 0")
+    scan = partial(check_further, check=check_eval_row, further=check.problems)
+    pool: list[Row] = []
+    for path in expand_data_paths(args.train_data, args.data_root, "train_data"):
+        name = f"{EVAL_CHECK} {check.name}"
+        pool += distributed.on_main(partial(open_jsonl, path, scan, name, args.dataset_cache_dir))
+    if group is None:
+        order = np.random.default_rng(args.seed).permutation(len(pool))[: args.few_shot]
+        texts = [show(pool[number]) for number in order]
+        return lambda row: texts
+    groups: dict[str, list[str]] = defaultdict(list)
+    for row in pool:
+        if len(groups[group(row)]) < args.few_shot:
+            groups[group(row)].append(show(row))
+    return lambda row: groups.get(group(row), [])

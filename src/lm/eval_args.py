@@ -1,0 +1,152 @@
+"""Flags of the evaluations that let a language model use what was retrieved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from src.errors import UserError
+from src.flags import check_choice, check_positive, flag
+from src.lm.args import LMArgs
+from src.lm.generate import NEWLINE_ID
+from src.retrieval.args import RETRIEVAL_METHODS, EvalOutputArgs, RetrievalArgs
+
+ORACLE = "oracle"
+INTEGRATE_METHODS = ("concat", "replace")
+ORDER_METHODS = ("sequential", "relevance")
+
+
+@dataclass
+class LMEvalArgs(LMArgs, EvalOutputArgs, RetrievalArgs):
+    """Retrieval, then a language model; `oracle` retrieves the rows' own pos_index."""
+
+    methods: ClassVar[tuple[str, ...]] = (*RETRIEVAL_METHODS, ORACLE)
+    #: Flags that all evaluations take, and that one has no use for.
+    no_effect: ClassVar[tuple[str, ...]] = ("train_data",)
+
+    retrieval_method: str = flag(
+        "dense", f"How to retrieve: {', '.join(methods)} (what pos_index names). Without --corpus rows bring their key."
+    )
+    load_prev_result: bool = flag(
+        False, "Take over the outputs that an earlier run saved for the same prompt, model and settings."
+    )
+
+    def __post_init__(self) -> None:
+        LMArgs.__post_init__(self)
+        RetrievalArgs.__post_init__(self)
+        if self.eval_data is None:
+            raise UserError("--eval_data is needed: the rows to evaluate on")
+
+
+@dataclass
+class KnowledgeArgs(LMEvalArgs):
+    """How many retrieved keys a prompt holds."""
+
+    key_num: int = flag(3, "Retrieved keys in a prompt.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(key_num=self.key_num)
+        if self.key_num > self.hits and self.retrieval_method != "no":
+            raise UserError(f"--key_num {self.key_num}: only --hits {self.hits} keys are retrieved, raise it")
+
+
+@dataclass
+class FewShotArgs:
+    """How many examples a prompt holds."""
+
+    few_shot: int = flag(0, "Examples in a prompt.")
+
+    def __post_init__(self) -> None:
+        if self.few_shot < 0:
+            raise UserError(f"--few_shot must be 0 or more, found {self.few_shot}")
+
+
+@dataclass
+class GenerateArgs:
+    """How to generate."""
+
+    do_sample: bool = flag(False, "Draw tokens at random instead of taking the likeliest.")
+    num_return_sequences: int = flag(1, "Answers to each prompt; metrics are means over them (needs do_sample).")
+    temperature: float = flag(1.0, "With do_sample: below 1 favours likely tokens.")
+    top_p: float = flag(1.0, "With do_sample: draw from the likeliest tokens of this joint probability.")
+    max_new_tokens: int = flag(32, "Most tokens of an answer.")
+    eos_token_id: int | None = flag(
+        None,
+        f"Token that ends an answer, besides the end of a text. None and {NEWLINE_ID} (the newline of Llama 2) "
+        "stand for the newline of any tokenizer.",
+    )
+
+    def __post_init__(self) -> None:
+        check_positive(
+            num_return_sequences=self.num_return_sequences,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_new_tokens=self.max_new_tokens,
+        )
+        if self.top_p > 1:
+            raise UserError(f"--top_p is a probability of at most 1, found {self.top_p}")
+        if not self.do_sample:
+            given = {"temperature": self.temperature != 1, "top_p": self.top_p != 1}
+            given["num_return_sequences"] = self.num_return_sequences != 1
+            if names := [name for name, changed in given.items() if changed]:
+                raise UserError(f"--{names[0]} changes nothing unless answers are sampled: add --do_sample")
+
+
+@dataclass
+class SelfRetrievalArgs:
+    """Retrieval from a long text's own past."""
+
+    context_window_size: int = flag(2048, "Tokens of the text itself that the LM sees, the target included.")
+    target_length: int = flag(1024, "Tokens at the end of a text whose perplexity is measured.")
+    chunk_size: int = flag(128, "Tokens of a chunk, the unit of retrieval.")
+    key_num: int = flag(1, "Retrieved keys in a prompt.")
+    chunk_batch_size: int = flag(1, "Prompts in a batch: lm_batch_size times so many prompts of full length.")
+    add_key_continuation: bool = flag(False, "Show retrievers each key together with what follows it.")
+    order_method: str = flag(
+        "sequential", f"Order of retrieved keys: {', '.join(ORDER_METHODS)} (of the text; or the best one last)."
+    )
+    integrate_method: str = flag(
+        "concat",
+        f"{' or '.join(INTEGRATE_METHODS)}: retrieved keys go before the context, or replace its most distant part.",
+    )
+    add_sep: list[int] | None = flag(None, "Tokens to put behind each retrieved key.")
+    debug_retrieval: bool = flag(False, "Save the texts of queries and retrieved keys with the outputs.")
+
+    def __post_init__(self) -> None:
+        check_choice("order_method", self.order_method, ORDER_METHODS)
+        check_choice("integrate_method", self.integrate_method, INTEGRATE_METHODS)
+        check_positive(
+            context_window_size=self.context_window_size,
+            target_length=self.target_length,
+            chunk_size=self.chunk_size,
+            key_num=self.key_num,
+            chunk_batch_size=self.chunk_batch_size,
+        )
+
+
+@dataclass
+class QuestionArgs(GenerateArgs, FewShotArgs, KnowledgeArgs):
+    """Questions answered in own words."""
+
+    def __post_init__(self) -> None:
+        for checked in (GenerateArgs, FewShotArgs, KnowledgeArgs):
+            checked.__post_init__(self)
+
+
+@dataclass
+class ChoiceArgs(FewShotArgs, KnowledgeArgs):
+    """Questions answered by a choice."""
+
+    def __post_init__(self) -> None:
+        for checked in (FewShotArgs, KnowledgeArgs):
+            checked.__post_init__(self)
+
+
+@dataclass
+class HistoryArgs(SelfRetrievalArgs, LMEvalArgs):
+    """Retrieval from a row's own past."""
+
+    def __post_init__(self) -> None:
+        for checked in (SelfRetrievalArgs, LMEvalArgs):
+            checked.__post_init__(self)
