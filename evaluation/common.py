@@ -40,7 +40,7 @@ from src.retrieval.builders import (
     eval_config,
     load_eval_data,
 )
-from src.retrieval.collate import Hits, query_id
+from src.retrieval.collate import Hits, json_line, query_id
 from src.retrieval.encode import progress
 from src.retrieval.evaluate import LABEL_METRICS, WINDOW, EvalConfig, EvalData, report, retrieve
 from src.retrieval.evaluators import record
@@ -170,7 +170,7 @@ class EvalTask:
         name: under which results are reported.
         args: class of its flags.
         defaults: of flags that differ from the class's.
-        request: row, what was retrieved for it and its examples → what to ask.
+        request: row, what was retrieved for it and its examples → what to ask; None for a row that cannot be asked.
         score: row and response → values.
         gold: row → the right answer, for the file of outputs.
         check: of the fields that its rows need.
@@ -181,13 +181,14 @@ class EvalTask:
         examples: function that makes the examples of a row.
         summarize: rows with their values → metrics.
         asks: flags → whether the LM is asked at all.
+        left_out: why rows cannot be asked.
         batch_tokens: most tokens of a batch of the LM, padding included.
     """
 
     name: str
     args: type[LMEvalArgs]
     defaults: Mapping[str, Any]
-    request: Callable[[Context, Row, Found, Sequence[str]], Request]
+    request: Callable[[Context, Row, Found, Sequence[str]], Request | None]
     score: Callable[[Row, Response], Values]
     gold: Callable[[Row], Any]
     check: FurtherCheck | None = None
@@ -198,6 +199,7 @@ class EvalTask:
     examples: Callable[[Context], Callable[[Row], Sequence[str]]] = lambda context: lambda row: ()
     summarize: Callable[[Sequence[tuple[Row, Values]]], Values] = mean_values
     asks: Callable[[Any], bool] = lambda args: True
+    left_out: str = "they do not fit into --context_max_length"
     batch_tokens: Callable[[Context], int] = lambda context: context.args.lm_batch_size * context.encoder.max_length
 
 
@@ -375,10 +377,10 @@ def answer(
 ) -> list[Entry]:
     """Responses for some rows, known or new; None for a row that does not fit."""
     rows = context.data.rows
-    asked: dict[int, Tokens | None] = {
-        number: context.encoder.encode(task.request(context, rows[number], found, examples))
-        for number, (found, examples) in given.items()
-    }
+    asked: dict[int, Tokens | None] = {}
+    for number, (found, examples) in given.items():
+        request = task.request(context, rows[number], found, examples)
+        asked[number] = context.encoder.encode(request) if request is not None else None
     new = {number: tokens for number, tokens in asked.items() if tokens is not None and tokens.key not in known}
     fresh: list[Response] = []
     if new:
@@ -406,17 +408,14 @@ def _finish(
                 skipped.append(number)
             else:
                 scored.append((row, values))
-            gold, indices = task.gold(row), found[number].indices
-            file.write(output_line(query_id(row, number), key, response, gold, values, indices))
+            line = output_line(query_id(row, number), key, response, task.gold(row), values, found[number].indices)
+            texts = {"retrieved_texts": found[number].texts} if context.args.debug_retrieval else {}
+            file.write(json_line({**line, **texts}))
     parts_path(path).unlink(missing_ok=True)
-    if not scored:
-        raise UserError(f"{rows.path}: no row fits into --context_max_length {context.encoder.max_length}: raise it")
     if skipped:
-        logger.warning(
-            "%d of %d rows do not fit into --context_max_length and are left out, the first is %s",
-            len(skipped),
-            len(rows),
-            rows.where(skipped[0]),
-        )
+        what = "%d of %d rows are left out, since %s; the first is %s"
+        logger.warning(what, len(skipped), len(rows), task.left_out, rows.where(skipped[0]))
+    if not scored:
+        raise UserError(f"{rows.path}: no row can be asked, since {task.left_out}")
     logger.info("outputs: %s", path)
     return task.summarize(scored), len(skipped)

@@ -34,22 +34,20 @@ def output_line(
     gold: Any,
     values: dict[str, float],
     retrieved: Sequence[Any],
-) -> str:
+) -> dict[str, Any]:
     """A row's output: what was asked (as a hash), what came back, what is right, the values and what was retrieved."""
     output = None
     if response is not None:
         output = list(response.texts) if response.texts else response.choice
-    return json_line(
-        {
-            "query_id": query_id,
-            "prompt_hash": key,
-            "output": output,
-            "gold": gold,
-            "values": values,
-            "retrieved": list(retrieved),
-            "response": asdict(response) if response is not None else None,
-        }
-    )
+    return {
+        "query_id": query_id,
+        "prompt_hash": key,
+        "output": output,
+        "gold": gold,
+        "values": values,
+        "retrieved": list(retrieved),
+        "response": asdict(response) if response is not None else None,
+    }
 
 
 def gather_entries(own: Sequence[Entry]) -> list[Entry]:

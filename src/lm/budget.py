@@ -32,7 +32,7 @@ class Prompt:
 
     Attributes:
         question: always kept whole; the answer follows it.
-        knowledge: retrieved keys, the last of which are cut first.
+        knowledge: retrieved keys, the last of which are cut first (with `cut_first` the first).
         examples: the first of which are left out first.
         header: a line between knowledge and examples, kept like the question.
         layout: what stands between the parts.
@@ -43,6 +43,7 @@ class Prompt:
     examples: tuple[str, ...] = ()
     header: str = ""
     layout: Layout = DEFAULT_LAYOUT
+    cut_first: bool = False
 
     @property
     def text(self) -> str:
@@ -70,9 +71,11 @@ def fit(
     """
     excess = length(prompt.text) - max_length
     while excess > 0 and prompt.knowledge:
-        *kept, last = prompt.knowledge
-        cut = _shorten(last, excess, tokenizer)
-        prompt = replace(prompt, knowledge=(*kept, cut) if cut else tuple(kept))
+        keys = list(prompt.knowledge)
+        place = 0 if prompt.cut_first else len(keys) - 1
+        cut = _shorten(keys[place], excess, tokenizer)
+        keys[place : place + 1] = [cut] if cut else []
+        prompt = replace(prompt, knowledge=tuple(keys))
         excess = length(prompt.text) - max_length
     if excess <= 0:
         return prompt

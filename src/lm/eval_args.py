@@ -15,6 +15,13 @@ ORACLE = "oracle"
 INTEGRATE_METHODS = ("concat", "replace")
 ORDER_METHODS = ("sequential", "relevance")
 
+#: Flags of evaluations that have no corpus.
+HISTORY_NO_EFFECT = (
+    *("train_data", "corpus", "key_template", "metrics", "cutoffs", "filter_answers", "max_neg_num", "load_result"),
+    *("save_result", "save_to_output", "hits", "load_index", "load_collection", "anserini_dir", "storeDocvectors"),
+    *("language", "threads", "faiss_index_factory", "load_encode", "save_encode", "save_index", "embedding_name"),
+)
+
 
 @dataclass
 class LMEvalArgs(LMArgs, EvalOutputArgs, RetrievalArgs):
@@ -30,6 +37,8 @@ class LMEvalArgs(LMArgs, EvalOutputArgs, RetrievalArgs):
     load_prev_result: bool = flag(
         False, "Take over the outputs that an earlier run saved for the same prompt, model and settings."
     )
+
+    debug_retrieval: bool = flag(False, "Save the texts of retrieved keys with the outputs.")
 
     def __post_init__(self) -> None:
         LMArgs.__post_init__(self)
@@ -111,7 +120,6 @@ class SelfRetrievalArgs:
         f"{' or '.join(INTEGRATE_METHODS)}: retrieved keys go before the context, or replace its most distant part.",
     )
     add_sep: list[int] | None = flag(None, "Tokens to put behind each retrieved key.")
-    debug_retrieval: bool = flag(False, "Save the texts of queries and retrieved keys with the outputs.")
 
     def __post_init__(self) -> None:
         check_choice("order_method", self.order_method, ORDER_METHODS)
