@@ -235,9 +235,10 @@ def make_context(task: EvalTask, args: Any, given: frozenset[str], device: torch
     without_corpus = args.corpus is None or (
         args.retrieval_method == "no" and not set(args.metrics).intersection(LABEL_METRICS)
     )
-    if without_corpus:
-        kept = [metric for metric in args.metrics if not metric.startswith("collate")]
-        args = replace(args, corpus=None, metrics=kept)
+    if task.retrieve is not from_corpus:
+        args = replace(args, corpus=None, metrics=[])
+    elif without_corpus:
+        args = replace(args, corpus=None, metrics=[name for name in args.metrics if not name.startswith("collate")])
     data = task.load(args, eval_config(args, args.output_dir, args.seed), task.check)
     assert data is not None
     if data.corpus is None and task.retrieve is from_corpus and args.retrieval_method != "no":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -23,6 +23,8 @@ from src.flags import check_choice, flag
 from src.lm.ask import Request, Response
 from src.lm.budget import Prompt
 from src.lm.eval_args import FewShotArgs, GenerateArgs, LMEvalArgs
+from src.retrieval.builders import load_eval_data
+from src.retrieval.evaluate import EvalConfig, EvalData
 from src.schema import FurtherCheck, text_list_problems, text_problems
 
 SAME_TASK = "same-task-random"
@@ -76,10 +78,23 @@ def same_task(context: Context) -> ChooseHits:
     return choose
 
 
-def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request | None:
+def load(args: ICLArgs, config: EvalConfig, check: FurtherCheck | None) -> EvalData | None:
+    """Open rows and corpus; of the rows those of ``--task_names``.
+
+    Raises:
+        UserError: no row is of these tasks.
+    """
+    data = load_eval_data(args, config, check)
+    if data is None or not args.task_names:
+        return data
+    chosen = np.array([number for number, row in enumerate(data.rows) if row["task_name"] in args.task_names])
+    if len(chosen) == 0:
+        raise UserError(f"--task_names {' '.join(args.task_names)}: {data.rows.path} has no row of these")
+    return replace(data, rows=data.rows.select(chosen))
+
+
+def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request:
     """Retrieved examples, the nearest last, and the query; options to choose from, or an answer to generate."""
-    if context.args.task_names and row["task_name"] not in context.args.task_names:
-        return None
     prompt = Prompt(f"{row['query']}\n", examples=tuple(reversed(found.texts)))
     return Request(prompt, tuple(row.get("options") or ()))
 
@@ -130,6 +145,7 @@ TASK = EvalTask(
         "log_path": "data/results/icl/icl.log",
     },
     check=FurtherCheck("icl-1", problems),
+    load=load,
     hits={SAME_TASK: same_task},
     keys_wanted=lambda args: args.few_shot,
     request=request,

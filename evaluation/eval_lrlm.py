@@ -110,7 +110,7 @@ def retrieve(context: Context, task: EvalTask) -> Retrieved:
         terms = [tokens[span.start : span.stop] for span in spans]
         texts = tokenizer.batch_decode(terms) if args.retrieval_method == "dense" else [""] * len(terms)
         queries = [tokens[span.start : span.stop] for span in plan.queries]
-        return [Case(number, place, tokenizer.decode(own), texts, own, terms) for place, own in enumerate(queries)]
+        return [Case(number, place, str(tokenizer.decode(own)), texts, own, terms) for place, own in enumerate(queries)]
 
     def oracle(own: Sequence[Case]) -> list[np.ndarray]:
         """The target chunk's likelihood after each key alone."""

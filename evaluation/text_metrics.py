@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torchmetrics.functional.text import rouge_score, squad
 
 
 def _squad(output: str, answers: Sequence[str], which: str) -> float:
-    target = {"answers": {"answer_start": [0] * len(answers), "text": list(answers)}, "id": "0"}
+    target: Any = {"answers": {"answer_start": [0] * len(answers), "text": list(answers)}, "id": "0"}
     return float(squad([{"prediction_text": output, "id": "0"}], [target])[which]) / 100
 
 

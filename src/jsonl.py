@@ -83,6 +83,12 @@ class JsonLines(Sequence[dict[str, Any]]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_map": None}
 
+    def select(self, numbers: np.ndarray) -> JsonLines:
+        """Some of the rows, int ``(rows,)``, as if the file held no others."""
+        scan = self.scan
+        columns = {name: values[numbers] for name, values in scan.columns.items()}
+        return JsonLines(self.path, Scan(scan.offsets[numbers], scan.lengths[numbers], scan.lines[numbers], columns))
+
     def where(self, index: int) -> str:
         """``file:line`` of a row, for messages."""
         return f"{self.path}:{self.scan.lines[index]}"

@@ -1,0 +1,300 @@
+"""One leaderboard out of the logs of all evaluations, and a comparison of two runs example by example.
+
+python -m evaluation.report data/results
+python -m evaluation.report --compare data/results/qa/test.output.no.lm.json data/results/qa/test.output.bm25.lm.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.cli import run
+from src.errors import UserError
+from src.io import atomic_write
+
+logger = logging.getLogger("evaluation.report")
+
+#: Columns: heading, task, metric, whether less is better.
+COLUMNS = (
+    ("MMLU", "mmlu", "accuracy", False),
+    ("PopQA", "popqa", "accuracy", False),
+    ("NQ", "qa", "exact_match", False),
+    ("ICL avg", "icl", "average", False),
+    ("MSC ppl", "msc", "perplexity", True),
+    ("LRLM ppl", "lrlm", "perplexity", True),
+    ("ToolBench ndcg@5", "tool", "ndcg@5", False),
+    ("QReCC ndcg@3", "qrecc", "ndcg@3", False),
+)
+RETRIEVAL_METRIC = re.compile(r"(ndcg|recall)@(\d+)$")
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """The newest result of each retriever (with each LM, where there are several) on each task.
+
+    Attributes:
+        results: row name → task → metrics.
+    """
+
+    results: dict[str, dict[str, dict[str, float]]]
+
+    def table(self) -> tuple[list[str], list[list[float | None]]]:
+        """Row names, and for each the values of `COLUMNS`; None for what is missing."""
+        names = list(self.results)
+        return names, [
+            [self.results[name].get(task, {}).get(metric) for _, task, metric, _ in COLUMNS] for name in names
+        ]
+
+
+def read_results(folder: str) -> list[dict[str, Any]]:
+    """All results below a folder, the oldest first.
+
+    Raises:
+        UserError: the folder is missing, or holds none.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is no folder: name the one that the evaluations' --log_path lies in")
+    found = []
+    for path in sorted(Path(folder).rglob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                # What a killed run left of a line.
+                continue
+            if isinstance(record, dict) and {"metrics", "task", "retriever", "time"} <= record.keys():
+                found.append(record)
+    if not found:
+        raise UserError(f"no result of an evaluation below {folder}: each writes one into the .jsonl beside --log_path")
+    return sorted(found, key=lambda record: str(record["time"]))
+
+
+def leaderboard(records: Sequence[dict[str, Any]]) -> Leaderboard:
+    """Results by retriever; a later one of the same task replaces an earlier one."""
+    models = {record["model"] for record in records if record.get("model")}
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for record in records:
+        name = str(record["retriever"])
+        # Tasks without an LM belong to a retriever's rows with every LM.
+        owners = [record["model"]] if record.get("model") else sorted(models) or [""]
+        for model in owners:
+            row = f"{name} · {model}" if len(models) > 1 else name
+            results.setdefault(row, {})[record["task"]] = record["metrics"]
+    return Leaderboard({name: results[name] for name in sorted(results, key=_rank)})
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Baselines first."""
+    order = ("no", "random", "recent", "bm25")
+    plain = name.split(" · ")[0]
+    return (order.index(plain) if plain in order else len(order), name)
+
+
+def _cells(board: Leaderboard) -> list[list[str]]:
+    names, values = board.table()
+    shown = [["" if value is None else f"{value:.4f}" for value in row] for row in values]
+    return [
+        ["retriever", *(heading for heading, *_ in COLUMNS)],
+        *([name, *row] for name, row in zip(names, shown, strict=True)),
+    ]
+
+
+def to_text(board: Leaderboard) -> str:
+    """A table for a terminal."""
+    cells = _cells(board)
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def to_markdown(board: Leaderboard) -> str:
+    """A Markdown table; the best value of each column in bold."""
+    names, values = board.table()
+    lines = [
+        "| retriever | " + " | ".join(heading for heading, *_ in COLUMNS) + " |",
+        "| --- |" + " ---: |" * len(COLUMNS),
+    ]
+    for name, row in zip(names, values, strict=True):
+        cells = []
+        for column, value in enumerate(row):
+            present = [other[column] for other in values if other[column] is not None]
+            best = (min if COLUMNS[column][3] else max)(present) if present else None  # type: ignore[type-var]
+            cells.append("" if value is None else f"**{value:.4f}**" if value == best else f"{value:.4f}")
+        lines.append(f"| {name.replace('|', chr(92) + '|')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(board: Leaderboard) -> str:
+    """The table with all digits."""
+    names, values = board.table()
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["retriever", *(heading for heading, *_ in COLUMNS)])
+    writer.writerows([name, *row] for name, row in zip(names, values, strict=True))
+    return buffer.getvalue()
+
+
+def draw(board: Leaderboard, path: Path) -> None:
+    """Bars by task, and nDCG and recall by cutoff where a task has them.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise UserError("the plot needs matplotlib: pip install -e '.[eval]', or give --no_plot") from error
+    names, values = board.table()
+    columns = [column for column in range(len(COLUMNS)) if any(row[column] is not None for row in values)]
+    curves = _curves(board)
+    wide = 4
+    panels = len(columns) + len(curves)
+    rows = max(1, -(-panels // wide))
+    figure, axes = pyplot.subplots(rows, wide, figsize=(4 * wide, 3.2 * rows), squeeze=False)
+    flat = list(axes.flat)
+    colours = {name: f"C{number}" for number, name in enumerate(names)}
+    for axis, column in zip(flat, columns, strict=False):
+        heading, _, _, lower = COLUMNS[column]
+        present = [(name, row[column]) for name, row in zip(names, values, strict=True) if row[column] is not None]
+        bars = axis.bar(
+            range(len(present)), [value for _, value in present], color=[colours[name] for name, _ in present]
+        )
+        axis.bar_label(bars, fmt="%.3f", fontsize=7)
+        axis.set_title(heading + (" (lower is better)" if lower else ""), fontsize=10)
+        axis.set_xticks([])
+    for axis, (heading, lines) in zip(flat[len(columns) :], curves.items(), strict=False):
+        for name, points in lines.items():
+            cutoffs, heights = zip(*sorted(points.items()), strict=True)
+            axis.plot(cutoffs, heights, marker="o", color=colours[name])
+        axis.set_xscale("log")
+        axis.set_title(heading, fontsize=10)
+        axis.set_xlabel("cutoff", fontsize=8)
+    for axis in flat[panels:]:
+        axis.axis("off")
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+    figure.legend(handles, names, loc="lower center", ncols=min(4, len(names)), fontsize=8)
+    figure.tight_layout(rect=(0, 0.06 + 0.03 * (len(names) // 4), 1, 1))
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def _curves(board: Leaderboard) -> dict[str, dict[str, dict[int, float]]]:
+    """Title → row name → cutoff → value, of tasks with retrieval metrics at more than one cutoff."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for name, tasks in board.results.items():
+        for task, metrics in tasks.items():
+            for metric, value in metrics.items():
+                if matched := RETRIEVAL_METRIC.match(metric):
+                    title = f"{task}: {matched[1]} by cutoff"
+                    found.setdefault(title, {}).setdefault(name, {})[int(matched[2])] = value
+    return {title: lines for title, lines in found.items() if any(len(points) > 1 for points in lines.values())}
+
+
+def read_values(path: str, metric: str | None) -> tuple[str, dict[str, float]]:
+    """The metric's name, and its value by query id, of a file of outputs.
+
+    Raises:
+        UserError: the file is missing, or has no such metric.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"--compare: no such file: {path}")
+    values: dict[str, dict[str, float]] = {}
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                values[str(row["query_id"])] = row["values"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(f"{path}:{number} is no line of an evaluation's outputs") from error
+    names = list(dict.fromkeys(name for own in values.values() for name in own))
+    if not names or (metric is not None and metric not in names):
+        raise UserError(f"--metric {metric}: {path} has {', '.join(names) or 'no values'}")
+    chosen = metric or names[0]
+    return chosen, {key: own[chosen] for key, own in values.items() if chosen in own}
+
+
+def compare(first: dict[str, float], second: dict[str, float], seed: int = 0) -> dict[str, float]:
+    """Second against first on the examples that both have.
+
+    Returns:
+        ``examples``, ``first``, ``second`` (means), ``wins``, ``losses``, ``ties`` of the second, ``difference`` of means
+        and ``low``, ``high``: its 95 % interval by paired bootstrap (Efron 1979), over `RESAMPLES` resamples.
+
+    Raises:
+        UserError: they have no example in common.
+    """
+    common = sorted(first.keys() & second.keys())
+    if not common:
+        raise UserError("--compare: the two files have no query_id in common: are they of the same evaluation?")
+    one, other = (np.array([values[key] for key in common]) for values in (first, second))
+    difference = other - one
+    rng = np.random.default_rng(seed)
+    means = np.array([difference[rng.integers(len(common), size=len(common))].mean() for _ in range(RESAMPLES)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {
+        "examples": len(common),
+        "first": float(one.mean()),
+        "second": float(other.mean()),
+        "wins": int((difference > 0).sum()),
+        "losses": int((difference < 0).sum()),
+        "ties": int((difference == 0).sum()),
+        "difference": float(difference.mean()),
+        "low": float(low),
+        "high": float(high),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Read, show, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", help="where the evaluations' logs lie, at any depth")
+    parser.add_argument("--output_dir", help="folder for leaderboard.{md,csv,png} (default: the folder itself)")
+    parser.add_argument("--no_plot", action="store_true", help="draw no leaderboard.png")
+    parser.add_argument("--compare", nargs=2, metavar="OUTPUTS", help="two files of outputs of one evaluation")
+    parser.add_argument("--metric", help="of --compare (default: the first that the files have)")
+    args = parser.parse_args(argv)
+    if (args.folder is None) == (args.compare is None):
+        raise UserError("give either a folder of results or --compare with two files")
+    if args.compare:
+        metric, first = read_values(args.compare[0], args.metric)
+        _, second = read_values(args.compare[1], metric)
+        found = compare(first, second)
+        print(f"{metric}: {found['first']:.4f} → {found['second']:.4f} on {found['examples']} examples")
+        print(f"second wins {found['wins']}, loses {found['losses']}, ties {found['ties']}")
+        print(f"difference {found['difference']:+.4f}, 95 % interval {found['low']:+.4f} to {found['high']:+.4f}")
+        return
+    board = leaderboard(read_results(args.folder))
+    print(to_text(board))
+    folder = Path(args.output_dir or args.folder)
+    for ending, text in (("md", to_markdown(board)), ("csv", to_csv(board))):
+        with atomic_write(folder / f"leaderboard.{ending}") as file:
+            file.write(text)
+    if not args.no_plot:
+        draw(board, folder / "leaderboard.png")
+    logger.info("leaderboard: %s", folder / ("leaderboard.{md,csv}" if args.no_plot else "leaderboard.{md,csv,png}"))
+
+
+if __name__ == "__main__":
+    run(main)
