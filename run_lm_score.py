@@ -18,8 +18,9 @@ from src.errors import UserError
 from src.io import check_writable, derived_path, existing_file, resolve_path
 from src.jsonl import JsonLines, open_jsonl
 from src.lm.args import NO_EFFECT, LMScoreArgs
+from src.lm.builders import lm_config
 from src.lm.journal import Journal
-from src.lm.modeling_lm import LMConfig, lm_max_length, load_lm, model_identity
+from src.lm.modeling_lm import lm_max_length, load_lm, model_identity
 from src.lm.prompts import PromptEncoder, make_frame
 from src.lm.score import ScoreData, check_all_fit, check_tokens, score_units, write_scored
 from src.retrieval.tasks import TASKS, task_from_path
@@ -75,10 +76,8 @@ def main() -> None:
     (args,), given = parse_args([LMScoreArgs])
     for name in sorted(given.intersection(NO_EFFECT)):
         logger.warning("--%s has no effect on scoring", name)
-    if args.lm_device_map is not None and distributed.launched_processes() > 1:
-        raise UserError("--lm_device_map gives all GPUs to one process: start it with python, not with torchrun")
     device = distributed.init_process_group(args.cpu)
-    dtype = args.lm_dtype if device.type == "cuda" or "lm_dtype" in given else "fp32"
+    config = lm_config(args, given, device)
     data = load_data(args)
     output = derived_path(data.rows.path, "scored", args.save_name, args.output_dir if args.save_to_output else None)
     flag = "output_dir" if args.save_to_output else "eval_data"
@@ -88,16 +87,6 @@ def main() -> None:
         if not distributed.on_main(journal.exists):
             raise UserError(f"--load_score: there are no scores of an interrupted run in {journal.folder}")
     else:
-        config = LMConfig(
-            args.model_name_or_path,
-            dtype,
-            device,
-            args.lm_device_map,
-            args.padding_side,
-            args.add_position_ids,
-            args.model_cache_dir,
-            args.trust_remote_code,
-        )
         model = load_lm(config)
         check_tokens(data, model.vocabulary)
         encoder = PromptEncoder(
@@ -110,12 +99,12 @@ def main() -> None:
         )
         if args.strict:
             check_all_fit(encoder, data)
-        distributed.on_main(lambda: journal.open(identity(args, dtype, data.rows)))
-        logger.info("scoring with %s in %s on %s", args.model_name_or_path, dtype, model.model.device)
+        distributed.on_main(lambda: journal.open(identity(args, config.dtype, data.rows)))
+        logger.info("scoring with %s in %s on %s", args.model_name_or_path, config.dtype, model.model.device)
         score_units(model, encoder, data, journal, args.lm_batch_size * args.context_max_length)
     if distributed.is_main():
         if args.load_score:
-            journal.check(identity(args, dtype, data.rows))
+            journal.check(identity(args, config.dtype, data.rows))
         write_scored(data, journal, args.score_name or "teacher_scores", output)
         if not args.load_score:
             journal.remove()

@@ -26,6 +26,7 @@ from src.cli import parse_args
 from src.errors import UserError
 from src.io import atomic_write, derived_path
 from src.lm.ask import Request, RequestEncoder, Response, Tokens, respond
+from src.lm.builders import lm_config
 from src.lm.eval_args import ORACLE, GenerateArgs, LMEvalArgs
 from src.lm.generate import NEWLINE_ID, Decoding, newline_tokens
 from src.lm.modeling_lm import LanguageModel, LMConfig, lm_max_length, load_lm, load_lm_tokenizer, model_identity
@@ -232,7 +233,7 @@ def _check_outputs(args: LMEvalArgs) -> None:
 def make_context(task: EvalTask, args: Any, given: frozenset[str], device: torch.device) -> Context:
     """Open all that is checked before the work."""
     asked = task.asks(args)
-    without_corpus = args.corpus is None or (
+    without_corpus = not args.corpus or (
         args.retrieval_method == "no" and not set(args.metrics).intersection(LABEL_METRICS)
     )
     if task.retrieve is not from_corpus:
@@ -248,19 +249,7 @@ def make_context(task: EvalTask, args: Any, given: frozenset[str], device: torch
                 f"{data.rows.where(int(np.argmin(keys)))}: no 'key', and no --corpus to retrieve from: give one, or "
                 "--retrieval_method no"
             )
-    dtype = args.lm_dtype if device.type == "cuda" or "lm_dtype" in given else "fp32"
-    if args.lm_device_map is not None and distributed.launched_processes() > 1:
-        raise UserError("--lm_device_map gives all GPUs to one process: start it with python, not with torchrun")
-    config = LMConfig(
-        args.model_name_or_path,
-        dtype,
-        device,
-        args.lm_device_map,
-        args.padding_side,
-        args.add_position_ids,
-        args.model_cache_dir,
-        args.trust_remote_code,
-    )
+    config = lm_config(args, given, device)
     encoder = request_encoder(args, config) if asked else _NO_ENCODER
     return Context(
         args,

@@ -15,7 +15,7 @@ from evaluation.text_metrics import mean
 from src.cli import run
 from src.lm.ask import Request
 from src.lm.budget import Layout, Prompt
-from src.lm.eval_args import ChoiceArgs
+from src.lm.eval_args import KNOWLEDGE_DEFAULTS, ChoiceArgs
 from src.schema import FurtherCheck, text_list_problems, text_problems
 
 LETTERS = ("A", "B", "C", "D")
@@ -75,14 +75,10 @@ TASK = EvalTask(
     name="mmlu",
     args=ChoiceArgs,
     defaults={
+        **KNOWLEDGE_DEFAULTS,
         "train_data": ["llm-embedder:qa/mmlu/dev.json"],
         "eval_data": "llm-embedder:qa/mmlu/test.json",
         "corpus": "llm-embedder:qa/msmarco/corpus.json",
-        "metrics": ["collate_key"],
-        "save_to_output": True,
-        "hits": 10,
-        "key_max_length": 128,
-        "context_max_length": 2048,
         "lm_batch_size": 2,
         "output_dir": "data/results/mmlu",
         "log_path": "data/results/mmlu/mmlu.log",

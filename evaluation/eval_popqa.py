@@ -16,7 +16,7 @@ from evaluation.text_metrics import contains_answer, mean
 from src.cli import run
 from src.lm.ask import Request, Response
 from src.lm.budget import Prompt
-from src.lm.eval_args import QuestionArgs
+from src.lm.eval_args import KNOWLEDGE_DEFAULTS, QuestionArgs
 from src.schema import FurtherCheck, text_list_problems
 
 #: Relations that examples are taken of, one each.
@@ -75,13 +75,9 @@ TASK = EvalTask(
     name="popqa",
     args=QuestionArgs,
     defaults={
+        **KNOWLEDGE_DEFAULTS,
         "eval_data": "llm-embedder:qa/popqa/test.json",
         "corpus": "llm-embedder:qa/nq/corpus.json",
-        "metrics": ["collate_key"],
-        "save_to_output": True,
-        "hits": 10,
-        "key_max_length": 128,
-        "context_max_length": 2048,
         "lm_batch_size": 2,
         "few_shot": 15,
         "max_new_tokens": 16,

@@ -13,7 +13,7 @@ from evaluation.text_metrics import exact_match, mean, token_f1
 from src.cli import run
 from src.lm.ask import Request, Response
 from src.lm.budget import Prompt
-from src.lm.eval_args import QuestionArgs
+from src.lm.eval_args import KNOWLEDGE_DEFAULTS, QuestionArgs
 from src.schema import FurtherCheck, text_list_problems
 
 
@@ -53,15 +53,11 @@ TASK = EvalTask(
     name="qa",
     args=QuestionArgs,
     defaults={
+        **KNOWLEDGE_DEFAULTS,
         "train_data": ["llm-embedder:qa/nq/dev.json"],
         "eval_data": "llm-embedder:qa/nq/test.json",
         "corpus": "llm-embedder:qa/nq/corpus.json",
-        "metrics": ["collate_key"],
-        "save_to_output": True,
-        "hits": 10,
         "query_max_length": 32,
-        "key_max_length": 128,
-        "context_max_length": 2048,
         "lm_batch_size": 4,
         "few_shot": 10,
         "max_new_tokens": 32,

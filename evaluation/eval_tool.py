@@ -5,9 +5,7 @@ torchrun --nproc_per_node 8 -m evaluation.eval_tool --query_encoder data/outputs
 
 from __future__ import annotations
 
-from functools import partial
-
-from evaluation.eval_retrieval import main
+from evaluation import eval_retrieval
 from src.cli import run
 
 DEFAULTS = {
@@ -21,5 +19,10 @@ DEFAULTS = {
 }
 
 
+def main() -> None:
+    """Run the evaluation of retrieval with these defaults."""
+    eval_retrieval.main("tool", **DEFAULTS)
+
+
 if __name__ == "__main__":
-    run(partial(main, name="tool", **DEFAULTS))
+    run(main)

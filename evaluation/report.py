@@ -87,13 +87,18 @@ def leaderboard(records: Sequence[dict[str, Any]]) -> Leaderboard:
     models = {record["model"] for record in records if record.get("model")}
     results: dict[str, dict[str, dict[str, float]]] = {}
     for record in records:
-        name = str(record["retriever"])
+        name = short_name(str(record["retriever"]))
         # Tasks without an LM belong to a retriever's rows with every LM.
         owners = [record["model"]] if record.get("model") else sorted(models) or [""]
         for model in owners:
-            row = f"{name} · {model}" if len(models) > 1 else name
+            row = f"{name} · {short_name(model)}" if len(models) > 1 else name
             results.setdefault(row, {})[record["task"]] = record["metrics"]
     return Leaderboard({name: results[name] for name in sorted(results, key=_rank)})
+
+
+def short_name(name: str) -> str:
+    """The last two parts of a path; hub names have no more."""
+    return "/".join(Path(name).parts[-2:])
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -239,8 +244,8 @@ def compare(first: dict[str, float], second: dict[str, float], seed: int = 0) ->
     """Second against first on the examples that both have.
 
     Returns:
-        ``examples``, ``first``, ``second`` (means), ``wins``, ``losses``, ``ties`` of the second, ``difference`` of means
-        and ``low``, ``high``: its 95 % interval by paired bootstrap (Efron 1979), over `RESAMPLES` resamples.
+        ``examples``, ``first``, ``second`` (means), ``wins``, ``losses``, ``ties`` of the second, ``difference`` of
+        means and ``low``, ``high``: its 95 % interval by paired bootstrap (Efron 1979), over `RESAMPLES` resamples.
 
     Raises:
         UserError: they have no example in common.

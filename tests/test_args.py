@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
 import pytest
 import torch
 
+from evaluation.eval_retrieval import EvalRetrievalArgs
 from src.cli import parse_args
 from src.errors import UserError
 from src.lm.args import LMScoreArgs
@@ -44,6 +46,25 @@ def test_every_flag_has_the_documented_default(command, classes, needed, monkeyp
     assert {name: found[name] for name in wanted if name not in BY_MACHINE} == {
         name: value for name, value in wanted.items() if name not in BY_MACHINE
     }
+
+
+@pytest.mark.skipif(not FLAGS.is_file(), reason="the list of flags lies beside the development checkout only")
+@pytest.mark.parametrize("name", ["retrieval", "tool", "popqa", "qa", "mmlu", "icl", "qrecc", "msc", "lrlm"])
+def test_every_flag_of_an_evaluation_has_the_documented_default(name, monkeypatch):
+    monkeypatch.delenv("LLM_EMBEDDER_DATA", raising=False)
+    module = importlib.import_module(f"evaluation.eval_{name}")
+    wanted = json.loads(FLAGS.read_text())[f"python -m evaluation.eval_{name}"]
+    if name in ("retrieval", "tool"):
+        defaults = {"eval_data": "rows.json"} if name == "retrieval" else module.DEFAULTS
+        wanted |= {"eval_data": defaults["eval_data"]}
+        (args,), given = parse_args([EvalRetrievalArgs], [], **defaults)
+    else:
+        (args,), given = parse_args([module.TASK.args], [], **module.TASK.defaults)
+    assert not given
+    if isinstance(wanted["train_data"], str):
+        wanted["train_data"] = [wanted["train_data"]]
+    found = vars(args)
+    assert {flag: found[flag] for flag in wanted} == wanted
 
 
 def test_given_flags_are_told_from_defaults():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from src.errors import UserError
 from src.flags import check_choice, check_positive, flag
@@ -22,6 +22,15 @@ HISTORY_NO_EFFECT = (
     *("language", "threads", "faiss_index_factory", "load_encode", "save_encode", "save_index", "embedding_name"),
 )
 
+#: Defaults of evaluations whose prompts hold retrieved passages.
+KNOWLEDGE_DEFAULTS: dict[str, Any] = {
+    "metrics": ["collate_key"],
+    "save_to_output": True,
+    "hits": 10,
+    "key_max_length": 128,
+    "context_max_length": 2048,
+}
+
 
 @dataclass
 class LMEvalArgs(LMArgs, EvalOutputArgs, RetrievalArgs):
@@ -32,7 +41,7 @@ class LMEvalArgs(LMArgs, EvalOutputArgs, RetrievalArgs):
     no_effect: ClassVar[tuple[str, ...]] = ("train_data",)
 
     retrieval_method: str = flag(
-        "dense", f"How to retrieve: {', '.join(methods)} (what pos_index names). Without --corpus rows bring their key."
+        "dense", f"How to retrieve: {', '.join(methods)} (what pos_index names). With --corpus '' rows bring their key."
     )
     load_prev_result: bool = flag(
         False, "Take over the outputs that an earlier run saved for the same prompt, model and settings."

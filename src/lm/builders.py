@@ -1,0 +1,30 @@
+"""From command-line flags to the settings of the language model."""
+
+from __future__ import annotations
+
+import torch
+
+from src import distributed
+from src.errors import UserError
+from src.lm.args import LMArgs
+from src.lm.modeling_lm import LMConfig
+
+
+def lm_config(args: LMArgs, given: frozenset[str], device: torch.device) -> LMConfig:
+    """How to load the LM; on a CPU in fp32 unless the command line set the precision (`given`).
+
+    Raises:
+        UserError: several processes would each spread the LM over all GPUs.
+    """
+    if args.lm_device_map is not None and distributed.launched_processes() > 1:
+        raise UserError("--lm_device_map gives all GPUs to one process: start it with python, not with torchrun")
+    return LMConfig(
+        args.model_name_or_path,
+        args.lm_dtype if device.type == "cuda" or "lm_dtype" in given else "fp32",
+        device,
+        args.lm_device_map,
+        args.padding_side,
+        args.add_position_ids,
+        args.model_cache_dir,
+        args.trust_remote_code,
+    )

@@ -1,0 +1,85 @@
+"""The downstream protocols the slow way: prompts spelled out, one sequence at a time, token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.reference.lm_score import likelihood_of
+
+
+def head_tokens(tokenizer: Any, text: str) -> list[int]:
+    """A prompt as a causal LM reads it, without the space at its end."""
+    first = [tokenizer.cls_token_id] if tokenizer.cls_token_id is not None else []
+    return first + tokenizer(text.rstrip(" "), add_special_tokens=False)["input_ids"]
+
+
+def greedy(model: Any, tokenizer: Any, text: str, new_tokens: int) -> str:
+    """The likeliest token, again and again; up to the end token or a newline."""
+    ids = head_tokens(tokenizer, text)
+    start = len(ids)
+    for _ in range(new_tokens):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id or "\n" in tokenizer.decode(ids[start:]):
+            break
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).split("\n")[0].strip()
+
+
+def option_likelihood(model: Any, tokenizer: Any, text: str, option: str) -> tuple[float, int]:
+    """Mean log-likelihood of an option after a prompt, and its tokens."""
+    head = head_tokens(tokenizer, text)
+    first = [tokenizer.cls_token_id] if tokenizer.cls_token_id is not None else []
+    whole = first + tokenizer(text + option, add_special_tokens=False)["input_ids"]
+    assert whole[: len(head)] == head
+    return likelihood_of(model, whole, len(head)), len(whole) - len(head)
+
+
+def chunk_windows(
+    tokens: list[int],
+    target_length: int,
+    window_size: int,
+    chunk_size: int,
+    retrieved: list[list[int]],
+    order: str,
+    replace: bool,
+    separator: list[int],
+) -> list[tuple[list[int], list[int]]]:
+    """For each target chunk (prompt, target): retrieved chunks with what follows them, then the text's own window."""
+    start = len(tokens) - target_length
+    window = max(0, len(tokens) - window_size)
+    starts = []
+    first = window - chunk_size
+    while first >= 0:
+        starts.insert(0, first)
+        first -= chunk_size
+    found = []
+    for number, begin in enumerate(range(start, len(tokens), chunk_size)):
+        keys = list(retrieved[number])
+        if replace:
+            room = max(0, start - chunk_size) - window if start - chunk_size > window else 0
+            kept = []
+            for key in keys:
+                size = len(tokens[starts[key] : min(starts[key] + 2 * chunk_size, window)]) + len(separator)
+                if size > room:
+                    break
+                room -= size
+                kept.append(key)
+            keys = kept
+        keys = sorted(keys) if order == "sequential" else keys[::-1]
+        prefix: list[int] = []
+        used: list[int] = []
+        for key in keys:
+            new = []
+            for position in range(starts[key], min(starts[key] + 2 * chunk_size, window)):
+                if position not in used:
+                    used.append(position)
+                    new.append(tokens[position])
+            if new:
+                prefix += new + separator
+        context = tokens[window:begin]
+        if replace:
+            context = context[len(prefix) :]
+        found.append((prefix + context, tokens[begin : min(begin + chunk_size, len(tokens))]))
+    return found

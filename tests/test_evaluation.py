@@ -1,0 +1,592 @@
+"""The evaluations with a language model: against the protocols spelled out, over processes, methods and bad input."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evaluation.common import run_task
+from evaluation.text_metrics import contains_answer, exact_match, rouge_l, token_f1
+from scripts import sample_eval, sample_lm
+from src.cli import run as run_entry
+from src.lm.budget import Prompt, fit
+from src.lm.generate import newline_tokens
+from src.lm.selfret_chunk import Integration, plan_chunks, windows
+from tests.conftest import make_tokenizer
+from tests.helpers import read_rows, run, write_rows
+from tests.reference import evaluation as reference
+from tests.test_lm_score import models  # noqa: F401  (a fixture)
+
+TASKS = ("popqa", "qa", "mmlu", "icl", "qrecc", "msc", "lrlm", "tool")
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    """Small data of every evaluation; tools, dialogues and plays only where their packages are installed."""
+    root = tmp_path_factory.mktemp("eval")
+    files = sample_eval.town_questions(rows=8, seed=0)
+    files["tool/toolbench/corpus.json"] = [{"text": f"tool number {n} does thing {n % 7}"} for n in range(30)]
+    files["tool/toolbench/test.json"] = [{"query": f"do thing {n}", "pos_index": [n]} for n in range(5)]
+    past = [f"Speaker 1: word {n} of it?\nSpeaker 2: it is number {n}." for n in range(6)]
+    files["chat/msc/test.json"] = [
+        {"query": f"What was word {n}?", "answers": [f"It was number {n}."], "history": past} for n in range(4)
+    ]
+    text = " ".join(f"In year {n} the king of land {n % 5} had {n * 7 % 11} ships." for n in range(40))
+    files["lrlm/books3/test.json"] = [{"text": text}, {"text": text[::-1]}, {"text": "short"}]
+    for name, rows in files.items():
+        write_rows(root / name, rows)
+    return root
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys, caplog, data_root, models, tiny_bert, tmp_path):  # noqa: F811
+    """Run an evaluation in this process; its outputs, its line of the log, and what it printed."""
+    caplog.set_level("INFO")
+
+    def call(task: str, *flags, expect: int = 0, lm: str = models["llama"]):
+        log = tmp_path / "log" / f"{task}.log"
+        command = ["--data_root", data_root, "--cpu", "--output_dir", tmp_path / "out", "--log_path", log]
+        command += [
+            "--query_encoder",
+            tiny_bert,
+            "--add_instruction",
+            "False",
+            "--query_max_length",
+            48,
+            "--key_max_length",
+            100,
+        ]
+        if task != "tool":
+            command += ["--model_name_or_path", lm]
+        monkeypatch.setattr(sys, "argv", [f"eval_{task}", *map(str, [*command, *flags])])
+        module = importlib.import_module(f"evaluation.eval_{task}")
+        with pytest.raises(SystemExit) as stop:
+            run_entry((lambda: run_task(module.TASK)) if task != "tool" else module.main)
+        printed = capsys.readouterr().err + caplog.text
+        assert int(stop.value.code or 0) == expect, printed
+        if expect:
+            return printed
+        record = read_rows(log.with_suffix(".jsonl"))[-1]
+        outputs = read_rows(tmp_path.__class__(record["outputs"])) if "outputs" in record else []
+        return outputs, record, printed
+
+    return call
+
+
+def loaded(folder: str):
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+# --- each protocol, spelled out -------------------------------------------------------------------------------------
+
+
+def test_popqa(evaluate, data_root, models):  # noqa: F811
+    outputs, record, _ = evaluate("popqa", "--retrieval_method", "oracle", "--key_num", 1)
+    rows = read_rows(data_root / "qa/popqa/test.json")
+    corpus = read_rows(data_root / "qa/nq/corpus.json")
+    for output, row in zip(outputs, rows, strict=True):
+        assert output["retrieved"] == row["pos_index"]
+    model, tokenizer = loaded(models["llama"])
+    # Which example of a relation is drawn is the evaluation's choice: the reference tries them all.
+    row, output = rows[0], outputs[0]
+    of_relation = {
+        relation: [other for other in rows if other["prop_id"] == relation]
+        for relation in sorted({other["prop_id"] for other in rows} - {row["prop_id"]})
+    }
+    knowledge = " " + corpus[row["pos_index"][0]]["text"]
+    found = []
+    for choice in np.ndindex(*map(len, of_relation.values())):
+        shots = [own[place] for own, place in zip(of_relation.values(), choice, strict=True)]
+        text = f"Knowledge: {knowledge}\n\n"
+        text += "".join(f"Q: {shot['query']} A: {shot['obj']}\n\n" for shot in shots)
+        found.append(reference.greedy(model, tokenizer, text + f"Q: {row['query']} A: ", 16))
+    assert output["output"][0] in found
+    values = [
+        contains_answer(own["output"][0], row["possible_answers"]) for own, row in zip(outputs, rows, strict=True)
+    ]
+    assert record["metrics"]["accuracy"] == pytest.approx(sum(values) / len(values))
+    assert (record["task"], record["retriever"], record["rows"], record["skipped"]) == ("popqa", "oracle", 8, 0)
+    assert record["versions"]["torch"]
+    assert record["seconds"] > 0
+
+
+def test_qa_with_bm25(evaluate, data_root, models):  # noqa: F811
+    outputs, record, _ = evaluate("qa", "--retrieval_method", "bm25", "--few_shot", 0, "--key_num", 2)
+    rows = read_rows(data_root / "qa/nq/test.json")
+    corpus = read_rows(data_root / "qa/nq/corpus.json")
+    model, tokenizer = loaded(models["llama"])
+    for output, row in list(zip(outputs, rows, strict=True))[:3]:
+        keys = "\n".join(" " + corpus[index]["text"] for index in output["retrieved"])
+        assert len(output["retrieved"]) == 2
+        text = f"Knowledge: {keys}\n\nQuestion: {row['query']}\nAnswer: "
+        assert output["output"] == [reference.greedy(model, tokenizer, text, 32)]
+        assert output["values"]["exact_match"] == exact_match(output["output"][0], row["answers"])
+    assert set(record["metrics"]) == {"exact_match", "f1"}
+
+
+def test_mmlu(evaluate, data_root, models):  # noqa: F811
+    outputs, record, _ = evaluate("mmlu", "--retrieval_method", "oracle", "--few_shot", 2, "--key_num", 1)
+    rows, dev = (read_rows(data_root / f"qa/mmlu/{name}.json") for name in ("test", "dev"))
+    corpus = read_rows(data_root / "qa/msmarco/corpus.json")
+    model, tokenizer = loaded(models["llama"])
+
+    def shown(row, answer):
+        return (
+            row["query"]
+            + "".join(f"\n{x}. {c}" for x, c in zip("ABCD", row["choices"], strict=True))
+            + "\nAnswer: "
+            + answer
+        )
+
+    for output, row in list(zip(outputs, rows, strict=True))[:3]:
+        shots = [other for other in dev if other["subject"] == row["subject"]][:2]
+        text = f"Knowledge:\n {corpus[row['pos_index'][0]]['text']}\n\n"
+        name = row["subject"].replace("_", " ")
+        text += f"The following are multiple choice questions (with answers) about {name}.\n\n"
+        text += "".join(shown(shot, "ABCD"[shot["answer"]]) + "\n\n" for shot in shots) + shown(row, "")
+        wanted = [reference.option_likelihood(model, tokenizer, text, letter)[0] for letter in "ABCD"]
+        np.testing.assert_allclose(output["response"]["log_likelihoods"], wanted, atol=1e-5)
+        assert output["output"] == int(np.argmax(wanted))
+    right = {subject: [] for subject in {row["subject"] for row in rows}}
+    for output, row in zip(outputs, rows, strict=True):
+        right[row["subject"]].append(output["output"] == row["answer"])
+    metrics = record["metrics"]
+    for subject, values in right.items():
+        assert metrics[subject] == pytest.approx(np.mean(values))
+    assert metrics["Others"] == metrics["miscellaneous"]
+    assert metrics["Social Sciences"] == metrics["high_school_geography"]
+    assert metrics["accuracy"] == pytest.approx((metrics["Others"] + metrics["Social Sciences"]) / 2)
+
+
+def test_icl(evaluate, data_root, models):  # noqa: F811
+    outputs, record, _ = evaluate("icl", "--retrieval_method", "same-task-random", "--few_shot", 2)
+    rows = read_rows(data_root / "icl/icl/test.json")
+    corpus = read_rows(data_root / "icl/icl/corpus.json")
+    model, tokenizer = loaded(models["llama"])
+    for output, row in list(zip(outputs, rows, strict=True))[:4]:
+        examples = [corpus[index] for index in output["retrieved"]]
+        assert [example["task_name"] for example in examples] == [row["task_name"]] * 2
+        text = f"{examples[1]['contents']}\n\n{examples[0]['contents']}\n\n{row['query']}\n"
+        if row["options"]:
+            wanted = [reference.option_likelihood(model, tokenizer, text, option)[0] for option in row["options"]]
+            np.testing.assert_allclose(output["response"]["log_likelihoods"], wanted, atol=1e-5)
+        else:
+            assert output["output"] == [reference.greedy(model, tokenizer, text, 64)]
+    accuracy = [
+        o["output"] == r["options"].index(r["answers"][0]) for o, r in zip(outputs, rows, strict=True) if r["options"]
+    ]
+    assert record["metrics"]["boolq"] == pytest.approx(np.mean(accuracy))
+    assert record["metrics"]["average"] == pytest.approx(
+        (record["metrics"]["boolq"] + record["metrics"]["natural_questions"]) / 2
+    )
+    assert record["metrics"]["reading"] == record["metrics"]["boolq"]
+    some, record, _ = evaluate("icl", "--retrieval_method", "no", "--task_names", "boolq")
+    assert len(some) == sum(bool(row["options"]) for row in rows)
+    assert set(record["metrics"]) == {"boolq", "reading", "average"}
+
+
+def test_icl_f1_and_rouge_by_hand():
+    from evaluation.eval_icl import summarize
+
+    chosen, right = [1, 1, 0, 1], [1, 0, 1, 1]
+    rows = [
+        ({"task_name": "multirc"}, {"chosen": float(c), "right": float(r)}) for c, r in zip(chosen, right, strict=True)
+    ]
+    rows += [({"task_name": "aeslc"}, {"rouge_l": 0.5}), ({"task_name": "aeslc"}, {"rouge_l": 1.0})]
+    found = summarize(rows)
+    # Two true positives, one false positive, one false negative.
+    assert found["multirc"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert found["aeslc"] == found["summarisation"] == 0.75
+
+
+def test_qrecc(evaluate, data_root, models):  # noqa: F811
+    outputs, record, _ = evaluate("qrecc", "--retrieval_method", "bm25", "--hits", 100)
+    assert outputs == []
+    assert set(record["metrics"]) == {f"{name}@{cutoff}" for name in ("ndcg", "recall") for cutoff in (3, 10, 100)}
+    assert "model" not in record
+    outputs, record, _ = evaluate(
+        "qrecc", "--retrieval_method", "oracle", "--do_generate", "--max_new_tokens", 8, "--key_num", 1
+    )
+    assert record["metrics"]["ndcg@3"] == record["metrics"]["recall@100"] == 1
+    row, corpus = (
+        read_rows(data_root / "convsearch/qrecc/test.concat.json")[0],
+        read_rows(data_root / "qa/nq/corpus.json"),
+    )
+    text = f"Knowledge: {corpus[row['pos_index'][0]]['text']}\n\nQuestion: {row['query']}\n\nAnswer: "
+    model, tokenizer = loaded(models["llama"])
+    assert outputs[0]["output"] == [reference.greedy(model, tokenizer, text, 8)]
+    values = [rouge_l(output["output"][0], output["gold"]) for output in outputs]
+    assert record["metrics"]["rouge_l"] == pytest.approx(np.mean(values))
+
+
+@pytest.mark.parametrize("method", ["no", "random", "recent", "bm25", "dense", "oracle"])
+def test_msc(evaluate, data_root, models, method):  # noqa: F811
+    outputs, record, _ = evaluate("msc", "--retrieval_method", method, "--key_num", 2, "--order_method", "relevance")
+    rows = read_rows(data_root / "chat/msc/test.json")
+    model, tokenizer = loaded(models["llama"])
+    nll = tokens = 0.0
+    for output, row in zip(outputs, rows, strict=True):
+        chosen = output["retrieved"]
+        assert len(chosen) == (0 if method == "no" else 2)
+        if method == "recent":
+            # The best one stands last.
+            assert chosen == [4, 5]
+        turns = "".join(row["history"][index] + "\n" for index in chosen)
+        question = f"Speaker 1: {row['query']}\nSpeaker 2: "
+        mean, size = reference.option_likelihood(model, tokenizer, turns + question, row["answers"][0])
+        assert output["response"]["log_likelihoods"] == pytest.approx([mean], abs=1e-5)
+        nll -= mean * size
+        tokens += size
+        if method == "oracle":
+            single = [
+                reference.option_likelihood(model, tokenizer, f"{turn}\n{question}", row["answers"][0])[0]
+                for turn in row["history"]
+            ]
+            assert chosen[::-1] == sorted(range(6), key=lambda key: -single[key])[:2]
+    assert record["metrics"]["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+
+
+LRLM = ("--context_window_size", 96, "--target_length", 48, "--chunk_size", 16, "--key_num", 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("no", ()),
+        ("random", ("--order_method", "relevance", "--add_sep", 9, 10)),
+        ("bm25", ("--integrate_method", "replace")),
+        ("dense", ("--add_key_continuation",)),
+        ("oracle", ("--context_max_length", 200, "--key_num", 1)),
+    ],
+)
+def test_lrlm(evaluate, data_root, models, method, flags):  # noqa: F811
+    outputs, record, printed = evaluate("lrlm", "--retrieval_method", method, *LRLM, *flags)
+    model, tokenizer = loaded(models["llama"])
+    nll = tokens = 0.0
+    for output, row in list(zip(outputs, read_rows(data_root / "lrlm/books3/test.json"), strict=True))[:2]:
+        ids = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+        ids = ids[-200:] if "--context_max_length" in flags else ids
+        keys = [list(own) for own in output["retrieved"]]
+        assert [len(own) for own in keys] == [{"no": 0, "oracle": 1}.get(method, 3)] * 3
+        order = "relevance" if "relevance" in flags else "sequential"
+        separator = [9, 10] if "--add_sep" in flags else []
+        parts = reference.chunk_windows(ids, 48, 96, 16, keys, order, "replace" in flags, separator)
+        total = 0.0
+        for prompt, target in parts:
+            whole = [tokenizer.cls_token_id, *prompt, *target]
+            total -= reference.likelihood_of(model, whole, len(whole) - len(target)) * len(target)
+        assert output["values"]["nll"] == pytest.approx(total, rel=1e-5)
+        nll, tokens = nll + total, tokens + 48
+    assert record["metrics"]["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+    assert record["skipped"] == 1
+    assert "1 of 3 rows are left out, since they are not longer than --target_length" in printed
+
+
+def test_tool_is_retrieval_with_its_own_defaults(evaluate):
+    _, record, _ = evaluate("tool", "--retrieval_method", "bm25", "--hits", 20)
+    assert set(record["metrics"]) == {f"{name}@{cutoff}" for name in ("mrr", "recall", "ndcg") for cutoff in (1, 3, 5)}
+    assert record["task"] == "tool"
+
+
+# --- the parts ------------------------------------------------------------------------------------------------------
+
+
+def test_plan_of_the_paper_and_of_tiny_texts():
+    plan = plan_chunks(32768, 1024, 2048, 128)
+    assert plan.window == 30720
+    assert len(plan.targets) == len(plan.queries) == 8
+    assert plan.targets[0] == range(31744, 31872)
+    assert plan.queries[0] == range(31616, 31744)
+    assert len(plan.keys) == 240
+    assert (plan.keys[0], plan.values[0]) == (range(128), range(256))
+    # Nothing that is retrieved reaches into the window.
+    assert plan.values[-1] == plan.keys[-1] == range(30592, 30720)
+    tiny = plan_chunks(10, 5, 8, 2)
+    assert tiny.targets == (range(5, 7), range(7, 9), range(9, 10))
+    assert tiny.keys == (range(0, 2),)
+    assert plan_chunks(5, 5, 8, 2) is None
+    assert plan_chunks(6, 5, 8, 2).keys == ()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 300), st.integers(1, 60), st.integers(1, 60), st.integers(1, 20), st.booleans(), st.randoms())
+def test_windows_hold_every_target_once_and_stay_in_their_budget(length, target, more, chunk, replace, random):
+    plan = plan_chunks(length, target, target + more, chunk)
+    if plan is None:
+        assert length <= target
+        return
+    tokens = list(range(length))
+    wanted = min(3, len(plan.keys))
+    retrieved = [random.sample(range(len(plan.keys)), wanted) for _ in plan.targets]
+    found = windows(plan, retrieved, tokens, Integration("sequential", replace))
+    assert [token for each in found for token in each.answer] == tokens[-target:]
+    for each in found:
+        assert each.prompt
+        assert each.prompt[-1] == each.answer[0] - 1
+        assert len(set(each.prompt)) == len(each.prompt)
+        assert len(each) <= target + more + (0 if replace else wanted * 2 * chunk)
+
+
+def test_the_same_keys_are_read_in_one_pass():
+    plan = plan_chunks(200, 48, 96, 16)
+    found = windows(plan, [[0, 1]] * 2 + [[2, 1]], list(range(200)), Integration("sequential", False))
+    assert [len(each.answer) for each in found] == [32, 16]
+
+
+TEXT = st.text(alphabet="abc xyz.?é\n", max_size=60)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(TEXT, max_size=4), st.lists(TEXT, max_size=5), TEXT, st.integers(1, 200), st.booleans())
+def test_prompts_stay_in_their_budget_and_keep_the_question(knowledge, examples, question, budget, cut_first):
+    tokenizer = make_tokenizer()
+
+    def length(text):
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    prompt = Prompt(question, tuple(knowledge), tuple(examples), "header", cut_first=cut_first)
+    found = fit(prompt, length, budget, tokenizer)
+    if found is None:
+        assert length(Prompt(question, header="header").text) > budget
+        return
+    assert length(found.text) <= budget
+    assert found.question == question
+    assert found.examples == prompt.examples[len(examples) - len(found.examples) :]
+    if length(prompt.text) <= budget:
+        assert found == prompt
+    if found.examples != prompt.examples:
+        # Knowledge goes before any example does, and no more examples than must.
+        assert not found.knowledge
+        more = prompt.examples[len(examples) - len(found.examples) - 1 :]
+        assert length(Prompt(question, (), more, "header").text) > budget
+
+
+def test_text_metrics_by_hand():
+    assert exact_match("The  Eiffel-Tower!", ["eiffeltower"]) == 1
+    assert token_f1("the big red house", ["red house", "x"]) == pytest.approx(2 * (2 / 3) / (2 / 3 + 1))
+    # Longest common subsequence a c d of 4 and 3 words.
+    assert rouge_l("a b c d", ["a c d"]) == pytest.approx(2 * (3 / 4) / (3 / 4 + 1))
+    assert contains_answer("It is PARIS, paris.", ["Paris"]) == 1
+    assert contains_answer("It is PARIS.", ["Paris"]) == 0
+
+
+# --- the runner -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["qa", "icl", "lrlm", "msc"])
+def test_two_processes_give_the_result_of_one(evaluate, data_root, models, tiny_bert, tmp_path, task):  # noqa: F811
+    flags = ["--retrieval_method", "dense", *map(str, LRLM if task == "lrlm" else ())]
+    outputs, record, _ = evaluate(task, *flags)
+    log = tmp_path / "two" / "log.log"
+    command = ["-m", f"evaluation.eval_{task}", *flags, "--data_root", data_root, "--cpu", "--query_encoder", tiny_bert]
+    command += ["--output_dir", tmp_path / "two", "--log_path", log, "--model_name_or_path", models["llama"]]
+    done = run(
+        [*command, "--add_instruction", "False", "--query_max_length", "48", "--key_max_length", "100"], processes=2
+    )
+    assert done.returncode == 0, done.stderr
+    other = read_rows(log.with_suffix(".jsonl"))[-1]
+    assert other["metrics"] == pytest.approx(record["metrics"], rel=1e-5)
+    for one, two in zip(outputs, read_rows(tmp_path.__class__(other["outputs"])), strict=True):
+        assert (one["output"], one["retrieved"], one["prompt_hash"]) == (
+            two["output"],
+            two["retrieved"],
+            two["prompt_hash"],
+        )
+
+
+def test_an_interrupted_run_goes_on_and_a_finished_one_can_be_taken_over(evaluate, monkeypatch, tmp_path):
+    from evaluation import common
+
+    flags = ("--retrieval_method", "no", "--few_shot", 1)
+    whole, record, _ = evaluate("qa", *flags)
+    asked = []
+    real = common.respond
+
+    def counted(model, requests, *rest):
+        asked.append(len(requests))
+        if sum(asked) > 4:
+            raise KeyboardInterrupt
+        return real(model, requests, *rest)
+
+    monkeypatch.setattr(common, "ROWS_A_TIME", 2)
+    monkeypatch.setattr(common, "respond", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("qa", *flags, "--save_name", "again")
+
+    def noted(model, requests, *rest):
+        asked.append(-len(requests))
+        return real(model, requests, *rest)
+
+    monkeypatch.setattr(common, "respond", noted)
+    resumed, other, _ = evaluate("qa", *flags, "--save_name", "again")
+    assert -sum(number for number in asked if number < 0) == 4
+    assert [row["output"] for row in resumed] == [row["output"] for row in whole]
+    assert other["metrics"] == record["metrics"]
+    assert not list((tmp_path / "out").glob("*.parts"))
+    del asked[:]
+    evaluate("qa", *flags, "--load_prev_result")
+    assert asked == []
+    evaluate("qa", *flags, "--load_prev_result", "--max_new_tokens", 3)
+    assert -sum(asked) == 8
+
+
+def test_rows_may_bring_their_own_keys(evaluate, data_root, tmp_path):
+    rows = [{**row, "key": ["one", "two"], "key_index": [3, 4]} for row in read_rows(data_root / "qa/nq/test.json")]
+    path = write_rows(tmp_path / "rows.json", rows)
+    flags = ("--eval_data", path, "--corpus", "", "--few_shot", 0, "--key_num", 1, "--debug_retrieval")
+    outputs, _, _ = evaluate("qa", *flags)
+    assert outputs[0]["retrieved"] == [3]
+    assert outputs[0]["retrieved_texts"] == ["one"]
+
+
+def test_a_ninth_task_is_one_short_file(evaluate, data_root, tmp_path, monkeypatch):
+    source = '''
+"""Does a passage hold the answer? A task of one's own."""
+
+from evaluation.common import EvalTask
+from src.lm.ask import Request
+from src.lm.budget import Prompt
+from src.lm.eval_args import QuestionArgs
+
+TASK = EvalTask(
+    name="ninth",
+    args=QuestionArgs,
+    defaults={"eval_data": "llm-embedder:qa/nq/test.json", "corpus": "llm-embedder:qa/nq/corpus.json", "metrics": []},
+    request=lambda context, row, found, shots: Request(Prompt(row["query"], found.texts), ("Yes", "No")),
+    score=lambda row, response: {"yes": float(response.choice == 0)},
+    gold=lambda row: "Yes",
+)
+'''
+    (tmp_path / "eval_ninth.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "evaluation.eval_ninth", importlib.import_module("eval_ninth"))
+    outputs, record, _ = evaluate("ninth", "--retrieval_method", "bm25")
+    assert len(outputs) == 8
+    assert 0 <= record["metrics"]["yes"] <= 1
+
+
+def test_newlines_are_found_in_the_tokenizer(small_lm):
+    _, tokenizer = loaded(small_lm)
+    found = set(newline_tokens(tokenizer))
+    assert set(tokenizer("a\nb\n\nc", add_special_tokens=False)["input_ids"]) & found
+    for token in found:
+        assert "\n" in tokenizer.decode([token])
+    assert tokenizer("word", add_special_tokens=False)["input_ids"][0] not in found
+    # The number that was hard-wired is another token here.
+    assert 13 not in found
+    assert newline_tokens(make_tokenizer()) == []
+
+
+@pytest.fixture(scope="session")
+def small_lm(tmp_path_factory):
+    """The sample LM, real and trained."""
+    folder = tmp_path_factory.mktemp("lm") / "lm"
+    sample_lm.build(sample_lm.find_gguf(), folder)
+    return str(folder)
+
+
+def test_knowledge_that_tells_the_answer_helps_a_real_model(evaluate, small_lm):
+    flags = ("--few_shot", 4, "--max_new_tokens", 8)
+    without = evaluate("mmlu", "--retrieval_method", "no", "--few_shot", 4, lm=small_lm)[1]["metrics"]
+    told = evaluate("mmlu", "--retrieval_method", "oracle", "--few_shot", 4, "--key_num", 1, lm=small_lm)[1]["metrics"]
+    print("MMLU-like", without, told)
+    without = evaluate("qa", "--retrieval_method", "no", *flags, lm=small_lm)[1]["metrics"]
+    told = evaluate("qa", "--retrieval_method", "oracle", "--key_num", 1, *flags, lm=small_lm)[1]["metrics"]
+    print("QA", without, told)
+    assert told["f1"] > without["f1"]
+
+
+def test_chat_template_and_marks_stand_around_the_prompt(evaluate, small_lm):
+    for flag in ("--use_chat_template", "--add_llama_inst"):
+        outputs, _, _ = evaluate(
+            "qa", "--retrieval_method", "no", "--few_shot", 0, flag, "--max_new_tokens", 4, lm=small_lm
+        )
+        assert len(outputs) == 8
+
+
+def test_an_encoder_decoder_model(evaluate, models):  # noqa: F811
+    outputs, _, _ = evaluate("qa", "--retrieval_method", "no", "--max_new_tokens", 4, lm=models["t5"])
+    assert len(outputs) == 8
+    outputs, _, _ = evaluate("mmlu", "--retrieval_method", "no", lm=models["t5"])
+    assert len(outputs[0]["response"]["log_likelihoods"]) == 4
+
+
+def test_sampling_is_repeatable(evaluate):
+    flags = ("--retrieval_method", "no", "--do_sample", "--num_return_sequences", 2, "--max_new_tokens", 6)
+    first = evaluate("qa", *flags)[0]
+    again = evaluate("qa", *flags, "--save_name", "again")[0]
+    other = evaluate("qa", *flags, "--seed", 7)[0]
+    assert [row["output"] for row in first] == [row["output"] for row in again]
+    assert [row["output"] for row in first] != [row["output"] for row in other]
+    assert all(len(row["output"]) == 2 for row in first)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+def changed(rows, **fields):
+    """Rows with other fields; None takes a field away."""
+    return [{name: value for name, value in {**row, **fields}.items() if value is not None} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "fields", "said"),
+    [
+        ("popqa", "qa/popqa/test.json", {"possible_answers": None}, "'possible_answers' is missing"),
+        ("popqa", "qa/popqa/test.json", {"prop_id": "22"}, "'prop_id' must be the number of the relation, found '22'"),
+        ("qa", "qa/nq/test.json", {"answers": []}, "'answers' needs 1 or more strings, found none"),
+        ("mmlu", "qa/mmlu/test.json", {"subject": "alchemy"}, "subject 'alchemy' is none of MMLU's: abstract_algebra"),
+        ("mmlu", "qa/mmlu/test.json", {"choices": ["a", "b", "c"]}, "'choices' needs 4 or more strings, found 3"),
+        ("mmlu", "qa/mmlu/test.json", {"choices": list("abcde")}, "'choices' needs four options, found 5"),
+        ("mmlu", "qa/mmlu/test.json", {"answer": 4}, "the number of the right option, 0 to 3, found 4"),
+        ("icl", "icl/icl/test.json", {"task_name": "chess"}, "task_name 'chess' is unknown: choose from arc_c"),
+        ("icl", "icl/icl/test.json", {"options": ["x", "y"]}, "is none of the options ['x', 'y']"),
+        ("msc", "chat/msc/test.json", {"history": None}, "'history' must be a list of past turns, found NoneType"),
+        ("lrlm", "lrlm/books3/test.json", {"text": None}, "'text' is missing"),
+    ],
+)
+def test_rows_with_problems_are_named(evaluate, data_root, tmp_path, task, file, fields, said):
+    path = write_rows(tmp_path / "bad.json", changed(read_rows(data_root / file), **fields))
+    printed = evaluate(task, "--eval_data", path, "--retrieval_method", "no", expect=2)
+    assert f"{path}:1" in printed
+    assert said in printed
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "said"),
+    [
+        ("qa", ("--model_name_or_path", "/nowhere"), "/nowhere"),
+        ("qa", ("--retrieval_method", "recent"), "--retrieval_method 'recent' is unknown: choose from dense"),
+        ("qa", ("--top_p", 0.5), "--top_p changes nothing unless answers are sampled: add --do_sample"),
+        ("qa", ("--train_data", "/nowhere.json"), "no such file: /nowhere.json"),
+        ("qa", ("--key_num", 11), "only --hits 10 keys are retrieved"),
+        ("qa", ("--use_chat_template",), "--use_chat_template: the tokenizer has none"),
+        ("qa", ("--context_max_length", 20), "no row can be asked, since they do not fit into --context_max_length"),
+        ("icl", ("--task_names", "chess"), "--task_names 'chess' is unknown"),
+        ("icl", ("--task_names", "rte"), "has no row of these"),
+        ("lrlm", ("--context_window_size", 100), "must be above --target_length 1024"),
+        ("lrlm", ("--context_window_size", 4000), "the LM takes 4096 tokens, and windows need"),
+        ("lrlm", (*LRLM, "--target_length", 5000, "--context_window_size", 6000), "lower --context_window_size"),
+    ],
+)
+def test_flags_that_cannot_be(evaluate, task, flags, said):
+    assert said in evaluate(task, *flags, expect=2)
+
+
+def test_a_row_that_does_not_fit_is_left_out_and_counted(evaluate, data_root, tmp_path):
+    rows = read_rows(data_root / "qa/nq/test.json")
+    rows[2]["query"] = "long " * 500
+    path = write_rows(tmp_path / "rows.json", rows)
+    outputs, record, printed = evaluate("qa", "--eval_data", path, "--retrieval_method", "no", "--few_shot", 0)
+    assert record["skipped"] == 1
+    assert outputs[2]["output"] is None
+    assert (
+        f"1 of 8 rows are left out, since they do not fit into --context_max_length; the first is {path}:3" in printed
+    )

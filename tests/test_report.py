@@ -1,0 +1,99 @@
+"""The leaderboard out of logs, and the comparison of two runs."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from evaluation.report import compare, leaderboard, main, read_results, to_csv, to_markdown, to_text
+from src.errors import UserError
+from src.result_log import log_result
+from tests.helpers import write_rows
+
+
+def record(task, retriever, time, model="lm", **metrics):
+    return {"task": task, "retriever": retriever, "time": time, "metrics": metrics} | (
+        {"model": model} if model else {}
+    )
+
+
+RECORDS = [
+    record("mmlu", "no", "2026-01-01", accuracy=0.3),
+    record("mmlu", "no", "2026-01-02", accuracy=0.4),
+    record("mmlu", "some/where/model", "2026-01-01", accuracy=0.5),
+    record("msc", "no", "2026-01-01", perplexity=20.0),
+    record("msc", "some/where/model", "2026-01-01", perplexity=15.0),
+    record("tool", "some/where/model", "2026-01-01", None, **{"ndcg@1": 0.5, "ndcg@5": 0.75, "recall@5": 0.9}),
+]
+
+
+def test_newest_results_in_columns_with_blanks():
+    board = leaderboard(RECORDS)
+    lines = to_csv(board).splitlines()
+    assert lines[0] == "retriever,MMLU,PopQA,NQ,ICL avg,MSC ppl,LRLM ppl,ToolBench ndcg@5,QReCC ndcg@3"
+    assert lines[1:] == ["no,0.4,,,,20.0,,,", "where/model,0.5,,,,15.0,,0.75,"]
+    shown = to_markdown(board).splitlines()
+    assert shown[2] == "| no | 0.4000 |  |  |  | 20.0000 |  |  |  |"
+    # Less is better of perplexity.
+    assert shown[3] == "| where/model | **0.5000** |  |  |  | **15.0000** |  | **0.7500** |  |"
+    assert "0.4000" in to_text(board)
+
+
+def test_several_language_models_have_rows_of_their_own():
+    board = leaderboard([*RECORDS, record("mmlu", "no", "2026-01-03", "b/other", accuracy=0.1)])
+    assert list(board.results) == ["no · b/other", "no · lm", "where/model · b/other", "where/model · lm"]
+    # Retrieval metrics depend on no LM.
+    assert board.results["where/model · b/other"]["tool"] == board.results["where/model · lm"]["tool"]
+
+
+def test_files_are_read_at_any_depth_and_the_report_is_written(tmp_path, capsys):
+    for number, own in enumerate(RECORDS):
+        facts = {name: value for name, value in own.items() if name not in ("metrics", "time")}
+        log_result(str(tmp_path / f"{own['task']}/{number}.log"), own["metrics"], {"seed": 1}, **facts)
+    (tmp_path / "other.jsonl").write_text('{"query": "no result"}\n{"half of a li')
+    assert len(read_results(str(tmp_path))) == len(RECORDS)
+    main([str(tmp_path)])
+    assert "ToolBench ndcg@5" in capsys.readouterr().out
+    assert (tmp_path / "leaderboard.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "leaderboard.md").read_text().count("\n") == 4
+    assert (tmp_path / "leaderboard.csv").is_file()
+
+
+def test_comparison_by_example(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    first = {str(n): float(rng.random() < 0.4) for n in range(200)}
+    second = {key: max(value, float(rng.random() < 0.2)) for key, value in first.items()}
+    found = compare(first, {**second, "else": 1.0})
+    wins = sum(second[key] > first[key] for key in first)
+    assert (found["examples"], found["wins"], found["losses"], found["ties"]) == (200, wins, 0, 200 - wins)
+    assert found["difference"] == pytest.approx(wins / 200)
+    # The normal approximation of the same interval.
+    error = 1.96 * np.std([second[key] - first[key] for key in first]) / np.sqrt(200)
+    assert found["low"] == pytest.approx(found["difference"] - error, abs=0.01)
+    assert found["high"] == pytest.approx(found["difference"] + error, abs=0.01)
+    paths = []
+    for name, values in (("a", first), ("b", second)):
+        rows = [{"query_id": key, "values": {"f1": 0.0, "accuracy": value}} for key, value in values.items()]
+        paths.append(str(write_rows(tmp_path / f"{name}.json", rows)))
+    main(["--compare", *paths, "--metric", "accuracy"])
+    assert f"second wins {wins}, loses 0, ties {200 - wins}" in capsys.readouterr().out
+
+
+def test_what_is_missing_is_said(tmp_path):
+    with pytest.raises(UserError, match="no result of an evaluation below"):
+        main([str(tmp_path)])
+    with pytest.raises(UserError, match="is no folder"):
+        main([str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match="give either a folder"):
+        main([])
+    path = str(write_rows(tmp_path / "a.json", [{"query_id": 1, "values": {"f1": 1.0}}]))
+    other = str(write_rows(tmp_path / "b.json", [{"query_id": 2, "values": {"f1": 1.0}}]))
+    with pytest.raises(UserError, match="no query_id in common"):
+        main(["--compare", path, other])
+    with pytest.raises(UserError, match="has f1"):
+        main(["--compare", path, other, "--metric", "bleu"])
+    with pytest.raises(UserError, match=r"b\.json:1 is no line"):
+        (tmp_path / "b.json").write_text(json.dumps({"query": "x"}) + "\n")
+        main(["--compare", path, other])
