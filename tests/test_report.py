@@ -94,6 +94,6 @@ def test_what_is_missing_is_said(tmp_path):
         main(["--compare", path, other])
     with pytest.raises(UserError, match="has f1"):
         main(["--compare", path, other, "--metric", "bleu"])
+    (tmp_path / "b.json").write_text(json.dumps({"query": "x"}) + "\n")
     with pytest.raises(UserError, match=r"b\.json:1 is no line"):
-        (tmp_path / "b.json").write_text(json.dumps({"query": "x"}) + "\n")
         main(["--compare", path, other])
