@@ -5,6 +5,7 @@ torchrun --nproc_per_node 8 run_lm_score.py --eval_data train.json --model_name_
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from functools import partial
@@ -20,9 +21,9 @@ from src.jsonl import JsonLines, open_jsonl
 from src.lm.args import NO_EFFECT, LMScoreArgs
 from src.lm.builders import lm_config
 from src.lm.journal import Journal
-from src.lm.modeling_lm import lm_max_length, load_lm, model_identity
+from src.lm.modeling_lm import LMConfig, lm_max_length, load_lm, model_identity
 from src.lm.prompts import PromptEncoder, make_frame
-from src.lm.score import ScoreData, check_all_fit, check_tokens, score_units, write_scored
+from src.lm.score import FORMAT, ScoreData, check_all_fit, check_tokens, score_units, write_scored
 from src.retrieval.tasks import TASKS, task_from_path
 from src.schema import LM_CHECK, check_lm_row
 
@@ -52,9 +53,10 @@ def identity(args: LMScoreArgs, dtype: str, rows: JsonLines) -> dict[str, Any]:
     """What scores depend on: scores of anything else must not mix with these."""
     data = os.stat(rows.path)
     return {
-        **model_identity(args.model_name_or_path),
+        **model_identity(args.model_name_or_path, args.model_cache_dir),
         "eval_data": [os.path.abspath(rows.path), data.st_size, data.st_mtime_ns],
         "lm_dtype": dtype,
+        "format": FORMAT,
         **{
             flag: getattr(args, flag)
             for flag in (
@@ -71,6 +73,35 @@ def identity(args: LMScoreArgs, dtype: str, rows: JsonLines) -> dict[str, Any]:
     }
 
 
+def fill(args: LMScoreArgs, config: LMConfig, data: ScoreData, journal: Journal) -> None:
+    """Score what the journal lacks; with ``--load_score`` only find out whether it is of these rows and settings.
+
+    Raises:
+        UserError: it is of others, or rows do not fit.
+    """
+    whose = identity(args, config.dtype, data.rows)
+    if args.load_score:
+        if not distributed.on_main(journal.exists):
+            raise UserError(f"--load_score: there are no scores of an interrupted run in {journal.folder}")
+        distributed.on_main(lambda: journal.check(whose))
+        return
+    model = load_lm(config)
+    check_tokens(data, model.vocabulary)
+    encoder = PromptEncoder(
+        model.tokenizer,
+        lm_max_length(model.model.config, args.context_max_length),
+        args.key_max_length,
+        args.truncation_side,
+        make_frame(model.tokenizer, args.add_llama_inst, args.use_chat_template),
+        model.encoder_decoder,
+    )
+    if args.strict:
+        check_all_fit(encoder, data)
+    distributed.on_main(lambda: journal.open(whose))
+    logger.info("scoring with %s in %s on %s", args.model_name_or_path, config.dtype, model.model.device)
+    score_units(model, encoder, data, journal, args.lm_batch_size * args.context_max_length)
+
+
 def main() -> None:
     """Parse, load, score, write."""
     (args,), given = parse_args([LMScoreArgs])
@@ -82,32 +113,12 @@ def main() -> None:
     output = derived_path(data.rows.path, "scored", args.save_name, args.output_dir if args.save_to_output else None)
     flag = "output_dir" if args.save_to_output else "eval_data"
     distributed.on_main(lambda: check_writable(os.path.dirname(output) or ".", flag))
-    journal = Journal(f"{output}.parts")
-    if args.load_score:
-        if not distributed.on_main(journal.exists):
-            raise UserError(f"--load_score: there are no scores of an interrupted run in {journal.folder}")
-    else:
-        model = load_lm(config)
-        check_tokens(data, model.vocabulary)
-        encoder = PromptEncoder(
-            model.tokenizer,
-            lm_max_length(model.model.config, args.context_max_length),
-            args.key_max_length,
-            args.truncation_side,
-            make_frame(model.tokenizer, args.add_llama_inst, args.use_chat_template),
-            model.encoder_decoder,
-        )
-        if args.strict:
-            check_all_fit(encoder, data)
-        distributed.on_main(lambda: journal.open(identity(args, config.dtype, data.rows)))
-        logger.info("scoring with %s in %s on %s", args.model_name_or_path, config.dtype, model.model.device)
-        score_units(model, encoder, data, journal, args.lm_batch_size * args.context_max_length)
-    if distributed.is_main():
-        if args.load_score:
-            journal.check(identity(args, config.dtype, data.rows))
-        write_scored(data, journal, args.score_name or "teacher_scores", output)
-        if not args.load_score:
-            journal.remove()
+    with contextlib.closing(Journal(f"{output}.parts")) as journal:
+        fill(args, config, data, journal)
+        if distributed.is_main():
+            write_scored(data, journal, args.score_name or "teacher_scores", output, partly=args.load_score)
+            if not args.load_score:
+                journal.remove()
 
 
 if __name__ == "__main__":

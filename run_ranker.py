@@ -50,7 +50,7 @@ def main() -> None:
     sources = load_sources(args, training)
     resume = distributed.on_main(lambda: checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir))
     set_seed(training.seed)
-    model = load_cross_encoder(ranker_config(args))
+    model = load_cross_encoder(ranker_config(args), new_head=bool(sources))
     evaluate_model = None
     if eval_data is not None:
         evaluate_model = recorded(ranker_evaluator(args, eval_data, evaluation, device), training.log_path, arguments)

@@ -290,7 +290,7 @@ def request_encoder(args: LMEvalArgs, config: LMConfig) -> RequestEncoder:
         tokenizer,
         lm_max_length(model_config, args.context_max_length),
         decoding,
-        {**model_identity(args.model_name_or_path), "dtype": config.dtype},
+        {**model_identity(args.model_name_or_path, args.model_cache_dir), "dtype": config.dtype},
         make_frame(tokenizer, args.add_llama_inst, args.use_chat_template),
         bool(model_config.is_encoder_decoder),
     )

@@ -122,7 +122,7 @@ def retrieve(context: Context, task: EvalTask) -> Retrieved:
             how = integration(context)
             prompts = [windows(one, [[key]], tokens, how)[0] for key in range(len(plan.keys))]
             budget = task.batch_tokens(context)
-            found.append(score_prompts(context.model(), prompts, budget, lambda done: None).astype(np.float32))
+            found.append(score_prompts(context.model(), prompts, budget, lambda numbers: None).astype(np.float32))
         return found
 
     best = rank_past(len(rows), cases, case_scorer(context, oracle), args.key_num)

@@ -76,7 +76,7 @@ def retrieve(context: Context, task: EvalTask) -> Retrieved:
         fitting = [place for place, each in enumerate(tokens) if each is not None]
         scores = np.full(len(asked), -np.inf, dtype=np.float32)
         pairs = [each.pairs[0] for each in tokens if each is not None]
-        scores[fitting] = score_prompts(context.model(), pairs, task.batch_tokens(context), lambda done: None)
+        scores[fitting] = score_prompts(context.model(), pairs, task.batch_tokens(context), lambda numbers: None)
         return np.split(scores, np.cumsum([len(case.keys) for case in own])[:-1])
 
     best = rank_past(len(rows), cases, case_scorer(context, oracle), args.key_num)

@@ -45,6 +45,17 @@ fi
 : "${ENCODER:?ENCODER is needed beside TRAIN}" "${LM:?LM is needed beside TRAIN}"
 ENCODE_FLAGS=${ENCODE_FLAGS:-} LM_FLAGS=${LM_FLAGS:-} RANKER_FLAGS=${RANKER_FLAGS:-} TRAIN_FLAGS=${TRAIN_FLAGS:-}
 
+# What is there already was made with these settings; others would mix with it.
+mkdir -p "$OUT"
+SETTINGS=$(printf '%s\n' "$TRAIN" "$TEST" "$CORPUS" "$ENCODER" "$LM" "$RERANKER" "$NEGATIVES" "$KEY_TEMPLATE" \
+    "$ENCODE_FLAGS" "$LM_FLAGS" "$RANKER_FLAGS" "$TRAIN_FLAGS")
+if [ ! -e "$OUT/settings.txt" ]; then
+    printf '%s\n' "$SETTINGS" > "$OUT/settings.txt"
+elif ! diff <(printf '%s\n' "$SETTINGS") "$OUT/settings.txt" >&2; then
+    echo "error: $OUT holds rounds with other settings (above: now <, then >): choose another OUT, or remove it" >&2
+    exit 2
+fi
+
 # launch SCRIPT_OR_-m_MODULE FLAGS…: with one process or several
 launch() {
     if [ "$NPROC" = 1 ]; then python "$@"; else torchrun --standalone --nproc_per_node "$NPROC" "$@"; fi

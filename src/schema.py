@@ -17,7 +17,7 @@ from src.errors import UserError
 TRAIN_CHECK = "train-2"
 EVAL_CHECK = "eval-3"
 SCORING_CHECK = "scoring-1"
-LM_CHECK = "lm-2"
+LM_CHECK = "lm-3"
 
 #: Field of the scores that training distils from, unless another is named.
 TEACHER_SCORES = "teacher_scores"
@@ -249,8 +249,10 @@ def check_lm_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         of text), ``task`` (str, empty when missing).
     """
     problems = _common_problems(row) + _candidate_problems(row) + _text_problems(row, "context", required=False)
-    problems += _token_problems(row) if "score_inputs" in row else []
-    if not problems and "score_inputs" not in row:
+    tokens = has_tokens(row)
+    if tokens and not problems:
+        problems += _token_problems(row)
+    if not problems and not tokens:
         answers = row.get("answers")
         if not answers:
             problems.append("field 'answers' is missing or empty: the LM is scored by how likely it finds an answer")
@@ -259,12 +261,17 @@ def check_lm_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     if problems:
         return problems, {}
     task = row.get("task") or ""
-    if "score_inputs" in row:
-        tokens = [*row["score_inputs"], *(row[field] for field in TOKEN_FIELDS[1:])]
-        highest = max(max(own, default=-1) for own in tokens)
+    if tokens:
+        every = [*row["score_inputs"], *(row[field] for field in TOKEN_FIELDS[1:])]
+        highest = max(max(own, default=-1) for own in every)
         return [], {"candidates": len(row["score_inputs"]), "answers": 1, "token_max": highest, "task": task}
     count = sum(map(len, candidates(row)))
     return [], {"candidates": count, "answers": len(row["answers"]), "token_max": -1, "task": task}
+
+
+def has_tokens(row: dict[str, Any]) -> bool:
+    """Whether a row is scored by the tokens it carries in place of its texts."""
+    return row.get("score_inputs") is not None
 
 
 def _token_problems(row: dict[str, Any]) -> list[str]:
@@ -274,6 +281,11 @@ def _token_problems(row: dict[str, Any]) -> list[str]:
     for position, tokens in enumerate(row["score_inputs"]):
         name = f"score_inputs[{position}]"
         problems += _list_problems({name: tokens}, name, "tokens")
+    if row.get("task") not in (None, "lrlm"):
+        problems.append(f"field 'score_inputs' stands in a row of task {row['task']!r}: only lrlm rows carry tokens")
+    count = sum(map(len, candidates(row)))
+    if count != len(row["score_inputs"]):
+        problems.append(f"field 'score_inputs' has {len(row['score_inputs'])} lists for {count} candidates")
     if not row["answer_inputs"]:
         problems.append("field 'answer_inputs' is empty: an answer needs tokens")
     return problems

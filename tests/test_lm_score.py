@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -12,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -25,10 +28,14 @@ from transformers import (
 import run_lm_score
 from scripts import sample_lm
 from src.cli import run as run_entry
+from src.errors import UserError
+from src.jsonl import open_jsonl
+from src.lm.args import LMScoreArgs
 from src.lm.journal import UNFIT, Journal
 from src.lm.likelihood import collect_work, cut_work
 from src.lm.modeling_lm import LanguageModel
 from src.lm.prompts import LLAMA_INST, PromptEncoder, PromptTokens
+from src.schema import check_lm_row
 from tests.conftest import VOCABULARY, make_tokenizer
 from tests.helpers import TASKS, TOY_ROWS, read_rows, run, write_rows
 from tests.reference import lm_score as reference
@@ -184,6 +191,9 @@ def test_random_answer_depends_on_seed_and_row_only(models, score, tmp_path):
 def test_rows_with_tokens_are_scored_by_them(models, score, tmp_path):
     model, _ = load(models["gpt2"])
     row = {"query": "", "pos": [], "neg": ["ab", "c"], "task": "lrlm", "answers": []}
+    # A field that is null is not there.
+    plain = {**row, "score_inputs": None, "query": "q", "answers": ["a"]}
+    score("--eval_data", write_rows(tmp_path / "plain.json", [plain]), "--model_name_or_path", models["gpt2"])
     row |= {
         "score_inputs": [[9, 8, 7, 6], [5]],
         "context_inputs": [11, 12],
@@ -205,15 +215,17 @@ def test_rows_with_tokens_are_scored_by_them(models, score, tmp_path):
 
 def test_a_long_key_is_cut_and_nothing_else():
     tokenizer = make_tokenizer()
-    key = "abc " * 50
-    for side, part in (("right", "a b c"), ("left", "c a b c")):
+    key = " ".join(map(str, range(10, 60)))
+    for side, start, end in (("right", "1011", ""), ("left", "", "5859")):
         encoder = PromptEncoder(tokenizer, 40, 30, side)
         (tokens,) = encoder.encode("chat", "qqq", [key], "www")
         assert len(tokens) <= 40
         text = tokenizer.decode([*tokens.prompt, *tokens.answer], skip_special_tokens=True).replace(" ", "")
         assert text.endswith("speaker1:qqqspeaker2:www")
-        assert text.removesuffix("speaker1:qqqspeaker2:www") in key.replace(" ", "")
-        assert part
+        kept = text.removesuffix("speaker1:qqqspeaker2:www")
+        assert kept in key.replace(" ", "")
+        assert kept.startswith(start)
+        assert kept.endswith(end)
     assert PromptEncoder(tokenizer, 20, 30).encode("chat", "qqq", [key], "www") == [None]
     (short,) = PromptEncoder(tokenizer, 400, 5).encode("icl", "q", [key], "w")
     assert len(short.prompt) == 1 + 5 + 1
@@ -253,9 +265,11 @@ def test_work_is_collected_once_and_cut_to_the_budget():
             answers = {len(own.answers) for own in batch}
             assert len(answers) == 1
             longest = max(own.longest for own in batch)
+            # Padded on the right, answers end at different columns, each of which has logits.
+            longest += max(own.width for own in batch) - min(own.width for own in batch) if side == "right" else 0
             if len(batch) > 1:
                 count = len(batch) * answers.pop()
-                assert count * (max(len(own.prompt) for own in batch) + longest) <= 64
+                assert count * max(len(own.prompt) + own.longest for own in batch) <= 64
                 assert count * longest * 4 <= 200
 
 
@@ -352,6 +366,8 @@ GOOD = {"query": "q", "pos": ["a"], "neg": ["b"], "answers": ["c"], "task": "qa"
         ({"score_inputs": [[1]], "query_inputs": [1]}, "field 'context_inputs' is missing"),
         (TOKENS | {"score_inputs": [[1], ["x"]]}, "'score_inputs[1]'[0] must be a token number"),
         (TOKENS | {"answer_inputs": []}, "field 'answer_inputs' is empty"),
+        (TOKENS, "field 'score_inputs' stands in a row of task 'qa'"),
+        (TOKENS | {"task": "lrlm", "score_inputs": [[1]]}, "'score_inputs' has 1 lists for 2 candidates"),
     ],
 )
 def test_bad_rows(row, message, score, tmp_path):
@@ -376,18 +392,109 @@ def test_bad_flags_and_models(models, score, tmp_path):
 
 
 def test_tokens_of_another_tokenizer_and_scores_that_are_no_numbers(models, score, tmp_path, monkeypatch):
-    data = write_rows(tmp_path / "rows.json", [{**GOOD, "task": "lrlm"}, {**GOOD, **TOKENS, "query_inputs": [9999]}])
+    data = write_rows(
+        tmp_path / "rows.json", [{**GOOD, "task": "lrlm"}, {**GOOD, **TOKENS, "query_inputs": [9999], "task": "lrlm"}]
+    )
     flags = ["--eval_data", data, "--model_name_or_path", models["llama"]]
     assert f"rows.json:2: token 9999 is beyond the vocabulary of {len(VOCABULARY)}" in score(*flags, expect=2)
     write_rows(tmp_path / "rows.json", [GOOD])
     monkeypatch.setattr(LanguageModel, "answer_scores", lambda *_: np.array([np.nan, 1.0]))
-    assert "try another --lm_dtype" in score(*flags, expect=2)
+    assert "rows.json:1: the language model gives a score that is no number" in score(*flags, expect=2)
+
+
+def test_answers_after_prompts_of_several_lengths_in_one_batch(models):
+    for kind in KINDS:
+        model, tokenizer = load(models[kind])
+        prompts = [[7, 8, 9], [10, 11, 12, 13, 14, 15, 16], [17]]
+        answers = [[[20], [21, 22, 23]], [[24, 25], [26]], [[27, 28], [29, 30, 31]]]
+        for side in ("left", "right"):
+            found = LanguageModel(model, tokenizer, side).shared_answer_scores(prompts, answers)
+            for prompt, own, scores in zip(prompts, answers, found, strict=True):
+                if kind == "t5":
+                    wanted = [reference.decoder_likelihood(model, prompt, answer) for answer in own]
+                else:
+                    wanted = [reference.likelihood_of(model, [*prompt, *answer], len(prompt)) for answer in own]
+                np.testing.assert_allclose(scores, wanted, atol=1e-5)
+
+
+def test_many_answers_are_split_over_batches():
+    answers = [(n, PromptTokens(tuple(range(10)), (n, n))) for n in range(40)]
+    batches = list(cut_work(collect_work(answers), 60, 10**6, 50, "left"))
+    assert [len(batch[0].answers) for batch in batches] == [5] * 8
+
+
+def test_an_encoder_is_no_language_model(tiny_bert, score, tmp_path):
+    data = write_rows(tmp_path / "rows.json", [GOOD])
+    BertForMaskedLM(BertConfig(**SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        tmp_path / "bert"
+    )
+    make_tokenizer().save_pretrained(tmp_path / "bert")
+    assert "looks at later tokens" in score("--eval_data", data, "--model_name_or_path", tmp_path / "bert", expect=2)
+
+
+def test_an_answer_without_tokens_leaves_its_row_unscored(models, score, tmp_path):
+    data = write_rows(tmp_path / "rows.json", [GOOD, {**GOOD, "answers": ["\u200b"]}])
+    for kind in ("llama", "t5"):
+        printed = score("--eval_data", data, "--model_name_or_path", models[kind])
+        assert "the answer has no tokens" in printed
+        assert ["teacher_scores" in row for row in read_rows(tmp_path / "rows.scored.x.json")] == [True, False]
+
+
+def test_a_second_run_on_the_same_output_is_refused(models, score, tmp_path):
+    data = write_rows(tmp_path / "rows.json", [GOOD])
+    journal = Journal(f"{tmp_path / 'rows.scored.x.json'}.parts")
+    journal.open({})
+    assert "another run is at work" in score("--eval_data", data, "--model_name_or_path", models["llama"], expect=2)
+
+
+def test_scores_without_a_manifest_are_not_trusted(models, score, tmp_path):
+    data = write_rows(tmp_path / "rows.json", [GOOD])
+    parts = tmp_path / "rows.scored.x.json.parts"
+    parts.mkdir()
+    (parts / "0000000.jsonl").write_text("[[0, 1], [-123.0, -456.0]]\n")
+    score("--eval_data", data, "--model_name_or_path", models["llama"])
+    assert -123.0 not in read_rows(tmp_path / "rows.scored.x.json")[0]["teacher_scores"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"context_max_length": 500},
+        {"key_max_length": 7},
+        {"truncation_side": "left"},
+        {"add_llama_inst": True},
+        {"answer_select": "first"},
+        {"seed": 1},
+        {"lm_dtype": "bf16"},
+        {"eval_data": "other rows"},
+        {"model_name_or_path": "other weights"},
+    ],
+)
+def test_scores_made_with_other_settings_are_not_mixed_in(other, models, tmp_path):
+    folder = tmp_path / "lm"
+    shutil.copytree(models["llama"], folder)
+    data = write_rows(tmp_path / "rows.json", [GOOD])
+
+    def made(**changed) -> dict:
+        args = LMScoreArgs(eval_data=str(data), model_name_or_path=str(folder), **changed)
+        return run_lm_score.identity(args, args.lm_dtype, open_jsonl(str(data), check_lm_row, "x"))
+
+    changed = dict(other)
+    journal = Journal(str(tmp_path / "parts"))
+    journal.open(made(lm_dtype="fp32"))
+    if changed.pop("eval_data", None):
+        write_rows(data, [GOOD, GOOD])
+    if changed.pop("model_name_or_path", None):
+        (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="holds the scores of another run"):
+        journal.check(made(**{"lm_dtype": "fp32", **changed}))
 
 
 def test_scores_of_another_model_are_not_mixed_in(models, score, tmp_path):
     data = write_rows(tmp_path / "rows.json", [GOOD])
     journal = Journal(f"{tmp_path / 'rows.scored.x.json'}.parts")
     journal.open({"model_name_or_path": "another"})
+    journal.close()
     printed = score("--eval_data", data, "--model_name_or_path", models["llama"], expect=2)
     assert "its model_name_or_path is 'another'" in printed
     assert "--save_name" in printed

@@ -1,1 +1,1 @@
-"""Dense retrieval: rows, model, losses, trainer, encoding, search and metrics."""
+"""Language models: what they find likely, what they write, and the prompts for either."""

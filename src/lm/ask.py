@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -139,8 +140,15 @@ def respond(
         UserError: the model gives no numbers.
     """
     pairs = [pair for request in requests for pair in request.pairs]
-    scores = score_prompts(model, pairs, max_tokens, lambda number: None)
-    advance(sum(1 for request in requests if request.pairs))
+    owners = [number for number, request in enumerate(requests) for _ in request.pairs]
+    waiting = Counter(owners)
+
+    def done(numbers: Sequence[int]) -> None:
+        touched = Counter(owners[number] for number in numbers)
+        waiting.subtract(touched)
+        advance(sum(waiting[number] == 0 for number in touched))
+
+    scores = score_prompts(model, pairs, max_tokens, done)
     generating = [number for number, request in enumerate(requests) if not request.pairs]
     texts: list[list[str]] = []
     if generating:

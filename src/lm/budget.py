@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from src.lm.prompts import cut_text
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -73,7 +75,8 @@ def fit(
     while excess > 0 and prompt.knowledge:
         keys = list(prompt.knowledge)
         place = 0 if prompt.cut_first else len(keys) - 1
-        cut = _shorten(keys[place], excess, tokenizer)
+        ids = tokenizer(keys[place], add_special_tokens=False)["input_ids"]
+        cut = cut_text(tokenizer, ids, len(ids) - excess, "right")
         keys[place : place + 1] = [cut] if cut else []
         prompt = replace(prompt, knowledge=tuple(keys))
         excess = length(prompt.text) - max_length
@@ -89,14 +92,3 @@ def fit(
             low = middle + 1
     prompt = replace(prompt, examples=prompt.examples[low:])
     return prompt if length(prompt.text) <= max_length else None
-
-
-def _shorten(text: str, excess: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """`text` without its last `excess` tokens, or more where cutting inside a character gives no text; maybe empty."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    for room in range(len(ids) - excess, 0, -1):
-        cut = str(tokenizer.decode(ids[:room]))
-        # Half a character decodes to a replacement sign; a text that did not become shorter would never fit.
-        if not cut.endswith("\ufffd") and len(tokenizer(cut, add_special_tokens=False)["input_ids"]) <= room:
-            return cut
-    return ""

@@ -84,7 +84,7 @@ def generate(
         num_return_sequences=decoding.num_return_sequences,
         **({"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.do_sample else {}),
         eos_token_id=sorted({*end_tokens(model), *decoding.stop_tokens}),
-        pad_token_id=model.tokenizer.pad_token_id or 0,
+        pad_token_id=0,
         decoder_start_token_id=model.model.config.decoder_start_token_id if model.encoder_decoder else None,
     )
     found: list[list[str]] = [[] for _ in prompts]

@@ -7,6 +7,7 @@ also on several hosts with a common folder, share out the units among themselves
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -33,6 +34,13 @@ class Journal:
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
+        self._lock: int | None = None
+
+    def close(self) -> None:
+        """Let other runs in."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def exists(self) -> bool:
         """Whether an earlier run left anything."""
@@ -42,15 +50,33 @@ class Journal:
         """Begin, or go on where a run with the same `identity` stopped; by one process, before any other claims.
 
         Raises:
-            UserError: what is there is of something else.
+            UserError: what is there is of something else, or another run is at work on it.
         """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._hold()
         if self.exists():
             self.check(identity)
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            # Without a manifest nobody knows what scores are of.
+            for path in self.folder.glob("*.jsonl"):
+                path.unlink()
             write_json(self.folder / MANIFEST, dict(identity))
         for claim in self.folder.glob("*.claim"):
             claim.unlink()
+
+    def _hold(self) -> None:
+        """Keep other runs out until this process ends; the system lets go of the lock even if it is killed."""
+        if self._lock is not None:
+            return
+        descriptor = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise UserError(
+                f"another run is at work in {self.folder}: wait for it, stop it, or choose another --save_name"
+            ) from error
+        self._lock = descriptor
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """Find out whether the scores are of `identity`.
@@ -95,8 +121,12 @@ class Journal:
                 file.truncate(file.read().rfind(b"\n") + 1)
 
     def remove(self) -> None:
-        """Delete everything."""
-        shutil.rmtree(self.folder)
+        """Delete everything; the name goes first, so that what a kill leaves is never taken for scores."""
+        gone = self.folder.with_name(f"{self.folder.name}.removed")
+        shutil.rmtree(gone, ignore_errors=True)
+        self.folder.rename(gone)
+        shutil.rmtree(gone)
+        self.close()
 
     def _path(self, unit: int) -> Path:
         return self.folder / f"{unit:07}.jsonl"

@@ -58,10 +58,10 @@ def cut_work(
 ) -> Iterator[list[Work]]:
     """Batches of work with equally many answers, longest first, within a budget of padded tokens and of logits.
 
-    A single piece of work may exceed the budget.
+    A single piece of work may exceed the budget, but not by its number of answers.
     """
     batch: list[Work] = []
-    for each in sorted(work, key=lambda own: (len(own.answers), own.width), reverse=True):
+    for each in sorted(_split(work, max_tokens), key=lambda own: (len(own.answers), own.width), reverse=True):
         grown = [*batch, each]
         number, longest = len(each.answers), max(own.longest for own in grown)
         # Several answers share the states of their prompt, which are repeated for each.
@@ -77,19 +77,22 @@ def cut_work(
         yield batch
 
 
-def score_batch(model: LanguageModel, batch: Sequence[Work]) -> tuple[list[int], list[float]]:
-    """Numbers of all pairs of a batch, and their scores.
+def _split(work: Sequence[Work], max_tokens: int) -> Iterator[Work]:
+    """Work with no more answers than fit, each with its copy of the prompt's states, into the budget."""
+    for each in work:
+        most = max(1, max_tokens // each.width)
+        for first in range(0, len(each.answers), most):
+            part = slice(first, first + most)
+            yield Work(each.prompt, each.answers[part], each.numbers[part])
 
-    Raises:
-        UserError: scores are not finite.
-    """
+
+def score_batch(model: LanguageModel, batch: Sequence[Work]) -> tuple[list[int], list[float]]:
+    """Numbers of all pairs of a batch, and their scores."""
     prompts = [work.prompt for work in batch]
     if len(batch[0].answers) == 1:
         scores = model.answer_scores(prompts, [work.answers[0] for work in batch])[:, None]
     else:
         scores = model.shared_answer_scores(prompts, [work.answers for work in batch])
-    if not np.isfinite(scores).all():
-        raise UserError("the language model gives scores that are no numbers: try another --lm_dtype (bf16 or fp32)")
     found = [
         (number, score)
         for work, own in zip(batch, scores, strict=True)
@@ -99,8 +102,21 @@ def score_batch(model: LanguageModel, batch: Sequence[Work]) -> tuple[list[int],
     return [number for number, _ in found], [score for _, score in found]
 
 
+def check_finite(scores: Sequence[float], where: str) -> None:
+    """Refuse scores that are no numbers; `where` says of what they are.
+
+    Raises:
+        UserError: some are.
+    """
+    if not np.isfinite(scores).all():
+        raise UserError(
+            f"{where}: the language model gives a score that is no number: --lm_dtype fp16 may be too narrow (take "
+            "bf16 or fp32), or its weights are damaged"
+        )
+
+
 def score_prompts(
-    model: LanguageModel, prompts: Sequence[PromptTokens], max_tokens: int, advance: Callable[[int], object]
+    model: LanguageModel, prompts: Sequence[PromptTokens], max_tokens: int, done: Callable[[Sequence[int]], object]
 ) -> np.ndarray:
     """Mean log-likelihood per token of the answers.
 
@@ -108,7 +124,7 @@ def score_prompts(
         model: the LM.
         prompts: prompts with answers.
         max_tokens: budget of a batch, padding included.
-        advance: called with how many prompts are done.
+        done: called with the numbers of the prompts of each batch.
 
     Returns:
         fp64 ``(len(prompts),)``.
@@ -121,6 +137,7 @@ def score_prompts(
     work = collect_work(list(enumerate(prompts)))
     for batch in cut_work(work, max_tokens, max_logits, model.vocabulary, model.padding_side):
         numbers, found = score_batch(model, batch)
+        check_finite(found, "prompts")
         scores[numbers] = found
-        advance(len(numbers))
+        done(numbers)
     return scores

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -18,11 +19,13 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    DynamicCache,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer
 
 from src.errors import UserError
 from src.retrieval.checkpoints import load_error, position_limit
@@ -140,13 +143,17 @@ class LanguageModel:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         options = {"position_ids": positions} if self._knows_positions() else {}
         read = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **self._keep([width - 1]), **options)
+        cache = getattr(read, "past_key_values", None)
+        if not isinstance(cache, DynamicCache) or not all(isinstance(own, DynamicLayer) for own in cache.layers):
+            # Models that keep something else than keys and values read each prompt anew.
+            anew = [prompt for prompt in prompts for _ in range(number)]
+            return self.answer_scores(anew, flat).reshape(-1, number)
         first = read.logits[:, -1].float().log_softmax(-1).repeat_interleave(number, 0)
         starts = torch.tensor([answer[0] for answer in flat], device=first.device)
         sums = first.gather(1, starts[:, None]).squeeze(1)
         lengths = torch.tensor([len(answer) for answer in flat], device=first.device)
         longest = int(lengths.max())
         if longest > 1:
-            cache = read.past_key_values
             cache.batch_repeat_interleave(number)
             rest, rest_mask = self._pad([answer[:-1] for answer in flat], longest - 1, "right")
             mask = torch.cat([mask.repeat_interleave(number, 0), rest_mask], 1)
@@ -224,9 +231,8 @@ class LanguageModel:
 
     def _pad(self, rows: Sequence[Sequence[int]], width: int, side: str) -> tuple[Tensor, Tensor]:
         """Token ids and mask, int64 ``(n, width)``."""
-        # What stands under the mask is never looked at, so a tokenizer without a padding token does as well.
-        filler = self.tokenizer.pad_token_id or 0
-        ids = torch.full((len(rows), width), filler, dtype=torch.int64)
+        # What stands under the mask is never looked at; a padding token may be missing, or beyond the vocabulary.
+        ids = torch.zeros((len(rows), width), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for number, row in enumerate(rows):
             part = slice(width - len(row), width) if side == "left" else slice(0, len(row))
@@ -245,19 +251,21 @@ def _scores(values: Sequence[Tensor]) -> np.ndarray:
     return torch.stack(list(values)).cpu().numpy()
 
 
-def model_identity(name: str) -> dict[str, Any]:
-    """What tells a model from another: its name, and sizes and times of the files of a folder."""
+def model_identity(name: str, cache_dir: str | None = None) -> dict[str, Any]:
+    """What tells a model from another: its name, sizes and times of a folder's files, the commit of a hub model."""
     folder = Path(name)
+    cached = None if folder.is_dir() else try_to_load_from_cache(name, "config.json", cache_dir)
     files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
     return {
         "model_name_or_path": str(folder.resolve()) if files else name,
+        "model commit": Path(cached).parent.name if isinstance(cached, str) else None,
         "model files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
     }
 
 
 def lm_max_length(config: PretrainedConfig, wanted: int) -> int:
     """`wanted` tokens, or what the model takes when that is fewer."""
-    limit = None if config.is_encoder_decoder else position_limit(config)
+    limit = position_limit(config)
     if limit is not None and limit < wanted:
         logger.info("--context_max_length %d: the model takes %d tokens, longer prompts are cut to that", wanted, limit)
         return limit
@@ -324,4 +332,40 @@ def load_lm(config: LMConfig) -> LanguageModel:
         model = model.to(config.device)
     # How a model likes to sample (temperature, penalties) is no part of an evaluation; where its texts end is.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    return LanguageModel(model.eval(), tokenizer, config.padding_side, config.add_position_ids)
+    model.eval()
+    side = config.padding_side
+    if not model_config.is_encoder_decoder:
+        check_causal(model, name)
+        if side == "left" and not honours_left_padding(model):
+            side = "right"
+            logger.info("%s takes no notice of padding on the left: it is padded on the right", name)
+    return LanguageModel(model, tokenizer, side, config.add_position_ids)
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel, name: str) -> None:
+    """Find out whether a model looks at later tokens, as encoders do: it would read the answers that it scores.
+
+    Raises:
+        UserError: it does.
+    """
+    logits = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=model.device)).logits[:, 0].float()
+    # Half precision may round alike sums differently.
+    if float((logits[0] - logits[1]).abs().max()) > 0.01 * float(logits.std()):
+        raise UserError(
+            f"{name!r} ({model.config.model_type}) looks at later tokens: it is an encoder, not a causal LM"
+        )
+
+
+@torch.no_grad()
+def honours_left_padding(model: PreTrainedModel) -> bool:
+    """Whether tokens under the mask on the left change nothing; recurrent models may read them."""
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    mask = torch.tensor([[0, 0, 1, 1, 1]], device=model.device)
+    options = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = torch.cat([torch.full_like(ids[:, :2], 2), ids], 1)
+    found = model(input_ids=padded, attention_mask=mask, **options).logits[0, -1].float()
+    wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
+    return torch.allclose(found, wanted, rtol=5e-2, atol=5e-2)

@@ -81,6 +81,9 @@ class Frame:
         return f"{self.before}{prompt.rstrip(' ')}{self.after}"
 
 
+#: What part of a character decodes to.
+HALF = "\ufffd"
+
 PLAIN = Frame()
 LLAMA_INST = Frame("[INST] ", " [/INST] ")
 _PLACE = "<the prompt stands here>"
@@ -131,7 +134,8 @@ class PromptEncoder:
     encoder_decoder: bool = False
 
     def encode(self, task: str, query: str, keys: Sequence[str], answer: str) -> list[PromptTokens | None]:
-        """Tokens of the prompt with each key; None where query and answer do not fit even without one.
+        """Tokens of the prompt with each key; None where query and answer do not fit even without one,
+        or where the answer has no tokens.
 
         Args:
             task: one of `SCORE_PROMPTS`; for lrlm `query` is the context and the query.
@@ -153,7 +157,7 @@ class PromptEncoder:
             longer = []
             for i, each in zip(waiting, tried, strict=True):
                 excess = len(each) - self.max_length
-                if excess <= 0 and each.prompt:
+                if excess <= 0 and each.prompt and each.answer:
                     found[i] = each
                 elif excess > 0 and rooms[i] > 0:
                     rooms[i] = max(0, rooms[i] - excess)
@@ -162,11 +166,7 @@ class PromptEncoder:
         return found
 
     def _cut(self, key: str, ids: Sequence[int], room: int) -> str:
-        if len(ids) <= room:
-            return key
-        if room == 0:
-            return ""
-        return cast(str, self.tokenizer.decode(list(_cut_ids(ids, room, self.truncation_side))))
+        return key if len(ids) <= room else cut_text(self.tokenizer, ids, room, self.truncation_side)
 
     def _tokens(self, task: str, heads: Sequence[str], answer: str) -> list[PromptTokens]:
         frame = PLAIN if task == "lrlm" else self.frame
@@ -231,6 +231,19 @@ def tokenize_prompts(
         return [tuple(ids) for ids in tokenizer(texts)["input_ids"]]
     prefix = special_prefix(tokenizer) if frame.special else []
     return [(*prefix, *ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def cut_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], room: int, side: str) -> str:
+    """A text of at most `room` of its tokens, from the ``right`` or ``left`` of which the rest is cut; maybe empty.
+
+    Nothing is cut inside a character, and what is left has no more tokens when it is read anew.
+    """
+    for size in range(room, 0, -1):
+        cut = cast(str, tokenizer.decode(list(_cut_ids(ids, size, side))))
+        half = cut.endswith(HALF) if side == "right" else cut.startswith(HALF)
+        if not half and len(tokenizer(cut, add_special_tokens=False)["input_ids"]) <= room:
+            return cut
+    return ""
 
 
 def _cut_ids(ids: Sequence[int], room: int, side: str) -> Sequence[int]:

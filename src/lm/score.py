@@ -16,16 +16,18 @@ from src.errors import UserError
 from src.io import atomic_write
 from src.jsonl import JsonLines
 from src.lm.journal import UNFIT, Journal
-from src.lm.likelihood import budgets, collect_work, cut_work, score_batch
+from src.lm.likelihood import budgets, check_finite, collect_work, cut_work, score_batch
 from src.lm.modeling_lm import LanguageModel
 from src.lm.prompts import PromptEncoder, PromptTokens
 from src.retrieval.collate import json_line, shortest
-from src.schema import candidates
+from src.schema import candidates, has_tokens
 
 logger = logging.getLogger(__name__)
 
 #: Pairs of a unit of work: small enough that a kill costs little and no process waits long for the last.
 UNIT_PAIRS = 512
+#: Of the journal: another number for scores that are made, or laid out, in another way.
+FORMAT = 2
 SHOWN_ROWS = 5
 
 
@@ -76,7 +78,7 @@ def encode_row(encoder: PromptEncoder, data: ScoreData, number: int) -> list[Pro
     """Prompts of a row's pairs, answer by answer: candidates of the first answer, then of the next."""
     row = data.rows[number]
     task = str(row.get("task") or data.default_task)
-    if task == "lrlm" and "score_inputs" in row:
+    if has_tokens(row):
         return encoder.encode_tokens(row)
     positives, negatives = candidates(row)
     query = (row.get("context") or "") + row["query"] if task == "lrlm" else row["query"]
@@ -178,11 +180,15 @@ def _score_unit(
     if unfit := [number for number in missing if encoded[number] is None]:
         yield unfit, [None] * len(unfit)
     work = collect_work([(number, tokens) for number in missing if (tokens := encoded[number]) is not None])
+    row_of = [number for number in rows for _ in range(int(data.pairs()[number]))]
     for batch in cut_work(work, max_tokens, max_logits, model.vocabulary, model.padding_side):
-        yield score_batch(model, batch)
+        numbers, scores = score_batch(model, batch)
+        for number, score in zip(numbers, scores, strict=True):
+            check_finite([score], data.rows.where(row_of[number]))
+        yield numbers, scores
 
 
-def write_scored(data: ScoreData, journal: Journal, field: str, path: str) -> int:
+def write_scored(data: ScoreData, journal: Journal, field: str, path: str, partly: bool = False) -> int:
     """Write all rows with the scores of their candidates; by one process.
 
     Rows that do not fit or were not reached lose a `field` they had: it would be of another model.
@@ -192,9 +198,13 @@ def write_scored(data: ScoreData, journal: Journal, field: str, path: str) -> in
         journal: holds the scores.
         field: gets the list of scores, in pos + neg (or history) order.
         path: JSON lines file, there only when it is whole.
+        partly: rows without scores are no error.
 
     Returns:
         How many rows have their scores.
+
+    Raises:
+        UserError: the journal lacks scores.
     """
     pairs = data.pairs()
     unfit: list[int] = []
@@ -217,6 +227,8 @@ def write_scored(data: ScoreData, journal: Journal, field: str, path: str) -> in
                 else:
                     row[field] = reduce_answers(own, data.answers(number), data.answer_select)
                 file.write(json_line(row))
+        if absent and not partly:
+            raise UserError(f"{journal.folder} lacks the scores of {absent} rows: start again to score them")
     _report(data, field, path, unfit, absent, replaced)
     return len(data.rows) - len(unfit) - absent
 
@@ -232,7 +244,12 @@ def _report(data: ScoreData, field: str, path: str, unfit: Sequence[int], absent
     if unfit:
         shown = ", ".join(data.rows.where(number) for number in unfit[:SHOWN_ROWS])
         more = f" and {len(unfit) - SHOWN_ROWS} more" if len(unfit) > SHOWN_ROWS else ""
-        logger.warning("%d rows are unscored: query and answer do not fit (%s%s)", len(unfit), shown, more)
+        logger.warning(
+            "%d rows are unscored: query and answer do not fit, or the answer has no tokens (%s%s)",
+            len(unfit),
+            shown,
+            more,
+        )
     if absent:
         logger.warning("%d rows are unscored: the run that scored stopped before them", absent)
     if replaced:

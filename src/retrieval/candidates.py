@@ -11,6 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from src import distributed
+from src.errors import UserError
 from src.io import atomic_write
 from src.retrieval.collate import Hits, json_line, shortest
 from src.retrieval.encode import progress
@@ -62,7 +63,13 @@ def score_windows(
             keys = [
                 [data.key_instruction + text for text in texts_of(row)] for row in data.rows[mine.start : mine.stop]
             ]
-            scores = score(data.queries[mine.start : mine.stop], keys, bar)
+            failure: str | None = None
+            scores = np.empty(0, dtype=np.float32)
+            try:
+                scores = score(data.queries[mine.start : mine.stop], keys, bar)
+            except UserError as error:
+                failure = str(error)
+            distributed.raise_together(failure)
             joined = np.concatenate(distributed.all_gather_array(scores))
             # The bar of the main process has moved by its own part only.
             bar.update(len(joined) - len(scores))

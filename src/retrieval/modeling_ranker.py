@@ -78,10 +78,11 @@ class CrossEncoder(TrainableModel):
         self.backbone.load_state_dict(saved.state_dict())
 
 
-def load_cross_encoder(config: RankerConfig) -> CrossEncoder:
+def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEncoder:
     """Load a cross-encoder from a hub name, a folder of transformers or sentence-transformers, or our checkpoint.
 
-    Weights are fp32. An encoder without a head to score with gets a new one, drawn from torch's random state.
+    Weights are fp32. An encoder without a head to score with gets a new one, drawn from torch's random state, which
+    `new_head` allows.
 
     Raises:
         UserError: it cannot be loaded, has another kind of head, or does not take texts of these lengths.
@@ -99,7 +100,7 @@ def load_cross_encoder(config: RankerConfig) -> CrossEncoder:
     model_config.sentence_transformers = dict(ST_SETTINGS)
     if getattr(model_config, "pad_token_id", None) is None:
         model_config.pad_token_id = tokenizer.pad_token_id
-    backbone = _load_backbone(checkpoint, model_config, options)
+    backbone = _load_backbone(checkpoint, model_config, options, new_head)
     if hasattr(backbone.config, "use_cache"):
         backbone.config.use_cache = False
     return CrossEncoder(backbone, pairs)
@@ -135,7 +136,9 @@ def _pair_tokenizer(checkpoint: str, tokenizer: Any, model: PretrainedConfig, co
     return PairTokenizer(tokenizer, layout, config.query_max_length, config.key_max_length, min(wanted, limit))
 
 
-def _load_backbone(checkpoint: str, config: PretrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+def _load_backbone(
+    checkpoint: str, config: PretrainedConfig, options: dict[str, Any], new_head: bool
+) -> PreTrainedModel:
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
@@ -147,6 +150,8 @@ def _load_backbone(checkpoint: str, config: PretrainedConfig, options: dict[str,
     lost = [name for name in missing if name.startswith(body) and ".pooler." not in name]
     if lost:
         raise UserError(f"{checkpoint!r} lacks {len(lost)} weights of the encoder, among them {lost[0]}")
+    if missing and not new_head:
+        raise UserError(f"{checkpoint!r} has no head to score with: it is no ranker yet, train it with --train_data")
     if missing:
         names = ", ".join(dict.fromkeys(name.removeprefix(body).partition(".")[0] for name in missing))
         logger.info("%s has no head to score with: a new one is made (%s), to be trained", checkpoint, names)
