@@ -15,7 +15,8 @@
 #   BATCH STEPS        rows per process and step; steps
 #   TRAIN              0: evaluate only, MODEL (a folder or hub name)
 #   METHODS TASKS      retrieval methods to evaluate (dense is the retriever; say "no bm25 dense" for the baselines); tasks
-#   TRAIN_FLAGS EVAL_FLAGS LM_FLAGS   further flags of training; of every evaluation; of those with the LM
+#   TRAIN_FLAGS EVAL_FLAGS   further flags of training; of every evaluation
+#   LM_FLAGS LRLM_FLAGS      of the evaluations with the LM but lrlm; of lrlm
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DRY_RUN=${DRY_RUN:-}
@@ -37,6 +38,7 @@ if [ -n "$SAMPLE" ]; then
     NPROC=${NPROC:-1} BATCH=${BATCH:-16} STEPS=${STEPS:-30}
     TRAIN_FLAGS=${TRAIN_FLAGS:---train_group_size 4 --query_max_length 64 --key_max_length 128 --learning_rate 5e-5}
     LM_FLAGS=${LM_FLAGS:---context_max_length 1024}
+    LRLM_FLAGS=${LRLM_FLAGS:---context_max_length 8192 --context_window_size 512 --target_length 256 --chunk_size 64 --key_num 3}
     if [ -z "$DRY_RUN" ]; then
         [ -s "$DATA_ROOT/lrlm/books3/test.json" ] || python scripts/sample_eval.py --output_dir "$DATA_ROOT"
         [ "$LM" != data/sample/lm ] || python scripts/sample_lm.py
@@ -61,7 +63,7 @@ TRAIN_DATA=${TRAIN_DATA:-llm-embedder:qa/msmarco/train.json llm-embedder:qa/nq/t
 llm-embedder:convsearch/qrecc/train.concat.json llm-embedder:tool/toolbench/train.json \
 llm-embedder:tool/toolbench/train.json llm-embedder:chat/msc/train.json $LRLM llm-embedder:icl/icl/train.json}
 TRAIN_FLAGS=${TRAIN_FLAGS:---gradient_checkpointing --learning_rate 5e-6 --weight_decay 0.01}
-EVAL_FLAGS=${EVAL_FLAGS:-} LM_FLAGS=${LM_FLAGS:-}
+EVAL_FLAGS=${EVAL_FLAGS:-} LM_FLAGS=${LM_FLAGS:-} LRLM_FLAGS=${LRLM_FLAGS:-}
 
 # launch PROCESSES SCRIPT_OR_-m_MODULE FLAGS…
 launch() {
@@ -84,8 +86,8 @@ for method in $METHODS; do
         case $task in
             tool) processes=$NPROC flags=() ;;
             qrecc) processes=$NPROC ;;
-            # The texts' own tokens fill these windows.
-            lrlm) flags=(--model_name_or_path "$LM") ;;
+            # shellcheck disable=SC2206
+            lrlm) flags=(--model_name_or_path "$LM" $LRLM_FLAGS) ;;
         esac
         # shellcheck disable=SC2086
         launch "$processes" -m "evaluation.eval_$task" --data_root "$DATA_ROOT" --retrieval_method "$method" \
