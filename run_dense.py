@@ -15,7 +15,7 @@ from src.cli import parse_args, run
 from src.errors import UserError
 from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
 from src.retrieval.batch_scores import DenseBatchScores
-from src.retrieval.builders import check_outputs, encoder_config, eval_config, load_eval_data
+from src.retrieval.builders import check_outputs, encoder_config, eval_config, load_eval_data, lora_settings
 from src.retrieval.collator import TrainCollator
 from src.retrieval.evaluators import dense_evaluator, recorded
 from src.retrieval.modeling_dense import load_dense_retriever
@@ -53,7 +53,7 @@ def main() -> None:
     sources = load_sources(args, training)
     resume = distributed.on_main(lambda: checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir))
     set_seed(training.seed)
-    model = load_dense_retriever(encoder_config(args, given))
+    model = load_dense_retriever(encoder_config(args, given, lora_settings(training) if sources else None))
     evaluate_model = None
     if eval_data is not None:
         evaluate_model = recorded(dense_evaluator(args, eval_data, evaluation, device), training.log_path, arguments)

@@ -31,6 +31,8 @@ def check_combinations(args: RankerArgs, training: RetrievalTrainingArgs, given:
     check_flags(args, training)
     if args.train_data and training.train_group_size < 2:
         raise UserError("--train_group_size 1: a ranker learns by comparing a query's keys, give 2 or more")
+    if training.lora_r is not None:
+        raise UserError("--lora_r: adapters are for run_dense.py, a ranker trains all its weights")
     for flag in ("negative_cross_device", "cos_temperature"):
         if args.train_data and flag in given:
             logger.warning("--%s has no effect: a cross-encoder compares a query with its own keys only", flag)

@@ -25,6 +25,7 @@ from src.errors import UserError
 from src.flags import check_choice
 from src.retrieval.args import DENSE_METRICS, POOLING_METHODS
 from src.retrieval.encode import EncodeConfig, encode
+from src.retrieval.lora import is_adapter_folder
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, TextEncoder, load_dense_retriever
 from src.retrieval.trainer import replace_folder
 
@@ -64,7 +65,10 @@ class ConvertArgs:
     def __post_init__(self) -> None:
         if not self.encoder:
             raise UserError("--encoder is needed: the folder of the encoder to convert")
-        if os.path.isdir(self.encoder) and not os.path.isfile(os.path.join(self.encoder, "config.json")):
+        if is_adapter_folder(self.encoder):
+            if not self.output_dir:
+                raise UserError(f"--encoder {self.encoder} holds adapters alone: give --output_dir for the whole model")
+        elif os.path.isdir(self.encoder) and not os.path.isfile(os.path.join(self.encoder, "config.json")):
             inside = [entry.name for entry in os.scandir(self.encoder) if entry.is_dir() and "encoder" in entry.name]
             hint = f"; did you mean {os.path.join(self.encoder, inside[0])}?" if inside else ""
             raise UserError(f"--encoder {self.encoder}: no encoder folder (it has no config.json){hint}")
@@ -133,6 +137,15 @@ def _copy_missing(source: str, target: str) -> None:
             shutil.copytree(entry.path, copy) if entry.is_dir() else shutil.copy2(entry.path, copy)
 
 
+def _whole(source: str, model: DenseRetriever, folder: str) -> str:
+    """`source`, or when it holds adapters alone `folder`, into which the encoder is written with them merged."""
+    if not is_adapter_folder(source):
+        return source
+    model.encoders["encoder"].backbone.save_pretrained(folder)
+    model.query_tokenizer.save_pretrained(folder)
+    return folder
+
+
 def main() -> None:
     """Load, convert, compare, and only then put the result in place."""
     (args,), given = parse_args([ConvertArgs])
@@ -157,8 +170,10 @@ def main() -> None:
     os.umask(umask)
     os.chmod(staging, 0o777 & ~umask)
     try:
-        modules = st_modules(source, model.encoders["encoder"], model.metric, max_length)
+        folder = _whole(source, model, os.path.join(staging, "merged"))
+        modules = st_modules(folder, model.encoders["encoder"], model.metric, max_length)
         converted = SentenceTransformer(modules=modules, similarity_fn_name=ST_SIMILARITY[model.metric], device="cpu")
+        shutil.rmtree(os.path.join(staging, "merged"), ignore_errors=True)
         converted.save(staging)
         difference = max_difference(model, SentenceTransformer(staging, device="cpu"), max_length)
         if not difference <= TOLERANCE:

@@ -312,6 +312,13 @@ class RetrievalTrainingArgs(TrainingArguments):
     distill_weight: float = flag(1.0, "Weight of the distillation loss.")
     stable_distill: bool = flag(False, "Graded distillation: a contrastive loss per rank of the teacher.")
 
+    lora_r: int | None = flag(
+        None, "Train adapters of this rank (LoRA) in place of all weights; saved both merged and alone. Needs peft."
+    )
+    lora_alpha: float | None = flag(None, "LoRA: adapters are scaled by lora_alpha / lora_r (2 * lora_r when None).")
+    lora_dropout: float = flag(0.0, "LoRA: dropout before the adapters.")
+    lora_target_modules: list[str] = flag(["all-linear"], "LoRA: names of the layers that get adapters, or all-linear.")
+
     max_sample_num: int | None = flag(None, "Most rows of each training file, drawn by --seed.")
     train_group_size: int = flag(8, "Keys per query: one positive, the rest negatives.")
     select_positive: str = flag(
@@ -364,6 +371,9 @@ class RetrievalTrainingArgs(TrainingArguments):
         )
         if self.contrastive_weight < 0 or self.distill_weight < 0:
             raise UserError("--contrastive_weight and --distill_weight must not be negative")
+        check_positive(lora_r=self.lora_r, lora_alpha=self.lora_alpha)
+        if self.lora_r is None and (self.lora_alpha is not None or self.lora_dropout):
+            raise UserError("--lora_alpha and --lora_dropout need --lora_r, the rank of the adapters")
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns must stay False: the collator needs every column")
         # Without this a torchrun on a machine without accelerator trains unconnected copies of the model.

@@ -12,7 +12,7 @@ from src import distributed
 from src.errors import UserError
 from src.io import check_writable, existing_file, resolve_path
 from src.jsonl import JsonLines
-from src.retrieval.args import DataArgs, DenseArgs, RankerArgs, RetrievalArgs
+from src.retrieval.args import DataArgs, DenseArgs, RankerArgs, RetrievalArgs, RetrievalTrainingArgs
 from src.retrieval.bm25 import BM25Config
 from src.retrieval.data import InstructionOf, load_corpus, load_eval_rows, no_instruction
 from src.retrieval.encode import EncodeConfig
@@ -24,6 +24,7 @@ from src.retrieval.evaluate import (
     check_labels,
     make_eval_data,
 )
+from src.retrieval.lora import LoraSettings
 from src.retrieval.mining import MiningConfig
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, weights_fingerprint
 from src.retrieval.modeling_ranker import CrossEncoder, RankerConfig
@@ -36,7 +37,15 @@ from src.schema import FurtherCheck
 logger = logging.getLogger(__name__)
 
 
-def encoder_config(args: RetrievalArgs, given: frozenset[str]) -> EncoderConfig:
+def lora_settings(training: RetrievalTrainingArgs) -> LoraSettings | None:
+    """Adapters to train; None to train all weights."""
+    if training.lora_r is None:
+        return None
+    alpha = training.lora_alpha or 2 * training.lora_r
+    return LoraSettings(training.lora_r, alpha, training.lora_dropout, tuple(training.lora_target_modules))
+
+
+def encoder_config(args: RetrievalArgs, given: frozenset[str], lora: LoraSettings | None = None) -> EncoderConfig:
     """How to load the encoder; pooling and similarity count only when the command line set them (`given`)."""
     return EncoderConfig(
         args.query_encoder,
@@ -50,6 +59,7 @@ def encoder_config(args: RetrievalArgs, given: frozenset[str]) -> EncoderConfig:
         args.key_max_length,
         args.model_cache_dir,
         args.trust_remote_code,
+        lora,
     )
 
 

@@ -25,11 +25,24 @@ from transformers import (
 
 from src.errors import UserError
 from src.retrieval.checkpoints import TrainableModel, below, inner_folder, load_error, load_tokenizer, position_limit
+from src.retrieval.lora import (
+    LoraSettings,
+    add_adapters,
+    base_of,
+    has_adapters,
+    is_adapter_folder,
+    load_adapters,
+    merge_into,
+    merged_weights,
+    save_adapters,
+)
 from src.retrieval.pooling import DENSE_FOLDER, DenseLayer, PoolingSpec, pool, read_pooling_spec, write_own_file
 
 logger = logging.getLogger(__name__)
 
 TIED = "encoder"
+#: Folder of a checkpoint in which adapters stand alone.
+ADAPTERS = "adapters"
 UNTIED = ("query_encoder", "key_encoder")
 DEFAULT_POOLING = ("cls",)
 DEFAULT_METRIC = "cos"
@@ -53,6 +66,7 @@ class EncoderConfig:
     key_max_length: int | None = None
     cache_dir: str | None = None
     trust_remote_code: bool = False
+    lora: LoraSettings | None = None
 
 
 class TextEncoder(nn.Module):
@@ -83,15 +97,21 @@ class DenseRetriever(TrainableModel):
             of the checkpoint's folders.
         tokenizers: one per encoder.
         metric: ``cos`` (vectors are scaled to unit length), ``ip`` or ``l2``.
+        bases: what each encoder with adapters was loaded from.
     """
 
     def __init__(
-        self, encoders: Mapping[str, TextEncoder], tokenizers: Mapping[str, PreTrainedTokenizerBase], metric: str
+        self,
+        encoders: Mapping[str, TextEncoder],
+        tokenizers: Mapping[str, PreTrainedTokenizerBase],
+        metric: str,
+        bases: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.modules_by_name = nn.ModuleDict(dict(encoders))
         self.tokenizers = dict(tokenizers)
         self.metric = metric
+        self.bases = dict(bases or {})
 
     @property
     def encoders(self) -> dict[str, TextEncoder]:
@@ -145,11 +165,16 @@ class DenseRetriever(TrainableModel):
         for name, encoder in self.encoders.items():
             target = os.path.join(folder, name)
             weights = below(state, f"modules_by_name.{name}.backbone.")
-            encoder.backbone.save_pretrained(target, state_dict=weights)
-            self.tokenizers[name].save_pretrained(target)
-            if encoder.dense is not None:
-                encoder.dense.save(os.path.join(target, DENSE_FOLDER), below(state, f"modules_by_name.{name}.dense."))
-            write_own_file(target, encoder.pooling_method, self.metric)
+            encoder.backbone.save_pretrained(target, state_dict=merged_weights(encoder.backbone, weights))
+            targets = [target]
+            if has_adapters(encoder.backbone):
+                targets.append(os.path.join(folder, ADAPTERS, name))
+                save_adapters(encoder.backbone, weights, targets[1], self.bases[name])
+            for each in targets:
+                self.tokenizers[name].save_pretrained(each)
+                if encoder.dense is not None:
+                    encoder.dense.save(os.path.join(each, DENSE_FOLDER), below(state, f"modules_by_name.{name}.dense."))
+                write_own_file(each, encoder.pooling_method, self.metric)
 
     def load_weights(self, folder: str) -> None:
         """Take the weights that `save` wrote below `folder`.
@@ -161,10 +186,13 @@ class DenseRetriever(TrainableModel):
             source = os.path.join(folder, name)
             if not os.path.isdir(source):
                 raise UserError(f"{folder} has no {name!r} folder: was it trained with the same --tie_encoders?")
-            backbone = type(encoder.backbone).from_pretrained(
-                source, dtype=torch.float32, **_no_pooler(type(encoder.backbone))
-            )
-            encoder.backbone.load_state_dict(backbone.state_dict())
+            if has_adapters(encoder.backbone):
+                load_adapters(encoder.backbone, os.path.join(folder, ADAPTERS, name))
+            else:
+                backbone = type(encoder.backbone).from_pretrained(
+                    source, dtype=torch.float32, **_no_pooler(type(encoder.backbone))
+                )
+                encoder.backbone.load_state_dict(backbone.state_dict())
             if encoder.dense is not None:
                 encoder.dense.load_state_dict(DenseLayer.load(os.path.join(source, DENSE_FOLDER)).state_dict())
 
@@ -185,6 +213,8 @@ def _no_pooler(model_class: type) -> dict[str, Any]:
 
 
 def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> PreTrainedModel:
+    if is_adapter_folder(checkpoint):
+        return merge_into(_load_backbone(base_of(checkpoint), decoder, config), checkpoint)
     options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     try:
         model_config = AutoConfig.from_pretrained(checkpoint, **options)
@@ -256,6 +286,8 @@ def _load_encoder(checkpoint: str, config: EncoderConfig) -> tuple[TextEncoder, 
     backbone = _load_backbone(checkpoint, methods[0] == "decoder", config)
     backbone.config.use_cache = False
     _check_lengths(backbone, tokenizer, checkpoint, config)
+    if config.lora is not None:
+        add_adapters(backbone, config.lora)
     dense = None
     if "dense" not in methods and config.dense_dim is not None:
         raise UserError(f"--dense_dim {config.dense_dim} needs a dense layer: --pooling_method {methods[0]} dense")
@@ -283,7 +315,7 @@ def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:
     query_folder = inner_folder(config.query_encoder, (UNTIED[0], TIED))
     if config.tie_encoders:
         encoder, tokenizer, metric = _load_encoder(query_folder, config)
-        return DenseRetriever({TIED: encoder}, {TIED: tokenizer}, metric)
+        return DenseRetriever({TIED: encoder}, {TIED: tokenizer}, metric, {TIED: query_folder})
     key_folder = inner_folder(config.key_encoder or config.query_encoder, (UNTIED[1], TIED))
     query, query_tokenizer, metric = _load_encoder(query_folder, config)
     key, key_tokenizer, key_metric = _load_encoder(key_folder, config)
@@ -293,4 +325,5 @@ def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:
         dict(zip(UNTIED, (query, key), strict=True)),
         dict(zip(UNTIED, (query_tokenizer, key_tokenizer), strict=True)),
         metric,
+        dict(zip(UNTIED, (query_folder, key_folder), strict=True)),
     )
