@@ -1,0 +1,76 @@
+"""Two hosts, simulated by two launchers on this one: training and evaluation end as with one launcher."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.helpers import ROOT, environment, free_port, read_rows, run, write_rows
+from tests.training_bench import assert_same_checkpoint
+
+
+def on_two_hosts(script: list[str], timeout: float = 300) -> list[subprocess.CompletedProcess[str]]:
+    """Run a script with one process on each of two nodes that meet at a port of this machine."""
+    meeting = [
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(free_port()),
+    ]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *meeting, "--node_rank", str(rank), *script],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [node.communicate(timeout=timeout) for node in nodes]
+    return [
+        subprocess.CompletedProcess(node.args, node.returncode, *output)
+        for node, output in zip(nodes, outputs, strict=True)
+    ]
+
+
+def test_training_and_evaluation_on_two_hosts(tiny_bert, tmp_path: Path):
+    texts = [f"text number {n} of {n * 7}" for n in range(40)]
+    rows = [{"query": f"query {n}", "pos": [texts[n]], "neg": texts[20:30]} for n in range(16)]
+    data = write_rows(tmp_path / "train.json", rows)
+    test = write_rows(tmp_path / "test.json", [{"query": f"query {n}", "pos_index": [n]} for n in range(16)])
+    corpus = write_rows(tmp_path / "corpus.json", [{"text": text} for text in texts])
+
+    def training(output: str) -> list[str]:
+        flags = ["--train_data", data, "--query_encoder", tiny_bert, "--output_dir", tmp_path / output, "--use_cpu"]
+        flags += ["--train_group_size", 3, "--max_steps", 3, "--save_steps", 3, "--per_device_train_batch_size", 4]
+        flags += ["--query_max_length", 24, "--key_max_length", 24, "--learning_rate", 1e-3]
+        return ["run_dense.py", *map(str, flags)]
+
+    def evaluation(output: str) -> list[str]:
+        flags = ["--eval_data", test, "--corpus", corpus, "--key_template", "{text}", "--hits", 100, "--cpu"]
+        flags += ["--query_encoder", tmp_path / "one" / "checkpoint-3", "--output_dir", tmp_path / output]
+        flags += ["--query_max_length", 24, "--key_max_length", 24, "--log_path", tmp_path / f"{output}.log"]
+        return ["-m", "evaluation.eval_retrieval", *map(str, flags)]
+
+    done = run(training("one"), processes=2)
+    assert done.returncode == 0, done.stderr
+    for node in on_two_hosts(training("two")):
+        assert node.returncode == 0, node.stderr
+    assert_same_checkpoint(tmp_path / "two" / "checkpoint-3", tmp_path / "one" / "checkpoint-3")
+
+    done = run(evaluation("eval-one"), processes=2)
+    assert done.returncode == 0, done.stderr
+    for node in on_two_hosts(evaluation("eval-two")):
+        assert node.returncode == 0, node.stderr
+    assert read_rows(tmp_path / "eval-two" / "test.result.json") == read_rows(
+        tmp_path / "eval-one" / "test.result.json"
+    )
+    metrics = [read_rows(tmp_path / f"eval-{name}.jsonl")[-1]["metrics"] for name in ("one", "two")]
+    assert metrics[0] == metrics[1]
