@@ -182,6 +182,7 @@ class EvalTask:
         examples: function that makes the examples of a row.
         summarize: rows with their values → metrics.
         asks: flags → whether the LM is asked at all.
+        no_effect: flags that all evaluations take, and that this one has no use for.
         left_out: why rows cannot be asked.
         batch_tokens: most tokens of a batch of the LM, padding included.
     """
@@ -200,6 +201,7 @@ class EvalTask:
     examples: Callable[[Context], Callable[[Row], Sequence[str]]] = lambda context: lambda row: ()
     summarize: Callable[[Sequence[tuple[Row, Values]]], Values] = mean_values
     asks: Callable[[Any], bool] = lambda args: True
+    no_effect: tuple[str, ...] = ("train_data",)
     left_out: str = "they do not fit into --context_max_length"
     batch_tokens: Callable[[Context], int] = lambda context: context.args.lm_batch_size * context.encoder.max_length
 
@@ -208,7 +210,7 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
     """Run an evaluation from its command line to its line in the log."""
     started = time.monotonic()
     (args,), given = parse_args([task.args], argv, **task.defaults)
-    for name in sorted(given.intersection(args.no_effect)):
+    for name in sorted(given.intersection(task.no_effect)):
         logger.warning("--%s has no effect on this evaluation", name)
     device = distributed.init_process_group(args.cpu)
     distributed.on_main(lambda: _check_outputs(args))

@@ -37,7 +37,6 @@ class LRLMArgs(HistoryArgs):
     """Flags of this evaluation."""
 
     methods: ClassVar[tuple[str, ...]] = ("no", "random", "dense", "bm25", "oracle")
-    no_effect: ClassVar[tuple[str, ...]] = (*HISTORY_NO_EFFECT, "add_llama_inst", "use_chat_template")
 
     anchor_length: int = flag(160000, "Characters of a text that are read, so that all tokenizers see the same end.")
 
@@ -73,8 +72,15 @@ def read_text(context: Context, row: Row) -> tuple[list[int], ChunkPlan | None]:
 
 
 def integration(context: Context) -> Integration:
-    """How retrieved chunks enter the window."""
+    """How retrieved chunks enter the window.
+
+    Raises:
+        UserError: a separator is no token.
+    """
     args = context.args
+    size = len(context.encoder.tokenizer)
+    if beyond := [token for token in args.add_sep or () if not 0 <= token < size]:
+        raise UserError(f"--add_sep {beyond[0]}: the LM's tokenizer has the tokens 0 to {size - 1}")
     before = tuple(special_prefix(context.encoder.tokenizer))
     return Integration(args.order_method, args.integrate_method == "replace", tuple(args.add_sep or ()), before)
 
@@ -148,6 +154,7 @@ TASK = EvalTask(
         "output_dir": "data/outputs/lrlm",
         "log_path": "data/results/lrlm",
     },
+    no_effect=(*HISTORY_NO_EFFECT, "add_llama_inst", "use_chat_template"),
     load=load,
     retrieve=retrieve,
     request=request,

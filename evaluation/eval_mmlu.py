@@ -83,6 +83,7 @@ TASK = EvalTask(
         "output_dir": "data/results/mmlu",
         "log_path": "data/results/mmlu/mmlu.log",
     },
+    no_effect=(),
     check=CHECK,
     examples=examples,
     request=request,

@@ -30,10 +30,6 @@ class MSCArgs(HistoryArgs):
     """Flags of this evaluation."""
 
     methods: ClassVar[tuple[str, ...]] = ("no", "random", "recent", "dense", "bm25", "oracle")
-    no_effect: ClassVar[tuple[str, ...]] = (
-        *HISTORY_NO_EFFECT,
-        *("context_window_size", "target_length", "chunk_size", "integrate_method", "add_sep"),
-    )
 
 
 def problems(row: Row) -> list[str]:
@@ -99,6 +95,10 @@ TASK = EvalTask(
         "output_dir": "data/results/msc",
         "log_path": "data/results/msc/msc.log",
     },
+    no_effect=(
+        *HISTORY_NO_EFFECT,
+        *("context_window_size", "target_length", "chunk_size", "integrate_method", "add_sep"),
+    ),
     check=FurtherCheck("msc-1", problems),
     retrieve=retrieve,
     request=request,

@@ -65,6 +65,7 @@ TASK = EvalTask(
         "output_dir": "data/results/qa/",
         "log_path": "data/results/qa/qa.log",
     },
+    no_effect=(),
     check=CHECK,
     examples=examples,
     request=request,

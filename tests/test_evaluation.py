@@ -361,6 +361,12 @@ def test_prompts_stay_in_their_budget_and_keep_the_question(knowledge, examples,
     assert found.examples == prompt.examples[len(examples) - len(found.examples) :]
     if length(prompt.text) <= budget:
         assert found == prompt
+    whole = [key for key in found.knowledge if key in prompt.knowledge]
+    if len(found.knowledge) < len(prompt.knowledge):
+        # Whole keys stay in their order, from the side that is kept, and at most one is cut.
+        kept = prompt.knowledge[len(knowledge) - len(whole) :] if cut_first else prompt.knowledge[: len(whole)]
+        assert len(found.knowledge) - len(whole) <= 1
+        assert tuple(whole) == kept or len(set(knowledge)) < len(knowledge)
     if found.examples != prompt.examples:
         # Knowledge goes before any example does, and no more examples than must.
         assert not found.knowledge
@@ -571,6 +577,7 @@ def test_rows_with_problems_are_named(evaluate, data_root, tmp_path, task, file,
         ("qa", ("--context_max_length", 20), "no row can be asked, since they do not fit into --context_max_length"),
         ("icl", ("--task_names", "chess"), "--task_names 'chess' is unknown"),
         ("icl", ("--task_names", "rte"), "has no row of these"),
+        ("lrlm", (*LRLM, "--add_sep", 5, 9999), "--add_sep 9999: the LM's tokenizer has the tokens 0 to"),
         ("lrlm", ("--context_window_size", 100), "must be above --target_length 1024"),
         ("lrlm", ("--context_window_size", 4000), "the LM takes 4096 tokens, and windows need"),
         ("lrlm", (*LRLM, "--target_length", 5000, "--context_window_size", 6000), "lower --context_window_size"),

@@ -71,17 +71,12 @@ def fit(
     Returns:
         None when header and question alone do not fit.
     """
-    excess = length(prompt.text) - max_length
-    while excess > 0 and prompt.knowledge:
-        keys = list(prompt.knowledge)
-        place = 0 if prompt.cut_first else len(keys) - 1
-        ids = tokenizer(keys[place], add_special_tokens=False)["input_ids"]
-        cut = cut_text(tokenizer, ids, len(ids) - excess, "right")
-        keys[place : place + 1] = [cut] if cut else []
-        prompt = replace(prompt, knowledge=tuple(keys))
-        excess = length(prompt.text) - max_length
-    if excess <= 0:
+    if length(prompt.text) <= max_length:
         return prompt
+    if prompt.knowledge:
+        prompt = _cut_knowledge(prompt, length, max_length, tokenizer)
+        if length(prompt.text) <= max_length:
+            return prompt
     # The fewest examples to leave out, by halving: with fewer examples a prompt is never longer.
     low, high = 0, len(prompt.examples)
     while low < high:
@@ -92,3 +87,35 @@ def fit(
             low = middle + 1
     prompt = replace(prompt, examples=prompt.examples[low:])
     return prompt if length(prompt.text) <= max_length else None
+
+
+def _cut_knowledge(
+    prompt: Prompt, length: Callable[[str], int], max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> Prompt:
+    """The prompt with as many whole keys as fit, and the beginning of the next one."""
+
+    def keeping(number: int, part: str = "") -> Prompt:
+        """With `number` whole keys, and `part` in place of the next."""
+        own = [part] if part else []
+        if prompt.cut_first:
+            return replace(prompt, knowledge=(*own, *prompt.knowledge[len(prompt.knowledge) - number :]))
+        return replace(prompt, knowledge=(*prompt.knowledge[:number], *own))
+
+    # The most keys that fit, by halving: with fewer keys a prompt is never longer.
+    low, high = 0, len(prompt.knowledge) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if length(keeping(middle).text) <= max_length:
+            low = middle
+        else:
+            high = middle - 1
+    following = prompt.knowledge[len(prompt.knowledge) - 1 - low if prompt.cut_first else low]
+    ids = tokenizer(following, add_special_tokens=False)["input_ids"]
+    room = min(len(ids), max_length - length(keeping(low).text))
+    while room > 0:
+        found = keeping(low, cut_text(tokenizer, ids, room, "right"))
+        excess = length(found.text) - max_length
+        if excess <= 0:
+            return found
+        room -= excess
+    return keeping(low)

@@ -37,9 +37,6 @@ class LMEvalArgs(LMArgs, EvalOutputArgs, RetrievalArgs):
     """Retrieval, then a language model; `oracle` retrieves the rows' own pos_index."""
 
     methods: ClassVar[tuple[str, ...]] = (*RETRIEVAL_METHODS, ORACLE)
-    #: Flags that all evaluations take, and that one has no use for.
-    no_effect: ClassVar[tuple[str, ...]] = ("train_data",)
-
     retrieval_method: str = flag(
         "dense", f"How to retrieve: {', '.join(methods)} (what pos_index names). With --corpus '' rows bring their key."
     )
