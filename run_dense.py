@@ -15,7 +15,14 @@ from src.cli import parse_args, run
 from src.errors import UserError
 from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
 from src.retrieval.batch_scores import DenseBatchScores
-from src.retrieval.builders import check_outputs, encoder_config, eval_config, load_eval_data, lora_settings
+from src.retrieval.builders import (
+    check_outputs,
+    chunk_policy,
+    encoder_config,
+    eval_config,
+    load_eval_data,
+    lora_settings,
+)
 from src.retrieval.collator import TrainCollator
 from src.retrieval.evaluators import dense_evaluator, recorded
 from src.retrieval.modeling_dense import load_dense_retriever
@@ -58,7 +65,8 @@ def main() -> None:
     if eval_data is not None:
         evaluate_model = recorded(dense_evaluator(args, eval_data, evaluation, device), training.log_path, arguments)
     if sources:
-        collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, args.query_max_length, args.key_max_length)
+        lengths = (args.query_max_length, args.key_max_length)
+        collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, chunk_policy(training))
         score_batch = DenseBatchScores(model.metric, training.negative_cross_device)
         train(model, training, sources, collator, score_batch, evaluate_model, arguments, resume)
     elif evaluate_model is not None:

@@ -16,7 +16,7 @@ from src.cli import parse_args, run
 from src.errors import UserError
 from src.retrieval.args import RankerArgs, RetrievalTrainingArgs
 from src.retrieval.batch_scores import ranker_batch_scores
-from src.retrieval.builders import check_outputs, eval_config, load_eval_data, ranker_config
+from src.retrieval.builders import check_outputs, chunk_policy, eval_config, load_eval_data, ranker_config
 from src.retrieval.collator import PairCollator
 from src.retrieval.evaluators import ranker_evaluator, recorded
 from src.retrieval.modeling_ranker import load_cross_encoder
@@ -33,6 +33,11 @@ def check_combinations(args: RankerArgs, training: RetrievalTrainingArgs, given:
         raise UserError("--train_group_size 1: a ranker learns by comparing a query's keys, give 2 or more")
     if training.lora_r is not None:
         raise UserError("--lora_r: adapters are for run_dense.py, a ranker trains all its weights")
+    if training.grad_cache_chunk_size:
+        raise UserError(
+            f"--grad_cache_chunk_size {training.grad_cache_chunk_size}: a cross-encoder has no negatives across the "
+            "batch that would need one, so --gradient_accumulation_steps gives the same gradients in less memory"
+        )
     for flag in ("negative_cross_device", "cos_temperature"):
         if args.train_data and flag in given:
             logger.warning("--%s has no effect: a cross-encoder compares a query with its own keys only", flag)
@@ -57,7 +62,7 @@ def main() -> None:
     if eval_data is not None:
         evaluate_model = recorded(ranker_evaluator(args, eval_data, evaluation, device), training.log_path, arguments)
     if sources:
-        collator = PairCollator(model.pairs)
+        collator = PairCollator(model.pairs, chunk_policy(training))
         train(model, training, sources, collator, ranker_batch_scores, evaluate_model, arguments, resume)
     elif evaluate_model is not None:
         evaluate_model(model.to(device).eval())

@@ -29,6 +29,9 @@ SELECT_POSITIVE = ("first", "random", "teacher", "teacher-pos")
 SELECT_NEGATIVE = ("random", "first", "teacher+", "teacher-")
 INBATCH_POLICIES = ("epoch", "epoch-static", "epoch-random", "random")
 EVAL_METHODS = ("retrieval", "rerank")
+#: Padding tokens that a further pass through the model is worth.
+CPU_SPLIT_TOKENS = 64
+GPU_SPLIT_TOKENS = 4096
 
 
 @dataclass
@@ -318,6 +321,16 @@ class RetrievalTrainingArgs(TrainingArguments):
     lora_alpha: float | None = flag(None, "LoRA: adapters are scaled by lora_alpha / lora_r (2 * lora_r when None).")
     lora_dropout: float = flag(0.0, "LoRA: dropout before the adapters.")
     lora_target_modules: list[str] = flag(["all-linear"], "LoRA: names of the layers that get adapters, or all-linear.")
+    grad_cache_chunk_size: int = flag(
+        0,
+        "GradCache: hold so many texts in memory at a time, whatever the batch size, at the price of a second forward "
+        "pass; gradients are those of the whole batch (0: off).",
+    )
+    length_split_tokens: int | None = flag(
+        None,
+        "Texts of a batch go through the model in parts of similar length, where a further part saves at least so "
+        f"many padding tokens (0: never; None: {CPU_SPLIT_TOKENS} on a CPU, {GPU_SPLIT_TOKENS} on a GPU).",
+    )
 
     max_sample_num: int | None = flag(None, "Most rows of each training file, drawn by --seed.")
     train_group_size: int = flag(8, "Keys per query: one positive, the rest negatives.")
@@ -380,7 +393,15 @@ class RetrievalTrainingArgs(TrainingArguments):
         self.use_cpu = self.use_cpu or self.no_cuda or not torch.cuda.is_available()
         if self.fp16 and (self.bf16 or self.use_cpu):
             self.fp16 = False
+        for name in ("grad_cache_chunk_size", "length_split_tokens"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"--{name} must be 0 (off) or more, found {getattr(self, name)}")
         _check_deepspeed(self.deepspeed)
+        if self.grad_cache_chunk_size and (self.deepspeed or self.fsdp):
+            raise UserError(
+                f"--grad_cache_chunk_size {self.grad_cache_chunk_size} works with one process or plain torchrun, where "
+                "the weights are whole on each process: leave out --deepspeed and --fsdp, or set it to 0"
+            )
         if self.gradient_checkpointing:
             self.activation_checkpointing, self.gradient_checkpointing = True, None
         if self.disable_tqdm is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from src import distributed
+from src.retrieval.chunks import in_order
 from src.retrieval.losses import LossConfig, group_positions, similarity
 
 
@@ -48,7 +49,9 @@ class DenseBatchScores:
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any], config: LossConfig) -> BatchScores:
         """See `ScoreBatch`; `inputs` are those of `TrainCollator`."""
-        queries, keys = model(query=inputs["query"], key=inputs["key"])
+        query, key = inputs["query"], inputs["key"]
+        query_vectors, key_vectors = model(query=query["chunks"], key=key["chunks"])
+        queries, keys = in_order(query_vectors, query["places"]), in_order(key_vectors, key["places"])
         batch, group = len(queries), len(keys) // len(queries)
         sizes, offset = distributed.gather_sizes(batch, queries.device), 0
         if self.negative_cross_device and distributed.world_size() > 1:
@@ -64,6 +67,7 @@ def ranker_batch_scores(model: nn.Module, inputs: Mapping[str, Any], config: Los
 
     Another query's keys would be pairs to read of their own, so a batch brings no negatives for nothing.
     """
-    scores = model(pair=inputs["pair"]).view(-1, inputs["group_size"])
+    pair = inputs["pair"]
+    scores = in_order(model(pair=pair["chunks"]), pair["places"]).view(-1, inputs["group_size"])
     positions = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
     return BatchScores(scores, positions, 1.0, sum(distributed.gather_sizes(len(scores), scores.device)))

@@ -12,8 +12,17 @@ from src import distributed
 from src.errors import UserError
 from src.io import check_writable, existing_file, resolve_path
 from src.jsonl import JsonLines
-from src.retrieval.args import DataArgs, DenseArgs, RankerArgs, RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.args import (
+    CPU_SPLIT_TOKENS,
+    GPU_SPLIT_TOKENS,
+    DataArgs,
+    DenseArgs,
+    RankerArgs,
+    RetrievalArgs,
+    RetrievalTrainingArgs,
+)
 from src.retrieval.bm25 import BM25Config
+from src.retrieval.chunks import ChunkPolicy
 from src.retrieval.data import InstructionOf, load_corpus, load_eval_rows, no_instruction
 from src.retrieval.encode import EncodeConfig
 from src.retrieval.evaluate import (
@@ -61,6 +70,14 @@ def encoder_config(args: RetrievalArgs, given: frozenset[str], lora: LoraSetting
         args.trust_remote_code,
         lora,
     )
+
+
+def chunk_policy(training: RetrievalTrainingArgs) -> ChunkPolicy:
+    """How a training batch is cut into chunks."""
+    split = training.length_split_tokens
+    if split is None:
+        split = CPU_SPLIT_TOKENS if training.use_cpu else GPU_SPLIT_TOKENS
+    return ChunkPolicy(training.grad_cache_chunk_size, split)
 
 
 def instructions(args: DenseArgs | RankerArgs) -> InstructionOf:

@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from src.retrieval.chunks import ChunkPolicy, pad_chunks, tokenize_chunks
 from src.retrieval.data import TrainExample
 from src.retrieval.pairs import PairTokenizer
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> dict[str, Tensor]:
-    """int64 tensors ``(len(texts), longest)``, cut to `max_length` tokens and padded to the longest."""
-    encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-    return dict(encoded)
 
 
 def teacher_scores(examples: Sequence[TrainExample]) -> Tensor | None:
@@ -32,19 +27,22 @@ def teacher_scores(examples: Sequence[TrainExample]) -> Tensor | None:
 class TrainCollator:
     """Tokenizes B examples for a dual encoder.
 
-    Gives ``query`` (B rows), ``key`` (B*N rows, groups one after the other), ``teacher_scores`` and ``source``, the
-    number of the file of the first example, by which the loss settings are looked up.
+    Gives ``query`` (B texts), ``key`` (B*N texts, groups one after the other), both as chunks (see `pad_chunks`),
+    ``teacher_scores`` and ``source``, the number of the file of the first example, by which the loss settings are
+    looked up.
     """
 
     query_tokenizer: PreTrainedTokenizerBase
     key_tokenizer: PreTrainedTokenizerBase
     query_max_length: int
     key_max_length: int
+    policy: ChunkPolicy = ChunkPolicy()
 
     def __call__(self, examples: Sequence[TrainExample]) -> dict[str, Any]:
+        queries, keys = [e.query for e in examples], [key for e in examples for key in e.keys]
         return {
-            "query": tokenize(self.query_tokenizer, [e.query for e in examples], self.query_max_length),
-            "key": tokenize(self.key_tokenizer, [key for e in examples for key in e.keys], self.key_max_length),
+            "query": tokenize_chunks(self.query_tokenizer, queries, self.query_max_length, self.policy),
+            "key": tokenize_chunks(self.key_tokenizer, keys, self.key_max_length, self.policy),
             "teacher_scores": teacher_scores(examples),
             "source": examples[0].source,
         }
@@ -54,16 +52,17 @@ class TrainCollator:
 class PairCollator:
     """Tokenizes B examples for a cross-encoder.
 
-    Gives ``pair`` (B*N rows: each query with its keys, groups one after the other), ``group_size`` (N),
+    Gives ``pair`` (B*N pairs as chunks: each query with its keys, groups one after the other), ``group_size`` (N),
     ``teacher_scores`` and ``source`` (see `TrainCollator`).
     """
 
     pairs: PairTokenizer
+    policy: ChunkPolicy = ChunkPolicy()
 
     def __call__(self, examples: Sequence[TrainExample]) -> dict[str, Any]:
         encoded = self.pairs([(example.query, key) for example in examples for key in example.keys])
         return {
-            "pair": dict(self.pairs.tokenizer.pad(encoded, return_tensors="pt")),
+            "pair": pad_chunks(self.pairs.tokenizer, encoded, self.policy),
             "group_size": len(examples[0].keys),
             "teacher_scores": teacher_scores(examples),
             "source": examples[0].source,

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -155,9 +155,11 @@ class DenseRetriever(TrainableModel):
         """Token tensors ``(n, length)`` to fp32 vectors ``(n, D)``."""
         return self._embed(self.key_name, inputs)
 
-    def forward(self, query: Mapping[str, Tensor], key: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Vectors of queries ``(B, D)`` and keys ``(B*N, D)``, fp32."""
-        return self.embed_query(query), self.embed_key(key)
+    def forward(
+        self, query: Sequence[Mapping[str, Tensor]], key: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Chunks of queries and of keys, token tensors ``(n, length)``, to fp32 vectors ``(n, D)`` of each chunk."""
+        return [self.embed_query(chunk) for chunk in query], [self.embed_key(chunk) for chunk in key]
 
     def save(self, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write ``encoder``, or ``query_encoder`` and ``key_encoder``; see `TrainableModel.save`."""

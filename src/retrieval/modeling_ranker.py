@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +49,13 @@ class CrossEncoder(TrainableModel):
         self.backbone = backbone
         self.pairs = pairs
 
-    def forward(self, pair: Mapping[str, Tensor]) -> Tensor:
+    def score(self, pairs: Mapping[str, Tensor]) -> Tensor:
         """Token tensors ``(n, length)`` of pairs to fp32 scores ``(n,)``, the plain logits."""
-        return self.backbone(**pair).logits.squeeze(-1).float()
+        return self.backbone(**pairs).logits.squeeze(-1).float()
+
+    def forward(self, pair: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """Chunks of pairs, token tensors ``(n, length)``, to fp32 scores ``(n,)`` of each chunk."""
+        return [self.score(chunk) for chunk in pair]
 
     @property
     def backbones(self) -> list[PreTrainedModel]:

@@ -86,7 +86,7 @@ class RankerPairScorer:
             return np.empty(0, dtype=np.float32)
         config = replace(self.config, batch_size=self.config.batch_size * max(map(len, keys)))
         tokenizer = self.model.pairs.tokenizer
-        windows = compute(self.model, self.model.pairs, tokenizer, pairs, config, bar, PAIR_WINDOW)
+        windows = compute(self.model.score, self.model.pairs, tokenizer, pairs, config, bar, PAIR_WINDOW)
         scores = np.concatenate(list(windows))
         if not np.isfinite(scores).all():
             raise UserError(f"--dtype {config.dtype}: scores leave the range of half precision, use --dtype fp32")

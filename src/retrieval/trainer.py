@@ -22,6 +22,7 @@ from src.retrieval.args import RetrievalTrainingArgs
 from src.retrieval.batch_scores import BatchScores, ScoreBatch
 from src.retrieval.checkpoints import TrainableModel
 from src.retrieval.data import TrainDataset, TrainExample
+from src.retrieval.grad_cache import GradCache
 from src.retrieval.losses import LossConfig, combine
 from src.retrieval.sampler import POLICIES, EpochDataLoader
 
@@ -140,6 +141,18 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
         )
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward over one batch, chunk by chunk when asked to (see `GradCache`)."""
+        if not self.args.grad_cache_chunk_size:
+            return super().training_step(model, inputs, num_items_in_batch)
+        cached = GradCache(model, self.model)
+        # The Trainer scales the loss and backpropagates it, here up to the vectors.
+        loss = super().training_step(cached, inputs, num_items_in_batch)
+        cached.backpropagate()
+        return loss
 
     def compute_loss(
         self,
