@@ -17,6 +17,7 @@ from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
 from src.retrieval.batch_scores import DenseBatchScores
 from src.retrieval.builders import (
     check_outputs,
+    check_widths,
     chunk_policy,
     encoder_config,
     eval_config,
@@ -44,6 +45,11 @@ def check_combinations(args: RetrievalArgs, training: RetrievalTrainingArgs) -> 
             f"--{asked[0]} is of no use in training, where the weights change from step to step: evaluate the trained "
             "encoder in a run of its own, without --train_data"
         )
+    if args.train_data and args.truncate_dim is not None:
+        raise UserError(
+            f"--truncate_dim {args.truncate_dim} is for searching; --matryoshka_dims trains encoders for it, and an "
+            "evaluation in a run of its own, without --train_data, takes it"
+        )
     if args.load_result and training.eval_method == "rerank":
         raise UserError("--load_result loads what retrieval found: leave it out with --eval_method rerank")
 
@@ -61,13 +67,16 @@ def main() -> None:
     resume = distributed.on_main(lambda: checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir))
     set_seed(training.seed)
     model = load_dense_retriever(encoder_config(args, given, lora_settings(training) if sources else None))
+    check_widths(model, training, args.truncate_dim)
     evaluate_model = None
     if eval_data is not None:
         evaluate_model = recorded(dense_evaluator(args, eval_data, evaluation, device), training.log_path, arguments)
     if sources:
         lengths = (args.query_max_length, args.key_max_length)
         collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, chunk_policy(training))
-        score_batch = DenseBatchScores(model.metric, training.negative_cross_device)
+        score_batch = DenseBatchScores(
+            model.metric, training.negative_cross_device, tuple(training.matryoshka_dims or ())
+        )
         train(model, training, sources, collator, score_batch, evaluate_model, arguments, resume)
     elif evaluate_model is not None:
         evaluate_model(model.to(device).eval())

@@ -38,7 +38,7 @@ def check_combinations(args: RankerArgs, training: RetrievalTrainingArgs, given:
             f"--grad_cache_chunk_size {training.grad_cache_chunk_size}: a cross-encoder has no negatives across the "
             "batch that would need one, so --gradient_accumulation_steps gives the same gradients in less memory"
         )
-    for flag in ("negative_cross_device", "cos_temperature"):
+    for flag in ("negative_cross_device", "cos_temperature", "mask_margin", "matryoshka_dims"):
         if args.train_data and flag in given:
             logger.warning("--%s has no effect: a cross-encoder compares a query with its own keys only", flag)
     if args.eval_data and training.eval_method != "rerank":

@@ -16,6 +16,7 @@ from src.retrieval.losses import (
     distillation,
     graded_distillation,
     group_positions,
+    mask_false_negatives,
     similarity,
 )
 from tests.reference import losses as reference
@@ -381,3 +382,34 @@ def test_inactive_parts_are_absent():
     assert combine(scores, positions, teacher, LossConfig(0.0, 1.0)).contrastive is None
     assert combine(scores, positions, teacher, LossConfig(0.2, 0.0)).distillation is None
     assert combine(scores, positions, None, LossConfig(0.2, 1.0)).distillation is None
+
+
+# ------------------------------------------------------------------------------------------------- false negatives
+
+
+def test_masked_keys_by_hand():
+    """Positives score 1 and 2; of the others' keys those above 1.5 and 2.5 go, of the own none."""
+    scores = doubles([1, 9, 1.5, 1.6], [2.6, 2.5, 2, 3]).requires_grad_()
+    masked = mask_false_negatives(scores, columns([0, 1], [2, 3]), 0.5)
+    lowest = torch.finfo(torch.float64).min
+    assert masked.tolist() == [[1, 9, 1.5, lowest], [lowest, 2.5, 2, 3]]
+    contrastive(masked, columns([0, 1], [2, 3])).sum().backward()
+    assert scores.grad[0, 3] == scores.grad[1, 0] == 0
+    assert scores.grad.isfinite().all()
+
+
+@given(SHAPES, st.floats(-1, 1))
+@quick
+def test_losses_of_masked_scores_are_those_without_the_keys(shape, margin):
+    scores, own, teacher = random_problem(*shape)
+    masked = mask_false_negatives(scores, columns(*own), margin)
+    for row, columns_, grades, found in zip(scores, own, teacher, masked, strict=True):
+        kept = [k for k in range(len(row)) if k in columns_ or row[k] <= row[columns_[0]] + margin]
+        left = [[kept.index(k) for k in columns_]]
+        torch.testing.assert_close(
+            contrastive(found[None], columns(columns_))[0], reference.contrastive_loss(row[None, kept], left)[0]
+        )
+        torch.testing.assert_close(
+            graded_distillation(found[None], columns(columns_), grades[None])[0],
+            reference.graded_loss(row[None, kept], left, [grades.tolist()])[0],
+        )

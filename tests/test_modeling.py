@@ -206,3 +206,18 @@ def test_unsupported_modules_are_named(tiny_bert, tmp_path):
     (tmp_path / "st/modules.json").write_text(json.dumps(modules))
     with pytest.raises(UserError, match=r"models\.CNN is not supported"):
         load(folder)
+
+
+def test_leading_dimensions_are_those_of_sentence_transformers(tiny_bert, tmp_path):
+    """Cut and of unit length again, like SentenceTransformer(truncate_dim=…) with normalized embeddings."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    transformer = Transformer(tiny_bert)
+    theirs = SentenceTransformer(modules=[transformer, Pooling(32, pooling_mode="mean")], truncate_dim=12, device="cpu")
+    model = load_dense_retriever(EncoderConfig(tiny_bert, pooling_method=("mean",), truncate_dim=12)).eval()
+    texts = ["a text", "and another one"]
+    with torch.no_grad():
+        ours = model.embed_key(model.key_tokenizer(texts, padding=True, return_tensors="pt"))
+    expected = theirs.encode(texts, normalize_embeddings=True, convert_to_tensor=True)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)

@@ -165,6 +165,9 @@ class DenseArgs:
     dense_dim: int | None = flag(
         None, "Width of a new dense layer, when pooling_method names dense and the checkpoint has none."
     )
+    truncate_dim: int | None = flag(
+        None, "Search with the first so many dimensions of the vectors (of an encoder trained with --matryoshka_dims)."
+    )
     tie_encoders: bool = flag(True, "One encoder (query_encoder) for queries and keys.")
     dense_metric: str = flag("cos", "Similarity: cos, ip or l2 (taken from the checkpoint like pooling_method).")
     faiss_index_factory: str = flag("Flat", "FAISS index factory string.")
@@ -193,6 +196,7 @@ class DenseArgs:
             key_max_length=self.key_max_length,
             batch_size=self.batch_size,
             dense_dim=self.dense_dim,
+            truncate_dim=self.truncate_dim,
         )
 
 
@@ -315,6 +319,14 @@ class RetrievalTrainingArgs(TrainingArguments):
     distill_weight: float = flag(1.0, "Weight of the distillation loss.")
     stable_distill: bool = flag(False, "Graded distillation: a contrastive loss per rank of the teacher.")
 
+    mask_margin: float | None = flag(
+        None,
+        "Keys of other queries that score above the query's positive plus this (cosine, inner product or negative "
+        "squared distance) are taken for false negatives and left out; None: all keys count.",
+    )
+    matryoshka_dims: list[int] | None = flag(
+        None, "Train the first so many dimensions of the vectors too (Matryoshka): the mean of all these losses."
+    )
     lora_r: int | None = flag(
         None, "Train adapters of this rank (LoRA) in place of all weights; saved both merged and alone. Needs peft."
     )
@@ -384,6 +396,7 @@ class RetrievalTrainingArgs(TrainingArguments):
         )
         if self.contrastive_weight < 0 or self.distill_weight < 0:
             raise UserError("--contrastive_weight and --distill_weight must not be negative")
+        check_positive(**{f"matryoshka_dims ({n})": width for n, width in enumerate(self.matryoshka_dims or (), 1)})
         check_positive(lora_r=self.lora_r, lora_alpha=self.lora_alpha)
         if self.lora_r is None and (self.lora_alpha is not None or self.lora_dropout):
             raise UserError("--lora_alpha and --lora_dropout need --lora_r, the rank of the adapters")

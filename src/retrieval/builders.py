@@ -69,6 +69,7 @@ def encoder_config(args: RetrievalArgs, given: frozenset[str], lora: LoraSetting
         args.model_cache_dir,
         args.trust_remote_code,
         lora,
+        args.truncate_dim,
     )
 
 
@@ -78,6 +79,17 @@ def chunk_policy(training: RetrievalTrainingArgs) -> ChunkPolicy:
     if split is None:
         split = CPU_SPLIT_TOKENS if training.use_cpu else GPU_SPLIT_TOKENS
     return ChunkPolicy(training.grad_cache_chunk_size, split)
+
+
+def check_widths(model: DenseRetriever, training: RetrievalTrainingArgs, truncate_dim: int | None) -> None:
+    """Refuse numbers of leading dimensions that the vectors do not have.
+
+    Raises:
+        UserError: ``--matryoshka_dims`` or ``--truncate_dim`` names as many as the vectors have, or more.
+    """
+    for flag, widths in (("matryoshka_dims", training.matryoshka_dims or []), ("truncate_dim", [truncate_dim or 0])):
+        if max(widths, default=0) >= model.width:
+            raise UserError(f"--{flag} {max(widths)}: the vectors have {model.width} dimensions, give less")
 
 
 def instructions(args: DenseArgs | RankerArgs) -> InstructionOf:
@@ -199,6 +211,7 @@ def _identity(args: RetrievalArgs, data: EvalData, model: DenseRetriever, dtype:
         pooling_method=" ".join(model.encoders[model.key_name].pooling_method),
         dense_metric=model.metric,
         dtype=dtype,
+        truncate_dim=model.truncate_dim,
     )
 
 

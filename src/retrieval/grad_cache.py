@@ -58,7 +58,7 @@ class CachedPass:
         gradients = [vector.grad for vector in self.vectors]
         if any(gradient is None for gradient in gradients):
             raise RuntimeError("GradCache: backpropagate a loss over all vectors first")
-        torch.autograd.backward([*query_vectors, *key_vectors], gradients)  # type: ignore[arg-type]
+        torch.autograd.backward([*query_vectors, *key_vectors], gradients)
 
 
 class GradCache(nn.Module):

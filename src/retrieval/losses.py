@@ -56,6 +56,26 @@ def group_positions(batch: int, group: int, offset: int, device: torch.device) -
     return offset + torch.arange(batch * group, device=device).view(batch, group)
 
 
+def mask_false_negatives(scores: Tensor, positions: Tensor, margin: float) -> Tensor:
+    """Take out of the comparison what other queries brought and this query may well be answered by.
+
+    A key of another query is taken for a false negative when it scores above the query's own positive plus `margin`
+    (the positive-aware filter of NV-Retriever, arXiv 2407.15831, with the student's own scores). A query's own keys
+    always stay.
+
+    Args:
+        scores: ``(B, K)``.
+        positions: int64 ``(B, N)``.
+        margin: in units of `scores`; below 0 it also takes out keys that score a little less, such as the same text.
+
+    Returns:
+        ``(B, K)``, the lowest finite value in place of what is taken out.
+    """
+    threshold = scores.detach().gather(1, positions[:, :1]) + margin
+    false = (scores.detach() > threshold).scatter(1, positions, False)
+    return scores.masked_fill(false, torch.finfo(scores.dtype).min)
+
+
 def contrastive(scores: Tensor, positions: Tensor) -> Tensor:
     """Cross-entropy of each query over all keys, label = its own positive (InfoNCE, arXiv 1807.03748).
 

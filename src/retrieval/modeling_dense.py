@@ -36,7 +36,15 @@ from src.retrieval.lora import (
     merged_weights,
     save_adapters,
 )
-from src.retrieval.pooling import DENSE_FOLDER, DenseLayer, PoolingSpec, pool, read_pooling_spec, write_own_file
+from src.retrieval.pooling import (
+    DENSE_FOLDER,
+    DenseLayer,
+    PoolingSpec,
+    leading_dimensions,
+    pool,
+    read_pooling_spec,
+    write_own_file,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +75,7 @@ class EncoderConfig:
     cache_dir: str | None = None
     trust_remote_code: bool = False
     lora: LoraSettings | None = None
+    truncate_dim: int | None = None
 
 
 class TextEncoder(nn.Module):
@@ -98,6 +107,7 @@ class DenseRetriever(TrainableModel):
         tokenizers: one per encoder.
         metric: ``cos`` (vectors are scaled to unit length), ``ip`` or ``l2``.
         bases: what each encoder with adapters was loaded from.
+        truncate_dim: vectors are their first so many dimensions; None for all.
     """
 
     def __init__(
@@ -106,12 +116,14 @@ class DenseRetriever(TrainableModel):
         tokenizers: Mapping[str, PreTrainedTokenizerBase],
         metric: str,
         bases: Mapping[str, str] | None = None,
+        truncate_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.modules_by_name = nn.ModuleDict(dict(encoders))
         self.tokenizers = dict(tokenizers)
         self.metric = metric
         self.bases = dict(bases or {})
+        self.truncate_dim = truncate_dim
 
     @property
     def encoders(self) -> dict[str, TextEncoder]:
@@ -139,12 +151,18 @@ class DenseRetriever(TrainableModel):
         return self.tokenizers[self.key_name]
 
     @property
+    def width(self) -> int:
+        """Dimensions of the vectors of keys, before `truncate_dim`."""
+        encoder: Any = self.encoders[self.key_name]
+        return encoder.dense.linear.out_features if encoder.dense is not None else encoder.backbone.config.hidden_size
+
+    @property
     def backbones(self) -> list[PreTrainedModel]:
         """The transformers of the encoders."""
         return [encoder.backbone for encoder in self.encoders.values()]
 
     def _embed(self, name: str, inputs: Mapping[str, Tensor]) -> Tensor:
-        vectors = self.encoders[name](inputs).float()
+        vectors = leading_dimensions(self.encoders[name](inputs).float(), self.truncate_dim, "ip")
         return F.normalize(vectors, dim=-1) if self.metric == "cos" else vectors
 
     def embed_query(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -317,7 +335,7 @@ def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:
     query_folder = inner_folder(config.query_encoder, (UNTIED[0], TIED))
     if config.tie_encoders:
         encoder, tokenizer, metric = _load_encoder(query_folder, config)
-        return DenseRetriever({TIED: encoder}, {TIED: tokenizer}, metric, {TIED: query_folder})
+        return DenseRetriever({TIED: encoder}, {TIED: tokenizer}, metric, {TIED: query_folder}, config.truncate_dim)
     key_folder = inner_folder(config.key_encoder or config.query_encoder, (UNTIED[1], TIED))
     query, query_tokenizer, metric = _load_encoder(query_folder, config)
     key, key_tokenizer, key_metric = _load_encoder(key_folder, config)
@@ -328,4 +346,5 @@ def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:
         dict(zip(UNTIED, (query_tokenizer, key_tokenizer), strict=True)),
         metric,
         dict(zip(UNTIED, (query_folder, key_folder), strict=True)),
+        config.truncate_dim,
     )

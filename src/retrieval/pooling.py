@@ -8,6 +8,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
@@ -36,6 +37,14 @@ class PoolingSpec:
     dense_metric: str | None = None
     dense_folder: str | None = None
     origin: str | None = None
+
+
+def leading_dimensions(vectors: Tensor, width: int | None, metric: str) -> Tensor:
+    """The first `width` dimensions of vectors ``(n, D)``, of unit length again for ``cos``; None for all."""
+    if width is None:
+        return vectors
+    cut = vectors[..., :width]
+    return F.normalize(cut, dim=-1) if metric == "cos" else cut
 
 
 class DenseLayer(nn.Module):

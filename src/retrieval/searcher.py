@@ -89,8 +89,7 @@ class DenseSearcher:
 
 def vector_width(model: DenseRetriever) -> int:
     """Dimensions of a key's vector."""
-    encoder: Any = model.encoders[model.key_name]
-    return encoder.dense.linear.out_features if encoder.dense is not None else encoder.backbone.config.hidden_size
+    return min(model.width, model.truncate_dim or model.width)
 
 
 def build_dense_searcher(

@@ -38,6 +38,7 @@ class IndexIdentity:
         key_template, key_instruction, key_max_length, truncation_side: how a row became tokens.
         pooling_method, dense_metric: how tokens became a vector.
         dtype: precision of the computation: fp32, fp16 or bf16.
+        truncate_dim: dimensions that were kept; None for all.
     """
 
     weights: str
@@ -50,6 +51,7 @@ class IndexIdentity:
     pooling_method: str
     dense_metric: str
     dtype: str
+    truncate_dim: int | None = None
 
 
 def file_fingerprint(path: str) -> str:

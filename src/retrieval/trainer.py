@@ -23,7 +23,7 @@ from src.retrieval.batch_scores import BatchScores, ScoreBatch
 from src.retrieval.checkpoints import TrainableModel
 from src.retrieval.data import TrainDataset, TrainExample
 from src.retrieval.grad_cache import GradCache
-from src.retrieval.losses import LossConfig, combine
+from src.retrieval.losses import LossConfig, combine, mask_false_negatives
 from src.retrieval.sampler import POLICIES, EpochDataLoader
 
 logger = logging.getLogger(__name__)
@@ -164,16 +164,24 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         """Mean loss over the queries of all processes, scaled so that averaged gradients are exact."""
         config = self.loss_configs[inputs["source"]]
         found = self.score_batch(model, inputs, config)
-        parts = combine(found.scores, found.positions, inputs["teacher_scores"], config)
-        self._parts.add("contrastive", parts.contrastive)
-        self._parts.add("distillation", parts.distillation)
+        parts = [
+            combine(self._masked(scores, found), found.positions, inputs["teacher_scores"], config)
+            for scores in found.scores
+        ]
+        self._parts.add("contrastive", parts[0].contrastive)
+        self._parts.add("distillation", parts[0].distillation)
         self._add_similarities(found)
         # Processes may hold parts of different size; the average over processes must be the mean over queries.
-        loss = parts.total.sum() * distributed.world_size() / found.queries
-        return (loss, found.scores) if return_outputs else loss
+        total = torch.stack([part.total for part in parts]).mean(0)
+        loss = total.sum() * distributed.world_size() / found.queries
+        return (loss, found.scores[0]) if return_outputs else loss
+
+    def _masked(self, scores: Tensor, found: BatchScores) -> Tensor:
+        margin = self.args.mask_margin
+        return scores if margin is None else mask_false_negatives(scores, found.positions, margin * found.unit)
 
     def _add_similarities(self, found: BatchScores) -> None:
-        scores, positives = found.scores.detach() / found.unit, found.positions[:, :1]
+        scores, positives = found.scores[0].detach() / found.unit, found.positions[:, :1]
         self._parts.add("positive_similarity", scores.gather(1, positives))
         if scores.shape[1] > 1:
             self._parts.add("hardest_negative_similarity", scores.scatter(1, positives, -torch.inf).max(1).values)

@@ -16,8 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from src import distributed
 from src.retrieval.args import RetrievalTrainingArgs
 from src.retrieval.batch_scores import DenseBatchScores
+from src.retrieval.chunks import ChunkPolicy
 from src.retrieval.collator import TrainCollator
 from src.retrieval.data import Source, TrainDataset, TrainExample, no_instruction
+from src.retrieval.grad_cache import GradCache
 from src.retrieval.losses import LossConfig
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.select import SelectionPolicy
@@ -38,6 +40,8 @@ class Case:
     unscored: tuple[int, ...] = ()
     negative_cross_device: bool = True
     tie_encoders: bool = True
+    chunks: ChunkPolicy = ChunkPolicy()
+    cached: bool = False
 
 
 _CONTRASTIVE = LossConfig(1.0, 0.0, TEMPERATURE)
@@ -64,6 +68,16 @@ CASES = {
     "plain, local negatives": Case(_PLAIN, (3, 2), negative_cross_device=False),
     "graded, local negatives, rank 1 without scores": Case(_GRADED, (3, 2), (3, 4), negative_cross_device=False),
     "both graded, untied": Case(_BOTH_GRADED, (3, 2), (4,), tie_encoders=False),
+    "both graded, cut by length": Case(_BOTH_GRADED, (3, 2), (4,), chunks=ChunkPolicy(0, 1)),
+    "contrastive, cached": Case(_CONTRASTIVE, (3, 2), chunks=ChunkPolicy(2), cached=True),
+    "plain, rank 1 without scores, cached": Case(_PLAIN, (3, 2), (3, 4), chunks=ChunkPolicy(4), cached=True),
+    "graded, 1 and 3, cached one by one": Case(_GRADED, (1, 3), chunks=ChunkPolicy(1), cached=True),
+    "both graded, untied, cached and cut by length": Case(
+        _BOTH_GRADED, (3, 2), (4,), tie_encoders=False, chunks=ChunkPolicy(3, 1), cached=True
+    ),
+    "both, local negatives, cached": Case(
+        _BOTH, (3, 2), (1,), negative_cross_device=False, chunks=ChunkPolicy(2), cached=True
+    ),
 }
 
 
@@ -101,7 +115,7 @@ def make_trainer(model: DenseRetriever, case: Case, output_dir: str) -> Retrieva
         use_cpu=True,
         evaluation_strategy="no",
     )
-    collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, 32, 32)
+    collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, 32, 32, case.chunks)
     scores = DenseBatchScores(model.metric, case.negative_cross_device)
     return RetrievalTrainer(model, args, TrainDataset([source], 0), collator, scores, None, {})
 
@@ -120,8 +134,11 @@ def run_case(folder: str, output: str, case: Case) -> dict[str, object]:
     if distributed.world_size() > 1:
         part = part[first : first + case.sizes[distributed.rank()]]
     wrapped = DistributedDataParallel(model) if distributed.world_size() > 1 else model
-    loss = trainer.compute_loss(wrapped, trainer.data_collator(part))
+    cached = GradCache(wrapped, model) if case.cached else None
+    loss = trainer.compute_loss(cached or wrapped, trainer.data_collator(part))
     loss.backward()
+    if cached is not None:
+        cached.backpropagate()
     return {"loss": float(loss.detach()), "gradients": gradients(model)}
 
 
