@@ -72,6 +72,7 @@ def compare(
     parser: argparse.ArgumentParser,
     unit: str,
     ours: Sequence[str],
+    result_name: Callable[[argparse.Namespace], str] | None = None,
 ) -> None:
     """Run every side `--repeats` times, in turn and each in a process of its own; print and save the comparison.
 
@@ -81,6 +82,7 @@ def compare(
         parser: the benchmark's own arguments.
         unit: of the rate.
         ours: the sides that are ours; the ratio to each of the others is shown.
+        result_name: from the arguments to the name of the result file, when it is not the benchmark's.
     """
     parser.add_argument("--repeats", type=int, default=3, help="times that each side runs; the median counts")
     parser.add_argument("--threads", type=int, default=1, help="threads of each side")
@@ -123,5 +125,6 @@ def compare(
         "machine": machine(),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{module}.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"saved: {RESULTS / module}.json")
+    path = RESULTS / f"{result_name(args) if result_name else module}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"saved: {path}")

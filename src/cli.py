@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
 import sys
@@ -72,13 +73,32 @@ def setup_logging() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def _leave(code: int) -> NoReturn:
+    """End the process without taking the interpreter apart.
+
+    Threads of torch.distributed outlive the process group; one that asks for the interpreter's lock while it is taken
+    apart aborts the process ("terminate called without an active exception"), and the launcher reports a failed run.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Run an entry point and exit: 0 when done, 2 after an error that the user can mend, shown as one message."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     setup_logging()
-    code = 0
+    # That of an exception which nobody expected, until another outcome is known.
+    code = 1
+    if distributed.launched_processes() > 1:
+        # The first to be registered is the last to be called.
+        atexit.register(lambda: _leave(code))
     try:
         main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
     except UserError as error:
         if distributed.launched_rank() == 0:
             sys.stderr.write(f"error: {error}\n")

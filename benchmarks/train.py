@@ -1,0 +1,149 @@
+"""Contrastive training of a dual encoder: ours against sentence-transformers' trainer, from the same encoder on the same
+rows, negatives, batches and precision.
+
+python -m benchmarks.train --model FOLDER_OR_HUB_NAME --setting qa      # passages that fill 128 tokens
+python -m benchmarks.train --model FOLDER_OR_HUB_NAME --setting mixed   # keys of all lengths up to 256 tokens
+python -m benchmarks.train --model FOLDER_OR_HUB_NAME --setting large   # a large batch in chunks: GradCache on both sides
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+
+from benchmarks.common import compare, timed
+from benchmarks.texts import passages
+from src.cli import parse_args
+from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.batch_scores import DenseBatchScores
+from src.retrieval.builders import chunk_policy, encoder_config
+from src.retrieval.collator import TrainCollator
+from src.retrieval.modeling_dense import load_dense_retriever
+from src.retrieval.training import load_sources, train
+
+OURS, THEIRS = "ours", "sentence-transformers"
+TEMPERATURE = 0.01
+QUERY_LENGTH, QUERY_WORDS = 32, 12
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained: keys of at least `words` words each, cut to `key_length` tokens; `chunk` texts at a time."""
+
+    batch: int
+    group: int
+    key_length: int
+    words: int
+    chunk: int = 0
+
+
+SETTINGS = {
+    "qa": Setting(16, 8, 128, 100),
+    "mixed": Setting(16, 8, 256, 5),
+    "large": Setting(256, 2, 128, 5, 32),
+}
+
+
+def make_rows(setting: Setting, steps: int) -> list[dict]:
+    """Rows of real paragraphs; of mixed lengths, as a few paragraphs in a row are joined to some keys."""
+    rng = random.Random(0)
+    texts = passages(4000)
+
+    def key() -> str:
+        parts = [rng.choice(texts)]
+        joined = rng.choice((0, 0, 0, 0, 1, 3)) if setting.key_length > 128 else 0
+        while len(" ".join(parts).split()) < setting.words or len(parts) <= joined:
+            parts.append(rng.choice(texts))
+        return " ".join(parts)
+
+    rows = []
+    for _ in range(setting.batch * steps):
+        query = " ".join(rng.choice(texts).split()[:QUERY_WORDS])
+        rows.append({"query": query, "pos": [key()], "neg": [key() for _ in range(setting.group - 1)]})
+    return rows
+
+
+def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], folder: str) -> float:
+    """Seconds of run_dense.py's training, saving included."""
+    path = Path(folder) / "rows.json"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    flags = [
+        *("--train_data", path, "--query_encoder", args.model, "--output_dir", f"{folder}/out"),
+        *("--add_instruction", False, "--query_max_length", QUERY_LENGTH, "--key_max_length", setting.key_length),
+        *("--train_group_size", setting.group, "--per_device_train_batch_size", setting.batch),
+        *("--max_steps", args.steps, "--cos_temperature", TEMPERATURE, "--grad_cache_chunk_size", setting.chunk),
+        *("--disable_tqdm", True, "--fp16", False, "--bf16", args.bf16, "--no_cuda", args.device == "cpu"),
+    ]
+    (data, training), given = parse_args([RetrievalArgs, RetrievalTrainingArgs], list(map(str, flags)))
+    model = load_dense_retriever(encoder_config(data, given))
+    lengths = (QUERY_LENGTH, setting.key_length)
+    collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, chunk_policy(training))
+    scores = DenseBatchScores(model.metric, training.negative_cross_device)
+    sources = load_sources(data, training)
+    return timed(lambda: train(model, training, sources, collator, scores, None, {}, None))
+
+
+def train_theirs(args: argparse.Namespace, setting: Setting, rows: list[dict], folder: str) -> float:
+    """Seconds of sentence-transformers' training."""
+    model = SentenceTransformer(args.model, device=args.device)
+    model.max_seq_length = setting.key_length
+    columns = {"anchor": [row["query"] for row in rows], "positive": [row["pos"][0] for row in rows]}
+    columns |= {f"negative_{n}": [row["neg"][n] for row in rows] for n in range(setting.group - 1)}
+    options = SentenceTransformerTrainingArguments(
+        output_dir=f"{folder}/out",
+        per_device_train_batch_size=setting.batch,
+        max_steps=args.steps,
+        learning_rate=5e-6,
+        weight_decay=0.01,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=args.device == "cpu",
+        bf16=args.bf16,
+        disable_tqdm=True,
+    )
+    scale = 1 / TEMPERATURE
+    if setting.chunk:
+        loss: torch.nn.Module = CachedMultipleNegativesRankingLoss(model, scale, mini_batch_size=setting.chunk)
+    else:
+        loss = MultipleNegativesRankingLoss(model, scale)
+    trainer = SentenceTransformerTrainer(model, options, train_dataset=Dataset.from_dict(columns), loss=loss)
+    return timed(trainer.train)
+
+
+def measure(args: argparse.Namespace, side: str) -> float:
+    """Queries, each with its keys, per second."""
+    torch.set_num_threads(args.threads)
+    setting = SETTINGS[args.setting]
+    rows = make_rows(setting, args.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = (train_ours if side == OURS else train_theirs)(args, setting, rows, folder)
+    return len(rows) / seconds
+
+
+def main() -> None:
+    """Compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="encoder: a sentence-transformers folder or hub name")
+    parser.add_argument("--setting", choices=list(SETTINGS), default="qa")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast (fp32 without)")
+    sides = {name: (lambda args, name=name: measure(args, name)) for name in (OURS, THEIRS)}
+    compare("train", sides, parser, "queries/s", [OURS], lambda args: f"train_{args.setting}")
+
+
+if __name__ == "__main__":
+    main()
