@@ -1,9 +1,9 @@
-"""Contrastive training of a dual encoder: ours against sentence-transformers' trainer, from the same encoder on the same
-rows, negatives, batches and precision.
+"""Contrastive training of a dual encoder: ours against sentence-transformers' trainer, from the same encoder on the
+same rows, negatives, batches and precision.
 
 python -m benchmarks.train --model FOLDER_OR_HUB_NAME --setting qa      # passages that fill 128 tokens
 python -m benchmarks.train --model FOLDER_OR_HUB_NAME --setting mixed   # keys of all lengths up to 256 tokens
-python -m benchmarks.train --model FOLDER_OR_HUB_NAME --setting large   # a large batch in chunks: GradCache on both sides
+python -m benchmarks.train --model FOLDER_OR_HUB_NAME --setting large   # a large batch in chunks (GradCache)
 """
 
 from __future__ import annotations
