@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from evaluation.outputs import Entry, append_responses, gather_entries, output_line, parts_path, read_responses
+from evaluation.outputs import Entry, append_responses, gather_entries, output_line, parts_path, read_responses, tail
 from src import distributed
 from src.cli import parse_args
 from src.errors import UserError
@@ -306,7 +305,7 @@ def retriever_name(args: RetrievalArgs) -> str:
 def output_path(args: LMEvalArgs, rows_path: str) -> str:
     """File of the outputs: another one for another retriever or LM."""
     names = [retriever_name(args), args.model_name_or_path, *([args.save_name] if args.save_name else [])]
-    short = [re.sub(r"[^\w.-]+", "-", "-".join(Path(name).parts[-2:])).strip("-") for name in names]
+    short = [re.sub(r"[^\w.-]+", "-", tail(name)).strip("-") for name in names]
     return derived_path(rows_path, "output", ".".join(short), args.output_dir)
 
 

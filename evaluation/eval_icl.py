@@ -53,6 +53,8 @@ def problems(row: Row) -> list[str]:
     if row["task_name"] not in FAMILY_OF:
         found.append(f"task_name {row['task_name']!r} is unknown: choose from {', '.join(FAMILY_OF)}")
     options, metric = row.get("options") or [], metric_of(row["task_name"])
+    if blank := [place for place, option in enumerate(options) if not option.strip()]:
+        found.append(f"field 'options'[{blank[0]}] is blank: an option needs text")
     if options and row["answers"][0] not in options:
         found.append(f"answers[0] {row['answers'][0]!r} is none of the options {options!r}")
     if not options and metric in (ACCURACY, BINARY_F1):
@@ -100,13 +102,14 @@ def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> R
 
 
 def score(row: Row, response: Response) -> Values:
-    """The value of the task's metric; for F1 what was chosen, and what is right."""
+    """The value of the task's metric; for F1, which a single row has not, whether it is right, and both options."""
     metric, answers = metric_of(row["task_name"]), row["answers"]
     if response.log_likelihoods:
         right = row["options"].index(answers[0])
+        correct = float(response.choice == right)
         if metric == BINARY_F1:
-            return {"chosen": float(response.choice), "right": float(right)}
-        return {metric: float(response.choice == right)}
+            return {"correct": correct, "chosen": float(response.choice), "right": float(right)}
+        return {metric: correct}
     measure = exact_match if metric == EXACT_MATCH else rouge_l
     return {metric: mean([measure(text, answers) for text in response.texts])}
 

@@ -82,7 +82,8 @@ def integration(context: Context) -> Integration:
     if beyond := [token for token in args.add_sep or () if not 0 <= token < size]:
         raise UserError(f"--add_sep {beyond[0]}: the LM's tokenizer has the tokens 0 to {size - 1}")
     before = tuple(special_prefix(context.encoder.tokenizer))
-    return Integration(args.order_method, args.integrate_method == "replace", tuple(args.add_sep or ()), before)
+    separator, limit = tuple(args.add_sep or ()), context.encoder.max_length
+    return Integration(args.order_method, args.integrate_method == "replace", separator, before, limit)
 
 
 def window_limit(context: Context) -> int:
@@ -93,14 +94,15 @@ def window_limit(context: Context) -> int:
     """
     args = context.args
     retrieved = args.retrieval_method != "no" and args.integrate_method == "concat"
-    size = args.context_window_size + len(integration(context).before)
+    size = args.context_window_size
     size += args.key_num * (2 * args.chunk_size + len(args.add_sep or ())) * retrieved
     if size > context.encoder.max_length:
         raise UserError(
             f"the LM takes {context.encoder.max_length} tokens, and windows need {size}: lower --context_window_size, "
             "--key_num or --chunk_size, or use --integrate_method replace"
         )
-    return size
+    # Tokens that begin a text need no room of their own: the most distant context makes it, see `windows`.
+    return min(size + len(integration(context).before), context.encoder.max_length)
 
 
 def retrieve(context: Context, task: EvalTask) -> Retrieved:

@@ -34,15 +34,21 @@ def problems(row: Row) -> list[str]:
     return text_list_problems(row, "answers")
 
 
-def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request:
-    """Knowledge, conversation, question."""
+def gold(row: Row) -> list[str]:
+    """The answers that say something."""
+    return [answer for answer in row.get("answers") or () if answer.strip()]
+
+
+def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request | None:
+    """Knowledge, conversation, question; None for a question without an answer to compare with."""
+    if not gold(row):
+        return None
     return Request(Prompt(f"Question: {row['query']}\n\nAnswer: ", found.texts))
 
 
 def score(row: Row, response: Response) -> dict[str, float]:
-    """ROUGE-L of the texts; 0 for a question without an answer, unless nothing was written."""
-    answers = row.get("answers") or [""]
-    return {"rouge_l": mean([rouge_l(text, answers) for text in response.texts])}
+    """ROUGE-L of the texts."""
+    return {"rouge_l": mean([rouge_l(text, gold(row)) for text in response.texts])}
 
 
 TASK = EvalTask(
@@ -67,7 +73,8 @@ TASK = EvalTask(
     check=FurtherCheck("qrecc-1", problems),
     request=request,
     score=score,
-    gold=lambda row: row.get("answers"),
+    gold=gold,
+    left_out="they have no answers, or do not fit into --context_max_length",
     asks=lambda args: args.do_generate,
 )
 

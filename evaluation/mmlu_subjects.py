@@ -1,11 +1,11 @@
-"""The subjects of MMLU (Hendrycks et al. 2021) and their four groups."""
+"""The subjects of MMLU (Hendrycks et al. 2021) and their four groups, as its authors' code has them."""
 
 from __future__ import annotations
 
 # fmt: off
 GROUPS = {
     "STEM": (
-        "abstract_algebra", "anatomy", "astronomy", "college_biology", "college_chemistry", "college_computer_science",
+        "abstract_algebra", "astronomy", "college_biology", "college_chemistry", "college_computer_science",
         "college_mathematics", "college_physics", "computer_security", "conceptual_physics", "electrical_engineering",
         "elementary_mathematics", "high_school_biology", "high_school_chemistry", "high_school_computer_science",
         "high_school_mathematics", "high_school_physics", "high_school_statistics", "machine_learning",
@@ -21,8 +21,8 @@ GROUPS = {
         "prehistory", "professional_law", "world_religions",
     ),
     "Others": (
-        "business_ethics", "clinical_knowledge", "college_medicine", "global_facts", "human_aging", "management",
-        "marketing", "medical_genetics", "miscellaneous", "nutrition", "professional_accounting",
+        "anatomy", "business_ethics", "clinical_knowledge", "college_medicine", "global_facts", "human_aging",
+        "management", "marketing", "medical_genetics", "miscellaneous", "nutrition", "professional_accounting",
         "professional_medicine", "virology",
     ),
 }

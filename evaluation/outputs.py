@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +14,19 @@ from src import distributed
 from src.lm.ask import Response
 from src.retrieval.collate import json_line
 
+CHECKPOINT = re.compile(r"checkpoint-\d+")
+
 #: Number of the row, hash of what was asked, and the response; empty and None when the question does not fit.
 Entry = tuple[int, str, Response | None]
+
+
+def tail(name: str) -> str:
+    """The last two parts of a path, and those before up to the folder of the run when they are of a checkpoint."""
+    parts = Path(name).parts
+    size = 2
+    while size < len(parts) and CHECKPOINT.fullmatch(parts[-size]):
+        size += 1
+    return "/".join(parts[-size:])
 
 
 def parts_path(path: str) -> Path:

@@ -26,8 +26,9 @@ from src.io import atomic_write
 
 logger = logging.getLogger("evaluation.report")
 
-#: Columns: heading, task, metric, whether less is better.
-COLUMNS = (
+#: Heading, task, metric, whether less is better.
+Column = tuple[str, str, str, bool]
+COLUMNS: tuple[Column, ...] = (
     ("MMLU", "mmlu", "accuracy", False),
     ("PopQA", "popqa", "accuracy", False),
     ("NQ", "qa", "exact_match", False),
@@ -38,6 +39,8 @@ COLUMNS = (
     ("QReCC ndcg@3", "qrecc", "ndcg@3", False),
 )
 RETRIEVAL_METRIC = re.compile(r"(ndcg|recall)@(\d+)$")
+#: Values of single rows of which less is better.
+LOWER_IS_BETTER = ("nll",)
 RESAMPLES = 10_000
 
 
@@ -46,16 +49,18 @@ class Leaderboard:
     """The newest result of each retriever (with each LM, where there are several) on each task.
 
     Attributes:
-        results: row name → task → metrics.
+        results: row name → task (with the data's name, where a task was run on several) → metrics.
+        columns: those of `COLUMNS`, once for each of a task's data.
     """
 
     results: dict[str, dict[str, dict[str, float]]]
+    columns: tuple[Column, ...] = COLUMNS
 
     def table(self) -> tuple[list[str], list[list[float | None]]]:
-        """Row names, and for each the values of `COLUMNS`; None for what is missing."""
+        """Row names, and for each the values of `columns`; None for what is missing."""
         names = list(self.results)
         return names, [
-            [self.results[name].get(task, {}).get(metric) for _, task, metric, _ in COLUMNS] for name in names
+            [self.results[name].get(task, {}).get(metric) for _, task, metric, _ in self.columns] for name in names
         ]
 
 
@@ -84,21 +89,48 @@ def read_results(folder: str) -> list[dict[str, Any]]:
 
 def leaderboard(records: Sequence[dict[str, Any]]) -> Leaderboard:
     """Results by retriever; a later one of the same task replaces an earlier one."""
-    models = {record["model"] for record in records if record.get("model")}
+    models = short_names([record["model"] for record in records if record.get("model")], 2)
+    retrievers = short_names([str(record["retriever"]) for record in records], 2)
+    tasks = {task: _datasets(records, task) for task in {str(record["task"]) for record in records}}
     results: dict[str, dict[str, dict[str, float]]] = {}
     for record in records:
-        name = short_name(str(record["retriever"]))
+        name, task = retrievers[str(record["retriever"])], str(record["task"])
+        key = _key(task, tasks[task].get(_dataset(record)))
         # Tasks without an LM belong to a retriever's rows with every LM.
         owners = [record["model"]] if record.get("model") else sorted(models) or [""]
         for model in owners:
-            row = f"{name} · {short_name(model)}" if len(models) > 1 else name
-            results.setdefault(row, {})[record["task"]] = record["metrics"]
-    return Leaderboard({name: results[name] for name in sorted(results, key=_rank)})
+            row = f"{name} · {models[model]}" if len(models) > 1 else name
+            results.setdefault(row, {})[key] = record["metrics"]
+    columns = [
+        (f"{heading} {data}".strip(), _key(task, data), metric, lower)
+        for heading, task, metric, lower in COLUMNS
+        for data in (tasks.get(task) or {"": ""}).values()
+    ]
+    return Leaderboard({name: results[name] for name in sorted(results, key=_rank)}, tuple(columns))
 
 
-def short_name(name: str) -> str:
-    """The last two parts of a path; hub names have no more."""
-    return "/".join(Path(name).parts[-2:])
+def _dataset(record: dict[str, Any]) -> str:
+    return str(record.get("arguments", {}).get("eval_data", ""))
+
+
+def _datasets(records: Sequence[dict[str, Any]], task: str) -> dict[str, str]:
+    """Short names of the data that a task was run on; none when it is always the same."""
+    names = short_names([_dataset(record) for record in records if record["task"] == task], 1)
+    return names if len(names) > 1 else {}
+
+
+def _key(task: str, data: str | None) -> str:
+    return f"{task} {data}" if data else task
+
+
+def short_names(names: Sequence[str], least: int) -> dict[str, str]:
+    """As many last parts of each path, `least` or more, as it takes to tell them apart."""
+    parts = {name: Path(name).parts for name in names}
+    for size in range(least, max(map(len, parts.values()), default=0) + 1):
+        short = {name: "/".join(own[-size:]) for name, own in parts.items()}
+        if len(set(short.values())) == len(short):
+            return short
+    return {name: name for name in names}
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -112,7 +144,7 @@ def _cells(board: Leaderboard) -> list[list[str]]:
     names, values = board.table()
     shown = [["" if value is None else f"{value:.4f}" for value in row] for row in values]
     return [
-        ["retriever", *(heading for heading, *_ in COLUMNS)],
+        ["retriever", *(heading for heading, *_ in board.columns)],
         *([name, *row] for name, row in zip(names, shown, strict=True)),
     ]
 
@@ -134,14 +166,14 @@ def to_markdown(board: Leaderboard) -> str:
     """A Markdown table; the best value of each column in bold."""
     names, values = board.table()
     lines = [
-        "| retriever | " + " | ".join(heading for heading, *_ in COLUMNS) + " |",
-        "| --- |" + " ---: |" * len(COLUMNS),
+        "| retriever | " + " | ".join(heading for heading, *_ in board.columns) + " |",
+        "| --- |" + " ---: |" * len(board.columns),
     ]
     for name, row in zip(names, values, strict=True):
         cells = []
         for column, value in enumerate(row):
             present = [other[column] for other in values if other[column] is not None]
-            best = (min if COLUMNS[column][3] else max)(present) if present else None  # type: ignore[type-var]
+            best = (min if board.columns[column][3] else max)(present) if present else None  # type: ignore[type-var]
             cells.append("" if value is None else f"**{value:.4f}**" if value == best else f"{value:.4f}")
         lines.append(f"| {name.replace('|', chr(92) + '|')} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -152,7 +184,7 @@ def to_csv(board: Leaderboard) -> str:
     names, values = board.table()
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["retriever", *(heading for heading, *_ in COLUMNS)])
+    writer.writerow(["retriever", *(heading for heading, *_ in board.columns)])
     writer.writerows([name, *row] for name, row in zip(names, values, strict=True))
     return buffer.getvalue()
 
@@ -171,7 +203,7 @@ def draw(board: Leaderboard, path: Path) -> None:
     except ImportError as error:
         raise UserError("the plot needs matplotlib: pip install -e '.[eval]', or give --no_plot") from error
     names, values = board.table()
-    columns = [column for column in range(len(COLUMNS)) if any(row[column] is not None for row in values)]
+    columns = [column for column in range(len(board.columns)) if any(row[column] is not None for row in values)]
     curves = _curves(board)
     wide = 4
     panels = len(columns) + len(curves)
@@ -180,12 +212,13 @@ def draw(board: Leaderboard, path: Path) -> None:
     flat = list(axes.flat)
     colours = {name: f"C{number}" for number, name in enumerate(names)}
     for axis, column in zip(flat, columns, strict=False):
-        heading, _, _, lower = COLUMNS[column]
+        heading, _, _, lower = board.columns[column]
         present = [(name, row[column]) for name, row in zip(names, values, strict=True) if row[column] is not None]
         bars = axis.bar(
             range(len(present)), [value for _, value in present], color=[colours[name] for name, _ in present]
         )
         axis.bar_label(bars, fmt="%.3f", fontsize=7)
+        axis.margins(y=0.12)
         axis.set_title(heading + (" (lower is better)" if lower else ""), fontsize=10)
         axis.set_xticks([])
     for axis, (heading, lines) in zip(flat[len(columns) :], curves.items(), strict=False):
@@ -218,7 +251,7 @@ def _curves(board: Leaderboard) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def read_values(path: str, metric: str | None) -> tuple[str, dict[str, float]]:
-    """The metric's name, and its value by query id, of a file of outputs.
+    """The metric's name, and its value by query id, of a file of outputs; without `metric` the first of each row.
 
     Raises:
         UserError: the file is missing, or has no such metric.
@@ -236,11 +269,15 @@ def read_values(path: str, metric: str | None) -> tuple[str, dict[str, float]]:
     names = list(dict.fromkeys(name for own in values.values() for name in own))
     if not names or (metric is not None and metric not in names):
         raise UserError(f"--metric {metric}: {path} has {', '.join(names) or 'no values'}")
-    chosen = metric or names[0]
-    return chosen, {key: own[chosen] for key, own in values.items() if chosen in own}
+    if metric is not None:
+        return metric, {key: own[metric] for key, own in values.items() if metric in own}
+    firsts = {key: next(iter(own)) for key, own in values.items() if own}
+    return ", ".join(dict.fromkeys(firsts.values())), {key: values[key][name] for key, name in firsts.items()}
 
 
-def compare(first: dict[str, float], second: dict[str, float], seed: int = 0) -> dict[str, float]:
+def compare(
+    first: dict[str, float], second: dict[str, float], lower_is_better: bool = False, seed: int = 0
+) -> dict[str, float]:
     """Second against first on the examples that both have.
 
     Returns:
@@ -255,6 +292,7 @@ def compare(first: dict[str, float], second: dict[str, float], seed: int = 0) ->
         raise UserError("--compare: the two files have no query_id in common: are they of the same evaluation?")
     one, other = (np.array([values[key] for key in common]) for values in (first, second))
     difference = other - one
+    better = -difference if lower_is_better else difference
     rng = np.random.default_rng(seed)
     means = np.array([difference[rng.integers(len(common), size=len(common))].mean() for _ in range(RESAMPLES)])
     low, high = np.quantile(means, [0.025, 0.975])
@@ -262,8 +300,8 @@ def compare(first: dict[str, float], second: dict[str, float], seed: int = 0) ->
         "examples": len(common),
         "first": float(one.mean()),
         "second": float(other.mean()),
-        "wins": int((difference > 0).sum()),
-        "losses": int((difference < 0).sum()),
+        "wins": int((better > 0).sum()),
+        "losses": int((better < 0).sum()),
         "ties": int((difference == 0).sum()),
         "difference": float(difference.mean()),
         "low": float(low),
@@ -278,15 +316,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", help="folder for leaderboard.{md,csv,png} (default: the folder itself)")
     parser.add_argument("--no_plot", action="store_true", help="draw no leaderboard.png")
     parser.add_argument("--compare", nargs=2, metavar="OUTPUTS", help="two files of outputs of one evaluation")
-    parser.add_argument("--metric", help="of --compare (default: the first that the files have)")
+    parser.add_argument("--metric", help="of --compare (default: the first that each row has)")
     args = parser.parse_args(argv)
     if (args.folder is None) == (args.compare is None):
         raise UserError("give either a folder of results or --compare with two files")
     if args.compare:
         metric, first = read_values(args.compare[0], args.metric)
-        _, second = read_values(args.compare[1], metric)
-        found = compare(first, second)
-        print(f"{metric}: {found['first']:.4f} → {found['second']:.4f} on {found['examples']} examples")
+        _, second = read_values(args.compare[1], args.metric)
+        lower = metric in LOWER_IS_BETTER
+        found = compare(first, second, lower)
+        note = " (less is better)" if lower else ""
+        print(f"{metric}{note}: {found['first']:.4f} → {found['second']:.4f} on {found['examples']} examples")
         print(f"second wins {found['wins']}, loses {found['losses']}, ties {found['ties']}")
         print(f"difference {found['difference']:+.4f}, 95 % interval {found['low']:+.4f} to {found['high']:+.4f}")
         return

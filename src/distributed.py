@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +15,10 @@ import torch.distributed as dist
 from src.errors import UserError, describe_os_error
 
 T = TypeVar("T")
+
+#: How long a process waits for the others. A share of a corpus or of prompts may take that much longer than another; a
+#: process that died is noticed by the launcher at once.
+TIMEOUT = timedelta(hours=6)
 
 
 def launched_processes() -> int:
@@ -66,7 +71,7 @@ def init_process_group(use_cpu: bool) -> torch.device:
     if use_cuda:
         torch.cuda.set_device(device)
     if launched_processes() > 1 and not is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo")
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT)
     return device
 
 

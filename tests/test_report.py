@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from evaluation.outputs import tail
 from evaluation.report import compare, leaderboard, main, read_results, to_csv, to_markdown, to_text
 from src.errors import UserError
 from src.result_log import log_result
@@ -97,3 +98,38 @@ def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps({"query": "x"}) + "\n")
     with pytest.raises(UserError, match=r"b\.json:1 is no line"):
         main(["--compare", path, other])
+
+
+def test_of_likelihoods_less_wins_and_rows_have_their_own_metrics(tmp_path, capsys):
+    first = [{"query_id": n, "values": {"nll": 5.0, "tokens": 3.0}} for n in range(4)]
+    second = [{"query_id": n, "values": {"nll": 4.0 + n, "tokens": 3.0}} for n in range(4)]
+    paths = [str(write_rows(tmp_path / f"{name}.json", rows)) for name, rows in (("a", first), ("b", second))]
+    main(["--compare", *paths])
+    shown = capsys.readouterr().out
+    assert "nll (less is better): 5.0000 → 5.5000" in shown
+    assert "second wins 1, loses 2, ties 1" in shown
+    first = [{"query_id": 1, "values": {"accuracy": 0.0}}, {"query_id": 2, "values": {"correct": 1.0, "chosen": 0.0}}]
+    second = [{"query_id": 1, "values": {"accuracy": 1.0}}, {"query_id": 2, "values": {"correct": 1.0, "chosen": 1.0}}]
+    paths = [str(write_rows(tmp_path / f"{name}.json", rows)) for name, rows in (("a", first), ("b", second))]
+    main(["--compare", *paths])
+    shown = capsys.readouterr().out
+    assert "accuracy, correct: 0.5000 → 1.0000 on 2 examples" in shown
+    assert "second wins 1, loses 0, ties 1" in shown
+
+
+def test_models_and_data_of_like_names_are_told_apart():
+    records = [
+        record("lrlm", f"outputs/{run}/checkpoint-10/encoder", "2026", perplexity=float(number))
+        | {"arguments": {"eval_data": f"lrlm/{data}/test.json"}}
+        for number, (run, data) in enumerate([("a", "books3"), ("b", "books3"), ("a", "arxiv")])
+    ]
+    lines = to_csv(leaderboard(records)).splitlines()
+    assert "LRLM ppl books3/test.json,LRLM ppl arxiv/test.json" in lines[0]
+    assert lines[1:] == ["a/checkpoint-10/encoder,,,,,,0.0,2.0,,", "b/checkpoint-10/encoder,,,,,,1.0,,,"]
+
+
+def test_outputs_of_two_runs_have_names_of_their_own():
+    assert tail("data/outputs/mine/checkpoint-20/encoder") == "mine/checkpoint-20/encoder"
+    assert tail("mine/checkpoint-20") == "mine/checkpoint-20"
+    assert tail("org/model") == "org/model"
+    assert tail("bm25") == "bm25"

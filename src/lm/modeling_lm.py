@@ -186,8 +186,12 @@ class LanguageModel:
         ids, mask = self._pad(prompts, width, "right" if self.encoder_decoder else "left")
         model: Any = self.model
         written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        new = written if self.encoder_decoder else written[:, width:]
-        return list(self.tokenizer.batch_decode(new, skip_special_tokens=True))
+        new = written[:, 1 if self.encoder_decoder else width :]
+        # What follows the end is padding of the batch, with a token that may well have a text.
+        ends = torch.isin(new, torch.tensor(config.eos_token_id, device=new.device))
+        lengths = (ends.cumsum(1) - ends.long() == 0).sum(1).tolist()
+        own = [row[:length] for row, length in zip(new.tolist(), lengths, strict=True)]
+        return list(self.tokenizer.batch_decode(own, skip_special_tokens=True))
 
     def _logits(self, ids: Tensor, mask: Tensor, columns: Sequence[int]) -> Tensor:
         """Logits ``(n, columns, vocabulary)`` of a causal LM; those of other columns are never computed."""

@@ -64,12 +64,15 @@ class Integration:
         replace: they take the place of the window's most distant tokens; else they come on top.
         separator: tokens behind each of them.
         before: tokens before everything, such as the one that begins a text.
+        max_tokens: where prompt and target would be longer, the most distant of the text's own context goes; None
+            for no limit.
     """
 
     order_method: str
     replace: bool
     separator: tuple[int, ...] = ()
     before: tuple[int, ...] = ()
+    max_tokens: int | None = None
 
 
 def windows(
@@ -90,7 +93,8 @@ def windows(
         parts = list(group)
         prefix, start, first = parts[0]
         last = parts[-1][2]
-        context = tokens[start : first.start]
+        surplus = 0 if how.max_tokens is None else len(prefix) + last.stop - start - how.max_tokens
+        context = tokens[start + max(0, surplus) : first.start]
         found.append(PromptTokens((*prefix, *context), tuple(tokens[first.start : last.stop])))
     return found
 
