@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -306,7 +307,10 @@ def output_path(args: LMEvalArgs, rows_path: str) -> str:
     """File of the outputs: another one for another retriever or LM."""
     names = [retriever_name(args), args.model_name_or_path, *([args.save_name] if args.save_name else [])]
     short = [re.sub(r"[^\w.-]+", "-", tail(name)).strip("-") for name in names]
-    return derived_path(rows_path, "output", ".".join(short), args.output_dir)
+    # Most files of rows are called test, in a folder that tells the data.
+    path = Path(rows_path)
+    named = path.with_name("-".join(filter(None, (path.parent.name, path.name))))
+    return derived_path(str(named), "output", ".".join(short), args.output_dir)
 
 
 def versions() -> dict[str, str]:

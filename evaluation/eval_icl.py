@@ -25,7 +25,7 @@ from src.lm.budget import Prompt
 from src.lm.eval_args import FewShotArgs, GenerateArgs, LMEvalArgs
 from src.retrieval.builders import load_eval_data
 from src.retrieval.evaluate import EvalConfig, EvalData
-from src.schema import FurtherCheck, text_list_problems, text_problems
+from src.schema import FurtherCheck, blank_problems, text_list_problems, text_problems
 
 SAME_TASK = "same-task-random"
 
@@ -53,8 +53,9 @@ def problems(row: Row) -> list[str]:
     if row["task_name"] not in FAMILY_OF:
         found.append(f"task_name {row['task_name']!r} is unknown: choose from {', '.join(FAMILY_OF)}")
     options, metric = row.get("options") or [], metric_of(row["task_name"])
-    if blank := [place for place, option in enumerate(options) if not option.strip()]:
-        found.append(f"field 'options'[{blank[0]}] is blank: an option needs text")
+    found += blank_problems(row, "options")
+    if metric == BINARY_F1 and len(options) not in (0, 2):
+        found.append(f"field 'options' needs two, of which the second is the positive class, found {len(options)}")
     if options and row["answers"][0] not in options:
         found.append(f"answers[0] {row['answers'][0]!r} is none of the options {options!r}")
     if not options and metric in (ACCURACY, BINARY_F1):
@@ -147,7 +148,7 @@ TASK = EvalTask(
         "output_dir": "data/results/icl/",
         "log_path": "data/results/icl/icl.log",
     },
-    check=FurtherCheck("icl-1", problems),
+    check=FurtherCheck("icl-2", problems),
     load=load,
     hits={SAME_TASK: same_task},
     keys_wanted=lambda args: args.few_shot,

@@ -156,7 +156,7 @@ TASK = EvalTask(
         "output_dir": "data/outputs/lrlm",
         "log_path": "data/results/lrlm",
     },
-    no_effect=(*HISTORY_NO_EFFECT, "add_llama_inst", "use_chat_template"),
+    no_effect=(*HISTORY_NO_EFFECT, "add_llama_inst", "use_chat_template", "debug_retrieval"),
     load=load,
     retrieve=retrieve,
     request=request,

@@ -20,7 +20,7 @@ from src.lm.eval_args import HISTORY_NO_EFFECT, HistoryArgs
 from src.lm.likelihood import score_prompts
 from src.lm.selfret_history import Case, in_order
 from src.retrieval.bm25_analyzer import EnglishAnalyzer, first_terms
-from src.schema import FurtherCheck, text_list_problems
+from src.schema import FurtherCheck, blank_problems, text_list_problems
 
 LAYOUT = Layout(before_knowledge="", between_parts="\n")
 
@@ -36,7 +36,9 @@ def problems(row: Row) -> list[str]:
     """Of the fields that this evaluation needs."""
     if not isinstance(row.get("history"), list):
         return [f"field 'history' must be a list of past turns, found {type(row.get('history')).__name__}"]
-    return text_list_problems(row, "history") + text_list_problems(row, "answers", 1)
+    return text_list_problems(row, "history") + (
+        text_list_problems(row, "answers", 1) or blank_problems(row, "answers")
+    )
 
 
 def prompt(row: Row, turns: Sequence[str]) -> Prompt:
@@ -99,7 +101,7 @@ TASK = EvalTask(
         *HISTORY_NO_EFFECT,
         *("context_window_size", "target_length", "chunk_size", "integrate_method", "add_sep"),
     ),
-    check=FurtherCheck("msc-1", problems),
+    check=FurtherCheck("msc-2", problems),
     retrieve=retrieve,
     request=request,
     score=lambda row, response: nll_values(response.log_likelihoods, response.tokens),

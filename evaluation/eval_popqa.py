@@ -17,7 +17,7 @@ from src.cli import run
 from src.lm.ask import Request, Response
 from src.lm.budget import Prompt
 from src.lm.eval_args import KNOWLEDGE_DEFAULTS, QuestionArgs
-from src.schema import FurtherCheck, text_list_problems
+from src.schema import FurtherCheck, blank_problems, text_list_problems
 
 #: Relations that examples are taken of, one each.
 RELATIONS = (22, 91, 97, 106, 164, 182, 218, 257, 292, 422, 472, 484, 526, 533, 560, 639)
@@ -35,7 +35,7 @@ def problems(row: dict[str, Any]) -> list[str]:
         own = {"possible_answers": answers(row)}
     except (KeyError, json.JSONDecodeError):
         return ["field 'possible_answers' is missing: give a list of strings, or one as JSON text"]
-    found = text_list_problems(own, "possible_answers", 1)
+    found = text_list_problems(own, "possible_answers", 1) or blank_problems(own, "possible_answers")
     if not isinstance(row.get("prop_id"), int):
         found.append(f"field 'prop_id' must be the number of the relation, found {row.get('prop_id')!r}")
     return found
@@ -85,7 +85,7 @@ TASK = EvalTask(
         "output_dir": "data/results/popqa",
         "log_path": "data/results/popqa/popqa.log",
     },
-    check=FurtherCheck("popqa-1", problems),
+    check=FurtherCheck("popqa-2", problems),
     examples=one_per_relation,
     request=request,
     score=score,

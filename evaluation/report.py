@@ -1,7 +1,7 @@
 """One leaderboard out of the logs of all evaluations, and a comparison of two runs example by example.
 
 python -m evaluation.report data/results
-python -m evaluation.report --compare data/results/qa/test.output.no.lm.json data/results/qa/test.output.bm25.lm.json
+python -m evaluation.report --compare data/results/qa/nq-test.output.{no,bm25}.lm.json
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,11 +260,14 @@ def read_values(path: str, metric: str | None) -> tuple[str, dict[str, float]]:
     if not os.path.isfile(path):
         raise UserError(f"--compare: no such file: {path}")
     values: dict[str, dict[str, float]] = {}
+    seen: Counter[int | str] = Counter()
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                values[str(row["query_id"])] = row["values"]
+                # Numbers of queries may come again, in files of several tasks.
+                seen[row["query_id"]] += 1
+                values[f"{row['query_id']} ({seen[row['query_id']]})"] = row["values"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise UserError(f"{path}:{number} is no line of an evaluation's outputs") from error
     names = list(dict.fromkeys(name for own in values.values() for name in own))

@@ -232,6 +232,12 @@ def text_list_problems(row: dict[str, Any], field: str, least: int = 0) -> list[
     return problems
 
 
+def blank_problems(row: dict[str, Any], field: str) -> list[str]:
+    """Problems of a list of strings of which none may be blank."""
+    blank = [place for place, text in enumerate(row.get(field) or ()) if not text.strip()]
+    return [f"field {field!r}[{blank[0]}] is blank: it needs text"] if blank else []
+
+
 def text_problems(row: dict[str, Any], *fields: str) -> list[str]:
     """Problems of fields that must be strings."""
     return [problem for field in fields for problem in _text_problems(row, field, required=True)]

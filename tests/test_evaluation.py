@@ -8,16 +8,19 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from evaluation.common import run_task
+from evaluation.mmlu_subjects import GROUP_OF, GROUPS
 from evaluation.text_metrics import contains_answer, exact_match, rouge_l, token_f1
 from scripts import sample_eval, sample_lm
 from src.cli import run as run_entry
 from src.lm.budget import Prompt, fit
-from src.lm.generate import newline_tokens
+from src.lm.generate import end_tokens, newline_tokens
+from src.lm.modeling_lm import LMConfig, load_lm
 from src.lm.selfret_chunk import Integration, plan_chunks, windows
 from tests.conftest import make_tokenizer
 from tests.helpers import read_rows, run, write_rows
@@ -289,6 +292,49 @@ def test_lrlm(evaluate, data_root, models, method, flags):  # noqa: F811
     assert "1 of 3 rows are left out, since they are not longer than --target_length" in printed
 
 
+def test_a_window_of_just_what_the_model_takes_makes_room_for_what_begins_a_text():
+    plan, tokens = plan_chunks(40, 8, 16, 4), range(100, 140)
+    none = [[]] * len(plan.targets)
+    (whole,) = windows(plan, none, tokens, Integration("sequential", False, (), (1,)))
+    assert whole.prompt == (1, *tokens[24:32])
+    (cut,) = windows(plan, none, tokens, Integration("sequential", False, (), (1,), 16))
+    assert cut.prompt == (1, *tokens[25:32])
+    assert cut.answer == whole.answer == tuple(tokens[32:])
+
+
+def test_questions_without_answers_are_left_out_of_rouge(evaluate, data_root, tmp_path):
+    first, *others = read_rows(data_root / "convsearch/qrecc/test.concat.json")
+    path = write_rows(tmp_path / "rows.json", [{**first, "answers": [" "]}, *others])
+    flags = ("--retrieval_method", "oracle", "--do_generate", "--max_new_tokens", 4, "--key_num", 1)
+    outputs, record, printed = evaluate("qrecc", "--eval_data", path, *flags)
+    assert outputs[0]["values"] == {}
+    assert record["skipped"] == 1
+    assert record["metrics"]["rouge_l"] == pytest.approx(np.mean([own["values"]["rouge_l"] for own in outputs[1:]]))
+    assert f"1 of {len(outputs)} rows are left out, since they have no answers" in printed
+
+
+def test_padding_behind_the_end_of_a_text_does_not_show(models, monkeypatch):  # noqa: F811
+    model = load_lm(LMConfig(models["llama"], "fp32", torch.device("cpu")))
+    one, other = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("abc", "xyz"))
+    end = end_tokens(model)[0]
+    written = torch.tensor(
+        [[*other, *one, end, *other], [*other, *one, *one, end, end, end][: 2 * len(other) + len(one) + 1]]
+    )
+    monkeypatch.setattr(model.model, "generate", lambda **inputs: written)
+    texts = model.continuations([other, other], GenerationConfig(eos_token_id=end_tokens(model)))
+    assert texts == [model.tokenizer.decode(one), model.tokenizer.decode([*one, *one])]
+
+
+def test_groups_of_mmlu():
+    assert {group: len(subjects) for group, subjects in GROUPS.items()} == {
+        "STEM": 18,
+        "Social Sciences": 12,
+        "Humanities": 13,
+        "Others": 14,
+    }
+    assert GROUP_OF["anatomy"] == "Others"
+
+
 def test_tool_is_retrieval_with_its_own_defaults(evaluate):
     _, record, _ = evaluate("tool", "--retrieval_method", "bm25", "--hits", 20)
     assert set(record["metrics"]) == {f"{name}@{cutoff}" for name in ("mrr", "recall", "ndcg") for cutoff in (1, 3, 5)}
@@ -556,6 +602,15 @@ def changed(rows, **fields):
         ("icl", "icl/icl/test.json", {"options": ["x", "y"]}, "is none of the options ['x', 'y']"),
         ("msc", "chat/msc/test.json", {"history": None}, "'history' must be a list of past turns, found NoneType"),
         ("lrlm", "lrlm/books3/test.json", {"text": None}, "'text' is missing"),
+        ("msc", "chat/msc/test.json", {"answers": [" "]}, "'answers'[0] is blank"),
+        ("popqa", "qa/popqa/test.json", {"possible_answers": ["x", ""]}, "'possible_answers'[1] is blank"),
+        ("icl", "icl/icl/test.json", {"options": ["x", ""], "answers": ["x"]}, "'options'[1] is blank"),
+        (
+            "icl",
+            "icl/icl/test.json",
+            {"task_name": "multirc", "options": ["x", "y", "z"], "answers": ["x"]},
+            "'options' needs two, of which the second is the positive class, found 3",
+        ),
     ],
 )
 def test_rows_with_problems_are_named(evaluate, data_root, tmp_path, task, file, fields, said):
