@@ -107,13 +107,13 @@ def reference_scores(folder, pairs) -> list[float]:
 
 
 def test_two_processes_train_as_one(encoder, tmp_path):
-    one = train(encoder, tmp_path / "one", "--per_device_train_batch_size", "8")
-    two = train(encoder, tmp_path / "two", "--per_device_train_batch_size", "4", processes=2)
+    # AdamW blows rounding up to the size of a step where a gradient is 0, as of the attention's key biases.
+    sgd = ("--optim", "sgd", "--learning_rate", "0.1")
+    one = train(encoder, tmp_path / "one", "--per_device_train_batch_size", "8", *sgd)
+    two = train(encoder, tmp_path / "two", "--per_device_train_batch_size", "4", *sgd, processes=2)
     load = AutoModelForSequenceClassification.from_pretrained
     models = [load(folder / "ranker").state_dict() for folder in (one, two)]
     start = BertModel.from_pretrained(encoder).state_dict()
-    # Softmax does not see the last bias: its gradient is rounding, which AdamW blows up to the size of a step.
-    del models[0]["classifier.bias"]
     for name, weight in models[0].items():
         torch.testing.assert_close(weight, models[1][name], atol=1e-5, rtol=1e-4)
     name = "encoder.layer.0.output.dense.weight"
