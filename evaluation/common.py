@@ -27,7 +27,7 @@ from src.errors import UserError
 from src.io import atomic_write, derived_path
 from src.lm.ask import Request, RequestEncoder, Response, Tokens, respond
 from src.lm.builders import lm_config
-from src.lm.eval_args import ORACLE, GenerateArgs, LMEvalArgs
+from src.lm.eval_args import ORACLE, GenerateArgs, HistoryArgs, LMEvalArgs
 from src.lm.generate import NEWLINE_ID, Decoding, newline_tokens
 from src.lm.modeling_lm import LanguageModel, LMConfig, lm_max_length, load_lm, load_lm_tokenizer, model_identity
 from src.lm.prompts import make_frame
@@ -298,8 +298,14 @@ def request_encoder(args: LMEvalArgs, config: LMConfig) -> RequestEncoder:
     )
 
 
+#: What reports call keys that the rows brought.
+GIVEN_KEYS = "given-keys"
+
+
 def retriever_name(args: RetrievalArgs) -> str:
     """How reports call the retriever."""
+    if not args.corpus and args.retrieval_method != "no" and not isinstance(args, HistoryArgs):
+        return GIVEN_KEYS
     return args.query_encoder if args.retrieval_method == "dense" else args.retrieval_method
 
 

@@ -5,6 +5,7 @@ torchrun --nproc_per_node 8 -m evaluation.eval_icl --query_encoder data/outputs/
 
 from __future__ import annotations
 
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,8 @@ class ICLArgs(GenerateArgs, FewShotArgs, LMEvalArgs):
     def __post_init__(self) -> None:
         for checked in (GenerateArgs, FewShotArgs, LMEvalArgs):
             checked.__post_init__(self)
+        if self.few_shot > self.hits and self.retrieval_method not in ("no", SAME_TASK):
+            raise UserError(f"--few_shot {self.few_shot}: only --hits {self.hits} examples are retrieved, give more")
         for name in self.task_names or ():
             check_choice("task_names", name, tuple(FAMILY_OF))
 
@@ -64,7 +67,7 @@ def problems(row: Row) -> list[str]:
 
 
 def same_task(context: Context) -> ChooseHits:
-    """Random examples of the row's own task, by seed and row."""
+    """Random examples of the row's own task, by seed and query."""
     assert context.data.corpus is not None
     of_task: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(context.data.corpus):
@@ -75,7 +78,8 @@ def same_task(context: Context) -> ChooseHits:
 
     def choose(row: Row, number: int) -> list[int]:
         own = of_task[row["task_name"]]
-        rng = np.random.default_rng((context.args.seed, number))
+        # By the text, so that the choice of --task_names changes nothing.
+        rng = np.random.default_rng((context.args.seed, zlib.crc32(row["query"].encode())))
         return rng.permutation(own)[: context.args.few_shot].tolist()
 
     return choose

@@ -134,7 +134,16 @@ def retrieve(context: Context, task: EvalTask) -> Retrieved:
         return found
 
     best = rank_past(len(rows), cases, case_scorer(context, oracle), args.key_num)
-    return [Found(tuple(tuple(keys) for keys in own)) for own in best], {}
+
+    def texts(number: int, chosen: Sequence[Sequence[int]]) -> tuple[str, ...]:
+        tokens, plan = read_text(context, rows[number])
+        spans = [plan.values[key] for keys in chosen for key in keys] if plan is not None else []
+        return tuple(str(tokenizer.decode(tokens[span.start : span.stop])) for span in spans)
+
+    return [
+        Found(tuple(tuple(keys) for keys in own), texts(number, own) if args.debug_retrieval else ())
+        for number, own in enumerate(best)
+    ], {}
 
 
 def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request | None:
@@ -156,7 +165,7 @@ TASK = EvalTask(
         "output_dir": "data/outputs/lrlm",
         "log_path": "data/results/lrlm",
     },
-    no_effect=(*HISTORY_NO_EFFECT, "add_llama_inst", "use_chat_template", "debug_retrieval"),
+    no_effect=(*HISTORY_NO_EFFECT, "add_llama_inst", "use_chat_template"),
     load=load,
     retrieve=retrieve,
     request=request,

@@ -36,7 +36,7 @@ def problems(row: dict[str, Any]) -> list[str]:
     except (KeyError, json.JSONDecodeError):
         return ["field 'possible_answers' is missing: give a list of strings, or one as JSON text"]
     found = text_list_problems(own, "possible_answers", 1) or blank_problems(own, "possible_answers")
-    if not isinstance(row.get("prop_id"), int):
+    if not isinstance(row.get("prop_id"), int) or isinstance(row["prop_id"], bool):
         found.append(f"field 'prop_id' must be the number of the relation, found {row.get('prop_id')!r}")
     return found
 

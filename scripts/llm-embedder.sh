@@ -73,15 +73,20 @@ launch() {
 
 # Flags that hold several words are split on purpose.
 # shellcheck disable=SC2086
-if [ "$TRAIN" = 1 ] && [ ! -d "$MODEL" ]; then
+if [ "$TRAIN" = 1 ] && [ -d "$MODEL" ]; then
+    echo "$MODEL is there: no training (remove it, or give another OUTPUT, to train anew)" >&2
+elif [ "$TRAIN" = 1 ]; then
     launch "$NPROC" run_dense.py --data_root "$DATA_ROOT" --output_dir "$OUTPUT" --train_data $TRAIN_DATA \
         --query_encoder "$ENCODER" --version llm-embedder --use_train_config --inbatch_same_dataset epoch \
         --per_device_train_batch_size "$BATCH" --max_steps "$STEPS" --save_steps "$STEPS" \
         --resume_from_checkpoint True $TRAIN_FLAGS
 fi
 
+failed=()
 for method in $METHODS; do
     for task in $TASKS; do
+        # Without retrieval there is nothing to measure of it.
+        case $method/$task in no/tool | no/qrecc) continue ;; esac
         processes=$LM_NPROC flags=(--model_name_or_path "$LM" $LM_FLAGS)
         case $task in
             tool) processes=$NPROC flags=() ;;
@@ -92,7 +97,11 @@ for method in $METHODS; do
         # shellcheck disable=SC2086
         launch "$processes" -m "evaluation.eval_$task" --data_root "$DATA_ROOT" --retrieval_method "$method" \
             --query_encoder "$MODEL" --version llm-embedder --output_dir "$RESULTS/$task" \
-            --log_path "$RESULTS/$task/$task.log" "${flags[@]}" $EVAL_FLAGS
+            --log_path "$RESULTS/$task/$task.log" "${flags[@]}" $EVAL_FLAGS || failed+=("$task/$method")
     done
 done
 do_ python -m evaluation.report "$RESULTS"
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed: ${failed[*]}" >&2
+    exit 1
+fi

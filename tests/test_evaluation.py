@@ -19,7 +19,7 @@ from evaluation.text_metrics import contains_answer, exact_match, rouge_l, token
 from scripts import sample_eval, sample_lm
 from src.cli import run as run_entry
 from src.lm.budget import Prompt, fit
-from src.lm.generate import end_tokens, newline_tokens
+from src.lm.generate import Decoding, end_tokens, generate, newline_tokens
 from src.lm.modeling_lm import LMConfig, load_lm
 from src.lm.selfret_chunk import Integration, plan_chunks, windows
 from tests.conftest import make_tokenizer
@@ -555,12 +555,22 @@ def test_knowledge_that_tells_the_answer_helps_a_real_model(evaluate, small_lm):
     assert told["f1"] > without["f1"]
 
 
-def test_chat_template_and_marks_stand_around_the_prompt(evaluate, small_lm):
-    for flag in ("--use_chat_template", "--add_llama_inst"):
-        outputs, _, _ = evaluate(
-            "qa", "--retrieval_method", "no", "--few_shot", 0, flag, "--max_new_tokens", 4, lm=small_lm
+def test_chat_template_and_marks_stand_around_the_prompt(evaluate, data_root, small_lm):
+    model, tokenizer = loaded(small_lm)
+    texts = [f"Question: {row['query']}\nAnswer:" for row in read_rows(data_root / "qa/nq/test.json")]
+
+    def chat(text):
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
-        assert len(outputs) == 8
+
+    frames = {"--use_chat_template": chat, "--add_llama_inst": "[INST] {} [/INST]".format}
+    plain = [[reference.greedy(model, tokenizer, f"{text} ", 8)] for text in texts]
+    for flag, frame in frames.items():
+        flags = ("--retrieval_method", "no", "--few_shot", 0, flag, "--max_new_tokens", 8)
+        found = [row["output"] for row in evaluate("qa", *flags, lm=small_lm)[0]]
+        assert found == [[reference.greedy(model, tokenizer, frame(text), 8)] for text in texts]
+        assert found != plain
 
 
 def test_an_encoder_decoder_model(evaluate, models):  # noqa: F811
@@ -578,6 +588,34 @@ def test_sampling_is_repeatable(evaluate):
     assert [row["output"] for row in first] == [row["output"] for row in again]
     assert [row["output"] for row in first] != [row["output"] for row in other]
     assert all(len(row["output"]) == 2 for row in first)
+
+
+def test_a_sample_depends_on_its_own_prompt_alone(models):  # noqa: F811
+    model = load_lm(LMConfig(models["llama"], "fp32", torch.device("cpu")))
+    prompts = model.tokenizer(["one two", "three", "four five six", "seven"])["input_ids"]
+    decoding = Decoding(8, do_sample=True, num_return_sequences=2, first_line=False)
+
+    def written(chosen):
+        return generate(model, chosen, decoding, 10_000, lambda done: None)
+
+    together = written(prompts)
+    assert together == [written([prompt])[0] for prompt in prompts]
+    assert len({text for texts in together for text in texts}) > 4
+
+
+def test_chosen_tasks_of_icl_get_the_examples_they_get_among_all(evaluate):
+    flags = ("--retrieval_method", "same-task-random", "--few_shot", 2)
+    everything = {row["query_id"]: row["retrieved"] for row in evaluate("icl", *flags)[0]}
+    some = evaluate("icl", *flags, "--task_names", "natural_questions")[0]
+    assert some
+    assert all(row["retrieved"] == everything[row["query_id"]] for row in some)
+
+
+def test_texts_of_retrieved_chunks_are_saved(evaluate):
+    outputs, _, _ = evaluate("lrlm", "--retrieval_method", "bm25", *LRLM, "--debug_retrieval")
+    for output in outputs[:2]:
+        assert len(output["retrieved_texts"]) == sum(map(len, output["retrieved"])) > 0
+        assert all(output["retrieved_texts"])
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

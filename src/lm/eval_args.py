@@ -20,6 +20,7 @@ HISTORY_NO_EFFECT = (
     *("train_data", "corpus", "key_template", "metrics", "cutoffs", "filter_answers", "max_neg_num", "load_result"),
     *("save_result", "save_to_output", "hits", "load_index", "load_collection", "anserini_dir", "storeDocvectors"),
     *("language", "threads", "faiss_index_factory", "load_encode", "save_encode", "save_index", "embedding_name"),
+    *("save_trec", "save_per_query", "bm25_backend"),
 )
 
 #: Defaults of evaluations whose prompts hold retrieved passages.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -64,8 +66,8 @@ def generate(
 ) -> list[list[str]]:
     """What the model writes after each prompt.
 
-    White space around the texts is removed. Greedy generation does not depend on batches; sampling does, and is
-    repeatable for the same prompts and budget.
+    White space around the texts is removed. Neither greedy nor sampled texts depend on the other prompts: a sample
+    is drawn by the seed and its prompt alone, one prompt at a time.
 
     Args:
         model: the LM.
@@ -91,7 +93,7 @@ def generate(
     number_each = decoding.num_return_sequences
     for batch in _batches(order, prompts, decoding, max_tokens):
         with torch.random.fork_rng(devices=_devices(model)):
-            torch.manual_seed(decoding.seed + batch[0])
+            torch.manual_seed(_seed(decoding.seed, prompts[batch[0]]))
             texts = model.continuations([prompts[number] for number in batch], config)
         for place, number in enumerate(batch):
             own = texts[place * number_each : (place + 1) * number_each]
@@ -103,16 +105,22 @@ def generate(
 def _batches(
     order: Sequence[int], prompts: Sequence[Sequence[int]], decoding: Decoding, max_tokens: int
 ) -> Iterator[list[int]]:
-    """Consecutive numbers of `order`, longest prompts first, whose padded tokens fit; at least one."""
+    """Consecutive numbers of `order`, longest prompts first, whose padded tokens fit; at least one, one for samples."""
     batch: list[int] = []
     for number in order:
         width = len(prompts[(batch or [number])[0]]) + decoding.max_new_tokens
-        if batch and (len(batch) + 1) * decoding.num_return_sequences * width > max_tokens:
+        full = (len(batch) + 1) * decoding.num_return_sequences * width > max_tokens
+        if batch and (full or decoding.do_sample):
             yield batch
             batch = []
         batch.append(number)
     if batch:
         yield batch
+
+
+def _seed(seed: int, prompt: Sequence[int]) -> int:
+    digest = hashlib.blake2b(json.dumps([seed, *prompt]).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _devices(model: LanguageModel) -> list[int]:
