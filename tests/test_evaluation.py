@@ -564,12 +564,13 @@ def test_chat_template_and_marks_stand_around_the_prompt(evaluate, data_root, sm
             [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
         )
 
+    # In batches of their own, as rounding decides between two tokens that are as likely.
     frames = {"--use_chat_template": chat, "--add_llama_inst": "[INST] {} [/INST]".format}
-    plain = [[reference.greedy(model, tokenizer, f"{text} ", 8)] for text in texts]
+    plain = [[reference.greedy(model, tokenizer, f"{text} ", 4)] for text in texts]
     for flag, frame in frames.items():
-        flags = ("--retrieval_method", "no", "--few_shot", 0, flag, "--max_new_tokens", 8)
+        flags = ("--retrieval_method", "no", "--few_shot", 0, flag, "--max_new_tokens", 4, "--lm_batch_size", 1)
         found = [row["output"] for row in evaluate("qa", *flags, lm=small_lm)[0]]
-        assert found == [[reference.greedy(model, tokenizer, frame(text), 8)] for text in texts]
+        assert found == [[reference.greedy(model, tokenizer, frame(text), 4)] for text in texts]
         assert found != plain
 
 
