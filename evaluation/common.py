@@ -24,7 +24,7 @@ from evaluation.outputs import Entry, append_responses, gather_entries, output_l
 from src import distributed
 from src.cli import parse_args
 from src.errors import UserError
-from src.io import atomic_write, derived_path
+from src.io import atomic_write, derived_path, read_json, write_json
 from src.lm.ask import Request, RequestEncoder, Response, Tokens, respond
 from src.lm.builders import lm_config
 from src.lm.eval_args import ORACLE, GenerateArgs, HistoryArgs, LMEvalArgs
@@ -43,7 +43,7 @@ from src.retrieval.builders import (
 )
 from src.retrieval.collate import Hits, json_line, query_id
 from src.retrieval.encode import progress
-from src.retrieval.evaluate import LABEL_METRICS, WINDOW, EvalConfig, EvalData, report, retrieve
+from src.retrieval.evaluate import LABEL_METRICS, WINDOW, EvalConfig, EvalData, report, result_path, retrieve
 from src.retrieval.evaluators import record
 from src.retrieval.modeling_dense import DenseRetriever, load_dense_retriever
 from src.retrieval.searcher import NoSearcher, RandomSearcher, Searcher
@@ -114,13 +114,27 @@ def from_corpus(context: Context, task: EvalTask) -> Retrieved:
         wanted = task.keys_wanted(args)
         return [Found(tuple(row.get("key_index") or ())[:wanted], tuple(row["key"][:wanted])) for row in data.rows], {}
     config = eval_config(args, args.output_dir, args.seed)
+    origin = f"{result_path(data, config)}.origin"
+    if config.load_result:
+        distributed.on_main(partial(_check_origin, origin, retriever_name(args)))
     choose = {ORACLE: oracle_hits, **task.hits}.get(args.retrieval_method)
     if choose is not None and not config.load_result:
         hits = chosen_hits(data, choose(context), config)
     else:
         hits = retrieve(data, config, lambda: build_searcher(args, data, context.device, context.retriever))
     metrics = report(data, _remember(data, hits, task.keys_wanted(args), found), config)
+    if config.save_result and not config.load_result:
+        distributed.on_main(partial(write_json, origin, {"retriever": retriever_name(args)}))
     return found, metrics
+
+
+def _check_origin(path: str, retriever: str) -> None:
+    """Refuse hits that another retriever found: the results would go by a wrong name."""
+    if os.path.isfile(path) and (found := read_json(path, "origin of hits").get("retriever")) != retriever:
+        raise UserError(
+            f"--load_result: {path.removesuffix('.origin')} holds what {found} retrieved, not {retriever}: leave "
+            "--load_result out, or give the other's --retrieval_method or --query_encoder, --save_name or --output_dir"
+        )
 
 
 def _remember(data: EvalData, hits: Iterable[Hits], wanted: int, found: list[Found]) -> Iterator[Hits]:
@@ -236,12 +250,14 @@ def make_context(task: EvalTask, args: Any, given: frozenset[str], device: torch
     """Open all that is checked before the work."""
     asked = task.asks(args)
     without_corpus = not args.corpus or (
-        args.retrieval_method == "no" and not set(args.metrics).intersection(LABEL_METRICS)
+        args.retrieval_method == "no" and not set(args.metrics).intersection((*LABEL_METRICS, "nq"))
     )
     if task.retrieve is not from_corpus:
         args = replace(args, corpus=None, metrics=[])
     elif without_corpus:
-        args = replace(args, corpus=None, metrics=[name for name in args.metrics if not name.startswith("collate")])
+        if "metrics" in given:
+            logger.warning("--metrics %s: left out, nothing is retrieved from a corpus", " ".join(args.metrics))
+        args = replace(args, corpus=None, metrics=[])
     data = task.load(args, eval_config(args, args.output_dir, args.seed), task.check)
     assert data is not None
     if data.corpus is None and task.retrieve is from_corpus and args.retrieval_method != "no":

@@ -612,6 +612,24 @@ def test_chosen_tasks_of_icl_get_the_examples_they_get_among_all(evaluate):
     assert all(row["retrieved"] == everything[row["query_id"]] for row in some)
 
 
+def test_hits_are_loaded_for_the_retriever_that_found_them(evaluate):
+    found = evaluate("qa", "--retrieval_method", "bm25")[0]
+    again = evaluate("qa", "--retrieval_method", "bm25", "--load_result")[0]
+    assert [row["retrieved"] for row in again] == [row["retrieved"] for row in found]
+    assert "holds what bm25 retrieved, not oracle" in evaluate(
+        "qa", "--retrieval_method", "oracle", "--load_result", expect=2
+    )
+
+
+def test_metrics_of_retrieval_need_a_corpus(evaluate, data_root, tmp_path):
+    rows = [{**row, "key": ["a passage"]} for row in read_rows(data_root / "convsearch/qrecc/test.concat.json")]
+    path = write_rows(tmp_path / "rows.json", rows)
+    flags = ("--eval_data", path, "--corpus", "", "--do_generate", "--max_new_tokens", 2, "--key_num", 1)
+    _, record, _ = evaluate("qrecc", *flags)
+    assert set(record["metrics"]) == {"rouge_l"}
+    assert record["retriever"] == "given-keys"
+
+
 def test_texts_of_retrieved_chunks_are_saved(evaluate):
     outputs, _, _ = evaluate("lrlm", "--retrieval_method", "bm25", *LRLM, "--debug_retrieval")
     for output in outputs[:2]:

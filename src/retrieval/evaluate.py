@@ -231,7 +231,7 @@ def load_hits(data: EvalData, config: EvalConfig) -> Iterator[Hits]:
         UserError: there are none, or they are of other rows or another corpus.
     """
     size = len(data.corpus) if data.corpus is not None else None
-    saved = distributed.on_main(lambda: open_hits(_result_path(data, config), data.rows, size))
+    saved = distributed.on_main(lambda: open_hits(result_path(data, config), data.rows, size))
     for bound in _bounds(len(data.rows)):
         yield distributed.on_main(partial(read_hits, saved, *bound))
 
@@ -279,7 +279,7 @@ def _outputs(data: EvalData, config: EvalConfig) -> list[Output]:
     derived = partial(derived_path, source, save_name=config.save_name)
     outputs = []
     if config.save_result and not config.load_result:
-        outputs.append(Output("hits", _result_path(data, config), result_lines))
+        outputs.append(Output("hits", result_path(data, config), result_lines))
     if config.save_per_query:
         outputs.append(Output("metrics per query", derived("per_query", output_dir=config.output_dir), per_query_lines))
     if config.save_trec:
@@ -330,5 +330,6 @@ def _write_window(
         file.writelines(output.lines(window))
 
 
-def _result_path(data: EvalData, config: EvalConfig) -> str:
+def result_path(data: EvalData, config: EvalConfig) -> str:
+    """File of the hits that ``--save_result`` writes and ``--load_result`` reads."""
     return derived_path(data.rows.path, "result", config.save_name, config.output_dir)
