@@ -5,13 +5,12 @@ torchrun --nproc_per_node 8 -m evaluation.eval_mmlu --query_encoder data/outputs
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from evaluation.common import Context, EvalTask, Found, Row, Values, run_task
+from evaluation.common import run_task
 from evaluation.few_shot import from_train_data
-from evaluation.mmlu_subjects import GROUP_OF, GROUPS
-from evaluation.text_metrics import mean
+from evaluation.mmlu_subjects import GROUP_OF, subject_of, summarize
+from evaluation.task import Context, EvalTask, Found, Row
 from src.cli import run
 from src.lm.ask import Request
 from src.lm.budget import Layout, Prompt
@@ -20,11 +19,6 @@ from src.schema import FurtherCheck, text_list_problems, text_problems
 
 LETTERS = ("A", "B", "C", "D")
 LAYOUT = Layout(before_knowledge="Knowledge:\n")
-
-
-def subject_of(row: Row) -> str:
-    """Its name as in `GROUP_OF`."""
-    return str(row["subject"]).strip().lower().replace(" ", "_")
 
 
 def problems(row: Row) -> list[str]:
@@ -60,17 +54,6 @@ def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> R
     return Request(Prompt(question(row), found.texts, tuple(shots), header, LAYOUT), LETTERS)
 
 
-def summarize(rows: Sequence[tuple[Row, Values]]) -> Values:
-    """Accuracy by subject, and its means over the subjects of each group and over all."""
-    by_subject: dict[str, list[float]] = defaultdict(list)
-    for row, values in rows:
-        by_subject[subject_of(row)].append(values["accuracy"])
-    subjects = {subject: mean(values) for subject, values in sorted(by_subject.items())}
-    present = {group: [subjects[name] for name in names if name in subjects] for group, names in GROUPS.items()}
-    groups = {group: mean(values) for group, values in present.items() if values}
-    return {**subjects, **groups, "accuracy": mean(list(subjects.values()))}
-
-
 TASK = EvalTask(
     name="mmlu",
     args=ChoiceArgs,
@@ -79,6 +62,7 @@ TASK = EvalTask(
         "train_data": ["llm-embedder:qa/mmlu/dev.json"],
         "eval_data": "llm-embedder:qa/mmlu/test.json",
         "corpus": "llm-embedder:qa/msmarco/corpus.json",
+        "task": "qa",
         "lm_batch_size": 2,
         "output_dir": "data/results/mmlu",
         "log_path": "data/results/mmlu/mmlu.log",

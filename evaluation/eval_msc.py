@@ -6,30 +6,21 @@ torchrun --nproc_per_node 8 -m evaluation.eval_msc --query_encoder data/outputs/
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
-from evaluation.common import Context, EvalTask, Found, Retrieved, Row, run_task
-from evaluation.history import case_scorer, nll_values, perplexity, rank_past
+from evaluation.common import run_task
+from evaluation.history import after_each_key, best_of_past, nll_values, perplexity
+from evaluation.task import Context, EvalTask, Found, Retrieved, Row
 from src.cli import run
 from src.lm.ask import Request
 from src.lm.budget import Layout, Prompt
-from src.lm.eval_args import HISTORY_NO_EFFECT, HistoryArgs
-from src.lm.likelihood import score_prompts
+from src.lm.eval_args import CHUNK_FLAGS, HISTORY_NO_EFFECT, MSCArgs
 from src.lm.selfret_history import Case, in_order
 from src.retrieval.bm25_analyzer import EnglishAnalyzer, first_terms
 from src.schema import FurtherCheck, blank_problems, text_list_problems
 
 LAYOUT = Layout(before_knowledge="", between_parts="\n")
-
-
-@dataclass
-class MSCArgs(HistoryArgs):
-    """Flags of this evaluation."""
-
-    methods: ClassVar[tuple[str, ...]] = ("no", "random", "recent", "dense", "bm25", "oracle")
 
 
 def problems(row: Row) -> list[str]:
@@ -41,18 +32,13 @@ def problems(row: Row) -> list[str]:
     )
 
 
-def prompt(row: Row, turns: Sequence[str]) -> Prompt:
-    """Past turns, the last of which stay longest, and the speaker's words."""
-    question = f"Speaker 1: {row['query']}\nSpeaker 2: "
-    return Prompt(question, tuple(turns), layout=LAYOUT, cut_first=True)
-
-
 def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request:
-    """How likely is the reply?"""
-    return Request(prompt(row, found.texts), (row["answers"][0],))
+    """How likely is the reply after past turns, of which the last stay longest, and the speaker's words?"""
+    question = f"Speaker 1: {row['query']}\nSpeaker 2: "
+    return Request(Prompt(question, found.texts, layout=LAYOUT, cut_first=True), (row["answers"][0],))
 
 
-def retrieve(context: Context, task: EvalTask) -> Retrieved:
+def retrieve(context: Context) -> Retrieved:
     """Turns of each row's own history."""
     args, rows = context.args, context.data.rows
     analyzer = EnglishAnalyzer() if args.retrieval_method == "bm25" else None
@@ -68,22 +54,12 @@ def retrieve(context: Context, task: EvalTask) -> Retrieved:
 
     def oracle(own: Sequence[Case]) -> list[np.ndarray]:
         """The reply's likelihood after each turn alone."""
-        asked = [(case.row, turn) for case in own for turn in rows[case.row]["history"]]
-        requests = [request(context, rows[number], Found((), (turn,)), ()) for number, turn in asked]
-        tokens = [context.encoder.encode(each) for each in requests]
-        fitting = [place for place, each in enumerate(tokens) if each is not None]
-        scores = np.full(len(asked), -np.inf, dtype=np.float32)
-        pairs = [each.pairs[0] for each in tokens if each is not None]
-        scores[fitting] = score_prompts(context.model(), pairs, task.batch_tokens(context), lambda numbers: None)
-        return np.split(scores, np.cumsum([len(case.keys) for case in own])[:-1])
+        past = [rows[case.row] for case in own]
+        asked = [[request(context, row, Found((), (turn,)), ()) for turn in row["history"]] for row in past]
+        return after_each_key(context, asked)
 
-    best = rank_past(len(rows), cases, case_scorer(context, oracle), args.key_num)
-    found = []
-    for number, (own,) in enumerate(best):
-        indices = in_order(own, args.order_method)
-        history = rows[number]["history"]
-        found.append(Found(tuple(indices), tuple(history[index] for index in indices)))
-    return found, {}
+    best = [in_order(own, args.order_method) for (own,) in best_of_past(context, cases, oracle, "history")]
+    return [Found(tuple(own), tuple(rows[n]["history"][turn] for turn in own)) for n, own in enumerate(best)], {}
 
 
 TASK = EvalTask(
@@ -91,25 +67,21 @@ TASK = EvalTask(
     args=MSCArgs,
     defaults={
         "eval_data": "llm-embedder:chat/msc/test.json",
+        "task": "chat",
         "context_max_length": 4096,
         "lm_batch_size": 1,
         "chunk_batch_size": 2,
         "output_dir": "data/results/msc",
         "log_path": "data/results/msc/msc.log",
     },
-    no_effect=(
-        *HISTORY_NO_EFFECT,
-        *("context_window_size", "target_length", "chunk_size", "integrate_method", "add_sep"),
-    ),
+    no_effect=(*HISTORY_NO_EFFECT, *CHUNK_FLAGS),
     check=FurtherCheck("msc-2", problems),
     retrieve=retrieve,
     request=request,
     score=lambda row, response: nll_values(response.log_likelihoods, response.tokens),
     gold=lambda row: row["answers"][0],
     summarize=perplexity,
-    batch_tokens=lambda context: (
-        context.args.lm_batch_size * context.args.chunk_batch_size * context.encoder.max_length
-    ),
+    batch_tokens=lambda args, encoder: args.lm_batch_size * args.chunk_batch_size * encoder.max_length,
 )
 
 

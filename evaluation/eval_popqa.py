@@ -7,29 +7,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
-
-from evaluation.common import Context, EvalTask, Found, run_task
+from evaluation.common import run_task
+from evaluation.few_shot import one_per_group
+from evaluation.task import Context, EvalTask, Found, Row
 from evaluation.text_metrics import contains_answer, mean
 from src.cli import run
-from src.lm.ask import Request, Response
+from src.lm.ask import Request
 from src.lm.budget import Prompt
 from src.lm.eval_args import KNOWLEDGE_DEFAULTS, QuestionArgs
+from src.lm.memory import Response
 from src.schema import FurtherCheck, blank_problems, text_list_problems
 
 #: Relations that examples are taken of, one each.
 RELATIONS = (22, 91, 97, 106, 164, 182, 218, 257, 292, 422, 472, 484, 526, 533, 560, 639)
 
 
-def answers(row: dict[str, Any]) -> list[str]:
+def answers(row: Row) -> list[str]:
     """What counts as right: a list, or one as JSON text (as PopQA is published)."""
     found = row["possible_answers"]
     return json.loads(found) if isinstance(found, str) else found
 
 
-def problems(row: dict[str, Any]) -> list[str]:
+def problems(row: Row) -> list[str]:
     """Of the fields that this evaluation needs."""
     try:
         own = {"possible_answers": answers(row)}
@@ -41,32 +41,22 @@ def problems(row: dict[str, Any]) -> list[str]:
     return found
 
 
-def question(row: dict[str, Any], answer: str = "") -> str:
+def question(row: Row, answer: str = "") -> str:
     """A question, with its answer as an example."""
     return f"Q: {row['query']} A: {answer}"
 
 
-def one_per_relation(context: Context) -> Callable[[dict[str, Any]], Sequence[str]]:
+def one_per_relation(context: Context) -> Callable[[Row], Sequence[str]]:
     """Examples of the relations other than the row's own."""
-    rng = np.random.default_rng(context.args.seed)
-    by_relation: dict[int, list[dict[str, Any]]] = {relation: [] for relation in RELATIONS}
-    for row in context.data.rows if context.args.few_shot else ():
-        by_relation.get(row["prop_id"], []).append(row)
-    chosen = {
-        relation: question(row, row.get("obj") or answers(row)[0])
-        for relation, rows in by_relation.items()
-        if rows and (row := rows[int(rng.integers(len(rows)))])
-    }
-    few_shot = context.args.few_shot
-    return lambda row: [text for relation, text in chosen.items() if relation != row["prop_id"]][:few_shot]
+    return one_per_group(context, "prop_id", RELATIONS, lambda row: question(row, row.get("obj") or answers(row)[0]))
 
 
-def request(context: Context, row: dict[str, Any], found: Found, examples: Sequence[str]) -> Request:
+def request(context: Context, row: Row, found: Found, examples: Sequence[str]) -> Request:
     """Knowledge, examples, question."""
     return Request(Prompt(question(row), found.texts, tuple(examples)))
 
 
-def score(row: dict[str, Any], response: Response) -> dict[str, float]:
+def score(row: Row, response: Response) -> dict[str, float]:
     """Whether an answer occurs in the output."""
     return {"accuracy": mean([contains_answer(text, answers(row)) for text in response.texts])}
 
@@ -78,6 +68,7 @@ TASK = EvalTask(
         **KNOWLEDGE_DEFAULTS,
         "eval_data": "llm-embedder:qa/popqa/test.json",
         "corpus": "llm-embedder:qa/nq/corpus.json",
+        "task": "qa",
         "lm_batch_size": 2,
         "few_shot": 15,
         "max_new_tokens": 16,

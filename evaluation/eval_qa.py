@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from evaluation.common import Context, EvalTask, Found, Row, run_task
+from evaluation.common import run_task
 from evaluation.few_shot import from_train_data
+from evaluation.task import Context, EvalTask, Found, Row
 from evaluation.text_metrics import exact_match, mean, token_f1
 from src.cli import run
-from src.lm.ask import Request, Response
+from src.lm.ask import Request
 from src.lm.budget import Prompt
 from src.lm.eval_args import KNOWLEDGE_DEFAULTS, QuestionArgs
+from src.lm.memory import Response
 from src.schema import FurtherCheck, text_list_problems
 
 
@@ -57,6 +59,7 @@ TASK = EvalTask(
         "train_data": ["llm-embedder:qa/nq/dev.json"],
         "eval_data": "llm-embedder:qa/nq/test.json",
         "corpus": "llm-embedder:qa/nq/corpus.json",
+        "task": "qa",
         "query_max_length": 32,
         "lm_batch_size": 4,
         "few_shot": 10,

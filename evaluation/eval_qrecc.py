@@ -6,27 +6,16 @@ torchrun --nproc_per_node 8 -m evaluation.eval_qrecc --query_encoder data/output
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from evaluation.common import Context, EvalTask, Found, Row, run_task
+from evaluation.common import run_task
+from evaluation.task import Context, EvalTask, Found, Row
 from evaluation.text_metrics import mean, rouge_l
 from src.cli import run
-from src.flags import flag
-from src.lm.ask import Request, Response
+from src.lm.ask import Request
 from src.lm.budget import Prompt
-from src.lm.eval_args import GenerateArgs, KnowledgeArgs
+from src.lm.eval_args import QReCCArgs
+from src.lm.memory import Response
 from src.schema import FurtherCheck, text_list_problems
-
-
-@dataclass
-class QReCCArgs(GenerateArgs, KnowledgeArgs):
-    """Flags of this evaluation."""
-
-    do_generate: bool = flag(False, "Let the LM answer with what was retrieved, and report ROUGE-L.")
-
-    def __post_init__(self) -> None:
-        GenerateArgs.__post_init__(self)
-        KnowledgeArgs.__post_init__(self)
 
 
 def problems(row: Row) -> list[str]:
@@ -58,6 +47,7 @@ TASK = EvalTask(
         "eval_data": "llm-embedder:convsearch/qrecc/test.concat.json",
         "corpus": "llm-embedder:convsearch/qrecc/corpus.json",
         "key_template": "{text}",
+        "task": "convsearch",
         "metrics": ["ndcg", "recall", "collate_key"],
         "cutoffs": [3, 10, 100],
         "max_neg_num": 32,

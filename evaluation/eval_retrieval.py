@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
 
-from evaluation.common import build_searcher, retriever_name, versions
+from evaluation.retrieval import build_searcher, retriever_name
 from src import distributed
 from src.cli import parse_args, run
 from src.errors import UserError
@@ -64,7 +64,7 @@ def main(name: str = "retrieval", **defaults: Any) -> None:
     metrics = evaluate(
         data, config, lambda: dense_scorer(args, device, load_model()), lambda: retrieve(data, config, searcher)
     )
-    facts = {"task": name, "retriever": retriever_name(args), "versions": versions()}
+    facts = {"task": name, "retriever": retriever_name(args)}
     record(metrics, args.log_path, asdict(args), seconds=round(time.monotonic() - started, 1), **facts)
 
 

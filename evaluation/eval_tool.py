@@ -12,6 +12,7 @@ DEFAULTS = {
     "eval_data": "llm-embedder:tool/toolbench/test.json",
     "corpus": "llm-embedder:tool/toolbench/corpus.json",
     "key_template": "{text}",
+    "task": "tool",
     "cutoffs": [1, 3, 5],
     "max_neg_num": 32,
     "output_dir": "data/results/tool",

@@ -1,18 +1,21 @@
-"""Examples out of the training rows of an evaluation."""
+"""Examples that stand before a question: out of training rows, the evaluation's own, or the corpus."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from evaluation.common import Context, Row
+from evaluation.task import ChooseHits, Context, Row
 from src import distributed
 from src.errors import UserError
 from src.io import expand_data_paths
 from src.jsonl import open_jsonl
+from src.lm.eval_args import SAME_TASK
+from src.retrieval.searcher import query_rng
 from src.schema import EVAL_CHECK, FurtherCheck, check_eval_row, check_further
 
 
@@ -50,3 +53,41 @@ def from_train_data(
         if len(groups[group(row)]) < args.few_shot:
             groups[group(row)].append(show(row))
     return lambda row: groups.get(group(row), [])
+
+
+def one_per_group(
+    context: Context, field: str, groups: Sequence[Any], show: Callable[[Row], str]
+) -> Callable[[Row], Sequence[str]]:
+    """``--few_shot`` examples out of the evaluation's rows: one, drawn by ``--seed``, of each group but the row's own.
+
+    Args:
+        context: flags and rows.
+        field: of a row, its group.
+        groups: that examples are taken of, in this order.
+        show: row → example.
+    """
+    rng = np.random.default_rng(context.args.seed)
+    few_shot = context.args.few_shot
+    members: dict[Any, list[Row]] = {group: [] for group in groups}
+    for row in context.data.rows if few_shot else ():
+        members.get(row[field], []).append(row)
+    chosen = {group: show(rows[int(rng.integers(len(rows)))]) for group, rows in members.items() if rows}
+    return lambda row: [text for group, text in chosen.items() if group != row[field]][:few_shot]
+
+
+def same_task(context: Context) -> ChooseHits:
+    """Random examples out of the corpus, of the row's own ``task_name``.
+
+    Raises:
+        UserError: an example has none.
+    """
+    corpus, args = context.data.corpus, context.args
+    assert corpus is not None
+    of_task: dict[str, list[int]] = defaultdict(list)
+    for number, row in enumerate(corpus):
+        if not isinstance(row.get("task_name"), str):
+            raise UserError(f"{corpus.where(number)}: no 'task_name', which --retrieval_method {SAME_TASK} goes by")
+        of_task[row["task_name"]].append(number)
+    return lambda row, number: (
+        query_rng(args.seed, row["query"]).permutation(of_task[row["task_name"]])[: args.few_shot].tolist()
+    )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import numpy as np
 
-from evaluation.common import Context
+from evaluation.task import Context
 from src import distributed
+from src.errors import UserError
+from src.lm.ask import Request
 from src.lm.selfret_history import (
     Case,
     ScoreCases,
@@ -19,6 +23,8 @@ from src.lm.selfret_history import (
 )
 from src.retrieval.builders import dense_scorer
 from src.retrieval.encode import progress
+
+logger = logging.getLogger(__name__)
 
 #: Rows whose past is ranked at a time.
 WINDOW = 64
@@ -45,31 +51,55 @@ def case_scorer(context: Context, oracle: ScoreCases) -> ScoreCases | None:
     return scorers.get(args.retrieval_method)
 
 
-def rank_past(
-    rows: int, cases_of: Callable[[int], Sequence[Case]], score: ScoreCases | None, wanted: int
+def best_of_past(
+    context: Context, cases_of: Callable[[int], Sequence[Case]], oracle: ScoreCases, what: str
 ) -> list[list[list[int]]]:
-    """The best keys of every case of every row, best first, found by all processes together.
+    """The best ``--key_num`` keys of every case of every row, best first, found by all processes together.
 
     Args:
-        rows: how many there are.
+        context: flags and rows.
         cases_of: the cases of a row.
-        score: see `case_scorer`.
-        wanted: keys for each case.
+        oracle: see `case_scorer`.
+        what: the keys are made of.
     """
-    mine = distributed.part_of(rows)
+    rows, wanted = context.data.rows, context.args.key_num
+    score = case_scorer(context, oracle)
+    mine = distributed.part_of(len(rows))
     found: list[list[list[int]]] = []
+    failure: str | None = None
     with progress(len(mine), "retrieving", distributed.is_main(), "row") as bar:
-        for first in range(mine.start, mine.stop, WINDOW):
-            window = [cases_of(number) for number in range(first, min(first + WINDOW, mine.stop))]
-            flat = [case for cases in window for case in cases]
-            if score is None or not any(case.keys for case in flat):
-                scores = [np.empty(0, dtype=np.float32) for _ in flat]
-            else:
-                scores = score(flat)
-            chosen = iter([best_keys(own, wanted) for own in scores])
-            found += [[next(chosen) for _ in cases] for cases in window]
-            bar.update(len(window))
-    return [own for part in distributed.all_gather_json(found) for own in part]
+        try:
+            for first in range(mine.start, mine.stop, WINDOW):
+                window = [cases_of(number) for number in range(first, min(first + WINDOW, mine.stop))]
+                flat = [*chain.from_iterable(window)]
+                if score is None or not any(case.keys for case in flat):
+                    scores = [np.empty(0, dtype=np.float32) for _ in flat]
+                else:
+                    scores = score(flat)
+                chosen = iter([best_keys(own, wanted) for own in scores])
+                found += [[next(chosen) for _ in cases] for cases in window]
+                bar.update(len(window))
+        except UserError as error:
+            failure = str(error)
+    distributed.raise_together(failure)
+    best = [own for part in distributed.all_gather_json(found) for own in part]
+    empty = sum(bool(cases) and not any(cases) for cases in best)
+    if score is not None and empty:
+        logger.warning("%d of %d rows have no %s to retrieve from", empty, len(rows), what)
+    return best
+
+
+def after_each_key(context: Context, asked: Sequence[Sequence[Request]]) -> list[np.ndarray]:
+    """Likelihoods of what is wanted after each key alone; minus infinity where it does not fit.
+
+    Args:
+        context: asks the LM.
+        asked: for each case a request for each of its keys, with one thing wanted each.
+    """
+    sizes = [len(requests) for requests in asked]
+    answers = context.ask([*chain.from_iterable(asked)])
+    scores = [response.log_likelihoods[0] if response is not None else -np.inf for _, response in answers]
+    return np.split(np.array(scores, dtype=np.float32), np.cumsum(sizes)[:-1])
 
 
 def perplexity(rows: Sequence[tuple[object, dict[str, float]]]) -> dict[str, float]:

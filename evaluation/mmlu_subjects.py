@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+
+from evaluation.task import Row, Values
+from evaluation.text_metrics import mean
+
 # fmt: off
 GROUPS = {
     "STEM": (
@@ -30,3 +36,19 @@ GROUPS = {
 
 #: Group of a subject.
 GROUP_OF = {subject: group for group, subjects in GROUPS.items() for subject in subjects}
+
+
+def subject_of(row: Row) -> str:
+    """Its name as in `GROUP_OF`."""
+    return str(row["subject"]).strip().lower().replace(" ", "_")
+
+
+def summarize(rows: Sequence[tuple[Row, Values]]) -> Values:
+    """Accuracy by subject, and its means over the subjects of each group and over all."""
+    by_subject: dict[str, list[float]] = defaultdict(list)
+    for row, values in rows:
+        by_subject[subject_of(row)].append(values["accuracy"])
+    subjects = {subject: mean(values) for subject, values in sorted(by_subject.items())}
+    present = {group: [subjects[name] for name in names if name in subjects] for group, names in GROUPS.items()}
+    groups = {group: mean(values) for group, values in present.items() if values}
+    return {**subjects, **groups, "accuracy": mean(list(subjects.values()))}

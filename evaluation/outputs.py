@@ -1,23 +1,23 @@
-"""The file of an evaluation's outputs, a line for each row; and responses kept while it runs."""
+"""The file of an evaluation's outputs, a line for each row, and its name."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from src import distributed
-from src.lm.ask import Response
-from src.retrieval.collate import json_line
+from src.io import derived_path
+from src.lm.ask import Answer
+from src.lm.eval_args import LMEvalArgs
+from src.lm.memory import Response, to_response
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 
-#: Number of the row, hash of what was asked, and the response; empty and None when the question does not fit.
-Entry = tuple[int, str, Response | None]
+#: Number of the row, and what became of its request.
+Entry = tuple[int, Answer]
 
 
 def tail(name: str) -> str:
@@ -29,14 +29,14 @@ def tail(name: str) -> str:
     return "/".join(parts[-size:])
 
 
-def parts_path(path: str) -> Path:
-    """Where responses are kept until the file of outputs is whole."""
-    return Path(f"{path}.parts")
-
-
-def to_response(value: dict[str, Any]) -> Response:
-    """What `asdict` and JSON made of a response."""
-    return Response(tuple(value["texts"]), tuple(value["log_likelihoods"]), tuple(value["tokens"]))
+def output_path(args: LMEvalArgs, retriever: str, rows_path: str) -> str:
+    """File of the outputs: another one for another retriever or LM."""
+    names = [retriever, args.model_name_or_path, *([args.save_name] if args.save_name else [])]
+    short = [re.sub(r"[^\w.-]+", "-", tail(name)).strip("-") for name in names]
+    # Most files of rows are called test, in a folder that tells the data.
+    path = Path(rows_path)
+    named = path.with_name("-".join(filter(None, (path.parent.name, path.name))))
+    return derived_path(str(named), "output", ".".join(short), args.output_dir)
 
 
 def output_line(
@@ -64,40 +64,9 @@ def output_line(
 
 def gather_entries(own: Sequence[Entry]) -> list[Entry]:
     """The entries of all processes."""
-    plain = [[number, key, asdict(response) if response is not None else None] for number, key, response in own]
+    plain = [[number, key, asdict(response) if response is not None else None] for number, (key, response) in own]
     return [
-        (number, key, to_response(response) if response is not None else None)
+        (number, Answer(key, to_response(response) if response is not None else None))
         for part in distributed.all_gather_json(plain)
         for number, key, response in part
     ]
-
-
-def append_responses(path: str, entries: Iterable[Entry], known: dict[str, Response]) -> None:
-    """Keep the responses that are not yet `known`, durably."""
-    parts = parts_path(path)
-    parts.parent.mkdir(parents=True, exist_ok=True)
-    with open(parts, "a", encoding="utf-8") as file:
-        # What a killed run left of a line is ended first; it is no JSON, and passed over when read.
-        file.write("\n")
-        for _, key, response in entries:
-            if response is not None and key not in known:
-                file.write(json_line({"prompt_hash": key, "response": asdict(response)}))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_responses(paths: Iterable[str]) -> dict[str, Response]:
-    """All responses that files of outputs and kept responses hold, by the hash of what was asked."""
-    known: dict[str, Response] = {}
-    for path in paths:
-        if not os.path.isfile(path):
-            continue
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                    if row["response"] is not None:
-                        known[row["prompt_hash"]] = to_response(row["response"])
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue
-    return known

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -107,6 +109,34 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def lock_folder(folder: str | os.PathLike[str]) -> int:
+    """Make `folder` and keep other runs out of it until the returned descriptor is closed.
+
+    The system lets go of the lock even of a process that is killed.
+
+    Raises:
+        UserError: another run is at work there.
+    """
+    os.makedirs(folder, exist_ok=True)
+    descriptor = os.open(os.path.join(folder, "lock"), os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"another run is at work in {folder}: wait for it, stop it, or choose another --save_name"
+        ) from error
+    return descriptor
+
+
+def remove_folder(folder: str | os.PathLike[str]) -> None:
+    """Delete a folder; the name goes first, so that what a kill leaves is never taken for the whole."""
+    gone = f"{folder}.removed"
+    shutil.rmtree(gone, ignore_errors=True)
+    os.rename(folder, gone)
+    shutil.rmtree(gone)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import platform
 import shlex
 import sys
 from collections.abc import Mapping
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+
+def versions() -> dict[str, str]:
+    """Of what numbers depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
 
 
 def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[str, Any], **facts: Any) -> None:
@@ -18,13 +25,15 @@ def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[s
         log_path: created with its folder when missing; one that ends in ``.jsonl`` gets the lines only.
         metrics: name to value.
         arguments: anything JSON can hold; other values are written as text.
-        facts: more of the same for the line only, such as the task's name or the seconds it took.
+        facts: more of the same for the line only, such as the task's name or the seconds it took; the versions of
+            what the numbers depend on are always there.
     """
     path = Path(log_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     time = datetime.now().astimezone().isoformat(timespec="seconds")
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     record = {"time": time, "command": command, "metrics": dict(metrics), "arguments": dict(arguments), **facts}
+    record["versions"] = versions()
     line = json.dumps(record, ensure_ascii=False, default=str)
     lines_path = path.with_suffix(path.suffix + "l" if path.suffix == ".json" else ".jsonl")
     if lines_path != path:

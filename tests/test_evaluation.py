@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import sys
 
 import numpy as np
@@ -11,21 +12,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from evaluation.common import run_task
 from evaluation.mmlu_subjects import GROUP_OF, GROUPS
 from evaluation.text_metrics import contains_answer, exact_match, rouge_l, token_f1
 from scripts import sample_eval, sample_lm
 from src.cli import run as run_entry
+from src.io import lock_folder
 from src.lm.budget import Prompt, fit
 from src.lm.generate import Decoding, end_tokens, generate, newline_tokens
-from src.lm.modeling_lm import LMConfig, load_lm
+from src.lm.modeling_lm import LanguageModel, LMConfig, load_lm
 from src.lm.selfret_chunk import Integration, plan_chunks, windows
 from tests.conftest import make_tokenizer
-from tests.helpers import read_rows, run, write_rows
+from tests.helpers import environment, read_rows, write_rows
 from tests.reference import evaluation as reference
+from tests.reference.lm_score import decoder_likelihood
 from tests.test_lm_score import models  # noqa: F401  (a fixture)
+from tests.workers.forked import Runs
 
 TASKS = ("popqa", "qa", "mmlu", "icl", "qrecc", "msc", "lrlm", "tool")
 
@@ -432,61 +436,146 @@ def test_text_metrics_by_hand():
 # --- the runner -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ["qa", "icl", "lrlm", "msc"])
-def test_two_processes_give_the_result_of_one(evaluate, data_root, models, tiny_bert, tmp_path, task):  # noqa: F811
-    flags = ["--retrieval_method", "dense", *map(str, LRLM if task == "lrlm" else ())]
+@pytest.fixture(scope="module")
+def forked():
+    runs = Runs(environment(), ["evaluation.common", "evaluation.text_metrics"])
+    yield runs
+    runs.close()
+
+
+#: Flags that make each evaluation small.
+SMALL = {
+    "popqa": ("--hits", 10),
+    "qa": ("--few_shot", 2),
+    "mmlu": ("--few_shot", 2),
+    "icl": ("--few_shot", 2, "--max_new_tokens", 8),
+    "qrecc": ("--do_generate", "--max_new_tokens", 4),
+    "msc": (),
+    "lrlm": (*LRLM,),
+    "tool": ("--hits", 10),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_give_the_result_of_one(evaluate, forked, data_root, models, tiny_bert, tmp_path, task):  # noqa: F811
+    flags = ("--retrieval_method", "dense", *SMALL[task])
     outputs, record, _ = evaluate(task, *flags)
     log = tmp_path / "two" / "log.log"
-    command = ["-m", f"evaluation.eval_{task}", *flags, "--data_root", data_root, "--cpu", "--query_encoder", tiny_bert]
-    command += ["--output_dir", tmp_path / "two", "--log_path", log, "--model_name_or_path", models["llama"]]
-    done = run(
-        [*command, "--add_instruction", "False", "--query_max_length", "48", "--key_max_length", "100"], processes=2
-    )
-    assert done.returncode == 0, done.stderr
+    command = [*flags, "--data_root", data_root, "--cpu", "--query_encoder", tiny_bert]
+    command += ["--output_dir", tmp_path / "two", "--log_path", log]
+    command += () if task == "tool" else ("--model_name_or_path", models["llama"])
+    command += ["--add_instruction", "False", "--query_max_length", "48", "--key_max_length", "100"]
+    codes, printed = forked(f"evaluation/eval_{task}.py", command, 2)
+    assert codes == [0, 0], printed
     other = read_rows(log.with_suffix(".jsonl"))[-1]
     assert other["metrics"] == pytest.approx(record["metrics"], rel=1e-5)
-    for one, two in zip(outputs, read_rows(tmp_path.__class__(other["outputs"])), strict=True):
-        assert (one["output"], one["retrieved"], one["prompt_hash"]) == (
-            two["output"],
-            two["retrieved"],
-            two["prompt_hash"],
-        )
+    if task != "tool":
+        compared = ("output", "retrieved", "prompt_hash")
+        for one, two in zip(outputs, read_rows(tmp_path.__class__(other["outputs"])), strict=True):
+            assert [one[name] for name in compared] == [two[name] for name in compared]
 
 
-def test_an_interrupted_run_goes_on_and_a_finished_one_can_be_taken_over(evaluate, monkeypatch, tmp_path):
-    from evaluation import common
+METHODS = ("no", "random", "bm25", "dense", "oracle")
 
+
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [
+        *((task, method) for task in ("popqa", "qa", "mmlu", "icl", "qrecc") for method in METHODS),
+        *(("tool", method) for method in METHODS[:-1]),
+    ],
+)
+def test_all_methods_of_retrieval(evaluate, data_root, task, method):
+    outputs, record, _ = evaluate(task, "--retrieval_method", method, *SMALL[task])
+    assert record["retriever"].endswith("bert0" if method == "dense" else method)
+    assert record["metrics"]
+    rows = read_rows(data_root / "icl/icl/test.json" if task == "icl" else data_root / "qa/nq/test.json")
+    for output, row in zip(outputs, rows, strict=False):
+        wanted = {"no": 0, "oracle": len(row.get("pos_index", ()))}.get(method, 2 if task == "icl" else 3)
+        assert len(output["retrieved"]) == len(set(output["retrieved"])) == wanted
+
+
+class Killed(BaseException):
+    """What ends a run that nobody catches."""
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Numbers of prompts in the batches that the LM gets, one prompt at a time; dies where a test says."""
+    seen: list[int] = []
+    state = {"left": math.inf}
+
+    def watch(name):
+        real = getattr(LanguageModel, name)
+
+        def watched(self, prompts, *rest):
+            if state["left"] < 1:
+                raise Killed
+            state["left"] -= 1
+            seen.append(len(prompts))
+            return real(self, prompts, *rest)
+
+        monkeypatch.setattr(LanguageModel, name, watched)
+
+    for name in ("answer_scores", "shared_answer_scores", "continuations"):
+        watch(name)
+
+    def after(number: float) -> list[int]:
+        seen.clear()
+        state["left"] = number
+        return seen
+
+    return after
+
+
+@pytest.mark.parametrize(
+    ("task", "flags"),
+    [
+        ("qa", ("--retrieval_method", "no", "--few_shot", 1, "--lm_batch_size", 1)),
+        ("mmlu", ("--retrieval_method", "no", "--few_shot", 0)),
+        # Most of the work of an oracle is in finding out which key helps.
+        ("msc", ("--retrieval_method", "oracle")),
+        ("lrlm", ("--retrieval_method", "oracle", *LRLM, "--key_num", 1)),
+    ],
+)
+def test_a_killed_run_asks_nothing_again(evaluate, batches, tmp_path, task, flags):
+    counts = batches(math.inf)
+    flags = (*flags, "--context_max_length", 512)
+    whole, record, _ = evaluate(task, *flags)
+    total = sum(counts)
+    assert len(counts) > 1
+    counts = batches(len(counts) // 2)
+    with pytest.raises(Killed):
+        evaluate(task, *flags, "--save_name", "again")
+    done = sum(counts)
+    assert 0 < done < total
+    counts = batches(math.inf)
+    resumed, other, _ = evaluate(task, *flags, "--save_name", "again")
+    if task != "lrlm":  # its windows are asked together, and a half-asked one is asked anew
+        assert sum(counts) == total - done
+    assert resumed == whole
+    assert other["metrics"] == record["metrics"]
+    assert not list((tmp_path / "out").glob("*.parts*"))
+
+
+def test_a_finished_run_can_be_taken_over(evaluate, batches):
     flags = ("--retrieval_method", "no", "--few_shot", 1)
     whole, record, _ = evaluate("qa", *flags)
-    asked = []
-    real = common.respond
-
-    def counted(model, requests, *rest):
-        asked.append(len(requests))
-        if sum(asked) > 4:
-            raise KeyboardInterrupt
-        return real(model, requests, *rest)
-
-    monkeypatch.setattr(common, "ROWS_A_TIME", 2)
-    monkeypatch.setattr(common, "respond", counted)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate("qa", *flags, "--save_name", "again")
-
-    def noted(model, requests, *rest):
-        asked.append(-len(requests))
-        return real(model, requests, *rest)
-
-    monkeypatch.setattr(common, "respond", noted)
-    resumed, other, _ = evaluate("qa", *flags, "--save_name", "again")
-    assert -sum(number for number in asked if number < 0) == 4
-    assert [row["output"] for row in resumed] == [row["output"] for row in whole]
-    assert other["metrics"] == record["metrics"]
-    assert not list((tmp_path / "out").glob("*.parts"))
-    del asked[:]
-    evaluate("qa", *flags, "--load_prev_result")
-    assert asked == []
+    counts = batches(math.inf)
+    again, other, _ = evaluate("qa", *flags, "--load_prev_result")
+    assert (again, other["metrics"], counts) == (whole, record["metrics"], [])
     evaluate("qa", *flags, "--load_prev_result", "--max_new_tokens", 3)
-    assert -sum(asked) == 8
+    assert sum(counts) == 8
+
+
+def test_two_runs_do_not_write_the_same_outputs(evaluate, tmp_path):
+    flags = ("--retrieval_method", "no", "--few_shot", 0)
+    _, record, _ = evaluate("qa", *flags)
+    lock = lock_folder(record["outputs"] + ".parts")
+    assert "another run is at work in" in evaluate("qa", *flags, expect=2)
+    os.close(lock)
+    evaluate("qa", *flags)
+    assert not os.path.exists(record["outputs"] + ".parts")
 
 
 def test_rows_may_bring_their_own_keys(evaluate, data_root, tmp_path):
@@ -574,11 +663,23 @@ def test_chat_template_and_marks_stand_around_the_prompt(evaluate, data_root, sm
         assert found != plain
 
 
-def test_an_encoder_decoder_model(evaluate, models):  # noqa: F811
-    outputs, _, _ = evaluate("qa", "--retrieval_method", "no", "--max_new_tokens", 4, lm=models["t5"])
-    assert len(outputs) == 8
-    outputs, _, _ = evaluate("mmlu", "--retrieval_method", "no", lm=models["t5"])
-    assert len(outputs[0]["response"]["log_likelihoods"]) == 4
+def test_an_encoder_decoder_model(evaluate, data_root, models):  # noqa: F811
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(models["t5"]).eval(), make_tokenizer()
+    outputs, _, _ = evaluate("qa", "--retrieval_method", "no", "--few_shot", 0, "--max_new_tokens", 4, lm=models["t5"])
+    rows = read_rows(data_root / "qa/nq/test.json")
+    for output, row in zip(outputs, rows, strict=True):
+        text = f"Question: {row['query']}\nAnswer: "
+        assert output["output"] == [reference.decoded_greedily(model, tokenizer, text, 4)]
+    outputs, _, _ = evaluate("mmlu", "--retrieval_method", "no", "--few_shot", 0, lm=models["t5"])
+    for output, row in zip(outputs, read_rows(data_root / "qa/mmlu/test.json"), strict=True):
+        name = row["subject"].replace("_", " ")
+        text = f"The following are multiple choice questions (with answers) about {name}.\n\n{row['query']}"
+        text += "".join(f"\n{x}. {c}" for x, c in zip("ABCD", row["choices"], strict=True)) + "\nAnswer:"
+        prompt = tokenizer(text)["input_ids"]
+        letters = [tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "ABCD"]
+        wanted = [decoder_likelihood(model, prompt, letter) for letter in letters]
+        np.testing.assert_allclose(output["response"]["log_likelihoods"], wanted, atol=1e-5)
+        assert output["output"] == int(np.argmax(wanted))
 
 
 def test_sampling_is_repeatable(evaluate):
@@ -597,7 +698,9 @@ def test_a_sample_depends_on_its_own_prompt_alone(models):  # noqa: F811
     decoding = Decoding(8, do_sample=True, num_return_sequences=2, first_line=False)
 
     def written(chosen):
-        return generate(model, chosen, decoding, 10_000, lambda done: None)
+        texts = {}
+        generate(model, chosen, decoding, 10_000, texts.__setitem__)
+        return [texts[number] for number in range(len(chosen))]
 
     together = written(prompts)
     assert together == [written([prompt])[0] for prompt in prompts]
@@ -610,6 +713,53 @@ def test_chosen_tasks_of_icl_get_the_examples_they_get_among_all(evaluate):
     some = evaluate("icl", *flags, "--task_names", "natural_questions")[0]
     assert some
     assert all(row["retrieved"] == everything[row["query_id"]] for row in some)
+
+
+def test_random_retrieval_gives_a_row_the_same_whatever_the_others(evaluate, data_root, tmp_path):
+    everything = evaluate("qa", "--retrieval_method", "random")[0]
+    rows = read_rows(data_root / "qa/nq/test.json")
+    path = write_rows(tmp_path / "some.json", rows[3:5])
+    some = evaluate("qa", "--retrieval_method", "random", "--eval_data", path)[0]
+    assert [row["retrieved"] for row in some] == [row["retrieved"] for row in everything[3:5]]
+    assert len({tuple(row["retrieved"]) for row in everything}) == len(everything)
+    other = evaluate("qa", "--retrieval_method", "random", "--seed", 7)[0]
+    assert [row["retrieved"] for row in other] != [row["retrieved"] for row in everything]
+
+
+def test_keys_are_cut_on_the_side_that_one_asks_for(evaluate, data_root, models, tmp_path):  # noqa: F811
+    row = {**read_rows(data_root / "qa/nq/test.json")[0], "key": ["first " + "word " * 200 + "last"]}
+    path = write_rows(tmp_path / "rows.json", [row])
+    model, tokenizer = loaded(models["llama"])
+    for side, kept in (("right", slice(None, -1)), ("left", slice(1, None))):
+        flags = ("--eval_data", path, "--corpus", "", "--few_shot", 0, "--key_num", 1, "--max_new_tokens", 8)
+        flags += ("--context_max_length", 300, "--truncation_side", side)
+        (output,), _, _ = evaluate("qa", *flags)
+        ids = tokenizer(row["key"][0], add_special_tokens=False)["input_ids"]
+        while True:
+            text = f"Knowledge: {tokenizer.decode(ids)}\n\nQuestion: {row['query']}\nAnswer: "
+            if len(reference.head_tokens(tokenizer, text)) + 8 <= 300:
+                break
+            ids = ids[kept]
+        assert output["output"] == [reference.greedy(model, tokenizer, text, 8)]
+
+
+@pytest.mark.parametrize("task", ["qa", "mmlu", "popqa", "icl", "qrecc", "msc", "lrlm", "tool"])
+def test_instructions_need_no_folder_of_a_known_name(evaluate, data_root, tmp_path, task):
+    module = importlib.import_module(f"evaluation.eval_{task}")
+    defaults = module.DEFAULTS if task == "tool" else module.TASK.defaults
+    rows = read_rows(data_root / defaults["eval_data"].removeprefix("llm-embedder:"))[:2]
+    path = write_rows(tmp_path / "anywhere.json", rows)
+    flags = ("--eval_data", path, "--version", "llm-embedder", "--add_instruction", "True", *SMALL[task])
+    _, record, _ = evaluate(task, *flags, "--query_max_length", 110)
+    assert record["arguments"]["task"] in ("qa", "icl", "convsearch", "chat", "lrlm", "tool")
+
+
+def test_rows_without_a_past_are_counted(evaluate, data_root, tmp_path):
+    first, *others = read_rows(data_root / "chat/msc/test.json")
+    path = write_rows(tmp_path / "rows.json", [{**first, "history": []}, *others])
+    outputs, record, printed = evaluate("msc", "--eval_data", path, "--retrieval_method", "bm25")
+    assert (outputs[0]["retrieved"], record["skipped"]) == ([], 0)
+    assert "1 of 4 rows have no history to retrieve from" in printed
 
 
 def test_hits_are_loaded_for_the_retriever_that_found_them(evaluate):

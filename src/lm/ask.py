@@ -1,19 +1,21 @@
-"""Requests to a language model: what to ask, and what came back, whatever the evaluation."""
+"""Requests to a language model, whatever the evaluation: what to ask, in tokens, and how it gets its response."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from src.lm.budget import Prompt, fit
 from src.lm.generate import Decoding, generate
 from src.lm.likelihood import score_prompts
+from src.lm.memory import Response, ResponseMemory
 from src.lm.modeling_lm import LanguageModel
 from src.lm.prompts import PLAIN, Frame, PromptTokens, tokenize_pairs, tokenize_prompts
 
@@ -31,26 +33,6 @@ class Request:
     prompt: Prompt | None = None
     options: tuple[str, ...] = ()
     windows: tuple[PromptTokens, ...] = ()
-
-
-@dataclass(frozen=True)
-class Response:
-    """What came back.
-
-    Attributes:
-        texts: generated answers.
-        log_likelihoods: of the options or windows, mean per token.
-        tokens: how many tokens each option or window has.
-    """
-
-    texts: tuple[str, ...] = ()
-    log_likelihoods: tuple[float, ...] = ()
-    tokens: tuple[int, ...] = ()
-
-    @property
-    def choice(self) -> int:
-        """The option whose tokens are likeliest on average, the first of equals."""
-        return max(range(len(self.log_likelihoods)), key=self.log_likelihoods.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -79,6 +61,7 @@ class RequestEncoder:
         identity: what responses depend on besides prompts: the model, for one.
         frame: goes around prompts.
         encoder_decoder: kind of the LM.
+        truncation_side: where a key that does not fit is cut, ``left`` or ``right``.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -87,13 +70,15 @@ class RequestEncoder:
     identity: Mapping[str, Any]
     frame: Frame = PLAIN
     encoder_decoder: bool = False
+    truncation_side: str = "right"
 
     def encode(self, request: Request) -> Tokens | None:
         """None when the question does not fit."""
         if request.windows:
             return self._tokens(request.windows, ())
         assert request.prompt is not None
-        fitted = fit(request.prompt, lambda text: self._length(text, request.options), self.max_length, self.tokenizer)
+        length = partial(self._length, options=request.options)
+        fitted = fit(request.prompt, length, self.max_length, self.tokenizer, self.truncation_side)
         if fitted is None:
             return None
         if not request.options:
@@ -125,41 +110,84 @@ def respond(
     requests: Sequence[Tokens],
     decoding: Decoding | None,
     max_tokens: int,
-    advance: Callable[[int], object],
-) -> list[Response]:
-    """Responses of this process's requests: scored, or generated.
+    done: Callable[[int, Response], object],
+) -> None:
+    """Have requests answered: scored, or generated.
 
     Args:
         model: the LM.
         requests: see `RequestEncoder`.
         decoding: as of the encoder.
         max_tokens: budget of a batch.
-        advance: called with how many requests are done.
+        done: called with the number of each request and its response, as they come.
 
     Raises:
         UserError: the model gives no numbers.
     """
-    pairs = [pair for request in requests for pair in request.pairs]
-    owners = [number for number, request in enumerate(requests) for _ in request.pairs]
-    waiting = Counter(owners)
+    pairs = [(number, place) for number, request in enumerate(requests) for place in range(len(request.pairs))]
+    scores = [[math.nan] * len(request.pairs) for request in requests]
 
-    def done(numbers: Sequence[int]) -> None:
-        touched = Counter(owners[number] for number in numbers)
-        waiting.subtract(touched)
-        advance(sum(waiting[number] == 0 for number in touched))
+    def scored(numbers: Sequence[int], values: Sequence[float]) -> None:
+        for each, value in zip(numbers, values, strict=True):
+            number, place = pairs[each]
+            scores[number][place] = value
+            if not any(map(math.isnan, scores[number])):
+                lengths = tuple(len(pair.answer) for pair in requests[number].pairs)
+                done(number, Response((), tuple(scores[number]), lengths))
 
-    scores = score_prompts(model, pairs, max_tokens, done)
+    score_prompts(model, [requests[number].pairs[place] for number, place in pairs], max_tokens, scored)
     generating = [number for number, request in enumerate(requests) if not request.pairs]
-    texts: list[list[str]] = []
     if generating:
         assert decoding is not None
-        texts = generate(model, [requests[number].prompt for number in generating], decoding, max_tokens, advance)
-    written = dict(zip(generating, texts, strict=True))
-    responses = []
-    start = 0
-    for number, request in enumerate(requests):
-        end = start + len(request.pairs)
-        lengths = tuple(len(pair.answer) for pair in request.pairs)
-        responses.append(Response(tuple(written.get(number, ())), tuple(scores[start:end].tolist()), lengths))
-        start = end
-    return responses
+        prompts = [requests[number].prompt for number in generating]
+        generate(
+            model, prompts, decoding, max_tokens, lambda place, texts: done(generating[place], Response(tuple(texts)))
+        )
+
+
+class Answer(NamedTuple):
+    """What became of a request: hash of what was asked, and the response; empty and None when it does not fit."""
+
+    key: str
+    response: Response | None
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Asks the LM whatever it did not answer before.
+
+    Attributes:
+        encoder: requests to tokens.
+        model: loads the LM when first called.
+        memory: of responses.
+        max_tokens: budget of a batch, padding included.
+    """
+
+    encoder: RequestEncoder
+    model: Callable[[], LanguageModel]
+    memory: ResponseMemory
+    max_tokens: int
+
+    def __call__(
+        self, requests: Sequence[Request | None], advance: Callable[[int], object] = lambda done: None
+    ) -> list[Answer]:
+        """Answers to this process's requests; None asks nothing.
+
+        Args:
+            requests: what to ask.
+            advance: called with how many more requests the LM has answered.
+
+        Raises:
+            UserError: the model gives no numbers.
+        """
+        asked = [self.encoder.encode(request) if request is not None else None for request in requests]
+        fitting = {tokens.key: tokens for tokens in asked if tokens is not None}
+        new = [tokens for key, tokens in fitting.items() if self.memory.get(key) is None]
+
+        def done(number: int, response: Response) -> None:
+            self.memory.keep(new[number].key, response)
+            advance(1)
+
+        if new:
+            respond(self.model(), new, self.encoder.decoding, self.max_tokens, done)
+        return [Answer(tokens.key, self.memory.get(tokens.key)) if tokens else Answer("", None) for tokens in asked]

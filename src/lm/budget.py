@@ -58,7 +58,11 @@ class Prompt:
 
 
 def fit(
-    prompt: Prompt, length: Callable[[str], int], max_length: int, tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt,
+    length: Callable[[str], int],
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    truncation_side: str = "right",
 ) -> Prompt | None:
     """The prompt with as much of its knowledge, then of its examples, as fits.
 
@@ -67,6 +71,7 @@ def fit(
         length: tokens of a whole prompt text, with its frame and whatever is to follow it.
         max_length: most tokens.
         tokenizer: cuts keys between tokens.
+        truncation_side: where a key loses tokens, ``left`` or ``right``.
 
     Returns:
         None when header and question alone do not fit.
@@ -74,7 +79,7 @@ def fit(
     if length(prompt.text) <= max_length:
         return prompt
     if prompt.knowledge:
-        prompt = _cut_knowledge(prompt, length, max_length, tokenizer)
+        prompt = _cut_knowledge(prompt, length, max_length, tokenizer, truncation_side)
         if length(prompt.text) <= max_length:
             return prompt
     # The fewest examples to leave out, by halving: with fewer examples a prompt is never longer.
@@ -90,9 +95,9 @@ def fit(
 
 
 def _cut_knowledge(
-    prompt: Prompt, length: Callable[[str], int], max_length: int, tokenizer: PreTrainedTokenizerBase
+    prompt: Prompt, length: Callable[[str], int], max_length: int, tokenizer: PreTrainedTokenizerBase, side: str
 ) -> Prompt:
-    """The prompt with as many whole keys as fit, and the beginning of the next one."""
+    """The prompt with as many whole keys as fit, and a part of the next one."""
 
     def keeping(number: int, part: str = "") -> Prompt:
         """With `number` whole keys, and `part` in place of the next."""
@@ -113,7 +118,7 @@ def _cut_knowledge(
     ids = tokenizer(following, add_special_tokens=False)["input_ids"]
     room = min(len(ids), max_length - length(keeping(low).text))
     while room > 0:
-        found = keeping(low, cut_text(tokenizer, ids, room, "right"))
+        found = keeping(low, cut_text(tokenizer, ids, room, side))
         excess = length(found.text) - max_length
         if excess <= 0:
             return found

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from src import distributed
 from src.errors import UserError
 from src.lm.args import LMArgs
+from src.lm.eval_args import GenerateArgs
+from src.lm.generate import NEWLINE_ID, Decoding, newline_tokens
 from src.lm.modeling_lm import LMConfig
 
 
@@ -27,4 +30,19 @@ def lm_config(args: LMArgs, given: frozenset[str], device: torch.device) -> LMCo
         args.add_position_ids,
         args.model_cache_dir,
         args.trust_remote_code,
+    )
+
+
+def make_decoding(args: GenerateArgs, tokenizer: PreTrainedTokenizerBase) -> Decoding:
+    """How to generate, and which tokens of the tokenizer end an answer."""
+    newline = args.eos_token_id in (None, NEWLINE_ID)
+    return Decoding(
+        args.max_new_tokens,
+        args.do_sample,
+        args.num_return_sequences,
+        args.temperature,
+        args.top_p,
+        tuple(newline_tokens(tokenizer)) if newline else (int(args.eos_token_id or 0),),
+        newline,
+        args.seed,  # type: ignore[attr-defined]
     )

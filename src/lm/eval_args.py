@@ -12,6 +12,7 @@ from src.lm.generate import NEWLINE_ID
 from src.retrieval.args import RETRIEVAL_METHODS, EvalOutputArgs, RetrievalArgs
 
 ORACLE = "oracle"
+SAME_TASK = "same-task-random"
 INTEGRATE_METHODS = ("concat", "replace")
 ORDER_METHODS = ("sequential", "relevance")
 
@@ -22,6 +23,9 @@ HISTORY_NO_EFFECT = (
     *("language", "threads", "faiss_index_factory", "load_encode", "save_encode", "save_index", "embedding_name"),
     *("save_trec", "save_per_query", "bm25_backend"),
 )
+
+#: Flags of `SelfRetrievalArgs` that mean nothing where a key is a turn, not a chunk.
+CHUNK_FLAGS = ("context_window_size", "target_length", "chunk_size", "integrate_method", "add_sep")
 
 #: Defaults of evaluations whose prompts hold retrieved passages.
 KNOWLEDGE_DEFAULTS: dict[str, Any] = {
@@ -165,3 +169,54 @@ class HistoryArgs(SelfRetrievalArgs, LMEvalArgs):
     def __post_init__(self) -> None:
         for checked in (SelfRetrievalArgs, LMEvalArgs):
             checked.__post_init__(self)
+
+
+@dataclass
+class QReCCArgs(GenerateArgs, KnowledgeArgs):
+    """Retrieval for a conversation, and perhaps answers."""
+
+    do_generate: bool = flag(False, "Let the LM answer with what was retrieved, and report ROUGE-L.")
+
+    def __post_init__(self) -> None:
+        for checked in (GenerateArgs, KnowledgeArgs):
+            checked.__post_init__(self)
+
+
+@dataclass
+class ICLArgs(GenerateArgs, FewShotArgs, LMEvalArgs):
+    """Tasks solved with retrieved examples."""
+
+    methods: ClassVar[tuple[str, ...]] = (*LMEvalArgs.methods, SAME_TASK)
+
+    task_names: list[str] | None = flag(None, "Tasks to evaluate on (all when None), as in the rows' task_name.")
+
+    def __post_init__(self) -> None:
+        for checked in (GenerateArgs, FewShotArgs, LMEvalArgs):
+            checked.__post_init__(self)
+        if self.few_shot > self.hits and self.retrieval_method not in ("no", SAME_TASK):
+            raise UserError(f"--few_shot {self.few_shot}: only --hits {self.hits} examples are retrieved, give more")
+
+
+@dataclass
+class MSCArgs(HistoryArgs):
+    """Replies in a dialogue, given turns of its past."""
+
+    methods: ClassVar[tuple[str, ...]] = ("no", "random", "recent", "dense", "bm25", ORACLE)
+
+
+@dataclass
+class LRLMArgs(HistoryArgs):
+    """The end of a long text, given chunks of its past."""
+
+    methods: ClassVar[tuple[str, ...]] = ("no", "random", "dense", "bm25", ORACLE)
+
+    anchor_length: int = flag(160000, "Characters of a text that are read, so that all tokenizers see the same end.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(anchor_length=self.anchor_length)
+        if self.context_window_size <= self.target_length:
+            raise UserError(
+                f"--context_window_size {self.context_window_size} must be above --target_length {self.target_length}: "
+                "the LM needs something to go on"
+            )

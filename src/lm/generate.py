@@ -62,9 +62,9 @@ def generate(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     max_tokens: int,
-    advance: Callable[[int], object],
-) -> list[list[str]]:
-    """What the model writes after each prompt.
+    done: Callable[[int, Sequence[str]], object],
+) -> None:
+    """What the model writes after each prompt: ``num_return_sequences`` texts.
 
     White space around the texts is removed. Neither greedy nor sampled texts depend on the other prompts: a sample
     is drawn by the seed and its prompt alone, one prompt at a time.
@@ -74,10 +74,7 @@ def generate(
         prompts: token ids, none empty.
         decoding: see there.
         max_tokens: budget of a batch, padding and new tokens included.
-        advance: called with how many prompts are done.
-
-    Returns:
-        ``num_return_sequences`` texts for each prompt.
+        done: called with the number of each prompt and its texts, batch by batch.
     """
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     config = GenerationConfig(
@@ -89,7 +86,6 @@ def generate(
         pad_token_id=0,
         decoder_start_token_id=model.model.config.decoder_start_token_id if model.encoder_decoder else None,
     )
-    found: list[list[str]] = [[] for _ in prompts]
     number_each = decoding.num_return_sequences
     for batch in _batches(order, prompts, decoding, max_tokens):
         with torch.random.fork_rng(devices=_devices(model)):
@@ -97,9 +93,7 @@ def generate(
             texts = model.continuations([prompts[number] for number in batch], config)
         for place, number in enumerate(batch):
             own = texts[place * number_each : (place + 1) * number_each]
-            found[number] = [(_first_line(text) if decoding.first_line else text).strip() for text in own]
-        advance(len(batch))
-    return found
+            done(number, [(_first_line(text) if decoding.first_line else text).strip() for text in own])
 
 
 def _batches(

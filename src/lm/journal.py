@@ -7,10 +7,8 @@ also on several hosts with a common folder, share out the units among themselves
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from src.errors import UserError
-from src.io import read_json, write_json
+from src.io import lock_folder, read_json, remove_folder, write_json
 
 MANIFEST = "manifest.json"
 #: Value of a number that was looked at and cannot be scored; NaN is one not looked at yet.
@@ -52,8 +50,7 @@ class Journal:
         Raises:
             UserError: what is there is of something else, or another run is at work on it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._hold()
+        self._lock = self._lock or lock_folder(self.folder)
         if self.exists():
             self.check(identity)
         else:
@@ -63,20 +60,6 @@ class Journal:
             write_json(self.folder / MANIFEST, dict(identity))
         for claim in self.folder.glob("*.claim"):
             claim.unlink()
-
-    def _hold(self) -> None:
-        """Keep other runs out until this process ends; the system lets go of the lock even if it is killed."""
-        if self._lock is not None:
-            return
-        descriptor = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise UserError(
-                f"another run is at work in {self.folder}: wait for it, stop it, or choose another --save_name"
-            ) from error
-        self._lock = descriptor
 
     def check(self, identity: Mapping[str, Any]) -> None:
         """Find out whether the scores are of `identity`.
@@ -121,11 +104,8 @@ class Journal:
                 file.truncate(file.read().rfind(b"\n") + 1)
 
     def remove(self) -> None:
-        """Delete everything; the name goes first, so that what a kill leaves is never taken for scores."""
-        gone = self.folder.with_name(f"{self.folder.name}.removed")
-        shutil.rmtree(gone, ignore_errors=True)
-        self.folder.rename(gone)
-        shutil.rmtree(gone)
+        """Delete everything."""
+        remove_folder(self.folder)
         self.close()
 
     def _path(self, unit: int) -> Path:

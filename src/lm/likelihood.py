@@ -116,28 +116,25 @@ def check_finite(scores: Sequence[float], where: str) -> None:
 
 
 def score_prompts(
-    model: LanguageModel, prompts: Sequence[PromptTokens], max_tokens: int, done: Callable[[Sequence[int]], object]
-) -> np.ndarray:
-    """Mean log-likelihood per token of the answers.
+    model: LanguageModel,
+    prompts: Sequence[PromptTokens],
+    max_tokens: int,
+    done: Callable[[Sequence[int], Sequence[float]], object],
+) -> None:
+    """Mean log-likelihood per token of the answers, batch by batch.
 
     Args:
         model: the LM.
         prompts: prompts with answers.
         max_tokens: budget of a batch, padding included.
-        done: called with the numbers of the prompts of each batch.
-
-    Returns:
-        fp64 ``(len(prompts),)``.
+        done: called with the numbers of the prompts of each batch and their likelihoods.
 
     Raises:
-        UserError: scores are not finite.
+        UserError: likelihoods are not finite.
     """
     max_tokens, max_logits = budgets(model, max_tokens)
-    scores = np.full(len(prompts), np.nan)
     work = collect_work(list(enumerate(prompts)))
     for batch in cut_work(work, max_tokens, max_logits, model.vocabulary, model.padding_side):
-        numbers, found = score_batch(model, batch)
-        check_finite(found, "prompts")
-        scores[numbers] = found
-        done(numbers)
-    return scores
+        numbers, scores = score_batch(model, batch)
+        check_finite(scores, "prompts")
+        done(numbers, scores)

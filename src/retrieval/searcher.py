@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -219,19 +220,24 @@ def _load_indexes(config: DenseSearchConfig, identity: IndexIdentity) -> list[Fa
     return [FaissIndex.load(file, first, config.key.device) for file, first in files]
 
 
+def query_rng(seed: int, query: str) -> np.random.Generator:
+    """What is drawn for a query depends on the seed and its text alone, not on the other queries."""
+    return np.random.default_rng((seed, zlib.crc32(query.encode(errors="surrogatepass"))))
+
+
 class RandomSearcher:
     """Distinct random rows for each query, reproducible by seed; all scores are 0."""
 
     def __init__(self, corpus_size: int, seed: int) -> None:
         self.corpus_size = corpus_size
-        self._rng = np.random.default_rng(seed)
+        self.seed = seed
 
     def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Searcher.search`; the order of hits is random, as all scores are equal."""
         found = min(hits, self.corpus_size)
         rows = np.full((len(queries), hits), -1, dtype=np.int64)
-        for row in rows:
-            row[:found] = self._rng.choice(self.corpus_size, found, replace=False)
+        for row, query in zip(rows, queries, strict=True):
+            row[:found] = query_rng(self.seed, query).choice(self.corpus_size, found, replace=False)
         return np.where(rows < 0, -np.inf, 0).astype(np.float32), rows
 
 

@@ -27,6 +27,19 @@ def greedy(model: Any, tokenizer: Any, text: str, new_tokens: int) -> str:
     return tokenizer.decode(ids[start:], skip_special_tokens=True).split("\n")[0].strip()
 
 
+def decoded_greedily(model: Any, tokenizer: Any, text: str, new_tokens: int) -> str:
+    """The same by an encoder-decoder LM."""
+    prompt = torch.tensor([tokenizer(text.rstrip(" "))["input_ids"]])
+    ids: list[int] = []
+    for _ in range(new_tokens):
+        fed = torch.tensor([[model.config.decoder_start_token_id, *ids]])
+        with torch.no_grad():
+            ids.append(int(model(input_ids=prompt, decoder_input_ids=fed).logits[0, -1].argmax()))
+        if ids[-1] == model.config.eos_token_id:
+            break
+    return tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0].strip()
+
+
 def option_likelihood(model: Any, tokenizer: Any, text: str, option: str) -> tuple[float, int]:
     """Mean log-likelihood of an option after a prompt, and its tokens."""
     head = head_tokens(tokenizer, text)

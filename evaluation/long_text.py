@@ -1,0 +1,100 @@
+"""Long texts in tokens, and what is retrieved from their own past: what eval_lrlm is about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from evaluation.history import after_each_key, best_of_past
+from evaluation.task import Context, Found, Retrieved, Row
+from src.errors import UserError
+from src.lm.ask import Request, RequestEncoder
+from src.lm.prompts import PromptTokens, special_prefix
+from src.lm.selfret_chunk import ChunkPlan, Integration, plan_chunks, windows
+from src.lm.selfret_history import Case
+
+
+def read_text(args: Any, encoder: RequestEncoder, row: Row) -> tuple[list[int], ChunkPlan | None]:
+    """Tokens of a text, no more than --context_max_length from its end, and its plan."""
+    tokens = encoder.tokenizer(row["text"][: args.anchor_length], add_special_tokens=False)["input_ids"]
+    tokens = tokens[-args.context_max_length :]
+    return tokens, plan_chunks(len(tokens), args.target_length, args.context_window_size, args.chunk_size)
+
+
+def integration(args: Any, encoder: RequestEncoder) -> Integration:
+    """How retrieved chunks enter the window.
+
+    Raises:
+        UserError: a separator is no token.
+    """
+    size = len(encoder.tokenizer)
+    if beyond := [token for token in args.add_sep or () if not 0 <= token < size]:
+        raise UserError(f"--add_sep {beyond[0]}: the LM's tokenizer has the tokens 0 to {size - 1}")
+    before, separator = tuple(special_prefix(encoder.tokenizer)), tuple(args.add_sep or ())
+    return Integration(args.order_method, args.integrate_method == "replace", separator, before, encoder.max_length)
+
+
+def window_limit(args: Any, encoder: RequestEncoder) -> int:
+    """Most tokens that the LM is given at a time.
+
+    Raises:
+        UserError: the LM does not take so many.
+    """
+    retrieved = args.retrieval_method != "no" and args.integrate_method == "concat"
+    size = args.context_window_size
+    size += args.key_num * (2 * args.chunk_size + len(args.add_sep or ())) * retrieved
+    if size > encoder.max_length:
+        raise UserError(
+            f"the LM takes {encoder.max_length} tokens, and windows need {size}: lower --context_window_size, "
+            "--key_num or --chunk_size, or use --integrate_method replace"
+        )
+    # Tokens that begin a text need no room of their own: the most distant context makes it, see `windows`.
+    return min(size + len(integration(args, encoder).before), encoder.max_length)
+
+
+def text_windows(context: Context, row: Row, retrieved: Sequence[Sequence[int]]) -> list[PromptTokens]:
+    """What the LM reads of a text, given keys for each of its targets; nothing of one without a plan."""
+    tokens, plan = read_text(context.args, context.ask.encoder, row)
+    return windows(plan, retrieved, tokens, integration(context.args, context.ask.encoder)) if plan is not None else []
+
+
+def from_past(context: Context) -> Retrieved:
+    """Chunks of each text's own past, for each of its target chunks."""
+    args, rows, encoder = context.args, context.data.rows, context.ask.encoder
+    tokenizer = encoder.tokenizer
+
+    def cases(number: int) -> list[Case]:
+        tokens, plan = read_text(args, encoder, rows[number])
+        if plan is None:
+            return []
+        spans = plan.values if args.add_key_continuation else plan.keys
+        terms = [tokens[span.start : span.stop] for span in spans]
+        texts = tokenizer.batch_decode(terms) if args.retrieval_method == "dense" else [""] * len(terms)
+        queries = [tokens[span.start : span.stop] for span in plan.queries]
+        return [Case(number, place, str(tokenizer.decode(own)), texts, own, terms) for place, own in enumerate(queries)]
+
+    def oracle(own: Sequence[Case]) -> list[np.ndarray]:
+        """The target chunk's likelihood after each key alone."""
+        how = integration(args, encoder)
+        asked = []
+        for case in own:
+            tokens, plan = read_text(args, encoder, rows[case.row])
+            assert plan is not None
+            one = replace(plan, targets=(plan.targets[case.place],), queries=(plan.queries[case.place],))
+            asked.append([Request(windows=tuple(windows(one, [[key]], tokens, how))) for key in range(len(plan.keys))])
+        return after_each_key(context, asked)
+
+    best = best_of_past(context, cases, oracle, "chunks before their window")
+
+    def texts(number: int, chosen: Sequence[Sequence[int]]) -> tuple[str, ...]:
+        tokens, plan = read_text(args, encoder, rows[number])
+        spans = [plan.values[key] for keys in chosen for key in keys] if plan is not None else []
+        return tuple(str(tokenizer.decode(tokens[span.start : span.stop])) for span in spans)
+
+    return [
+        Found(tuple(tuple(keys) for keys in own), texts(number, own) if args.debug_retrieval else ())
+        for number, own in enumerate(best)
+    ], {}

@@ -1,0 +1,112 @@
+"""What each row is given from the corpus: retrieved, loaded, chosen, or brought along by the row."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from evaluation.task import ChooseHits, Context, EvalTask, Found, Retrieved
+from src import distributed
+from src.errors import UserError
+from src.io import read_json, write_json
+from src.lm.eval_args import ORACLE, HistoryArgs
+from src.retrieval.args import RetrievalArgs
+from src.retrieval.bm25 import build_bm25_searcher
+from src.retrieval.builders import bm25_config, dense_searcher, eval_config
+from src.retrieval.collate import Hits
+from src.retrieval.evaluate import WINDOW, EvalConfig, EvalData, report, result_path, retrieve
+from src.retrieval.modeling_dense import DenseRetriever
+from src.retrieval.searcher import NoSearcher, RandomSearcher, Searcher
+
+logger = logging.getLogger(__name__)
+
+#: What reports call keys that the rows brought.
+GIVEN_KEYS = "given-keys"
+
+
+def retriever_name(args: RetrievalArgs) -> str:
+    """How reports call the retriever."""
+    if not args.corpus and args.retrieval_method != "no" and not isinstance(args, HistoryArgs):
+        return GIVEN_KEYS
+    return args.query_encoder if args.retrieval_method == "dense" else args.retrieval_method
+
+
+def from_corpus(context: Context, task: EvalTask) -> Retrieved:
+    """Retrieve as ``--retrieval_method`` says, or take the keys that rows bring; and the metrics of retrieval."""
+    args, data = context.args, context.data
+    found: list[Found] = []
+    if data.corpus is None:
+        if args.retrieval_method == "no":
+            return [Found()] * len(data.rows), {}
+        wanted = task.keys_wanted(args)
+        return [Found(tuple(row.get("key_index") or ())[:wanted], tuple(row["key"][:wanted])) for row in data.rows], {}
+    config = eval_config(args, args.output_dir, args.seed)
+    origin = f"{result_path(data, config)}.origin"
+    if config.load_result:
+        distributed.on_main(partial(_check_origin, origin, retriever_name(args)))
+    choose = {ORACLE: oracle_hits, **task.hits}.get(args.retrieval_method)
+    if choose is not None and not config.load_result:
+        hits = chosen_hits(data, choose(context), config)
+    else:
+        hits = retrieve(data, config, lambda: build_searcher(args, data, context.device, context.retriever))
+    metrics = report(data, _remember(data, hits, task.keys_wanted(args), found), config)
+    if config.save_result and not config.load_result:
+        distributed.on_main(partial(write_json, origin, {"retriever": retriever_name(args)}))
+    if metrics:
+        # Whatever becomes of the LM's part.
+        logger.info("retrieval: %s", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    return found, metrics
+
+
+def _check_origin(path: str, retriever: str) -> None:
+    """Refuse hits that another retriever found: the results would go by a wrong name."""
+    if os.path.isfile(path) and (found := read_json(path, "origin of hits").get("retriever")) != retriever:
+        raise UserError(
+            f"--load_result: {path.removesuffix('.origin')} holds what {found} retrieved, not {retriever}: leave "
+            "--load_result out, or give the other's --retrieval_method or --query_encoder, --save_name or --output_dir"
+        )
+
+
+def _remember(data: EvalData, hits: Iterable[Hits], wanted: int, found: list[Found]) -> Iterator[Hits]:
+    """Pass hits on, and add the first `wanted` of each row to `found`."""
+    for window in hits:
+        for row in window.rows[:, :wanted]:
+            indices = tuple(row[row >= 0].tolist())
+            found.append(Found(indices, tuple(map(data.key_text, indices))))
+        yield window
+
+
+def oracle_hits(context: Context) -> ChooseHits:
+    """The rows' own pos_index."""
+    return lambda row, number: row.get("pos_index") or []
+
+
+def chosen_hits(data: EvalData, choose: ChooseHits, config: EvalConfig) -> Iterator[Hits]:
+    """Hits that are chosen row by row, equally good by score but in this order."""
+    for first in range(0, len(data.rows), WINDOW):
+        rows = data.rows[first : first + WINDOW]
+        indices = [list(choose(row, first + offset))[: config.hits] for offset, row in enumerate(rows)]
+        table = np.full((len(rows), max(map(len, indices), default=0)), -1, dtype=np.int64)
+        for place, own in enumerate(indices):
+            table[place, : len(own)] = own
+        yield Hits(first, table, np.where(table < 0, -np.inf, 0).astype(np.float32))
+
+
+def build_searcher(
+    args: RetrievalArgs, data: EvalData, device: torch.device, load_model: Callable[[], DenseRetriever]
+) -> Searcher:
+    """The searcher that --retrieval_method names, ready to search; `args` are those of an evaluation."""
+    assert data.corpus is not None
+    folder = args.output_dir  # type: ignore[attr-defined]
+    if args.retrieval_method == "dense":
+        return dense_searcher(args, data, folder, device, load_model())
+    if args.retrieval_method == "bm25":
+        return build_bm25_searcher(data.keys, data.corpus.path, args.key_template, bm25_config(args, folder))
+    if args.retrieval_method == "random":
+        return RandomSearcher(len(data.corpus), args.seed)  # type: ignore[attr-defined]
+    return NoSearcher()

@@ -1,0 +1,110 @@
+"""Responses of a language model on the disk while a long job runs: what a killed run was told is not asked again.
+
+A folder holds a file of JSON lines for each process. A response is known by the hash of all that it depends on, so that
+what other settings left there does no harm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from src import distributed
+from src.io import lock_folder, remove_folder
+
+
+@dataclass(frozen=True)
+class Response:
+    """What came back.
+
+    Attributes:
+        texts: generated answers.
+        log_likelihoods: of the options or windows, mean per token.
+        tokens: how many tokens each option or window has.
+    """
+
+    texts: tuple[str, ...] = ()
+    log_likelihoods: tuple[float, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def choice(self) -> int:
+        """The option whose tokens are likeliest on average, the first of equals."""
+        return max(range(len(self.log_likelihoods)), key=self.log_likelihoods.__getitem__)
+
+
+def to_response(value: dict[str, Any]) -> Response:
+    """What `asdict` and JSON made of a response."""
+    return Response(tuple(value["texts"]), tuple(value["log_likelihoods"]), tuple(value["tokens"]))
+
+
+class ResponseMemory:
+    """Responses by the hash of what was asked. All processes open one together.
+
+    Args:
+        folder: where responses are kept.
+        further: files of outputs whose responses are known too.
+
+    Raises:
+        UserError: another run is at work in `folder`.
+    """
+
+    def __init__(self, folder: str, further: Iterable[str] = ()) -> None:
+        self.folder = Path(folder)
+        self._lock: int | None = None
+        distributed.on_main(self._open)
+        kept = sorted(map(str, self.folder.glob("*.jsonl")))
+        self._known = read_responses([*kept, *further])
+        self._file: IO[str] | None = None
+
+    def _open(self) -> None:
+        self._lock = lock_folder(self.folder)
+
+    def get(self, key: str) -> Response | None:
+        """The response, if it is known."""
+        return self._known.get(key)
+
+    def keep(self, key: str, response: Response) -> None:
+        """Remember a response, also if this process is killed at once."""
+        self._known[key] = response
+        if self._file is None:
+            path = self.folder / f"{distributed.rank()}.jsonl"
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until `close`)
+            # What a killed run left of a line is ended first; it is no JSON, and passed over when read.
+            self._file.write("\n")
+        self._file.write(json.dumps({"prompt_hash": key, "response": asdict(response)}) + "\n")
+        self._file.flush()
+
+    def remove(self) -> None:
+        """Delete what is kept, by one process when nobody keeps anything any more."""
+        remove_folder(self.folder)
+
+    def close(self) -> None:
+        """Let other runs in; a folder that nothing was kept in goes."""
+        if self._file is not None:
+            self._file.close()
+        if self._lock is not None:
+            if self.folder.exists() and not any(self.folder.glob("*.jsonl")):
+                self.remove()
+            os.close(self._lock)
+
+
+def read_responses(paths: Iterable[str]) -> dict[str, Response]:
+    """All responses that files of outputs and kept responses hold, by the hash of what was asked."""
+    known: dict[str, Response] = {}
+    for path in paths:
+        if not os.path.isfile(path):
+            continue
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                    if row["response"] is not None:
+                        known[row["prompt_hash"]] = to_response(row["response"])
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    continue
+    return known
