@@ -52,11 +52,15 @@ def shown_arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak_mib() -> float:
-    """Peak resident memory of this process in MiB; on Linux without what the process that started it held."""
+    """Peak resident memory in MiB of this process, or of the largest that it started and waited for.
+
+    On Linux without what the process that started this one held.
+    """
+    started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(found.group(1)) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return max(started, int(found.group(1)) / 1024)
+    return max(started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def timed(function: Callable[[], Any]) -> float:

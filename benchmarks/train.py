@@ -60,7 +60,7 @@ SETTINGS = {
 }
 
 
-def make_rows(setting: Setting, steps: int) -> list[dict]:
+def make_rows(setting: Setting, count: int) -> list[dict]:
     """Rows of real paragraphs; of mixed lengths, as a few paragraphs in a row are joined to some keys."""
     rng = random.Random(0)
     texts = passages(4000)
@@ -73,14 +73,14 @@ def make_rows(setting: Setting, steps: int) -> list[dict]:
         return " ".join(parts)
 
     rows = []
-    for _ in range(setting.batch * steps):
+    for _ in range(count):
         query = " ".join(rng.choice(texts).split()[:QUERY_WORDS])
         rows.append({"query": query, "pos": [key()], "neg": [key() for _ in range(setting.group - 1)]})
     return rows
 
 
-def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], folder: str) -> float:
-    """Seconds of run_dense.py's training, saving included."""
+def our_flags(args: argparse.Namespace, setting: Setting, rows: list[dict], folder: str) -> list[str]:
+    """Flags of run_dense.py; `rows` are written to `folder`, where it trains too."""
     path = Path(folder) / "rows.json"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     flags = [
@@ -90,7 +90,13 @@ def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], fol
         *("--max_steps", args.steps, "--cos_temperature", TEMPERATURE, "--grad_cache_chunk_size", setting.chunk),
         *("--disable_tqdm", True, "--fp16", False, "--bf16", args.bf16, "--no_cuda", args.device == "cpu"),
     ]
-    (data, training), given = parse_args([RetrievalArgs, RetrievalTrainingArgs], list(map(str, flags)))
+    return list(map(str, flags))
+
+
+def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], folder: str) -> float:
+    """Seconds of run_dense.py's training, saving included."""
+    flags = our_flags(args, setting, rows, folder)
+    (data, training), given = parse_args([RetrievalArgs, RetrievalTrainingArgs], flags)
     model = load_dense_retriever(encoder_config(data, given))
     lengths = (QUERY_LENGTH, setting.key_length)
     collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, chunk_policy(training))
@@ -100,7 +106,7 @@ def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], fol
 
 
 def train_theirs(args: argparse.Namespace, setting: Setting, rows: list[dict], folder: str) -> float:
-    """Seconds of sentence-transformers' training."""
+    """Seconds of sentence-transformers' training, saving included."""
     model = SentenceTransformer(args.model, device=args.device)
     model.max_seq_length = setting.key_length
     columns = {"anchor": [row["query"] for row in rows], "positive": [row["pos"][0] for row in rows]}
@@ -111,7 +117,8 @@ def train_theirs(args: argparse.Namespace, setting: Setting, rows: list[dict], f
         max_steps=args.steps,
         learning_rate=5e-6,
         weight_decay=0.01,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=args.steps,
         report_to="none",
         use_cpu=args.device == "cpu",
         bf16=args.bf16,
@@ -130,7 +137,7 @@ def measure(args: argparse.Namespace, side: str) -> float:
     """Queries, each with its keys, per second."""
     torch.set_num_threads(args.threads)
     setting = SETTINGS[args.setting]
-    rows = make_rows(setting, args.steps)
+    rows = make_rows(setting, setting.batch * args.steps)
     with tempfile.TemporaryDirectory() as folder:
         seconds = (train_ours if side == OURS else train_theirs)(args, setting, rows, folder)
     return len(rows) / seconds
