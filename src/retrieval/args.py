@@ -373,7 +373,7 @@ class RetrievalTrainingArgs(TrainingArguments):
     )
     save_steps: float = flag(2000, "Save a checkpoint every so many steps.")
     logging_steps: float = flag(100, "Log every so many steps.")
-    report_to: list[str] = flag(  # type: ignore[assignment]
+    report_to: list[str] = flag(
         ["none"], "none, or where transformers reports to: tensorboard, wandb, all."
     )
     no_cuda: bool = flag(False, "Older name of --use_cpu.")

@@ -108,6 +108,18 @@ def load_tokenizer(
     return tokenizer, borrowed
 
 
+def empty_model(auto_class: Any, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model as its configuration describes it, on the meta device: shapes, but no weights and no memory.
+
+    Args:
+        auto_class: of transformers, such as AutoModel.
+        config: of the model.
+        options: passed on.
+    """
+    with torch.device("meta"):
+        return auto_class.from_config(config, dtype=torch.float32, **options)
+
+
 def position_limit(config: PretrainedConfig) -> int | None:
     """Most tokens that a model takes; None when its configuration sets no limit."""
     limit = getattr(config, "max_position_embeddings", None)
