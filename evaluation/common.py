@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from evaluation.dry_run import task_lines
 from evaluation.outputs import Entry, append_responses, gather_entries, output_line, parts_path, read_responses, tail
 from src import distributed
-from src.cli import parse_args
+from src.cli import parse_args, show_plan
 from src.errors import UserError
 from src.io import atomic_write, derived_path, read_json, write_json
 from src.lm.ask import Request, RequestEncoder, Response, Tokens, respond
@@ -229,6 +230,8 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
     device = distributed.init_process_group(args.cpu)
     distributed.on_main(lambda: _check_outputs(args))
     context = make_context(task, args, given, device)
+    if args.dry_run:
+        return show_plan([*task_lines(task, context, output_path(args, context.data.rows.path))])
     examples = task.examples(context)
     found, metrics = task.retrieve(context, task)
     facts: dict[str, Any] = {"task": task.name, "retriever": retriever_name(args), "versions": versions()}

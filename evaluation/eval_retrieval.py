@@ -13,7 +13,7 @@ from typing import Any
 
 from evaluation.common import build_searcher, retriever_name, versions
 from src import distributed
-from src.cli import parse_args, run
+from src.cli import parse_args, run, show_plan
 from src.errors import UserError
 from src.retrieval.args import EvalOutputArgs, RetrievalArgs
 from src.retrieval.builders import (
@@ -23,6 +23,7 @@ from src.retrieval.builders import (
     eval_config,
     load_eval_data,
 )
+from src.retrieval.dry_run import evaluation_lines
 from src.retrieval.evaluate import retrieve
 from src.retrieval.evaluators import evaluate, record
 from src.retrieval.modeling_dense import DenseRetriever, load_dense_retriever
@@ -60,6 +61,9 @@ def main(name: str = "retrieval", **defaults: Any) -> None:
     def load_model() -> DenseRetriever:
         return load_dense_retriever(encoder_config(args, given)).to(device).eval()
 
+    if args.dry_run:
+        model = load_model() if args.retrieval_method == "dense" else None
+        return show_plan([*evaluation_lines(args, data, config, device, model)])
     searcher: Callable[[], Searcher] = partial(build_searcher, args, data, device, load_model)
     metrics = evaluate(
         data, config, lambda: dense_scorer(args, device, load_model()), lambda: retrieve(data, config, searcher)

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from src import distributed
 from src.config_file import read_arguments
 from src.errors import UserError, describe_os_error
+from src.plan import Line, render
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,12 @@ def parse_args(
             str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown arguments")
         ) from error
     return tuple(instances), frozenset(given)
+
+
+def show_plan(lines: Sequence[Line]) -> None:
+    """Print what ``--dry_run`` found out; the main process does."""
+    if distributed.is_main():
+        print(render(lines), flush=True)
 
 
 def setup_logging() -> None:

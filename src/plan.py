@@ -20,9 +20,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Bytes of optimizer state per trained parameter, by the beginning of ``--optim``; 8 of others.
-OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "lion": 4}
-DEFAULT_OPTIMIZER_BYTES = 8
+#: Bytes of optimizer state per trained parameter, by what ``--optim`` contains; `ADAMW_BYTES` of others.
+OPTIMIZER_BYTES = {"8bit": 2, "sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "lion": 4}
+ADAMW_BYTES = 8
 
 #: A label and what is to be said.
 Line = tuple[str, str]
@@ -113,8 +113,9 @@ def training_memory(
         processes: that train together.
         zero_stage: of DeepSpeed.
     """
-    state = next((own for name, own in OPTIMIZER_BYTES.items() if optimizer_name.startswith(name)), None)
-    optimizer = size.trainable * (DEFAULT_OPTIMIZER_BYTES if state is None else state)
+    optimizer = size.trainable * next(
+        (own for name, own in OPTIMIZER_BYTES.items() if name in optimizer_name), ADAMW_BYTES
+    )
     gradients = 4 * size.trainable
     if zero_stage == 0 and processes > 1:
         gradients *= 2

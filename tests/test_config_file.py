@@ -38,7 +38,15 @@ def parse(tmp_path, text: str, *argv: str, file: str = "run.yaml", **defaults):
 
 def test_values_of_the_file_and_of_the_command_line(tmp_path):
     text = "name: b\ncount: 3\nrate: 1e-4\nlimit: null\nswitch: false\nranks: [3, 10]\nnames: one.json\n"
-    wanted = {"name": "b", "count": 3, "rate": 1e-4, "limit": None, "switch": False, "ranks": [3, 10], "names": ["one.json"]}
+    wanted = {
+        "name": "b",
+        "count": 3,
+        "rate": 1e-4,
+        "limit": None,
+        "switch": False,
+        "ranks": [3, 10],
+        "names": ["one.json"],
+    }
     args, given = parse(tmp_path, text)
     assert args == wanted
     assert given == set(wanted)

@@ -1,0 +1,219 @@
+"""``--dry_run`` of training and of retrieval: what `src.plan` computes, from data and models without weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from src import distributed
+from src.distribution import Distribution
+from src.plan import (
+    Line,
+    ModelSize,
+    activation_bytes,
+    human_bytes,
+    sample,
+    step_counts,
+    training_memory,
+)
+from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs, zero_stage
+from src.retrieval.bm25 import choose_engine
+from src.retrieval.builders import bm25_config, encode_configs
+from src.retrieval.checkpoints import TrainableModel
+from src.retrieval.data import Source, TrainDataset, TrainExample
+from src.retrieval.evaluate import SCORE, EvalConfig, EvalData
+from src.retrieval.index import bytes_per_vector, check_factory
+from src.retrieval.modeling_dense import DenseRetriever
+from src.retrieval.searcher import vector_width
+from src.retrieval.trainer import batch_sampler
+
+#: Batches that are tokenized to estimate the tokens of a step, and texts to estimate those of a file.
+SAMPLED_BATCHES = 8
+SAMPLED_TEXTS = 256
+
+
+def model_size(backbone: PreTrainedModel, parameters: int, trainable: int, fused_attention: bool) -> ModelSize:
+    """What memory depends on, told by a transformer that may be without weights.
+
+    Args:
+        backbone: the transformer.
+        parameters: of the whole model, which may hold several.
+        trainable: of it.
+        fused_attention: the device keeps no attention weights for the backward pass.
+    """
+    config = backbone.config
+    widths = [
+        module.out_features if isinstance(module, nn.Linear) else module.nf
+        for module in backbone.modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    dropout = getattr(config, "attention_probs_dropout_prob", None) or getattr(config, "attention_dropout", 0)
+    # Weights, dropout's mask and their product, of every head.
+    kept = 0 if fused_attention or not dropout else 3 * config.num_attention_heads
+    return ModelSize(parameters, trainable, config.num_hidden_layers, config.hidden_size, sum(widths), kept)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many parameters there are, and how many are trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def source_lines(sources: Sequence[Source]) -> Iterator[Line]:
+    """Rows of each training file, those left out with the reason, and their tasks."""
+    for source in sources:
+        tasks = Counter(
+            str(task) or source.default_task or "none" for task in source.rows.scan.columns["task"][source.kept]
+        )
+        text = f"{source.rows.path}: {len(source):,} of {len(source.rows):,} rows in use"
+        text += "".join(f"; {count:,} dropped: {reason}" for reason, count in source.dropped.items())
+        yield (
+            "training rows",
+            f"{text} (task {', '.join(f'{task} {count:,}' for task, count in sorted(tasks.items()))})",
+        )
+
+
+def _chunks(batch: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
+    """The token tensors of a collated batch."""
+    for part in batch.values():
+        if isinstance(part, dict):
+            yield from part["chunks"]
+
+
+def training_lines(
+    model: TrainableModel,
+    training: RetrievalTrainingArgs,
+    sources: Sequence[Source],
+    collator: Callable[[Sequence[TrainExample]], dict[str, Any]],
+    resume: str | None,
+) -> Iterator[Line]:
+    """Rows, batches, steps, tokens and memory of a training run.
+
+    Args:
+        model: maybe without weights.
+        training: settings.
+        sources: rows of all files.
+        collator: examples to token tensors.
+        resume: checkpoint folder to go on from.
+    """
+    yield from source_lines(sources)
+    world, per_device = distributed.world_size(), training.per_device_train_batch_size
+    accumulation = training.gradient_accumulation_steps
+    dataset = TrainDataset(sources, training.seed)
+    sampler = batch_sampler(training, dataset.sizes, per_device)
+    per_epoch, total = step_counts(
+        len(sampler), accumulation, training.num_train_epochs, training.max_steps, training.early_exit_steps
+    )
+    yield (
+        "batch",
+        f"{world * per_device * accumulation:,} queries a step = {world} processes × {per_device} queries × "
+        f"{accumulation} accumulated, {training.train_group_size} keys each",
+    )
+    yield (
+        "steps",
+        f"{total:,} = {total / per_epoch:.3g} epochs of {per_epoch:,}, a checkpoint every {training.save_steps:g}",
+    )
+    if resume is not None:
+        yield "steps", f"going on from {resume}"
+
+    batches = [collator([dataset[place] for place in batch]) for batch in islice(sampler, SAMPLED_BATCHES)]
+    texts = Distribution(
+        int(n) for batch in batches for chunk in _chunks(batch) for n in chunk["attention_mask"].sum(1)
+    )
+    padded = [sum(chunk["input_ids"].numel() for chunk in _chunks(batch)) for batch in batches]
+    step = sum(padded) / len(padded) * accumulation * world
+    share = 1 - texts.mean * len(texts) / sum(padded)
+    yield (
+        "tokens",
+        f"about {step:,.0f} a step, {share:.0%} of them padding (from {len(batches)} batches of this process)",
+    )
+    yield "tokens", f"a text: {texts.describe()}"
+
+    half = bool(training.fp16 or training.bf16)
+    size = model_size(model.backbones[0], *count_parameters(model), fused_attention=not training.use_cpu)
+    together = [[chunk["input_ids"].shape for chunk in _chunks(batch)] for batch in batches]
+    if training.grad_cache_chunk_size:
+        together = [[shape] for shapes in together for shape in shapes]
+    checkpointing = bool(training.activation_checkpointing)
+    activations = max(
+        sum(activation_bytes(size, rows * width, width, half, checkpointing) for rows, width in shapes)
+        for shapes in together
+    )
+    memory = training_memory(size, activations, training.optim.value, half, world, zero_stage(training.deepspeed))
+    yield "model", f"{size.parameters:,} parameters, {size.trainable:,} of them trained in {_precision(training)}"
+    yield "memory", f"{memory.describe()} (a process; an estimate, see src/plan.py)"
+    yield "output", training.output_dir
+
+
+def _precision(training: RetrievalTrainingArgs) -> str:
+    return "fp16" if training.fp16 else "bf16" if training.bf16 else "fp32"
+
+
+def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Distribution:
+    """Tokens of some of the texts, evenly spread, as they are cut."""
+    some = [texts[number] for number in sample(len(texts), SAMPLED_TEXTS)]
+    return Distribution(map(len, tokenizer(some, truncation=True, max_length=max_length)["input_ids"]))
+
+
+def evaluation_lines(
+    args: RetrievalArgs | RankerArgs,
+    data: EvalData,
+    config: EvalConfig,
+    device: torch.device,
+    model: DenseRetriever | None,
+) -> Iterator[Line]:
+    """Queries, passages, tokens and the size of the index of an evaluation.
+
+    Args:
+        args: flags.
+        data: rows and corpus.
+        config: what is computed.
+        device: that the model runs on.
+        model: the encoder, maybe without weights; None when there is none.
+
+    Raises:
+        UserError: the index or the engine asked for cannot be had.
+    """
+    yield (
+        "evaluation",
+        f"{data.rows.path}: {len(data.rows):,} queries (task {data.task or 'none'}), --metrics {' '.join(config.metrics)}",
+    )
+    if SCORE in config.metrics:
+        yield "evaluation", f"{int(data.rows.scan.columns['candidates'].sum()):,} candidates to score"
+    if config.rerank and config.ranks:
+        yield "evaluation", f"{int(data.rows.scan.columns['keys'].sum()):,} keys to reorder"
+    if isinstance(args, RetrievalArgs) and model is not None:
+        queries = token_counts(model.query_tokenizer, data.queries, args.query_max_length)
+        yield "tokens", f"a query: {queries.describe()} (of {len(queries)})"
+    if not isinstance(args, RetrievalArgs) or data.corpus is None or config.rerank:
+        return
+    rows = len(data.corpus)
+    yield (
+        "corpus",
+        f"{data.corpus.path}: {rows:,} passages, {min(config.hits or rows, rows):,} hits a query by {args.retrieval_method}",
+    )
+    if args.retrieval_method == "bm25":
+        engine = distributed.on_main(lambda: choose_engine(bm25_config(args, config.output_dir)))
+        yield "corpus", f"BM25 by {'the embedded engine' if engine is None else f'Anserini ({engine.source})'}"
+    if model is None:
+        return
+    keys = token_counts(model.key_tokenizer, data.keys, args.key_max_length)
+    yield "tokens", f"a passage: {keys.describe()} (of {len(keys)}); about {keys.mean * rows:,.0f} in all"
+    width, dtype = vector_width(model), encode_configs(args, device)[1].stored_dtype
+    check_factory(args.faiss_index_factory, width, model.metric, rows // distributed.world_size())
+    vectors = rows * width * (4 if dtype == "float32" else 2)
+    yield (
+        "index",
+        f"{rows:,} vectors × {width} dimensions, {dtype}: {human_bytes(vectors)} ({vectors:,} bytes), over all processes",
+    )
+    if args.faiss_index_factory != "Flat" or args.save_index:
+        each = bytes_per_vector(args.faiss_index_factory, width, model.metric)
+        size = f"{human_bytes(rows * each)} besides" if each is not None else "of a size that FAISS does not tell"
+        yield "index", f"{args.faiss_index_factory}: {size}"
