@@ -72,7 +72,8 @@ def main() -> None:
     if args.dry_run:
         lines = [*training_lines(model, training, sources, collator, resume)] if sources else []
         lines += evaluation_lines(args, eval_data, evaluation, device, model) if eval_data is not None else []
-        return show_plan(lines)
+        show_plan(lines)
+        return
     arguments = resolved_arguments(args, training, model)
     evaluate_model = None
     if eval_data is not None:

@@ -131,7 +131,8 @@ def main() -> None:
     flag = "output_dir" if args.save_to_output else "eval_data"
     distributed.on_main(lambda: check_writable(os.path.dirname(output) or ".", flag))
     if args.dry_run:
-        return show_plan(plan(args, config, data, output))
+        show_plan(plan(args, config, data, output))
+        return
     with contextlib.closing(Journal(f"{output}.parts")) as journal:
         fill(args, config, data, journal)
         if distributed.is_main():

@@ -63,7 +63,8 @@ def main() -> None:
     if args.dry_run:
         lines = [*training_lines(model, training, sources, collator, resume)] if sources else []
         lines += evaluation_lines(args, eval_data, evaluation, device, None) if eval_data is not None else []
-        return show_plan(lines)
+        show_plan(lines)
+        return
     evaluate_model = None
     if eval_data is not None:
         evaluate_model = recorded(ranker_evaluator(args, eval_data, evaluation, device), training.log_path, arguments)

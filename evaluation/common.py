@@ -231,7 +231,8 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
     distributed.on_main(lambda: _check_outputs(args))
     context = make_context(task, args, given, device)
     if args.dry_run:
-        return show_plan([*task_lines(task, context, output_path(args, context.data.rows.path))])
+        show_plan([*task_lines(task, context, output_path(args, context.data.rows.path))])
+        return
     examples = task.examples(context)
     found, metrics = task.retrieve(context, task)
     facts: dict[str, Any] = {"task": task.name, "retriever": retriever_name(args), "versions": versions()}

@@ -13,8 +13,9 @@ from src.lm.builders import lm_config
 from src.lm.dry_run import SAMPLED_ROWS, lm_lines
 from src.lm.modeling_lm import empty_lm, load_lm_tokenizer
 from src.plan import Line, sample
-from src.retrieval.builders import eval_config
+from src.retrieval.builders import encoder_config, eval_config
 from src.retrieval.dry_run import evaluation_lines
+from src.retrieval.modeling_dense import load_dense_retriever
 
 if TYPE_CHECKING:
     from evaluation.common import Context, EvalTask
@@ -30,7 +31,7 @@ def task_lines(task: EvalTask, context: Context, output: str) -> Iterator[Line]:
     """
     args, data = context.args, context.data
     config = eval_config(args, args.output_dir, args.seed)
-    model = context.retriever() if args.retrieval_method == "dense" else None
+    model = load_dense_retriever(encoder_config(args, context.given)) if args.retrieval_method == "dense" else None
     if data.corpus is not None:
         yield from evaluation_lines(args, data, config, context.device, model)
     else:

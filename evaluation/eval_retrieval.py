@@ -57,13 +57,15 @@ def main(name: str = "retrieval", **defaults: Any) -> None:
     data = load_eval_data(args, config)
     assert data is not None
 
+    if args.dry_run:
+        model = load_dense_retriever(encoder_config(args, given)) if args.retrieval_method == "dense" else None
+        show_plan([*evaluation_lines(args, data, config, device, model)])
+        return
+
     @cache
     def load_model() -> DenseRetriever:
         return load_dense_retriever(encoder_config(args, given)).to(device).eval()
 
-    if args.dry_run:
-        model = load_model() if args.retrieval_method == "dense" else None
-        return show_plan([*evaluation_lines(args, data, config, device, model)])
     searcher: Callable[[], Searcher] = partial(build_searcher, args, data, device, load_model)
     metrics = evaluate(
         data, config, lambda: dense_scorer(args, device, load_model()), lambda: retrieve(data, config, searcher)

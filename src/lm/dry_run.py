@@ -32,17 +32,11 @@ def scoring_lines(data: ScoreData, encoder: PromptEncoder) -> Iterator[Line]:
     yield "tokens", f"an answer: {Distribution(len(tokens.answer) for tokens in fitting).describe()}"
     yield "tokens", f"about {lengths.mean * pairs:,.0f} in all"
     if unfit := sum(None in row for row in encoded):
-        yield (
-            "tokens",
-            f"{unfit} of these {len(numbers)} rows do not fit into {encoder.max_length} tokens: they stay unscored",
-        )
+        yield "tokens", f"{unfit} of these rows do not fit into {encoder.max_length} tokens and stay unscored"
 
 
 def lm_lines(model: PreTrainedModel, config: LMConfig) -> Iterator[Line]:
     """Size of an LM, which may be without weights."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = parameters * TORCH_DTYPES[config.dtype].itemsize
-    yield (
-        "LM",
-        f"{config.model_name_or_path}: {parameters:,} parameters, {human_bytes(size)} in {config.dtype}, and what batches take",
-    )
+    size = human_bytes(parameters * TORCH_DTYPES[config.dtype].itemsize)
+    yield "LM", f"{config.model_name_or_path}: {parameters:,} parameters, {size} in {config.dtype}; batches come on top"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -69,22 +71,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def source_lines(sources: Sequence[Source]) -> Iterator[Line]:
     """Rows of each training file, those left out with the reason, and their tasks."""
     for source in sources:
-        tasks = Counter(
-            str(task) or source.default_task or "none" for task in source.rows.scan.columns["task"][source.kept]
-        )
-        text = f"{source.rows.path}: {len(source):,} of {len(source.rows):,} rows in use"
-        text += "".join(f"; {count:,} dropped: {reason}" for reason, count in source.dropped.items())
-        yield (
-            "training rows",
-            f"{text} (task {', '.join(f'{task} {count:,}' for task, count in sorted(tasks.items()))})",
-        )
-
-
-def _chunks(batch: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
-    """The token tensors of a collated batch."""
-    for part in batch.values():
-        if isinstance(part, dict):
-            yield from part["chunks"]
+        named = source.rows.scan.columns["task"][source.kept]
+        tasks = Counter(str(task) or source.default_task or "none" for task in named)
+        shown = ", ".join(f"{task} {count:,}" for task, count in sorted(tasks.items()))
+        yield "training", f"{source.rows.path}: {len(source):,} of {len(source.rows):,} rows in use (task {shown})"
+        yield from (("training", f"  {count:,} dropped: {reason}") for reason, count in source.dropped.items())
 
 
 def training_lines(
@@ -104,56 +95,59 @@ def training_lines(
         resume: checkpoint folder to go on from.
     """
     yield from source_lines(sources)
-    world, per_device = distributed.world_size(), training.per_device_train_batch_size
+    world, queries = distributed.world_size(), training.per_device_train_batch_size
     accumulation = training.gradient_accumulation_steps
     dataset = TrainDataset(sources, training.seed)
-    sampler = batch_sampler(training, dataset.sizes, per_device)
+    sampler = batch_sampler(training, dataset.sizes, queries)
     per_epoch, total = step_counts(
         len(sampler), accumulation, training.num_train_epochs, training.max_steps, training.early_exit_steps
     )
-    yield (
-        "batch",
-        f"{world * per_device * accumulation:,} queries a step = {world} processes × {per_device} queries × "
-        f"{accumulation} accumulated, {training.train_group_size} keys each",
-    )
-    yield (
-        "steps",
-        f"{total:,} = {total / per_epoch:.3g} epochs of {per_epoch:,}, a checkpoint every {training.save_steps:g}",
-    )
+    split = f"{world} processes × {queries} queries × {accumulation} accumulated"
+    yield "batch", f"{world * queries * accumulation:,} queries = {split}; {training.train_group_size} keys each"
+    yield "steps", f"{total:,} ({total / per_epoch:.3g} epochs of {per_epoch:,}), saved every {training.save_steps:g}"
     if resume is not None:
         yield "steps", f"going on from {resume}"
 
     batches = [collator([dataset[place] for place in batch]) for batch in islice(sampler, SAMPLED_BATCHES)]
-    texts = Distribution(
-        int(n) for batch in batches for chunk in _chunks(batch) for n in chunk["attention_mask"].sum(1)
-    )
-    padded = [sum(chunk["input_ids"].numel() for chunk in _chunks(batch)) for batch in batches]
-    step = sum(padded) / len(padded) * accumulation * world
-    share = 1 - texts.mean * len(texts) / sum(padded)
-    yield (
-        "tokens",
-        f"about {step:,.0f} a step, {share:.0%} of them padding (from {len(batches)} batches of this process)",
-    )
-    yield "tokens", f"a text: {texts.describe()}"
-
-    half = bool(training.fp16 or training.bf16)
+    yield from _token_lines(batches, accumulation * world)
+    half = "fp16" if training.fp16 else "bf16" if training.bf16 else None
     size = model_size(model.backbones[0], *count_parameters(model), fused_attention=not training.use_cpu)
-    together = [[chunk["input_ids"].shape for chunk in _chunks(batch)] for batch in batches]
-    if training.grad_cache_chunk_size:
-        together = [[shape] for shapes in together for shape in shapes]
-    checkpointing = bool(training.activation_checkpointing)
-    activations = max(
-        sum(activation_bytes(size, rows * width, width, half, checkpointing) for rows, width in shapes)
-        for shapes in together
-    )
-    memory = training_memory(size, activations, training.optim.value, half, world, zero_stage(training.deepspeed))
-    yield "model", f"{size.parameters:,} parameters, {size.trainable:,} of them trained in {_precision(training)}"
-    yield "memory", f"{memory.describe()} (a process; an estimate, see src/plan.py)"
+    most = _most_activations(size, batches, training, half is not None)
+    stage = zero_stage(training.deepspeed)
+    memory = training_memory(size, most, str(training.optim), half is not None, world, stage)
+    yield "model", f"{size.parameters:,} parameters, {size.trainable:,} of them trained, in {half or 'fp32'}"
+    yield "memory", f"{memory.describe()} (each process; an estimate, see src/plan.py)"
     yield "output", training.output_dir
 
 
-def _precision(training: RetrievalTrainingArgs) -> str:
-    return "fp16" if training.fp16 else "bf16" if training.bf16 else "fp32"
+def _chunks(batch: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """The token tensors of a collated batch."""
+    for part in batch.values():
+        if isinstance(part, dict):
+            yield from part["chunks"]
+
+
+def _token_lines(batches: Sequence[Mapping[str, Any]], batches_a_step: int) -> Iterator[Line]:
+    chunks = [chunk for batch in batches for chunk in _chunks(batch)]
+    texts = Distribution(length for chunk in chunks for length in chunk["attention_mask"].sum(1).tolist())
+    padded = sum(chunk["input_ids"].numel() for chunk in chunks)
+    step, padding = padded / len(batches) * batches_a_step, 1 - texts.mean * len(texts) / padded
+    yield "tokens", f"about {step:,.0f} a step, {padding:.0%} of them padding (of the first {len(batches)} batches)"
+    yield "tokens", f"a text: {texts.describe()}"
+
+
+def _most_activations(
+    size: ModelSize, batches: Sequence[Mapping[str, Any]], training: RetrievalTrainingArgs, half: bool
+) -> int:
+    """Of what is in memory at a time: a batch, or with GradCache one chunk of it."""
+    groups = [list(_chunks(batch)) for batch in batches]
+    if training.grad_cache_chunk_size:
+        groups = [[chunk] for group in groups for chunk in group]
+    checkpointing = bool(training.activation_checkpointing)
+    shapes = [[chunk["input_ids"].shape for chunk in group] for group in groups]
+    return max(
+        sum(activation_bytes(size, rows * width, width, half, checkpointing) for rows, width in own) for own in shapes
+    )
 
 
 def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Distribution:
@@ -181,39 +175,40 @@ def evaluation_lines(
     Raises:
         UserError: the index or the engine asked for cannot be had.
     """
-    yield (
-        "evaluation",
-        f"{data.rows.path}: {len(data.rows):,} queries (task {data.task or 'none'}), --metrics {' '.join(config.metrics)}",
-    )
+    columns = data.rows.scan.columns
+    yield "evaluation", f"{data.rows.path}: {len(data.rows):,} queries (task {data.task or 'none'})"
+    yield "evaluation", f"--metrics {' '.join(config.metrics)}"
     if SCORE in config.metrics:
-        yield "evaluation", f"{int(data.rows.scan.columns['candidates'].sum()):,} candidates to score"
+        yield "evaluation", f"{int(columns['candidates'].sum()):,} candidates to score"
     if config.rerank and config.ranks:
-        yield "evaluation", f"{int(data.rows.scan.columns['keys'].sum()):,} keys to reorder"
+        yield "evaluation", f"{int(columns['keys'].sum()):,} keys to reorder"
     if isinstance(args, RetrievalArgs) and model is not None:
         queries = token_counts(model.query_tokenizer, data.queries, args.query_max_length)
         yield "tokens", f"a query: {queries.describe()} (of {len(queries)})"
-    if not isinstance(args, RetrievalArgs) or data.corpus is None or config.rerank:
-        return
+    if isinstance(args, RetrievalArgs) and data.corpus is not None and not config.rerank:
+        yield from _corpus_lines(args, data, config, device, model)
+
+
+def _corpus_lines(
+    args: RetrievalArgs, data: EvalData, config: EvalConfig, device: torch.device, model: DenseRetriever | None
+) -> Iterator[Line]:
+    assert data.corpus is not None
     rows = len(data.corpus)
-    yield (
-        "corpus",
-        f"{data.corpus.path}: {rows:,} passages, {min(config.hits or rows, rows):,} hits a query by {args.retrieval_method}",
-    )
+    hits = min(config.hits or rows, rows)
+    yield "corpus", f"{data.corpus.path}: {rows:,} passages, {hits:,} a query by {args.retrieval_method}"
     if args.retrieval_method == "bm25":
-        engine = distributed.on_main(lambda: choose_engine(bm25_config(args, config.output_dir)))
-        yield "corpus", f"BM25 by {'the embedded engine' if engine is None else f'Anserini ({engine.source})'}"
+        engine = distributed.on_main(partial(choose_engine, bm25_config(args, config.output_dir)))
+        yield "corpus", f"by {'the embedded engine' if engine is None else f'Anserini ({engine.source})'}"
     if model is None:
         return
     keys = token_counts(model.key_tokenizer, data.keys, args.key_max_length)
     yield "tokens", f"a passage: {keys.describe()} (of {len(keys)}); about {keys.mean * rows:,.0f} in all"
     width, dtype = vector_width(model), encode_configs(args, device)[1].stored_dtype
-    check_factory(args.faiss_index_factory, width, model.metric, rows // distributed.world_size())
-    vectors = rows * width * (4 if dtype == "float32" else 2)
-    yield (
-        "index",
-        f"{rows:,} vectors × {width} dimensions, {dtype}: {human_bytes(vectors)} ({vectors:,} bytes), over all processes",
-    )
-    if args.faiss_index_factory != "Flat" or args.save_index:
-        each = bytes_per_vector(args.faiss_index_factory, width, model.metric)
-        size = f"{human_bytes(rows * each)} besides" if each is not None else "of a size that FAISS does not tell"
-        yield "index", f"{args.faiss_index_factory}: {size}"
+    factory = args.faiss_index_factory
+    check_factory(factory, width, model.metric, rows // distributed.world_size())
+    size = rows * width * np.dtype(dtype).itemsize
+    yield "index", f"{rows:,} vectors × {width} dimensions, {dtype}: {size:,} bytes ({human_bytes(size)})"
+    if factory != "Flat" or args.save_index:
+        each = bytes_per_vector(factory, width, model.metric)
+        more = "FAISS does not tell its size" if each is None else f"{rows * each:,} bytes ({human_bytes(rows * each)})"
+        yield "index", f"{factory}: {more}"
