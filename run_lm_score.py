@@ -27,7 +27,7 @@ from src.lm.modeling_lm import LMConfig, empty_lm, lm_max_length, load_lm, load_
 from src.lm.prompts import PromptEncoder, make_frame
 from src.lm.score import FORMAT, ScoreData, check_all_fit, check_tokens, score_units, write_scored
 from src.plan import Line
-from src.retrieval.tasks import TASKS, task_from_path
+from src.retrieval.tasks import prompt_task_problems, task_from_path
 from src.schema import LM_CHECK, check_lm_row
 
 logger = logging.getLogger("run_lm_score")
@@ -45,10 +45,8 @@ def load_data(args: LMScoreArgs) -> ScoreData:
     default = args.task or task_from_path(path)
     tasks = rows.scan.columns["task"]
     for task in np.unique(tasks):
-        if (task or default) not in TASKS:
-            where = rows.where(int(np.flatnonzero(tasks == task)[0]))
-            problem = f"unknown task {str(task)!r}" if task else "neither row nor path names a task (see --task)"
-            raise UserError(f"{where}: {problem}: the prompt depends on it, choose from {', '.join(TASKS)}")
+        for problem in prompt_task_problems(task, default):
+            raise UserError(f"{rows.where(int(np.flatnonzero(tasks == task)[0]))}: {problem}")
     return ScoreData(rows, default, args.answer_select, args.seed)
 
 
