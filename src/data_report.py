@@ -191,6 +191,7 @@ class DataReport:
         if self.kind == "train":
             found["score_spread"] = self.spread.summary()
             found["untrainable_rows"] = dict(self.untrainable)
+        found["first_lines_of_repeats"] = self.first_lines
         for name, messages in (("errors", self.errors), ("warnings", self.warnings)):
             found[name] = [
                 {"message": message, "count": len(lines), "lines": lines.tolist()}
