@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         show(path, reports[path], args.shown)
     errors = sum(count(report.errors) for report in reports.values())
     warnings = sum(count(report.warnings) for report in reports.values())
-    print(f"{len(files)} files: {errors:,} errors, {warnings:,} warnings")
+    print(f"files: {len(files)}, errors: {errors:,}, warnings: {warnings:,}")
     if args.json:
         found = {path: report.to_json() for path, report in reports.items()}
         write_json(args.json, {"errors": errors, "warnings": warnings, "files": found})

@@ -83,7 +83,7 @@ def test_warnings_name_their_lines(check, tmp_path):
     assert report["files"][str(path)]["first_lines_of_repeats"] == {"4": 1, "5": 1}
     assert f"{path}:4: warning: the query repeats that of an earlier row (line 1)" in printed
     assert f"{path}: warning: the query repeats that of an earlier row (+1 more)" in printed
-    assert "1 files: 0 errors, 7 warnings" in printed
+    assert "files: 1, errors: 0, warnings: 7" in printed
 
 
 def test_all_errors_are_shown(check, tmp_path):
