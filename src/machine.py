@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -136,9 +137,10 @@ def check_processes(processes: int, patience: float = PATIENCE) -> Finding:
         try:
             printed, errors = started.communicate(timeout=patience)
         except subprocess.TimeoutExpired:
-            launcher = psutil.Process(started.pid)
-            for process in (launcher, *launcher.children(recursive=True)):
-                process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                launcher = psutil.Process(started.pid)
+                for process in (launcher, *launcher.children(recursive=True)):
+                    process.kill()
             return Finding(name, PROBLEM, f"did not find each other within {patience:g} seconds", advice, True)
     if started.returncode == 0:
         return Finding(name, OK, printed.strip(), "", True)

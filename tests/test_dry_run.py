@@ -319,3 +319,17 @@ def test_evaluations(task, dry, data_root, tiny_bert, models, tmp_path):  # noqa
         # The window, two chunks with what follows them, and [CLS]; chunks that overlap take less.
         assert "max 193" in plan["tokens"][0]
         assert "1 of these 3 rows are left out" in plan["tokens"][1]
+
+
+@pytest.mark.parametrize(
+    "command", ["run_dense", "run_ranker", "run_lm_score", *(f"evaluation.eval_{t}" for t in TASKS)]
+)
+def test_help_lists_the_flags_of_all_commands(command, monkeypatch, capsys):
+    module = importlib.import_module(command)
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        module.main() if hasattr(module, "main") else run_task(module.TASK)
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--config FILE" in printed
+    assert "--dry_run [DRY_RUN]" in printed
