@@ -260,7 +260,8 @@ def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> Pre
             auto_class = AutoModel
             pooler = _no_pooler(MODEL_MAPPING[type(model_config)]) if type(model_config) in MODEL_MAPPING else {}  # type: ignore[arg-type]
         if config.empty:
-            return empty_model(auto_class, model_config, trust_remote_code=config.trust_remote_code, **pooler)
+            code = {"trust_remote_code": config.trust_remote_code}
+            return empty_model(auto_class, model_config, checkpoint, **code, **pooler)
         model, info = auto_class.from_pretrained(
             checkpoint, dtype=torch.float32, output_loading_info=True, **options, **pooler
         )
