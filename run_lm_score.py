@@ -89,9 +89,11 @@ def prompt_encoder(args: LMScoreArgs, tokenizer: PreTrainedTokenizerBase, config
 def plan(args: LMScoreArgs, config: LMConfig, data: ScoreData, output: str) -> list[Line]:
     """For ``--dry_run``: pairs, their tokens, and the size of the LM."""
     tokenizer, model_config = load_lm_tokenizer(config)
-    model = empty_lm(model_config, args.trust_remote_code)
+    model = empty_lm(config, model_config)
     check_tokens(data, model.get_output_embeddings().weight.shape[0])
     encoder = prompt_encoder(args, tokenizer, model_config)
+    if args.strict:
+        check_all_fit(encoder, data)
     return [*scoring_lines(data, encoder), *lm_lines(model, config), ("output", output)]
 
 

@@ -40,7 +40,7 @@ def task_lines(task: EvalTask, context: Context, output: str) -> Iterator[Line]:
         return
     yield from _prompt_lines(task, context)
     own = lm_config(args, context.given, context.device)
-    yield from lm_lines(empty_lm(load_lm_tokenizer(own)[1], args.trust_remote_code), own)
+    yield from lm_lines(empty_lm(own, load_lm_tokenizer(own)[1]), own)
     yield "output", output
 
 

@@ -17,8 +17,11 @@ What libraries and the device itself take, some hundred MB, comes on top.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 #: Bytes of optimizer state per trained parameter, by what ``--optim`` contains; `ADAMW_BYTES` of others.
 OPTIMIZER_BYTES = {"8bit": 2, "sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "lion": 4}
@@ -139,6 +142,15 @@ def human_bytes(size: float) -> str:
 def sample(size: int, wanted: int) -> list[int]:
     """`wanted` of so many row numbers, evenly spread; all when there are no more."""
     return [size * number // wanted for number in range(wanted)] if size > wanted else list(range(size))
+
+
+def describe_tasks(names: np.ndarray, default: str | None) -> str:
+    """How many rows are of each task; str ``(rows,)``, empty for those of the default."""
+    found, counts = np.unique(names, return_counts=True)
+    tasks: Counter[str] = Counter()
+    for name, count in zip(found.tolist(), counts.tolist(), strict=True):
+        tasks[name or default or "none"] += count
+    return "task " + ", ".join(f"{task} {count:,}" for task, count in sorted(tasks.items()))
 
 
 def render(lines: Sequence[Line]) -> str:

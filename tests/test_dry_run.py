@@ -19,7 +19,7 @@ from evaluation import eval_retrieval
 from evaluation.common import run_task
 from src.cli import run as run_entry
 from src.distribution import Distribution
-from src.lm.modeling_lm import empty_lm
+from src.lm.modeling_lm import LMConfig, empty_lm
 from src.plan import Memory, activation_bytes, human_bytes, sample, step_counts, training_memory
 from src.retrieval.dry_run import count_parameters, model_size
 from src.retrieval.lora import LoraSettings
@@ -35,9 +35,9 @@ def files_below(folder: Path) -> dict[str, int]:
 
 
 def without_weights(model: str, folder: Path) -> str:
-    """A copy of a model's folder that tells all but its weights."""
+    """A copy of a model's folder whose file of weights is empty: reading it would fail."""
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    assert not list(folder.glob("*.safetensors"))
+    (folder / "model.safetensors").touch()
     return str(folder)
 
 
@@ -179,7 +179,9 @@ def test_models_without_weights_have_the_size_of_those_with(tiny_bert, tiny_t5, 
     rankers = [load_cross_encoder(RankerConfig(path, 32, 32, empty=path == bare)) for path in (tiny_bert, bare)]
     assert count_parameters(rankers[0]) == count_parameters(rankers[1])
     real = AutoModelForCausalLM.from_pretrained(models["llama"])
-    assert count_parameters(empty_lm(real.config)) == count_parameters(real)
+    assert count_parameters(
+        empty_lm(LMConfig(models["llama"], "fp32", torch.device("cpu")), real.config)
+    ) == count_parameters(real)
     encoder = load_dense_retriever(EncoderConfig(without_weights(tiny_t5, tmp_path / "t5"), empty=True))
     assert count_parameters(encoder)[0] == count_parameters(AutoModel.from_pretrained(tiny_t5).encoder)[0]
 
@@ -251,7 +253,7 @@ def test_one_of_two_processes_prints(files, tiny_bert, tmp_path):
     assert float(gradients) == pytest.approx(2 * float(weights), rel=0.01)
 
 
-def test_what_stops_a_run_stops_its_dry_run(dry, files, tiny_bert):
+def test_what_stops_a_run_stops_its_dry_run(dry, files, tiny_bert, tmp_path):
     flags = ["--query_encoder", tiny_bert, "--output_dir", files["out"], "--log_path", files["log"]]
     assert "takes 128 tokens at most" in dry(run_dense.main, *flags, "--train_data", files["train"], expect=2)
     flags += LENGTHS
@@ -259,6 +261,9 @@ def test_what_stops_a_run_stops_its_dry_run(dry, files, tiny_bert):
     flags += ["--eval_data", files["test"], "--corpus", files["corpus"]]
     printed = dry(eval_retrieval.main, *flags, "--hits", 100, "--faiss_index_factory", "IVF99,Flat", expect=2)
     assert "it has 99 cells" in printed
+    bare = Path(without_weights(tiny_bert, tmp_path / "bare"))
+    (bare / "model.safetensors").unlink()
+    assert "holds no weights" in dry(eval_retrieval.main, *flags, "--query_encoder", bare, expect=2)
 
 
 def test_retrieval(dry, files, tiny_bert, tmp_path):
@@ -295,6 +300,9 @@ def test_scoring(dry, tmp_path, models):  # noqa: F811
     plan = dry(run_lm_score.main, *flags, "--context_max_length", 25, "--lm_dtype", "bf16")
     assert plan["tokens"][-1] == "2 of these rows do not fit into 25 tokens and stay unscored"
     assert human_bytes(2 * parameters) in plan["LM"][0]
+    assert "do not fit into --context_max_length 25" in dry(
+        run_lm_score.main, *flags, "--context_max_length", 25, "--strict", expect=2
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -321,9 +329,10 @@ def test_evaluations(task, dry, data_root, tiny_bert, models, tmp_path):  # noqa
         assert "1 of these 3 rows are left out" in plan["tokens"][1]
 
 
-@pytest.mark.parametrize(
-    "command", ["run_dense", "run_ranker", "run_lm_score", *(f"evaluation.eval_{t}" for t in TASKS)]
-)
+COMMANDS = ["run_dense", "run_ranker", "run_lm_score", "evaluation.eval_retrieval"]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"evaluation.eval_{task}" for task in TASKS)])
 def test_help_lists_the_flags_of_all_commands(command, monkeypatch, capsys):
     module = importlib.import_module(command)
     monkeypatch.setattr(sys, "argv", [command, "--help"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 from transformers import PreTrainedModel
@@ -11,7 +10,7 @@ from src.distribution import Distribution
 from src.lm.modeling_lm import TORCH_DTYPES, LMConfig
 from src.lm.prompts import PromptEncoder
 from src.lm.score import ScoreData, encode_row
-from src.plan import Line, human_bytes, sample
+from src.plan import Line, describe_tasks, human_bytes, sample
 
 #: Rows whose prompts are made.
 SAMPLED_ROWS = 64
@@ -19,9 +18,8 @@ SAMPLED_ROWS = 64
 
 def scoring_lines(data: ScoreData, encoder: PromptEncoder) -> Iterator[Line]:
     """Rows, pairs, and the tokens of some rows' prompts with their answers."""
-    tasks = Counter(str(task) or data.default_task for task in data.rows.scan.columns["task"])
-    shown = ", ".join(f"{task} {count:,}" for task, count in sorted(tasks.items(), key=str))
-    yield "rows", f"{data.rows.path}: {len(data.rows):,} rows (task {shown})"
+    tasks = describe_tasks(data.rows.scan.columns["task"], data.default_task)
+    yield "rows", f"{data.rows.path}: {len(data.rows):,} rows ({tasks})"
     pairs = int(data.pairs().sum())
     yield "pairs", f"{pairs:,} of candidate and answer to score"
     numbers = sample(len(data.rows), SAMPLED_ROWS)

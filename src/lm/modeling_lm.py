@@ -317,16 +317,22 @@ def _auto_class(config: PretrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def empty_lm(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_lm(config: LMConfig, model_config: PretrainedConfig) -> PreTrainedModel:
     """The LM of a configuration without its weights, to tell its size.
 
     Raises:
-        UserError: it is no LM.
+        UserError: it is no LM, or its folder holds no weights.
     """
+    name = config.model_name_or_path
+    # Weights in a .gguf file were found by that name.
+    checkpoint = "" if _gguf_file(name) else name
     try:
-        return empty_model(_auto_class(config), config, trust_remote_code=trust_remote_code)
+        code = {"trust_remote_code": config.trust_remote_code}
+        return empty_model(_auto_class(model_config), model_config, checkpoint, **code)
     except ValueError as error:
-        raise load_error(config.name_or_path or "", error, WHAT) from error
+        if isinstance(error, UserError):
+            raise
+        raise load_error(name, error, WHAT) from error
 
 
 def load_lm(config: LMConfig) -> LanguageModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -20,6 +19,7 @@ from src.plan import (
     Line,
     ModelSize,
     activation_bytes,
+    describe_tasks,
     human_bytes,
     sample,
     step_counts,
@@ -71,10 +71,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def source_lines(sources: Sequence[Source]) -> Iterator[Line]:
     """Rows of each training file, those left out with the reason, and their tasks."""
     for source in sources:
-        named = source.rows.scan.columns["task"][source.kept]
-        tasks = Counter(str(task) or source.default_task or "none" for task in named)
-        shown = ", ".join(f"{task} {count:,}" for task, count in sorted(tasks.items()))
-        yield "training", f"{source.rows.path}: {len(source):,} of {len(source.rows):,} rows in use (task {shown})"
+        tasks = describe_tasks(source.rows.scan.columns["task"][source.kept], source.default_task)
+        yield "training", f"{source.rows.path}: {len(source):,} of {len(source.rows):,} rows in use ({tasks})"
         yield from (("training", f"  {count:,} dropped: {reason}") for reason, count in source.dropped.items())
 
 
@@ -177,7 +175,7 @@ def evaluation_lines(
     """
     columns = data.rows.scan.columns
     yield "evaluation", f"{data.rows.path}: {len(data.rows):,} queries (task {data.task or 'none'})"
-    yield "evaluation", f"--metrics {' '.join(config.metrics)}"
+    yield "evaluation", f"metrics: {', '.join(config.metrics) or 'none'}"
     if SCORE in config.metrics:
         yield "evaluation", f"{int(columns['candidates'].sum()):,} candidates to score"
     if config.rerank and config.ranks:

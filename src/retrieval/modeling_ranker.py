@@ -117,10 +117,8 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
     if getattr(model_config, "pad_token_id", None) is None:
         model_config.pad_token_id = tokenizer.pad_token_id
     if config.empty:
-        empty = empty_model(
-            AutoModelForSequenceClassification, model_config, trust_remote_code=config.trust_remote_code
-        )
-        return CrossEncoder(empty, pairs)
+        code = {"trust_remote_code": config.trust_remote_code}
+        return CrossEncoder(empty_model(AutoModelForSequenceClassification, model_config, checkpoint, **code), pairs)
     backbone = _load_backbone(checkpoint, model_config, options, new_head)
     if hasattr(backbone.config, "use_cache"):
         backbone.config.use_cache = False
