@@ -39,6 +39,8 @@ from src.retrieval.trainer import batch_sampler
 #: Batches that are tokenized to estimate the tokens of a step, and texts to estimate those of a file.
 SAMPLED_BATCHES = 8
 SAMPLED_TEXTS = 256
+#: How configurations call the dropout of attention weights, with which a CPU keeps them.
+ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")
 
 
 def model_size(backbone: PreTrainedModel, parameters: int, trainable: int, fused_attention: bool) -> ModelSize:
@@ -50,13 +52,13 @@ def model_size(backbone: PreTrainedModel, parameters: int, trainable: int, fused
         trainable: of it.
         fused_attention: the device keeps no attention weights for the backward pass.
     """
-    config = backbone.config
+    config = backbone.config.get_text_config()
     widths = [
         module.out_features if isinstance(module, nn.Linear) else module.nf
         for module in backbone.modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
-    dropout = getattr(config, "attention_probs_dropout_prob", None) or getattr(config, "attention_dropout", 0)
+    dropout = any(getattr(config, name, 0) for name in ATTENTION_DROPOUT)
     # Weights, dropout's mask and their product, of every head.
     kept = 0 if fused_attention or not dropout else 3 * config.num_attention_heads
     return ModelSize(parameters, trainable, config.num_hidden_layers, config.hidden_size, sum(widths), kept)
