@@ -11,8 +11,8 @@ The memory of a process that trains is estimated as the sum of
   (the input and the output of each), plus the attention weights where they are not fused away; of 4 bytes, or of 3 on
   average under autocast. With gradient checkpointing, the input of every layer and all of one layer.
 
-Of the activations that autograd kept on a CPU, this counted 87 to 102 % of those of BERT, RoBERTa, ModernBERT and Llama,
-66 to 85 % of those of T5, GPT-2 and Qwen3. What libraries and the device itself take, some hundred MB, comes on top.
+Of the activations that autograd kept on a CPU, this counted 87 to 102 % for BERT, RoBERTa, ModernBERT and Llama, 66 to
+85 % for T5, GPT-2 and Qwen3. What libraries and the device itself take, some hundred MB, comes on top.
 """
 
 from __future__ import annotations
