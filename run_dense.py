@@ -5,13 +5,11 @@ torchrun --nproc_per_node 8 run_dense.py --train_data train.json --output_dir da
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 from transformers import set_seed
 
 from src import distributed
-from src.cli import parse_args, run
+from src.cli import parse_args, run, show_plan
 from src.errors import UserError
 from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
 from src.retrieval.batch_scores import DenseBatchScores
@@ -23,8 +21,10 @@ from src.retrieval.builders import (
     eval_config,
     load_eval_data,
     lora_settings,
+    resolved_arguments,
 )
 from src.retrieval.collator import TrainCollator
+from src.retrieval.dry_run import evaluation_lines, training_lines
 from src.retrieval.evaluators import dense_evaluator, recorded
 from src.retrieval.modeling_dense import load_dense_retriever
 from src.retrieval.trainer import checkpoint_to_resume
@@ -60,7 +60,6 @@ def main() -> None:
     check_combinations(args, training)
     distributed.on_main(lambda: check_outputs(args, training.output_dir, training.log_path))
     device: torch.device = torch.device("cpu") if args.cpu else training.device
-    arguments = {**asdict(args), **training.to_dict()}
     evaluation = eval_config(args, training.output_dir, training.seed, training.eval_method == "rerank")
     eval_data = load_eval_data(args, evaluation)
     sources = load_sources(args, training)
@@ -68,12 +67,18 @@ def main() -> None:
     set_seed(training.seed)
     model = load_dense_retriever(encoder_config(args, given, lora_settings(training) if sources else None))
     check_widths(model, training, args.truncate_dim)
+    lengths = (args.query_max_length, args.key_max_length)
+    collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, chunk_policy(training))
+    if args.dry_run:
+        lines = [*training_lines(model, training, sources, collator, resume)] if sources else []
+        lines += evaluation_lines(args, eval_data, evaluation, device, model) if eval_data is not None else []
+        show_plan(lines)
+        return
+    arguments = resolved_arguments(args, training, model)
     evaluate_model = None
     if eval_data is not None:
         evaluate_model = recorded(dense_evaluator(args, eval_data, evaluation, device), training.log_path, arguments)
     if sources:
-        lengths = (args.query_max_length, args.key_max_length)
-        collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, chunk_policy(training))
         score_batch = DenseBatchScores(
             model.metric, training.negative_cross_device, tuple(training.matryoshka_dims or ())
         )

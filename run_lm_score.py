@@ -12,19 +12,22 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from src import distributed
-from src.cli import parse_args, run
+from src.cli import parse_args, run, show_plan
 from src.errors import UserError
 from src.io import check_writable, derived_path, existing_file, resolve_path
 from src.jsonl import JsonLines, open_jsonl
 from src.lm.args import NO_EFFECT, LMScoreArgs
 from src.lm.builders import lm_config
+from src.lm.dry_run import lm_lines, scoring_lines
 from src.lm.journal import Journal
-from src.lm.modeling_lm import LMConfig, lm_max_length, load_lm, model_identity
+from src.lm.modeling_lm import LMConfig, empty_lm, lm_max_length, load_lm, load_lm_tokenizer, model_identity
 from src.lm.prompts import PromptEncoder, make_frame
 from src.lm.score import FORMAT, ScoreData, check_all_fit, check_tokens, score_units, write_scored
-from src.retrieval.tasks import TASKS, task_from_path
+from src.plan import Line
+from src.retrieval.tasks import prompt_task_problems, task_from_path
 from src.schema import LM_CHECK, check_lm_row
 
 logger = logging.getLogger("run_lm_score")
@@ -42,10 +45,8 @@ def load_data(args: LMScoreArgs) -> ScoreData:
     default = args.task or task_from_path(path)
     tasks = rows.scan.columns["task"]
     for task in np.unique(tasks):
-        if (task or default) not in TASKS:
-            where = rows.where(int(np.flatnonzero(tasks == task)[0]))
-            problem = f"unknown task {str(task)!r}" if task else "neither row nor path names a task (see --task)"
-            raise UserError(f"{where}: {problem}: the prompt depends on it, choose from {', '.join(TASKS)}")
+        for problem in prompt_task_problems(task, default):
+            raise UserError(f"{rows.where(int(np.flatnonzero(tasks == task)[0]))}: {problem}")
     return ScoreData(rows, default, args.answer_select, args.seed)
 
 
@@ -73,6 +74,29 @@ def identity(args: LMScoreArgs, dtype: str, rows: JsonLines) -> dict[str, Any]:
     }
 
 
+def prompt_encoder(args: LMScoreArgs, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> PromptEncoder:
+    """How texts become prompts of an LM."""
+    return PromptEncoder(
+        tokenizer,
+        lm_max_length(config, args.context_max_length),
+        args.key_max_length,
+        args.truncation_side,
+        make_frame(tokenizer, args.add_llama_inst, args.use_chat_template),
+        bool(config.is_encoder_decoder),
+    )
+
+
+def plan(args: LMScoreArgs, config: LMConfig, data: ScoreData, output: str) -> list[Line]:
+    """For ``--dry_run``: pairs, their tokens, and the size of the LM."""
+    tokenizer, model_config = load_lm_tokenizer(config)
+    model = empty_lm(config, model_config)
+    check_tokens(data, model.get_output_embeddings().weight.shape[0])
+    encoder = prompt_encoder(args, tokenizer, model_config)
+    if args.strict:
+        check_all_fit(encoder, data)
+    return [*scoring_lines(data, encoder), *lm_lines(model, config), ("output", output)]
+
+
 def fill(args: LMScoreArgs, config: LMConfig, data: ScoreData, journal: Journal) -> None:
     """Score what the journal lacks; with ``--load_score`` only find out whether it is of these rows and settings.
 
@@ -87,14 +111,7 @@ def fill(args: LMScoreArgs, config: LMConfig, data: ScoreData, journal: Journal)
         return
     model = load_lm(config)
     check_tokens(data, model.vocabulary)
-    encoder = PromptEncoder(
-        model.tokenizer,
-        lm_max_length(model.model.config, args.context_max_length),
-        args.key_max_length,
-        args.truncation_side,
-        make_frame(model.tokenizer, args.add_llama_inst, args.use_chat_template),
-        model.encoder_decoder,
-    )
+    encoder = prompt_encoder(args, model.tokenizer, model.model.config)
     if args.strict:
         check_all_fit(encoder, data)
     distributed.on_main(lambda: journal.open(whose))
@@ -113,6 +130,9 @@ def main() -> None:
     output = derived_path(data.rows.path, "scored", args.save_name, args.output_dir if args.save_to_output else None)
     flag = "output_dir" if args.save_to_output else "eval_data"
     distributed.on_main(lambda: check_writable(os.path.dirname(output) or ".", flag))
+    if args.dry_run:
+        show_plan(plan(args, config, data, output))
+        return
     with contextlib.closing(Journal(f"{output}.parts")) as journal:
         fill(args, config, data, journal)
         if distributed.is_main():

@@ -12,12 +12,13 @@ import torch
 from transformers import set_seed
 
 from src import distributed
-from src.cli import parse_args, run
+from src.cli import parse_args, run, show_plan
 from src.errors import UserError
 from src.retrieval.args import RankerArgs, RetrievalTrainingArgs
 from src.retrieval.batch_scores import ranker_batch_scores
 from src.retrieval.builders import check_outputs, chunk_policy, eval_config, load_eval_data, ranker_config
 from src.retrieval.collator import PairCollator
+from src.retrieval.dry_run import evaluation_lines, training_lines
 from src.retrieval.evaluators import ranker_evaluator, recorded
 from src.retrieval.modeling_ranker import load_cross_encoder
 from src.retrieval.trainer import checkpoint_to_resume
@@ -58,11 +59,16 @@ def main() -> None:
     resume = distributed.on_main(lambda: checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir))
     set_seed(training.seed)
     model = load_cross_encoder(ranker_config(args), new_head=bool(sources))
+    collator = PairCollator(model.pairs, chunk_policy(training))
+    if args.dry_run:
+        lines = [*training_lines(model, training, sources, collator, resume)] if sources else []
+        lines += evaluation_lines(args, eval_data, evaluation, device, None) if eval_data is not None else []
+        show_plan(lines)
+        return
     evaluate_model = None
     if eval_data is not None:
         evaluate_model = recorded(ranker_evaluator(args, eval_data, evaluation, device), training.log_path, arguments)
     if sources:
-        collator = PairCollator(model.pairs, chunk_policy(training))
         train(model, training, sources, collator, ranker_batch_scores, evaluate_model, arguments, resume)
     elif evaluate_model is not None:
         evaluate_model(model.to(device).eval())

@@ -9,16 +9,17 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
 from typing import Any
 
+from evaluation.dry_run import task_lines
 from evaluation.outputs import Entry, gather_entries, output_line, output_path
 from evaluation.retrieval import from_corpus, retriever_name
 from evaluation.task import Context, EvalTask, Found, Row, Values
 from src import distributed
-from src.cli import parse_args
+from src.cli import parse_args, show_plan
 from src.errors import UserError
 from src.io import atomic_write
 from src.lm.ask import Answer, Asker, RequestEncoder
@@ -49,13 +50,15 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
     device = distributed.init_process_group(args.cpu)
     distributed.on_main(lambda: _check_outputs(args))
     args, data = open_data(task, args, given)
+    lm, encoder = lm_config(args, given, device), encoder_config(args, given)
+    path = output_path(args, retriever_name(args), data.rows.path)
+    asker = make_asker(task, args, lm, path) if task.asks(args) else None
+    context = Context(args, device, data, asker, lambda: load_dense_retriever(encoder).to(device).eval())
+    if args.dry_run:
+        show_plan([*task_lines(task, context, lm, encoder, path)])
+        return
     facts: dict[str, Any] = {"task": task.name, "retriever": retriever_name(args)}
-    with contextlib.ExitStack() as stack:
-        asker, path = None, output_path(args, retriever_name(args), data.rows.path)
-        if task.asks(args):
-            asker = stack.enter_context(open_asker(task, args, lm_config(args, given, device), path))
-        config = encoder_config(args, given)
-        context = Context(args, device, data, asker, lambda: load_dense_retriever(config).to(device).eval())
+    with asker.memory if asker is not None else contextlib.nullcontext():
         examples = task.examples(context)
         found, metrics = task.retrieve(context) if task.retrieve is not None else from_corpus(context, task)
         if asker is not None:
@@ -98,18 +101,15 @@ def open_data(task: EvalTask, args: Any, given: frozenset[str]) -> tuple[Any, Ev
     return args, data
 
 
-@contextlib.contextmanager
-def open_asker(task: EvalTask, args: LMEvalArgs, config: LMConfig, path: str) -> Iterator[Asker]:
-    """Asks the LM, which is loaded when first needed, and remembers its responses beside `path` until all are there.
+def make_asker(task: EvalTask, args: LMEvalArgs, config: LMConfig, path: str) -> Asker:
+    """Asks the LM, which is loaded when first needed; keeps its responses beside `path` until all are there.
 
     Raises:
-        UserError: the LM is missing or has no chat template that one asked for; another run is at work.
+        UserError: the LM is missing, or has no chat template that one asked for.
     """
     encoder = request_encoder(args, config)
-    earlier = [path] if args.load_prev_result else []
-    memory = ResponseMemory(f"{path}.parts", earlier)
-    with contextlib.closing(memory):
-        yield Asker(encoder, cache(lambda: load_lm(config)), memory, task.batch_tokens(args, encoder))
+    memory = ResponseMemory(f"{path}.parts", [path] if args.load_prev_result else [])
+    return Asker(encoder, cache(lambda: load_lm(config)), memory, task.batch_tokens(args, encoder))
 
 
 def request_encoder(args: LMEvalArgs, config: LMConfig) -> RequestEncoder:

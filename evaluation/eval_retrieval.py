@@ -13,7 +13,7 @@ from typing import Any
 
 from evaluation.retrieval import build_searcher, retriever_name
 from src import distributed
-from src.cli import parse_args, run
+from src.cli import parse_args, run, show_plan
 from src.errors import UserError
 from src.retrieval.args import EvalOutputArgs, RetrievalArgs
 from src.retrieval.builders import (
@@ -23,6 +23,7 @@ from src.retrieval.builders import (
     eval_config,
     load_eval_data,
 )
+from src.retrieval.dry_run import evaluation_lines
 from src.retrieval.evaluate import retrieve
 from src.retrieval.evaluators import evaluate, record
 from src.retrieval.modeling_dense import DenseRetriever, load_dense_retriever
@@ -55,6 +56,11 @@ def main(name: str = "retrieval", **defaults: Any) -> None:
     config = eval_config(args, args.output_dir, args.seed)
     data = load_eval_data(args, config)
     assert data is not None
+
+    if args.dry_run:
+        model = load_dense_retriever(encoder_config(args, given)) if args.retrieval_method == "dense" else None
+        show_plan([*evaluation_lines(args, data, config, device, model)])
+        return
 
     @cache
     def load_model() -> DenseRetriever:

@@ -8,13 +8,15 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import transformers
 from transformers import HfArgumentParser
 
 from src import distributed
+from src.config_file import read_arguments
 from src.errors import UserError, describe_os_error
+from src.plan import Line, render
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ class _Parser(HfArgumentParser):
 def parse_args(
     dataclass_types: Sequence[Any], argv: Sequence[str] | None = None, **defaults: Any
 ) -> tuple[tuple[Any, ...], frozenset[str]]:
-    """Fill dataclasses from the command line.
+    """Fill dataclasses from the command line, and from the file that ``--config`` names.
 
     Args:
         dataclass_types: settings classes without a field in common.
@@ -37,7 +39,7 @@ def parse_args(
         defaults: defaults of this entry point that differ from the classes'.
 
     Returns:
-        One instance per class, and the names of the flags that the command line set itself.
+        One instance per class, and the names of the flags that the command line or the file set itself.
 
     Raises:
         UserError: unknown or malformed flags.
@@ -45,21 +47,35 @@ def parse_args(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_types, allow_abbrev=False)
-    names = {action.dest for action in parser._actions}
-    if unknown := sorted(set(defaults) - names):
+    # Of the actions of a flag (--fp16, --no_fp16) the first one takes a value.
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    if unknown := sorted(set(defaults) - set(actions)):
         raise TypeError(f"defaults for flags that do not exist: {', '.join(unknown)}")
     parser.set_defaults(**defaults)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; the command line overrides it.")
+    unset = object()
+    seen, _ = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys([*actions, "config"], unset)))
+    given = {name for name, value in vars(seen).items() if value is not unset} - {"config"}
+    if seen.config is not unset:
+        hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+        values = read_arguments(seen.config, actions, hints)
+        parser.set_defaults(**values)
+        given.update(values)
     try:
-        instances = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        *instances, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
             str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown arguments")
         ) from error
-    unset = object()
-    seen, _ = parser.parse_known_args(argv, namespace=argparse.Namespace(**dict.fromkeys(names, unset)))
-    return instances, frozenset(name for name, value in vars(seen).items() if value is not unset)
+    return tuple(instances), frozenset(given)
+
+
+def show_plan(lines: Sequence[Line]) -> None:
+    """Print what ``--dry_run`` found out; the main process does."""
+    if distributed.is_main():
+        print(render(lines), flush=True)
 
 
 def setup_logging() -> None:

@@ -16,6 +16,11 @@ def flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def dry_run_flag() -> Any:
+    """The field of ``--dry_run``, the same in all entry points."""
+    return flag(False, "Check flags, data and models' settings, print what the run would do, and write nothing.")
+
+
 def check_choice(flag: str, value: str | None, choices: tuple[str, ...]) -> None:
     """Raise a UserError naming the choices unless `value` is one of them (or None)."""
     if value is not None and value not in choices:

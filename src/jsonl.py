@@ -13,7 +13,7 @@ import mmap
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -94,6 +94,19 @@ class JsonLines(Sequence[dict[str, Any]]):
         return f"{self.path}:{self.scan.lines[index]}"
 
 
+def read_lines(path: str, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """First byte and content, without line end and byte order mark, of the lines that begin in ``[start, end)``."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        position = start
+        while position < end and (raw := file.readline()):
+            begin, position = position, position + len(raw)
+            body = raw.rstrip(b"\r\n")
+            if begin == 0 and body.startswith(BYTE_ORDER_MARK):
+                body, begin = body[len(BYTE_ORDER_MARK) :], len(BYTE_ORDER_MARK)
+            yield begin, body
+
+
 def _scan_range(path: str, start: int, end: int, check: RowCheck) -> tuple[Scan, int]:
     """Scan the lines that begin in ``[start, end)``; line numbers count from 1 at `start`.
 
@@ -104,42 +117,40 @@ def _scan_range(path: str, start: int, end: int, check: RowCheck) -> tuple[Scan,
     problems: list[tuple[int, str]] = []
     problem_count = 0
     line = 0
-    with open(path, "rb") as file:
-        file.seek(start)
-        position = start
-        while position < end and (raw := file.readline()):
-            line += 1
-            begin, position = position, position + len(raw)
-            body = raw.rstrip(b"\r\n")
-            if begin == 0 and body.startswith(BYTE_ORDER_MARK):
-                body, begin = body[len(BYTE_ORDER_MARK) :], len(BYTE_ORDER_MARK)
-            if not body.strip():
-                continue
-            found, row_values = _check_line(body, check)
-            problem_count += len(found)
-            problems.extend((line, text) for text in found[: SHOWN_PROBLEMS - len(problems)])
-            offsets.append(begin)
-            lengths.append(len(body))
-            lines.append(line)
-            values_of_rows.append(row_values)
+    for line, (begin, body) in enumerate(read_lines(path, start, end), 1):
+        if not body.strip():
+            continue
+        found, row_values = _check_line(body, check)
+        problem_count += len(found)
+        problems.extend((line, text) for text in found[: SHOWN_PROBLEMS - len(problems)])
+        offsets.append(begin)
+        lengths.append(len(body))
+        lines.append(line)
+        values_of_rows.append(row_values)
     names = next((row.keys() for row in values_of_rows if row), ())
     columns = {} if problem_count else {name: np.array([row[name] for row in values_of_rows]) for name in names}
     starts, sizes, numbers = (np.array(values, dtype=np.int64) for values in (offsets, lengths, lines))
     return Scan(starts, sizes, numbers, columns, problems, problem_count), line
 
 
-def _check_line(body: bytes, check: RowCheck) -> tuple[list[str], dict[str, Any]]:
+def parse_row(body: bytes) -> tuple[dict[str, Any] | None, list[str]]:
+    """The row of a line, or None and the problem."""
     try:
         row = json.loads(body)
     except UnicodeDecodeError as error:
-        return [f"not valid UTF-8: {error.reason} at byte {error.start + 1}"], {}
+        return None, [f"not valid UTF-8: {error.reason} at byte {error.start + 1}"]
     except json.JSONDecodeError as error:
-        return [f"not valid JSON: {error.msg} at column {error.colno}"], {}
+        return None, [f"not valid JSON: {error.msg} at column {error.colno}"]
     except RecursionError:
-        return ["not valid JSON: nested too deeply"], {}
+        return None, ["not valid JSON: nested too deeply"]
     if not isinstance(row, dict):
-        return [f"a row must be a JSON object, found {type(row).__name__}"], {}
-    return check(row)
+        return None, [f"a row must be a JSON object, found {type(row).__name__}"]
+    return row, []
+
+
+def _check_line(body: bytes, check: RowCheck) -> tuple[list[str], dict[str, Any]]:
+    row, problems = parse_row(body)
+    return (problems, {}) if row is None else check(row)
 
 
 def _chunks(path: str, size: int) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from src.errors import UserError
-from src.flags import check_choice, check_positive, default_data_root, flag
+from src.flags import check_choice, check_positive, default_data_root, dry_run_flag, flag
 from src.retrieval.tasks import TASKS
 from src.schema import ROW_FIELDS
 
@@ -103,6 +103,7 @@ class LMScoreArgs(LMArgs):
     save_name: str | None = flag("llama2-7b-chat", "Part of the output's name: <stem>.scored.<save_name><ext>.")
     save_to_output: bool = flag(False, "Write to output_dir, not beside eval_data.")
     output_dir: str = flag("data/outputs/", "Folder for --save_to_output.")
+    dry_run: bool = dry_run_flag()
     train_data: list[str] | None = _shared(None)  # type: ignore[assignment]
     corpus: str | None = _shared(None)  # type: ignore[assignment]
     key_template: str = _shared("{title} {text}")  # type: ignore[assignment]

@@ -43,25 +43,40 @@ def to_response(value: dict[str, Any]) -> Response:
 
 
 class ResponseMemory:
-    """Responses by the hash of what was asked. All processes open one together.
+    """Responses by the hash of what was asked; within a ``with`` block, which all processes enter together.
 
     Args:
         folder: where responses are kept.
         further: files of outputs whose responses are known too.
-
-    Raises:
-        UserError: another run is at work in `folder`.
     """
 
     def __init__(self, folder: str, further: Iterable[str] = ()) -> None:
         self.folder = Path(folder)
+        self.further = tuple(further)
+        self._known: dict[str, Response] = {}
         self._lock: int | None = None
-        distributed.on_main(self._open)
-        kept = sorted(map(str, self.folder.glob("*.jsonl")))
-        self._known = read_responses([*kept, *further])
         self._file: IO[str] | None = None
 
-    def _open(self) -> None:
+    def __enter__(self) -> ResponseMemory:
+        """Read what is kept.
+
+        Raises:
+            UserError: another run is at work in the folder.
+        """
+        distributed.on_main(self._hold)
+        self._known = read_responses([*sorted(map(str, self.folder.glob("*.jsonl"))), *self.further])
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Let other runs in; a folder that nothing was kept in goes."""
+        if self._file is not None:
+            self._file.close()
+        if self._lock is not None:
+            if self.folder.exists() and not any(self.folder.glob("*.jsonl")):
+                self.remove()
+            os.close(self._lock)
+
+    def _hold(self) -> None:
         self._lock = lock_folder(self.folder)
 
     def get(self, key: str) -> Response | None:
@@ -73,7 +88,7 @@ class ResponseMemory:
         self._known[key] = response
         if self._file is None:
             path = self.folder / f"{distributed.rank()}.jsonl"
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open until `close`)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the block ends)
             # What a killed run left of a line is ended first; it is no JSON, and passed over when read.
             self._file.write("\n")
         self._file.write(json.dumps({"prompt_hash": key, "response": asdict(response)}) + "\n")
@@ -82,15 +97,6 @@ class ResponseMemory:
     def remove(self) -> None:
         """Delete what is kept, by one process when nobody keeps anything any more."""
         remove_folder(self.folder)
-
-    def close(self) -> None:
-        """Let other runs in; a folder that nothing was kept in goes."""
-        if self._file is not None:
-            self._file.close()
-        if self._lock is not None:
-            if self.folder.exists() and not any(self.folder.glob("*.jsonl")):
-                self.remove()
-            os.close(self._lock)
 
 
 def read_responses(paths: Iterable[str]) -> dict[str, Response]:

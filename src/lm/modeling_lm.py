@@ -28,7 +28,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from src.errors import UserError
-from src.retrieval.checkpoints import load_error, position_limit
+from src.retrieval.checkpoints import empty_model, load_error, position_limit
 
 logger = logging.getLogger(__name__)
 
@@ -313,6 +313,28 @@ def load_lm_tokenizer(config: LMConfig) -> tuple[PreTrainedTokenizerBase, Pretra
         raise load_error(name, error, WHAT) from error
 
 
+def _auto_class(config: PretrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def empty_lm(config: LMConfig, model_config: PretrainedConfig) -> PreTrainedModel:
+    """The LM of a configuration without its weights, to tell its size.
+
+    Raises:
+        UserError: it is no LM, or its folder holds no weights.
+    """
+    name = config.model_name_or_path
+    # Weights in a .gguf file were found by that name.
+    checkpoint = "" if _gguf_file(name) else name
+    try:
+        code = {"trust_remote_code": config.trust_remote_code}
+        return empty_model(_auto_class(model_config), model_config, checkpoint, **code)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise load_error(name, error, WHAT) from error
+
+
 def load_lm(config: LMConfig) -> LanguageModel:
     """Load a causal or encoder-decoder LM with its tokenizer.
 
@@ -322,8 +344,7 @@ def load_lm(config: LMConfig) -> LanguageModel:
     name, options = config.model_name_or_path, _options(config)
     tokenizer, model_config = load_lm_tokenizer(config)
     try:
-        kind: Any = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
-        model, info = kind.from_pretrained(
+        model, info = _auto_class(model_config).from_pretrained(
             name, dtype=TORCH_DTYPES[config.dtype], device_map=config.device_map, output_loading_info=True, **options
         )
     except ImportError as error:

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from src.errors import UserError
-from src.flags import check_choice, check_positive, default_data_root, flag
+from src.flags import check_choice, check_positive, default_data_root, dry_run_flag, flag
 from src.io import read_json
 from src.retrieval.tasks import VERSIONS
 from src.schema import ROW_FIELDS
@@ -81,6 +81,7 @@ class DataArgs:
     save_name: str | None = flag(None, "Middle part of output file names: <stem>.<field>.<save_name><ext>.")
     save_to_output: bool = flag(False, "Write mined and collated files to output_dir instead of next to eval_data.")
     trust_remote_code: bool = flag(False, "Run model code that comes with a checkpoint.")
+    dry_run: bool = dry_run_flag()
 
     def __post_init__(self) -> None:
         for metric in self.metrics:
@@ -278,13 +279,18 @@ class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
             raise UserError("--load_result needs --eval_data")
 
 
-def _check_deepspeed(config: Any) -> None:
-    """Refuse what cannot be trained: stage 3, whose partitioned weights nothing here gathers."""
+def zero_stage(config: Any) -> int:
+    """The ZeRO stage of what ``--deepspeed`` names; 0 without it.
+
+    Raises:
+        UserError: stage 3, whose partitioned weights nothing here gathers.
+    """
     if isinstance(config, str) and config:
         config = read_json(config, "--deepspeed")
     stage = (config or {}).get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise UserError(f"--deepspeed: ZeRO stage {stage} is not supported, use 0, 1 or 2")
+    return stage
 
 
 @dataclass
@@ -372,7 +378,7 @@ class RetrievalTrainingArgs(TrainingArguments):
     )
     save_steps: float = flag(2000, "Save a checkpoint every so many steps.")
     logging_steps: float = flag(100, "Log every so many steps.")
-    report_to: str = flag("none", "none, or where transformers reports to: tensorboard, wandb, all.")
+    report_to: list[str] = flag(["none"], "none, or where transformers reports to: tensorboard, wandb, all.")
     no_cuda: bool = flag(False, "Older name of --use_cpu.")
     early_exit_steps: int | None = flag(None, "Stop (and save) after so many steps of the same schedule.")
     log_path: str = flag("data/results/performance.log", "Metrics are appended here, and as JSON lines beside it.")
@@ -409,7 +415,7 @@ class RetrievalTrainingArgs(TrainingArguments):
         for name in ("grad_cache_chunk_size", "length_split_tokens"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"--{name} must be 0 (off) or more, found {getattr(self, name)}")
-        _check_deepspeed(self.deepspeed)
+        zero_stage(self.deepspeed)
         if self.grad_cache_chunk_size and (self.deepspeed or self.fsdp):
             raise UserError(
                 f"--grad_cache_chunk_size {self.grad_cache_chunk_size} works with one process or plain torchrun, where "
@@ -433,3 +439,7 @@ class RetrievalTrainingArgs(TrainingArguments):
             raise UserError(str(error)) from error
         # `python run_dense.py` on a machine with several GPUs uses the first; torchrun uses all.
         self._n_gpu = min(self._n_gpu, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, such that a file of them can be given as --config; without tokens, which are secrets."""
+        return {name: value for name, value in super().to_dict().items() if not name.endswith("_token")}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -70,7 +72,20 @@ def encoder_config(args: RetrievalArgs, given: frozenset[str], lora: LoraSetting
         args.trust_remote_code,
         lora,
         args.truncate_dim,
+        args.dry_run,
     )
+
+
+def resolved_arguments(args: RetrievalArgs, training: RetrievalTrainingArgs, model: DenseRetriever) -> dict[str, Any]:
+    """All arguments, with the pooling and the similarity that checkpoints told: given again they mean the same."""
+    arguments = {**asdict(args), **training.to_dict(), "dense_metric": model.metric}
+    methods = {encoder.pooling_method for encoder in model.encoders.values()}
+    if len(methods) == 1:
+        arguments["pooling_method"] = list(methods.pop())
+    else:
+        # No flag says of two encoders that they pool differently.
+        del arguments["pooling_method"]
+    return arguments
 
 
 def chunk_policy(training: RetrievalTrainingArgs) -> ChunkPolicy:
@@ -246,7 +261,12 @@ def bm25_config(args: RetrievalArgs, output_dir: str) -> BM25Config:
 def ranker_config(args: RankerArgs) -> RankerConfig:
     """How to load the cross-encoder."""
     return RankerConfig(
-        args.ranker, args.query_max_length, args.key_max_length, args.model_cache_dir, args.trust_remote_code
+        args.ranker,
+        args.query_max_length,
+        args.key_max_length,
+        args.model_cache_dir,
+        args.trust_remote_code,
+        args.dry_run,
     )
 
 

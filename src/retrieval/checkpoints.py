@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from src.errors import UserError
 
 #: Model types whose positions begin after the padding token's id.
 _SHIFTED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
+
+
+#: The files that weights may be in, or that name them.
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 class TrainableModel(nn.Module, ABC):
@@ -106,6 +111,24 @@ def load_tokenizer(
     if borrowed:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer, borrowed
+
+
+def empty_model(auto_class: Any, config: PretrainedConfig, checkpoint: str, **options: Any) -> PreTrainedModel:
+    """A model as its configuration describes it, on the meta device: shapes, but no weights and no memory.
+
+    Args:
+        auto_class: of transformers, such as AutoModel.
+        config: of the model.
+        checkpoint: where it comes from.
+        options: passed on.
+
+    Raises:
+        UserError: the checkpoint is a folder without weights, so that the model could not be loaded.
+    """
+    if os.path.isdir(checkpoint) and not any(os.path.isfile(os.path.join(checkpoint, name)) for name in _WEIGHTS):
+        raise UserError(f"{checkpoint!r} holds no weights: one of {', '.join(_WEIGHTS)} is needed")
+    with torch.device("meta"):
+        return auto_class.from_config(config, dtype=torch.float32, **options)
 
 
 def position_limit(config: PretrainedConfig) -> int | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,7 @@ class Source:
         settings: selection, filters and loss.
         score_field: where the teacher scores are.
         scored: how many of the rows in use have teacher scores.
+        dropped: how many rows are not in use, by reason.
     """
 
     rows: JsonLines
@@ -63,6 +64,7 @@ class Source:
     settings: SourceSettings
     score_field: str
     scored: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -199,7 +201,7 @@ def load_train_sources(
         if len(kept) == 0:
             raise UserError(f"{path}: no row can be trained on ({summary})")
         scored = int((rows.scan.columns["best"][kept] >= 0).sum())
-        sources.append(Source(rows, kept, default, instruction_of, settings, score_field, scored))
+        sources.append(Source(rows, kept, default, instruction_of, settings, score_field, scored, dropped))
     _check_something_trains(sources)
     return sources
 

@@ -167,6 +167,14 @@ def _make_index(factory: str, width: int, metric: str, rows: int) -> faiss.Index
         raise _cannot_index(factory, rows, error) from error
 
 
+def bytes_per_vector(factory: str, width: int, metric: str) -> int | None:
+    """What a FAISS index holds for each vector, row numbers apart; None for kinds that do not tell, such as HNSW."""
+    try:
+        return _make_index(factory, width, metric, 0).sa_code_size()
+    except RuntimeError:
+        return None
+
+
 def _cannot_index(factory: str, rows: int, error: RuntimeError) -> UserError:
     # FAISS tells function and source file before the reason.
     reason = re.sub(r"^.*\.(cpp|h):\d+: (Error: )?", "", str(error).strip().splitlines()[-1])

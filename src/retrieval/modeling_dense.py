@@ -24,7 +24,15 @@ from transformers import (
 )
 
 from src.errors import UserError
-from src.retrieval.checkpoints import TrainableModel, below, inner_folder, load_error, load_tokenizer, position_limit
+from src.retrieval.checkpoints import (
+    TrainableModel,
+    below,
+    empty_model,
+    inner_folder,
+    load_error,
+    load_tokenizer,
+    position_limit,
+)
 from src.retrieval.lora import (
     LoraSettings,
     add_adapters,
@@ -76,6 +84,8 @@ class EncoderConfig:
     trust_remote_code: bool = False
     lora: LoraSettings | None = None
     truncate_dim: int | None = None
+    #: Load all but the weights: what is left tells sizes, and cannot embed.
+    empty: bool = False
 
 
 class TextEncoder(nn.Module):
@@ -234,7 +244,8 @@ def _no_pooler(model_class: type) -> dict[str, Any]:
 
 def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> PreTrainedModel:
     if is_adapter_folder(checkpoint):
-        return merge_into(_load_backbone(base_of(checkpoint), decoder, config), checkpoint)
+        base = _load_backbone(base_of(checkpoint), decoder, config)
+        return base if config.empty else merge_into(base, checkpoint)
     options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     try:
         model_config = AutoConfig.from_pretrained(checkpoint, **options)
@@ -248,6 +259,9 @@ def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> Pre
         else:
             auto_class = AutoModel
             pooler = _no_pooler(MODEL_MAPPING[type(model_config)]) if type(model_config) in MODEL_MAPPING else {}  # type: ignore[arg-type]
+        if config.empty:
+            code = {"trust_remote_code": config.trust_remote_code}
+            return empty_model(auto_class, model_config, checkpoint, **code, **pooler)
         model, info = auto_class.from_pretrained(
             checkpoint, dtype=torch.float32, output_loading_info=True, **options, **pooler
         )

@@ -14,7 +14,15 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 
 from src.errors import UserError
 from src.io import read_json
-from src.retrieval.checkpoints import TrainableModel, below, inner_folder, load_error, load_tokenizer, position_limit
+from src.retrieval.checkpoints import (
+    TrainableModel,
+    below,
+    empty_model,
+    inner_folder,
+    load_error,
+    load_tokenizer,
+    position_limit,
+)
 from src.retrieval.pairs import PairTokenizer, read_layout
 from src.retrieval.pooling import find_file
 
@@ -27,13 +35,17 @@ ST_SETTINGS = {"activation_fn": "torch.nn.modules.linear.Identity"}
 
 @dataclass(frozen=True)
 class RankerConfig:
-    """How to load the cross-encoder; lengths are in tokens, special tokens not counted."""
+    """How to load the cross-encoder; lengths are in tokens, special tokens not counted.
+
+    `empty` loads all but the weights: what is left tells sizes, and cannot score.
+    """
 
     ranker: str
     query_max_length: int = 256
     key_max_length: int = 256
     cache_dir: str | None = None
     trust_remote_code: bool = False
+    empty: bool = False
 
 
 class CrossEncoder(TrainableModel):
@@ -104,6 +116,9 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
     model_config.sentence_transformers = dict(ST_SETTINGS)
     if getattr(model_config, "pad_token_id", None) is None:
         model_config.pad_token_id = tokenizer.pad_token_id
+    if config.empty:
+        code = {"trust_remote_code": config.trust_remote_code}
+        return CrossEncoder(empty_model(AutoModelForSequenceClassification, model_config, checkpoint, **code), pairs)
     backbone = _load_backbone(checkpoint, model_config, options, new_head)
     if hasattr(backbone.config, "use_cache"):
         backbone.config.use_cache = False

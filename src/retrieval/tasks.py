@@ -173,6 +173,14 @@ def train_config_for(version: str, task: str | None) -> TaskConfig:
     return _TRAINING[version][task]
 
 
+def prompt_task_problems(task: str, default: str | None) -> list[str]:
+    """What keeps an LM from being prompted for a row: its task (empty when it names none) is not known."""
+    if (task or default) in TASKS:
+        return []
+    problem = f"unknown task {str(task)!r}" if task else "neither row nor path names a task (see --task)"
+    return [f"{problem}: the prompt depends on it, choose from {', '.join(TASKS)}"]
+
+
 def task_from_path(path: str) -> str | None:
     """The task that the innermost task-named folder of `path` tells, if any."""
     for folder in reversed(os.path.dirname(path).split(os.sep)):

@@ -24,7 +24,7 @@ from src.retrieval.checkpoints import TrainableModel
 from src.retrieval.data import TrainDataset, TrainExample
 from src.retrieval.grad_cache import GradCache
 from src.retrieval.losses import LossConfig, combine, mask_false_negatives
-from src.retrieval.sampler import POLICIES, EpochDataLoader
+from src.retrieval.sampler import POLICIES, EpochDataLoader, GlobalBatchSampler
 
 logger = logging.getLogger(__name__)
 
@@ -124,17 +124,9 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
     def get_train_dataloader(self) -> EpochDataLoader:
         """Global batches by the chosen policy, sliced by rank here and not by accelerate."""
         args, dataset = self.args, self.train_dataset
-        sampler = POLICIES[args.inbatch_same_dataset](
-            dataset.sizes,
-            self._train_batch_size * distributed.world_size(),
-            args.data_seed if args.data_seed is not None else args.seed,
-            distributed.rank(),
-            distributed.world_size(),
-            args.dataloader_drop_last,
-        )
         return EpochDataLoader(
             dataset,
-            batch_sampler=sampler,
+            batch_sampler=batch_sampler(args, dataset.sizes, self._train_batch_size),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and not args.use_cpu,
@@ -271,6 +263,24 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             super()._load_best_model()
         elif self.state.best_model_checkpoint is not None:
             self.model.load_weights(self.state.best_model_checkpoint)
+
+
+def batch_sampler(args: RetrievalTrainingArgs, sizes: Sequence[int], batch_size: int) -> GlobalBatchSampler:
+    """This process's part of the batches.
+
+    Args:
+        args: settings.
+        sizes: rows per file.
+        batch_size: queries per process.
+    """
+    return POLICIES[args.inbatch_same_dataset](
+        sizes,
+        batch_size * distributed.world_size(),
+        args.data_seed if args.data_seed is not None else args.seed,
+        distributed.rank(),
+        distributed.world_size(),
+        args.dataloader_drop_last,
+    )
 
 
 class RunningMeans:

@@ -1,0 +1,225 @@
+"""python -m src.validate: every problem with its line, and statistics counted by hand."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src import validate
+from src.cli import run as run_entry
+from src.data_report import Repeats
+from src.schema import check_train_row
+from tests.helpers import run, write_rows
+
+
+@pytest.fixture
+def check(capsys, tmp_path):
+    """Run the command in this process; exit code, printed lines, report."""
+
+    def call(*flags) -> tuple[int, str, dict]:
+        report = tmp_path / "report.json"
+        report.unlink(missing_ok=True)
+        with pytest.raises(SystemExit) as stop:
+            run_entry(lambda: validate.main([*map(str, flags), "--json", str(report)]))
+        printed = capsys.readouterr()
+        found = json.loads(report.read_text()) if report.exists() else {}
+        return int(stop.value.code or 0), printed.out + printed.err, found
+
+    return call
+
+
+def messages(report: dict, path, kind: str = "warnings") -> dict[str, list[int]]:
+    return {own["message"]: own["lines"] for own in report["files"][str(path)][kind]}
+
+
+def test_statistics_of_training_rows(check, tmp_path):
+    rows = [
+        {"query": "one two", "pos": ["a b c"], "neg": ["d", "ee ff"], "teacher_scores": [1, 0, -1.5], "task": "qa"},
+        {"query": "three", "pos": ["g"], "neg": [], "teacher_scores": [2]},
+        {"query": "four five six", "pos": [], "neg": ["h", "i"], "teacher_scores": [0.25, 0.5]},
+        {"query": "seven", "pos": ["j"], "neg": ["k"]},
+        {"query": "eight", "pos": [], "neg": ["l"]},
+    ]
+    path = write_rows(tmp_path / "tool" / "train.json", rows)
+    code, printed, report = check(path)
+    assert code == 0
+    assert f"{path}: checked as train (told by its first row" in printed
+    own = report["files"][str(path)]
+    assert (own["kind"], own["rows"], own["tasks"]) == ("train", 5, {"qa": 1, "tool": 4})
+    assert own["lengths"]["query characters"] == {"count": 5, "min": 5, "median": 5, "p95": 13, "max": 13}
+    assert own["lengths"]["query words"] == {"count": 5, "min": 1, "median": 1, "p95": 3, "max": 3}
+    assert own["lengths"]["key characters"] == {"count": 9, "min": 1, "median": 1, "p95": 5, "max": 5}
+    assert own["lengths"]["negatives a row"] == {"count": 5, "min": 0, "median": 1, "p95": 2, "max": 2}
+    assert own["score_spread"] == {"count": 3, "min": 0, "median": 0.25, "p95": 2.5, "max": 2.5}
+    # first: row 2 (no negative), 3 and 5 (no positive); teacher: 2, and 4 and 5 (no scores); teacher-pos: all these.
+    assert own["untrainable_rows"] == {"first": 3, "teacher": 3, "teacher-pos": 4}
+    assert messages(report, path) == {"no --select_positive can train on the row: it lacks candidates": [2, 5]}
+    assert "rows that cannot be trained on, by --select_positive: first 3, teacher 3, teacher-pos 4" in printed
+
+
+def test_warnings_name_their_lines(check, tmp_path):
+    rows = [
+        {"query": "Where is it?", "pos": ["here"], "neg": ["there"]},
+        {"query": " ", "pos": ["x"], "neg": ["y", ""]},
+        {"query": "other", "pos": ["Same, text"], "neg": ["same text!", "z"]},
+        {"query": "where is IT", "pos": ["x"], "neg": ["y", "Y."], "task": "cooking"},
+        {"query": "where is it", "pos": ["x"], "neg": ["y"]},
+    ]
+    path = write_rows(tmp_path / "train.json", rows)
+    code, printed, report = check(path, "--shown", 1)
+    assert code == 0
+    assert messages(report, path) == {
+        "the query is empty": [2],
+        "a key is empty": [2],
+        "a positive is among the negatives": [3],
+        "a key comes twice": [4],
+        "task 'cooking' is unknown: choose from qa, convsearch, chat, lrlm, icl, tool": [4],
+        "the query repeats that of an earlier row": [4, 5],
+    }
+    assert report["files"][str(path)]["first_lines_of_repeats"] == {"4": 1, "5": 1}
+    assert f"{path}:4: warning: the query repeats that of an earlier row (line 1)" in printed
+    assert f"{path}: warning: the query repeats that of an earlier row (+1 more)" in printed
+    assert "files: 1, errors: 0, warnings: 7" in printed
+
+
+def test_all_errors_are_shown(check, tmp_path):
+    """More than the ten that training shows, each with what the row's check says; blank lines hold no row."""
+    path = tmp_path / "train.json"
+    good = {"query": "q", "pos": ["p"], "neg": ["n"]}
+    bad = [{"query": number, "pos": ["p"], "neg": ["n"]} for number in range(25)]
+    lines = [json.dumps(good), "", *map(json.dumps, bad), "{broken", "[1]"]
+    path.write_text("\n".join(lines) + "\n")
+    code, printed, report = check(path)
+    assert code == 1
+    ((problem,), _) = check_train_row(bad[0])
+    for line in range(3, 28):
+        assert f"{path}:{line}: error: {problem}\n" in printed
+    assert f"{path}:28: error: not valid JSON" in printed
+    assert f"{path}:29: error: a row must be a JSON object, found list" in printed
+    assert messages(report, path, "errors")[problem] == list(range(3, 28))
+    assert report["errors"] == 27
+    assert report["files"][str(path)]["rows"] == 28
+
+
+def test_corpus(check, tmp_path):
+    rows = [{"title": "T", "text": "x"}, {"title": "", "text": None}, {"text": "y"}, {"title": "t", "text": "X"}]
+    path = write_rows(tmp_path / "corpus.json", rows)
+    code, printed, report = check(path)
+    assert code == 1
+    assert "checked as corpus (told by its first row" in printed
+    assert f"{path}:3: error: column 'title' of --key_template is missing (this row has: text)" in printed
+    assert messages(report, path) == {
+        "the passage is empty": [2],
+        "the passage repeats that of an earlier row": [4],
+    }
+    assert report["files"][str(path)]["lengths"]["passage characters"]["count"] == 3
+    code, _, report = check(path, "--key_template", "{text}")
+    assert code == 0
+    assert messages(report, path)["the passage is empty"] == [2]
+
+
+def test_kinds_are_told_by_the_first_row(check, tmp_path):
+    train = {"query": "q", "pos": ["p"], "neg": ["n"]}
+    tokens = {f"{name}_inputs": [1] for name in ("context", "query", "answer")} | {"score_inputs": [[1]]}
+    rows = {
+        "train": train,
+        "chat": {"query": "q", "history": ["h"]},
+        "eval": {"query": "q", "pos_index": [0]},
+        "corpus": {"contents": "c"},
+        "lm": {"query": "q", "pos": ["p"], "neg": [], "task": "lrlm", **tokens},
+    }
+    wanted = {name: "train" if name == "chat" else name for name in rows}
+    files = {name: write_rows(tmp_path / f"{name}.json", [row]) for name, row in rows.items()}
+    _, _, report = check(*files.values(), "--key_template", "{contents}")
+    assert {name: report["files"][str(path)]["kind"] for name, path in files.items()} == wanted
+    assert not report["errors"]
+
+
+def test_rows_for_an_lm_need_answers_and_a_task(check, tmp_path):
+    rows = [{"query": "q", "pos": ["p"], "neg": [], "answers": ["a"]}, {"query": "q", "pos": ["p"], "neg": []}]
+    path = write_rows(tmp_path / "rows.json", rows)
+    assert check(path)[0] == 0
+    code, printed, _ = check(path, "--kind", "lm")
+    assert code == 1
+    assert f"{path}:1: error: neither row nor path names a task (see --task)" in printed
+    assert f"{path}:2: error: field 'answers' is missing or empty" in printed
+    assert messages(check(path, "--kind", "lm", "--task", "qa")[2], path, "errors").keys() == {
+        "field 'answers' is missing or empty: the LM is scored by how likely it finds an answer"
+    }
+
+
+def test_scores_of_another_field(check, tmp_path):
+    row = {"query": "q", "pos": ["p"], "neg": ["n"], "reranker": [1.0]}
+    path = write_rows(tmp_path / "train.json", [row])
+    assert check(path)[0] == 0
+    code, printed, _ = check(path, "--teacher_score_field", "reranker")
+    assert code == 1
+    assert "field 'reranker' has 1 numbers for 1 positives + 1 negatives" in printed
+
+
+def test_files_are_found_as_in_training(check, tmp_path):
+    row = {"query": "q", "pos": ["p"], "neg": ["n"]}
+    for name in ("a.json", "b.json"):
+        write_rows(tmp_path / "root" / name, [row])
+    code, _, report = check("llm-embedder:*.json", tmp_path / "root/a.json", "--data_root", tmp_path / "root")
+    assert code == 0
+    assert list(report["files"]) == [str(tmp_path / "root" / name) for name in ("a.json", "b.json")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["none.json"], "no such file: none.json"),
+        (["*.nothing"], "no file matches *.nothing"),
+        (["{rows}", "--key_template", "text"], "names no column"),
+        (["{rows}", "--kind", "training"], "invalid choice: 'training'"),
+        ([], "the following arguments are required: FILE"),
+    ],
+)
+def test_usage(check, tmp_path, flags, message):
+    rows = write_rows(tmp_path / "rows.json", [{"query": "q"}])
+    code, printed, _ = check(*(flag.replace("{rows}", str(rows)) if flag == "{rows}" else flag for flag in flags))
+    assert code == 2
+    assert message in printed
+
+
+def test_an_empty_file_is_an_error(check, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("\n\n")
+    code, printed, _ = check(path)
+    assert code == 1
+    assert f"{path}: error: the file is empty" in printed
+
+
+@given(st.lists(st.sampled_from(["a", "b", "A.", "c d", "c  d", "e"])))
+def test_repeats_are_those_of_a_dictionary(texts):
+    repeats, first, wanted = Repeats(), {}, []
+    for line, text in enumerate(texts, 1):
+        repeats.add(text, line)
+        words = " ".join(text.replace(".", "").lower().split())
+        if words in first:
+            wanted.append((line, first[words]))
+        first.setdefault(words, line)
+    assert repeats.found() == wanted
+
+
+def test_rows_of_many_windows(check, tmp_path, monkeypatch):
+    """What is found out window by window adds up."""
+    monkeypatch.setattr("src.data_report.WINDOW", 7)
+    rng = np.random.default_rng(0)
+    rows = [{"query": f"q{n}", "pos": ["p"], "neg": ["n"] * int(rng.integers(2))} for n in range(50)]
+    path = write_rows(tmp_path / "train.json", rows)
+    _, _, report = check(path)
+    without = [line for line, row in enumerate(rows, 1) if not row["neg"]]
+    assert report["files"][str(path)]["untrainable_rows"]["first"] == len(without)
+
+
+def test_as_a_command(tmp_path):
+    path = write_rows(tmp_path / "rows.json", [{"query": 1}])
+    done = run(["-m", "src.validate", path])
+    assert done.returncode == 1
+    assert f"{path}:1: error: field 'query' must be a string, found int" in done.stdout
