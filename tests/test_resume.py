@@ -21,10 +21,10 @@ import run_dense
 from src.errors import UserError
 from src.retrieval import trainer as trainer_module
 from src.retrieval import training
+from src.retrieval.engines import DEEPSPEED, FSDP, check_optimizer_state
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
 from src.retrieval.trainer import (
     RetrievalTrainer,
-    check_optimizer_state,
     checkpoint_to_resume,
     remove_oldest,
     whole_checkpoints,
@@ -259,14 +259,18 @@ def test_what_resume_means(tmp_path: Path):
 
 
 def test_optimizer_state_is_needed(tmp_path: Path):
-    plain = str(fake_checkpoint(tmp_path / "plain", "optimizer.pt"))
-    deepspeed = str(fake_checkpoint(tmp_path / "deepspeed", "global_step4"))
-    check_optimizer_state(plain, deepspeed=False)
-    check_optimizer_state(deepspeed, deepspeed=True)
-    with pytest.raises(UserError, match="saved without --deepspeed"):
-        check_optimizer_state(plain, deepspeed=True)
-    with pytest.raises(UserError, match="saved with --deepspeed"):
-        check_optimizer_state(deepspeed, deepspeed=False)
+    saved = {
+        None: fake_checkpoint(tmp_path / "plain", "optimizer.pt"),
+        DEEPSPEED: fake_checkpoint(tmp_path / "deepspeed", "global_step4"),
+        FSDP: fake_checkpoint(tmp_path / "fsdp", "optimizer.bin"),
+    }
+    check_optimizer_state(str(fake_checkpoint(tmp_path / "parts", "optimizer_0")), FSDP)
+    for engine, folder in saved.items():
+        check_optimizer_state(str(folder), engine)
+        for other in saved.keys() - {engine}:
+            wanted = f"saved without --{other}: leave" if engine is None else f"saved with --{engine}: give"
+            with pytest.raises(UserError, match=wanted):
+                check_optimizer_state(str(folder), other)
 
 
 def test_unusable_checkpoints_end_in_one_line(bench: Bench, tmp_path: Path):

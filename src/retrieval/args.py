@@ -449,8 +449,6 @@ class RetrievalTrainingArgs(TrainingArguments):
                 "--fsdp divides weights over GPUs only, on a CPU it would be ignored: leave it out (--deepspeed "
                 "data/deepspeed/stage3.json divides them on a CPU too)"
             )
-        if not distributed.is_launched() or (self.fsdp and distributed.launched_processes() == 1):
-            raise UserError(f"{flag} needs processes that a launcher started: torchrun --nproc_per_node N run_dense.py …")
         if self.grad_cache_chunk_size:
             raise UserError(
                 f"--grad_cache_chunk_size {self.grad_cache_chunk_size} works with one process or plain torchrun, where "
@@ -458,6 +456,10 @@ class RetrievalTrainingArgs(TrainingArguments):
             )
         if self.save_only_model and self.load_best_model_at_end:
             raise UserError(f"--save_only_model leaves nothing that --load_best_model_at_end could load with {flag}")
+        if not distributed.is_launched() or (self.fsdp and distributed.launched_processes() == 1):
+            raise UserError(
+                f"{flag} needs processes that a launcher started: torchrun --nproc_per_node N run_dense.py …"
+            )
         if not self.weights_are_divided:
             return
         if self.length_split_tokens:
