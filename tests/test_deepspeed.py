@@ -1,4 +1,4 @@
-"""``--deepspeed data/deepspeed/stageN.json`` on two CPU processes: trains like DDP, saves, resumes, evaluates, converts.
+"""``--deepspeed data/deepspeed/stageN.json`` on two CPU processes: trains like DDP, saves, resumes, converts.
 
 DeepSpeed compiles its shared-memory collectives at the first run (a minute); pytest's cache keeps them.
 """

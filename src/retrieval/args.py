@@ -7,7 +7,7 @@ reads no file.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments

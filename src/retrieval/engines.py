@@ -1,8 +1,8 @@
 """Engines that train large models: DeepSpeed (ZeRO) and FSDP. Their settings, and whole weights out of divided ones.
 
-ZeRO-3 and FSDP leave each process a part of every weight. Layers gather theirs when they are called, on all processes at
-once, so all must call the model equally often. Training does; an evaluation, which shares out its texts, does not, and
-gets a copy of the model with whole weights.
+ZeRO-3 and FSDP leave each process a part of every weight. Layers gather theirs when they are called, on all processes
+at once, so all must call the model equally often. Training does; an evaluation, which shares out its texts, does not,
+and gets a copy of the model with whole weights.
 """
 
 from __future__ import annotations
@@ -74,9 +74,14 @@ def check_fsdp(given: Any) -> None:
     settings = {name.removeprefix("fsdp_"): value for name, value in read_settings(given, "fsdp_config").items()}
     if str(settings.get("version", 2)) != "2":
         raise UserError(f"--fsdp_config: version {settings['version']} is not supported, use 2 (or leave it out)")
-    for name in ("xla", "cpu_ram_efficient_loading"):
+    for name, instead in (
+        ("xla", "leave it out"),
+        ("cpu_ram_efficient_loading", "leave it out"),
+        # It recomputes layers with other dropout than they had, so gradients are not those of the loss.
+        ("activation_checkpointing", "give --gradient_checkpointing in its place"),
+    ):
         if str(settings.get(name, False)).lower() != "false":
-            raise UserError(f"--fsdp_config: {name} is not supported, leave it out")
+            raise UserError(f"--fsdp_config: {name} is not supported, {instead}")
 
 
 def load_whole() -> None:
