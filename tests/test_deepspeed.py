@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from src.retrieval.trainer import whole_checkpoints
-from tests.helpers import ROOT, environment, read_rows, run, write_rows
-from tests.training_bench import Bench, assert_equal, names, weights, write_data
+from tests.helpers import ROOT, environment, run, write_rows
+from tests.training_bench import Bench, assert_close, assert_equal, names, weights, write_data
 from tests.workers.forked import Kill, Runs
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -46,11 +46,13 @@ def bench(tiny_bert, tmp_path_factory, extensions) -> Iterator[Bench]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(bench: Bench) -> dict[int, Path]:
-    """Output folder of an uninterrupted run by stage."""
+    """Output folder of an uninterrupted run by stage; that of stage 3 is evaluated on the way."""
     folders = {}
     for stage in STAGES:
         folders[stage] = bench.folder / f"stage{stage}"
-        bench.train(folders[stage], 2, None, *zero(stage))
+        more = [*bench.evaluation(), "--log_path", folders[stage] / "train.log"] if stage == 3 else []
+        output = bench.train(folders[stage], 2, None, *zero(stage), *more)
+        (folders[stage] / "output.txt").write_text(output)
         assert names(folders[stage]) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     return folders
 
@@ -102,15 +104,6 @@ def test_settings_leave_everything_to_the_flags():
         assert not {"optimizer", "scheduler"} & settings.keys()
         for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
             assert settings[name] == "auto"
-
-
-def assert_close(ours: Path, other: Path) -> None:
-    """The same fp32 weights but for rounding."""
-    one, two = weights(ours), weights(other)
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == torch.float32
-        torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -191,24 +184,15 @@ def test_torchrun_resumes_and_the_result_converts(
     assert (tmp_path / "converted" / "modules.json").is_file()
 
 
-def test_best_weights(bench: Bench, tmp_path: Path):
-    log = ["--log_path", tmp_path / "train.log"]
-    output = bench.train(tmp_path, 2, None, *zero(3), *bench.evaluation(), "--learning_rate", 0.02, *log)
-    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
-    assert f"best checkpoint: {state['best_model_checkpoint']}" in output
-    # What was evaluated in training is what a later evaluation of the checkpoint finds.
-    encoder = ["--query_encoder", tmp_path / "checkpoint-6", "--query_max_length", 64, "--key_max_length", 64]
-    line = [*bench.evaluation()[:-3], *encoder, "--output_dir", tmp_path, "--log_path", tmp_path / "later.log"]
-    codes, output = bench.forked("run_dense.py", line)
-    assert codes == [0], output
-    in_training, later = (read_rows(tmp_path / f"{name}.jsonl")[-1]["metrics"] for name in ("train", "later"))
-    assert in_training == pytest.approx(later)
+def test_best_weights_and_their_metrics(bench: Bench, uninterrupted: dict[int, Path]):
+    bench.assert_metrics_of_training(uninterrupted[3], (uninterrupted[3] / "output.txt").read_text())
 
 
 def test_resuming_with_and_without_do_not_mix(bench: Bench, uninterrupted: dict[int, Path], tmp_path: Path):
     for source, more, message in (
-        (uninterrupted[2], (), "it was saved with --deepspeed"),
-        (bench.whole(2), zero(2), "it was saved without --deepspeed"),
+        (uninterrupted[2], (), "it was saved with --deepspeed, ZeRO 1 or 2 on 2 processes"),
+        (bench.whole(2), zero(2), "it was saved with neither --deepspeed nor --fsdp"),
+        (uninterrupted[2], zero(3), "and this run has --deepspeed, ZeRO 3 on 2 processes"),
     ):
         flags = bench.flags(tmp_path, 2, None, *more, "--resume_from_checkpoint", source / "checkpoint-4")
         codes, output = bench.forked("run_dense.py", flags, 2)

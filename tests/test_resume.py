@@ -21,7 +21,7 @@ import run_dense
 from src.errors import UserError
 from src.retrieval import trainer as trainer_module
 from src.retrieval import training
-from src.retrieval.engines import DEEPSPEED, FSDP, check_optimizer_state
+from src.retrieval.engines import check_optimizer_state, optimizer_layout
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
 from src.retrieval.trainer import (
     RetrievalTrainer,
@@ -232,6 +232,7 @@ def test_best_weights_are_loaded_at_the_end(bench: Bench, tmp_path: Path, monkey
 def fake_checkpoint(folder: Path, *files: str, age: int = 0) -> Path:
     folder.mkdir(parents=True)
     for name in files:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
         os.utime(folder / name, (10**9 - age, 10**9 - age))
     return folder
@@ -259,18 +260,24 @@ def test_what_resume_means(tmp_path: Path):
 
 
 def test_optimizer_state_is_needed(tmp_path: Path):
+    zero = "zero_pp_rank_{}_mp_rank_00_{}_states.pt"
+    parts = [f"global_step4/{zero.format(rank, 'optim')}" for rank in range(2)]
     saved = {
-        None: fake_checkpoint(tmp_path / "plain", "optimizer.pt"),
-        DEEPSPEED: fake_checkpoint(tmp_path / "deepspeed", "global_step4"),
-        FSDP: fake_checkpoint(tmp_path / "fsdp", "optimizer.bin"),
+        optimizer_layout(None, None, 2): ["optimizer.pt"],
+        optimizer_layout(0, None, 2): ["global_step4/mp_rank_00_model_states.pt"],
+        optimizer_layout(2, None, 2): ["global_step4/mp_rank_00_model_states.pt", *parts],
+        optimizer_layout(2, None, 1): ["global_step4/mp_rank_00_model_states.pt", parts[0]],
+        optimizer_layout(3, None, 2): [f"global_step4/{zero.format(rank, 'model')}" for rank in range(2)] + parts,
+        optimizer_layout(None, "FULL_STATE_DICT", 2): ["optimizer.bin"],
+        optimizer_layout(None, "SHARDED_STATE_DICT", 2): ["optimizer_0/__0_0.distcp"],
     }
-    check_optimizer_state(str(fake_checkpoint(tmp_path / "parts", "optimizer_0")), FSDP)
-    for engine, folder in saved.items():
-        check_optimizer_state(str(folder), engine)
-        for other in saved.keys() - {engine}:
-            wanted = f"saved without --{other}: leave" if engine is None else f"saved with --{engine}: give"
-            with pytest.raises(UserError, match=wanted):
-                check_optimizer_state(str(folder), other)
+    assert len(saved) == 7
+    for number, (layout, files) in enumerate(saved.items()):
+        folder = str(fake_checkpoint(tmp_path / str(number), *files))
+        check_optimizer_state(folder, layout)
+        for other in saved.keys() - {layout}:
+            with pytest.raises(UserError, match=f"saved with {layout}, and this run has {other}"):
+                check_optimizer_state(folder, other)
 
 
 def test_unusable_checkpoints_end_in_one_line(bench: Bench, tmp_path: Path):

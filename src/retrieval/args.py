@@ -425,13 +425,20 @@ class RetrievalTrainingArgs(TrainingArguments):
 
     @property
     def engine(self) -> str | None:
-        """What trains in place of DistributedDataParallel: `engines.DEEPSPEED`, `engines.FSDP` or None."""
-        return engines.DEEPSPEED if self.deepspeed else engines.FSDP if self.fsdp else None
+        """What trains in place of DistributedDataParallel: ``deepspeed``, ``fsdp`` or None."""
+        return "deepspeed" if self.deepspeed else "fsdp" if self.fsdp else None
 
     @property
     def weights_are_divided(self) -> bool:
         """Whether a process holds a part of each weight only."""
         return bool(self.fsdp) or bool(self.deepspeed and engines.zero_stage(self.deepspeed) == 3)
+
+    @property
+    def optimizer_layout(self) -> str:
+        """See `engines.optimizer_layout`."""
+        stage = engines.zero_stage(self.deepspeed) if self.deepspeed else None
+        fsdp_state = self.fsdp_plugin_args["state_dict_type"] if self.fsdp_plugin_args else None
+        return engines.optimizer_layout(stage, fsdp_state, self.world_size)
 
     def _check_engine(self) -> None:
         """Refuse engines that could not do their work, and what does not work with them."""

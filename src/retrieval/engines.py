@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,10 +19,6 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from src.errors import UserError
 from src.io import read_json
 
-DEEPSPEED = "deepspeed"
-FSDP = "fsdp"
-#: What each kind of training leaves in a checkpoint, by the beginnings of names; None is neither engine.
-_OPTIMIZER_FILES = {None: ("optimizer.pt",), FSDP: ("optimizer.bin", "optimizer_"), DEEPSPEED: ("global_step",)}
 #: DeepSpeed settings that transformers would take from the configuration of a single transformer.
 _SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 
@@ -52,7 +48,7 @@ def zero_stage(given: Any) -> int:
     Raises:
         UserError: the settings cannot be read, or do not fit this toolkit.
     """
-    zero = read_settings(given, DEEPSPEED).get("zero_optimization", {})
+    zero = read_settings(given, "deepspeed").get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"--deepspeed: ZeRO stage {stage!r} is unknown, use 0, 1, 2 or 3")
@@ -94,26 +90,52 @@ def load_whole() -> None:
     unset_hf_deepspeed_config()
 
 
-def check_optimizer_state(folder: str, engine: str | None) -> None:
-    """Refuse to resume without the optimizer's state, which the Trainer would do silently.
+def optimizer_layout(stage: int | None, fsdp_state: str | None, processes: int) -> str:
+    """How a run keeps the optimizer's state in checkpoints, in words that name the flags.
+
+    Args:
+        stage: of ZeRO, None without DeepSpeed.
+        fsdp_state: FSDP's ``state_dict_type``, None without FSDP.
+        processes: of the run; in ZeRO each writes its part, which only it can read.
+    """
+    if stage is not None:
+        parts = f" on {processes} processes" if stage else ""
+        return f"--deepspeed, ZeRO {'1 or 2' if stage in (1, 2) else stage}{parts}"
+    return f"--fsdp, state_dict_type {fsdp_state}" if fsdp_state else "neither --deepspeed nor --fsdp"
+
+
+def saved_layout(folder: str) -> str | None:
+    """The `optimizer_layout` of a checkpoint folder, by the files in it; None when it has no optimizer state."""
+    parts = len(list(Path(folder).glob("global_step*/*_optim_states.pt")))
+    for pattern, stage, fsdp_state in (
+        ("optimizer.pt", None, None),
+        ("optimizer.bin", None, "FULL_STATE_DICT"),
+        ("optimizer_0", None, "SHARDED_STATE_DICT"),
+        ("global_step*/zero_pp_rank_*_model_states.pt", 3, None),
+        ("global_step*/mp_rank_*_model_states.pt", 1 if parts else 0, None),
+    ):
+        if any(Path(folder).glob(pattern)):
+            return optimizer_layout(stage, fsdp_state, parts)
+    return None
+
+
+def check_optimizer_state(folder: str, own: str) -> None:
+    """Refuse to resume without the optimizer's state, which the Trainer would do silently, or with another's.
 
     Args:
         folder: a whole checkpoint.
-        engine: what this run trains with: `DEEPSPEED`, `FSDP` or None. Each keeps that state in its own files.
+        own: the `optimizer_layout` of this run.
 
     Raises:
-        UserError: there is none, or it is another's.
+        UserError: it cannot go on from there.
     """
-    names = os.listdir(folder)
-    found = [kind for kind, starts in _OPTIMIZER_FILES.items() if any(name.startswith(starts) for name in names)]
-    if engine in found:
+    saved = saved_layout(folder)
+    if saved == own:
         return
-    if not found:
+    if saved is None:
         problem = "it has no optimizer state (--save_only_model?)"
-    elif found[0] is None:
-        problem = f"it was saved without --{engine}: leave that flag out"
     else:
-        problem = f"it was saved with --{found[0]}: give that flag again"
+        problem = f"it was saved with {saved}, and this run has {own}: give the same"
     raise UserError(
         f"--resume_from_checkpoint {folder}: {problem}, or start a new run from its weights: name it as the model"
     )

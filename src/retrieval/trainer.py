@@ -99,7 +99,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         if isinstance(resume_from_checkpoint, str):
             if finished := self._finished(resume_from_checkpoint):
                 return finished
-            check_optimizer_state(resume_from_checkpoint, self.args.engine)
+            check_optimizer_state(resume_from_checkpoint, self.args.optimizer_layout)
         elif older := whole_checkpoints(self.args.output_dir):
             logger.warning(
                 "training starts from the beginning, but %s is there from an earlier run: "
