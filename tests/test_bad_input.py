@@ -187,6 +187,15 @@ BAD_ARGUMENTS = {
         "--fsdp_config has settings of --fsdp",
     ),
     "FSDP 1": ("--train_data {train} --fsdp --fsdp_config {fsdp1}", "--fsdp_config: version 1 is not supported, use 2"),
+    "FSDP in one file": (
+        '--train_data {train} --fsdp --fsdp_config {{"state_dict_type":"FULL_STATE_DICT"}}',
+        "--fsdp_config: state_dict_type FULL_STATE_DICT is not supported, use SHARDED_STATE_DICT",
+    ),
+    "FSDP's own recomputing": (
+        '--train_data {train} --fsdp --fsdp_config {{"activation_checkpointing":true}}',
+        "activation_checkpointing is not supported, give --gradient_checkpointing",
+    ),
+    "FSDP settings broken": ("--train_data {train} --fsdp --fsdp_config {{", "--fsdp_config: no valid JSON"),
     "weights and no optimizer state": (
         "--train_data {train} --deepspeed data/deepspeed/stage2.json --save_only_model --load_best_model_at_end "
         "--eval_data {eval} --corpus {corpus} --metric_for_best_model mrr@10",

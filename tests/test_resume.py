@@ -263,15 +263,14 @@ def test_optimizer_state_is_needed(tmp_path: Path):
     zero = "zero_pp_rank_{}_mp_rank_00_{}_states.pt"
     parts = [f"global_step4/{zero.format(rank, 'optim')}" for rank in range(2)]
     saved = {
-        optimizer_layout(None, None, 2): ["optimizer.pt"],
-        optimizer_layout(0, None, 2): ["global_step4/mp_rank_00_model_states.pt"],
-        optimizer_layout(2, None, 2): ["global_step4/mp_rank_00_model_states.pt", *parts],
-        optimizer_layout(2, None, 1): ["global_step4/mp_rank_00_model_states.pt", parts[0]],
-        optimizer_layout(3, None, 2): [f"global_step4/{zero.format(rank, 'model')}" for rank in range(2)] + parts,
-        optimizer_layout(None, "FULL_STATE_DICT", 2): ["optimizer.bin"],
-        optimizer_layout(None, "SHARDED_STATE_DICT", 2): ["optimizer_0/__0_0.distcp"],
+        optimizer_layout(None, False, 2): ["optimizer.pt"],
+        optimizer_layout(0, False, 2): ["global_step4/mp_rank_00_model_states.pt"],
+        optimizer_layout(2, False, 2): ["global_step4/mp_rank_00_model_states.pt", *parts],
+        optimizer_layout(2, False, 1): ["global_step4/mp_rank_00_model_states.pt", parts[0]],
+        optimizer_layout(3, False, 2): [f"global_step4/{zero.format(rank, 'model')}" for rank in range(2)] + parts,
+        optimizer_layout(None, True, 2): ["optimizer_0/__0_0.distcp"],
     }
-    assert len(saved) == 7
+    assert len(saved) == 6
     for number, (layout, files) in enumerate(saved.items()):
         folder = str(fake_checkpoint(tmp_path / str(number), *files))
         check_optimizer_state(folder, layout)

@@ -437,8 +437,7 @@ class RetrievalTrainingArgs(TrainingArguments):
     def optimizer_layout(self) -> str:
         """See `engines.optimizer_layout`."""
         stage = engines.zero_stage(self.deepspeed) if self.deepspeed else None
-        fsdp_state = self.fsdp_plugin_args["state_dict_type"] if self.fsdp_plugin_args else None
-        return engines.optimizer_layout(stage, fsdp_state, self.world_size)
+        return engines.optimizer_layout(stage, bool(self.fsdp), self.world_size)
 
     def _check_engine(self) -> None:
         """Refuse engines that could not do their work, and what does not work with them."""
@@ -450,7 +449,9 @@ class RetrievalTrainingArgs(TrainingArguments):
         if self.deepspeed and self.fsdp:
             raise UserError("--deepspeed and --fsdp do the same work: leave one of them out")
         if self.fsdp:
-            engines.check_fsdp(self.fsdp_config or {})
+            self.fsdp_config = engines.fsdp_settings(self.fsdp_config or {})
+        # Reads the settings of DeepSpeed, too, and refuses bad ones.
+        divided = self.weights_are_divided
         if self.fsdp and self.use_cpu:
             raise UserError(
                 "--fsdp divides weights over GPUs only, on a CPU it would be ignored: leave it out (--deepspeed "
@@ -467,7 +468,7 @@ class RetrievalTrainingArgs(TrainingArguments):
             raise UserError(
                 f"{flag} needs processes that a launcher started: torchrun --nproc_per_node N run_dense.py …"
             )
-        if not self.weights_are_divided:
+        if not divided:
             return
         if self.length_split_tokens:
             raise UserError(

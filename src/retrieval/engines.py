@@ -19,6 +19,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from src.errors import UserError
 from src.io import read_json
 
+#: How FSDP saves what training goes on from: each process its parts.
+SHARDED = "SHARDED_STATE_DICT"
 #: DeepSpeed settings that transformers would take from the configuration of a single transformer.
 _SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 
@@ -61,11 +63,11 @@ def zero_stage(given: Any) -> int:
     return stage
 
 
-def check_fsdp(given: Any) -> None:
-    """Refuse settings of ``--fsdp_config`` that nothing here handles.
+def fsdp_settings(given: Any) -> dict[str, Any]:
+    """The settings that ``--fsdp_config`` names, with what this toolkit wants.
 
     Raises:
-        UserError: the settings cannot be read, or are those.
+        UserError: they cannot be read, or ask for what is not supported.
     """
     settings = {name.removeprefix("fsdp_"): value for name, value in read_settings(given, "fsdp_config").items()}
     if str(settings.get("version", 2)) != "2":
@@ -78,6 +80,13 @@ def check_fsdp(given: Any) -> None:
     ):
         if str(settings.get(name, False)).lower() != "false":
             raise UserError(f"--fsdp_config: {name} is not supported, {instead}")
+    # The processes wait for each other for ever when the other kind is loaded again.
+    if settings.setdefault("state_dict_type", SHARDED) != SHARDED:
+        raise UserError(
+            f"--fsdp_config: state_dict_type {settings['state_dict_type']} is not supported, use {SHARDED} (or leave "
+            "it out): the encoder is saved whole in any case"
+        )
+    return settings
 
 
 def load_whole() -> None:
@@ -90,32 +99,31 @@ def load_whole() -> None:
     unset_hf_deepspeed_config()
 
 
-def optimizer_layout(stage: int | None, fsdp_state: str | None, processes: int) -> str:
+def optimizer_layout(stage: int | None, fsdp: bool, processes: int) -> str:
     """How a run keeps the optimizer's state in checkpoints, in words that name the flags.
 
     Args:
         stage: of ZeRO, None without DeepSpeed.
-        fsdp_state: FSDP's ``state_dict_type``, None without FSDP.
+        fsdp: whether FSDP divides the weights.
         processes: of the run; in ZeRO each writes its part, which only it can read.
     """
     if stage is not None:
         parts = f" on {processes} processes" if stage else ""
         return f"--deepspeed, ZeRO {'1 or 2' if stage in (1, 2) else stage}{parts}"
-    return f"--fsdp, state_dict_type {fsdp_state}" if fsdp_state else "neither --deepspeed nor --fsdp"
+    return "--fsdp" if fsdp else "neither --deepspeed nor --fsdp"
 
 
 def saved_layout(folder: str) -> str | None:
     """The `optimizer_layout` of a checkpoint folder, by the files in it; None when it has no optimizer state."""
     parts = len(list(Path(folder).glob("global_step*/*_optim_states.pt")))
-    for pattern, stage, fsdp_state in (
-        ("optimizer.pt", None, None),
-        ("optimizer.bin", None, "FULL_STATE_DICT"),
-        ("optimizer_0", None, "SHARDED_STATE_DICT"),
-        ("global_step*/zero_pp_rank_*_model_states.pt", 3, None),
-        ("global_step*/mp_rank_*_model_states.pt", 1 if parts else 0, None),
+    for pattern, stage, fsdp in (
+        ("optimizer.pt", None, False),
+        ("optimizer_0", None, True),
+        ("global_step*/zero_pp_rank_*_model_states.pt", 3, False),
+        ("global_step*/mp_rank_*_model_states.pt", 1 if parts else 0, False),
     ):
         if any(Path(folder).glob(pattern)):
-            return optimizer_layout(stage, fsdp_state, parts)
+            return optimizer_layout(stage, fsdp, parts)
     return None
 
 
