@@ -167,7 +167,7 @@ BAD_ARGUMENTS = {
     "DeepSpeed stage 4": ("--train_data {train} --deepspeed {stage4}", "ZeRO stage 4 is unknown, use 0, 1, 2 or 3"),
     "DeepSpeed without a launcher": (
         "--train_data {train} --deepspeed data/deepspeed/stage3.json",
-        "--deepspeed needs processes that a launcher started: torchrun",
+        "--deepspeed needs a launcher that starts 1 or more processes: torchrun",
     ),
     "DeepSpeed sizes of a single transformer": (
         "--train_data {train} --deepspeed {automatic}",

@@ -464,9 +464,10 @@ class RetrievalTrainingArgs(TrainingArguments):
             )
         if self.save_only_model and self.load_best_model_at_end:
             raise UserError(f"--save_only_model leaves nothing that --load_best_model_at_end could load with {flag}")
-        if not distributed.is_launched() or (self.fsdp and distributed.launched_processes() == 1):
+        least = 2 if self.fsdp else 1
+        if not distributed.is_launched() or distributed.launched_processes() < least:
             raise UserError(
-                f"{flag} needs processes that a launcher started: torchrun --nproc_per_node N run_dense.py …"
+                f"{flag} needs a launcher that starts {least} or more processes: torchrun --nproc_per_node N …"
             )
         if not divided:
             return
