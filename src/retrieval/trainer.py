@@ -202,6 +202,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         was_training = self.model.training
         model = self._whole_model().eval()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluate_model(model).items()}
+        # Where it is a copy, its memory is needed again.
         del model
         self.model.train(was_training)
         self.log(dict(metrics))
