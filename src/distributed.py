@@ -21,6 +21,11 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=6)
 
 
+def is_launched() -> bool:
+    """Whether a launcher (torchrun) started this process, alone or with others."""
+    return "RANK" in os.environ
+
+
 def launched_processes() -> int:
     """How many processes the launcher (torchrun) started; 1 without one. Needs no process group."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -105,7 +105,7 @@ def activation_bytes(size: ModelSize, tokens: int, longest: int, half: bool, che
 
 
 def training_memory(
-    size: ModelSize, activations: int, optimizer_name: str, half: bool, processes: int, zero_stage: int = 0
+    size: ModelSize, activations: int, optimizer_name: str, half: bool, processes: int, divided: int = 0
 ) -> Memory:
     """Memory of a process that trains (see the module).
 
@@ -115,18 +115,19 @@ def training_memory(
         optimizer_name: ``--optim``.
         half: under fp16 or bf16 autocast.
         processes: that train together.
-        zero_stage: of DeepSpeed.
+        divided: over processes: the optimizer's state from 1 on, gradients from 2 on, weights from 3 on.
     """
     optimizer = size.trainable * next(
         (own for name, own in OPTIMIZER_BYTES.items() if name in optimizer_name), ADAMW_BYTES
     )
     gradients = 4 * size.trainable
-    if zero_stage == 0 and processes > 1:
+    if divided == 0 and processes > 1:
         gradients *= 2
+    weights = size.parameters * (6 if half else 4)
     return Memory(
-        size.parameters * (6 if half else 4),
-        gradients // processes if zero_stage >= 2 else gradients,
-        optimizer // processes if zero_stage >= 1 else optimizer,
+        weights // processes if divided >= 3 else weights,
+        gradients // processes if divided >= 2 else gradients,
+        optimizer // processes if divided >= 1 else optimizer,
         activations,
     )
 

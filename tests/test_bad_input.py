@@ -164,7 +164,43 @@ BAD_ARGUMENTS = {
         "--train_data {qa} {convsearch} --use_train_config --version llm-embedder",
         "add --inbatch_same_dataset epoch",
     ),
-    "DeepSpeed stage 3": ("--train_data {train} --deepspeed {stage3}", "ZeRO stage 3 is not supported"),
+    "DeepSpeed stage 4": ("--train_data {train} --deepspeed {stage4}", "ZeRO stage 4 is unknown, use 0, 1, 2 or 3"),
+    "DeepSpeed without a launcher": (
+        "--train_data {train} --deepspeed data/deepspeed/stage3.json",
+        "--deepspeed needs a launcher that starts 1 or more processes: torchrun",
+    ),
+    "DeepSpeed sizes of a single transformer": (
+        "--train_data {train} --deepspeed {automatic}",
+        "zero_optimization.reduce_bucket_size cannot be 'auto' here",
+    ),
+    "DeepSpeed settings missing": (
+        "--train_data {train} --deepspeed {missing}",
+        "--deepspeed: no such file: {missing}",
+    ),
+    "two engines": (
+        "--train_data {train} --deepspeed data/deepspeed/stage2.json --fsdp",
+        "--deepspeed and --fsdp do the same work",
+    ),
+    "FSDP on a CPU": ("--train_data {train} --use_cpu --fsdp", "on a CPU it would be ignored"),
+    "FSDP settings alone": (
+        "--train_data {train} --fsdp_config data/fsdp/full_shard.json",
+        "--fsdp_config has settings of --fsdp",
+    ),
+    "FSDP 1": ("--train_data {train} --fsdp --fsdp_config {fsdp1}", "--fsdp_config: version 1 is not supported, use 2"),
+    "FSDP in one file": (
+        '--train_data {train} --fsdp --fsdp_config {{"state_dict_type":"FULL_STATE_DICT"}}',
+        "--fsdp_config: state_dict_type FULL_STATE_DICT is not supported, use SHARDED_STATE_DICT",
+    ),
+    "FSDP's own recomputing": (
+        '--train_data {train} --fsdp --fsdp_config {{"activation_checkpointing":true}}',
+        "activation_checkpointing is not supported, give --gradient_checkpointing",
+    ),
+    "FSDP settings broken": ("--train_data {train} --fsdp --fsdp_config {{", "--fsdp_config: no valid JSON"),
+    "weights and no optimizer state": (
+        "--train_data {train} --deepspeed data/deepspeed/stage2.json --save_only_model --load_best_model_at_end "
+        "--eval_data {eval} --corpus {corpus} --metric_for_best_model mrr@10",
+        "--save_only_model leaves nothing",
+    ),
     "a dense layer nobody asked for": (
         "--train_data {train} --query_encoder {model} --query_max_length 64 --key_max_length 64 --dense_dim 8",
         "--dense_dim 8 needs a dense layer",
@@ -229,7 +265,9 @@ def places(tmp_path, tiny_bert) -> dict[str, str]:
         "qa": write_rows(tmp_path / "qa" / "train.json", [{**GOOD, "teacher_scores": [3, 2, 1]}]),
         "convsearch": write_rows(tmp_path / "convsearch" / "train.json", [{**GOOD, "task": "convsearch"}]),
         "keyed": write_rows(tmp_path / "keyed.json", [{**EVAL[0], "key": ["a"], "key_index": [9]}]),
-        "stage3": write_rows(tmp_path / "stage3.json", [{"zero_optimization": {"stage": 3}}]),
+        "stage4": write_rows(tmp_path / "stage4.json", [{"zero_optimization": {"stage": 4}}]),
+        "automatic": write_rows(tmp_path / "auto.json", [{"zero_optimization": {"reduce_bucket_size": "auto"}}]),
+        "fsdp1": write_rows(tmp_path / "fsdp1.json", [{"fsdp_version": 1}]),
         "missing": tmp_path / "missing",
         "folder": folder,
     }

@@ -17,13 +17,14 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from src.retrieval.trainer import whole_checkpoints
-from tests.helpers import ROOT, environment, run
-from tests.training_bench import Bench, assert_equal, names, weights, write_data
+from tests.helpers import ROOT, environment, run, write_rows
+from tests.training_bench import Bench, assert_close, assert_equal, names, weights, write_data
 from tests.workers.forked import Kill, Runs
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
+SETTINGS = ROOT / "data" / "deepspeed"
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +46,19 @@ def bench(tiny_bert, tmp_path_factory, extensions) -> Iterator[Bench]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(bench: Bench) -> dict[int, Path]:
-    """Output folder of an uninterrupted run by stage."""
+    """Output folder of an uninterrupted run by stage; that of stage 3 is evaluated on the way."""
     folders = {}
     for stage in STAGES:
         folders[stage] = bench.folder / f"stage{stage}"
-        bench.train(folders[stage], 2, None, *zero(stage))
+        more = [*bench.evaluation(), "--log_path", folders[stage] / "train.log"] if stage == 3 else []
+        output = bench.train(folders[stage], 2, None, *zero(stage), *more)
+        (folders[stage] / "output.txt").write_text(output)
         assert names(folders[stage]) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     return folders
 
 
 def zero(stage: int) -> tuple[str, Path]:
-    return ("--deepspeed", ROOT / "data" / "deepspeed" / f"stage{stage}.json")
+    return ("--deepspeed", SETTINGS / f"stage{stage}.json")
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
@@ -85,10 +88,19 @@ def assert_same_checkpoint(one: Path, other: Path) -> None:
     assert_equal(a, b)
 
 
-def test_configurations_leave_everything_to_the_flags():
-    for stage in STAGES:
-        settings = json.loads(zero(stage)[1].read_text())
-        assert settings["zero_optimization"]["stage"] == stage
+def test_settings_leave_everything_to_the_flags():
+    files = sorted(SETTINGS.glob("*.json"))
+    assert [path.stem for path in files] == [
+        *("stage0", "stage1", "stage2", "stage2_offload", "stage3", "stage3_offload")
+    ]
+    for path in files:
+        settings = json.loads(path.read_text())
+        stage, _, offload = path.stem.partition("_")
+        zero = settings["zero_optimization"]
+        assert f"stage{zero['stage']}" == stage
+        assert sorted(name for name in zero if name.startswith("offload_")) == (
+            ["offload_optimizer", "offload_param"][: zero["stage"] - 1] if offload else []
+        )
         assert not {"optimizer", "scheduler"} & settings.keys()
         for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
             assert settings[name] == "auto"
@@ -97,12 +109,47 @@ def test_configurations_leave_everything_to_the_flags():
 @pytest.mark.parametrize("stage", STAGES)
 def test_trains_like_ddp(bench: Bench, uninterrupted: dict[int, Path], stage: int):
     for step in (2, 4, 6):
-        ours = weights(uninterrupted[stage] / f"checkpoint-{step}")
-        ddp = weights(bench.whole(2) / f"checkpoint-{step}")
-        assert ours.keys() == ddp.keys()
-        for name, tensor in ours.items():
-            assert tensor.dtype == torch.float32
-            torch.testing.assert_close(tensor, ddp[name], rtol=0, atol=1e-6)
+        assert_close(uninterrupted[stage] / f"checkpoint-{step}", bench.whole(2) / f"checkpoint-{step}")
+
+
+def test_offloading_trains_like_ddp(bench: Bench, tmp_path: Path):
+    settings = json.loads((SETTINGS / "stage3_offload.json").read_text())
+    # DeepSpeed's own CPU optimizer takes minutes to compile.
+    (tmp_path / "settings.json").write_text(json.dumps({**settings, "zero_force_ds_cpu_optimizer": False}))
+    bench.train(tmp_path / "out", 2, None, "--deepspeed", tmp_path / "settings.json", "--early_exit_steps", 2)
+    assert_close(tmp_path / "out" / "checkpoint-2", bench.whole(2) / "checkpoint-2")
+
+
+def test_adapters_train_like_ddp_with_divided_weights(bench: Bench, tmp_path: Path):
+    flags = ("--lora_r", 3, "--learning_rate", 0.01, "--early_exit_steps", 2)
+    bench.train(tmp_path / "ddp", 2, None, *flags)
+    bench.train(tmp_path / "zero", 2, None, *flags, *zero(3))
+    assert_close(tmp_path / "zero" / "checkpoint-2", tmp_path / "ddp" / "checkpoint-2")
+    assert (tmp_path / "zero" / "checkpoint-2" / "adapters" / "encoder" / "adapter_config.json").is_file()
+
+
+def test_ranker_trains_like_ddp_with_divided_weights(bench: Bench, tmp_path: Path):
+    flags = ["--train_data", bench.folder / "a.json", "--ranker", bench.encoder, "--train_group_size", 3]
+    flags += ["--query_max_length", 32, "--key_max_length", 32, "--max_steps", 2, "--learning_rate", 1e-3]
+    # Rows to rerank, of which the processes have different numbers.
+    keyed = [{"query": f"a{n}", "key": ["a", "b", "c"][: n + 1], "key_index": [0, 1, 2][: n + 1]} for n in range(3)]
+    write_rows(tmp_path / "keyed.json", [{**row, "pos_index": [0]} for row in keyed])
+    flags += ["--eval_data", tmp_path / "keyed.json", "--metrics", "mrr", "--eval_steps", 2]
+    for name, more in (("ddp", ()), ("zero", zero(3))):
+        line = [*flags, *more, "--output_dir", tmp_path / name, "--log_path", tmp_path / f"{name}.log"]
+        codes, output = bench.forked("run_ranker.py", line, 2, timeout=600)
+        assert codes == [0, 0], output
+    assert_close(tmp_path / "zero" / "checkpoint-2", tmp_path / "ddp" / "checkpoint-2")
+    one, two = (json.loads((tmp_path / f"{name}.jsonl").read_text())["metrics"] for name in ("ddp", "zero"))
+    assert one == two
+
+
+def test_half_precision_saves_the_weights_that_are_trained(bench: Bench, tmp_path: Path):
+    bench.train(tmp_path, 2, None, *zero(3), "--bf16", "--early_exit_steps", 2)
+    saved = weights(tmp_path / "checkpoint-2")
+    rounded = [name for name, tensor in saved.items() if torch.equal(tensor, tensor.bfloat16().float())]
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    assert len(rounded) < len(saved) / 2, "what DeepSpeed computes with was saved, not what it trains"
 
 
 @pytest.mark.parametrize(
@@ -119,11 +166,11 @@ def test_killed_in_a_save(bench: Bench, uninterrupted: dict[int, Path], tmp_path
 def test_torchrun_resumes_and_the_result_converts(
     bench: Bench, uninterrupted: dict[int, Path], tmp_path: Path, extensions: str
 ):
-    flags = bench.flags(tmp_path, 2, None, *zero(2), "--resume_from_checkpoint", uninterrupted[2] / "checkpoint-4")
+    flags = bench.flags(tmp_path, 2, None, *zero(3), "--resume_from_checkpoint", uninterrupted[3] / "checkpoint-4")
     done = run(["run_dense.py", *flags], processes=2, timeout=600, TORCH_EXTENSIONS_DIR=extensions)
     assert done.returncode == 0, done.stderr
     last = tmp_path / "checkpoint-6"
-    assert_same_checkpoint(last, uninterrupted[2] / "checkpoint-6")
+    assert_same_checkpoint(last, uninterrupted[3] / "checkpoint-6")
     model = AutoModel.from_pretrained(last / "encoder")
     saved = weights(last)
     for name, tensor in model.state_dict().items():
@@ -137,19 +184,25 @@ def test_torchrun_resumes_and_the_result_converts(
     assert (tmp_path / "converted" / "modules.json").is_file()
 
 
-def test_best_weights(bench: Bench, tmp_path: Path):
-    output = bench.train(tmp_path, 2, None, *zero(2), *bench.evaluation(), "--learning_rate", 0.02)
-    state = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())
-    assert f"best checkpoint: {state['best_model_checkpoint']}" in output
+def test_best_weights_and_their_metrics(bench: Bench, uninterrupted: dict[int, Path]):
+    bench.assert_metrics_of_training(uninterrupted[3], (uninterrupted[3] / "output.txt").read_text())
 
 
 def test_resuming_with_and_without_do_not_mix(bench: Bench, uninterrupted: dict[int, Path], tmp_path: Path):
     for source, more, message in (
-        (uninterrupted[2], (), "it was saved with --deepspeed"),
-        (bench.whole(2), zero(2), "it was saved without --deepspeed"),
+        (uninterrupted[2], (), "it was saved with --deepspeed, ZeRO 1 or 2 on 2 processes"),
+        (bench.whole(2), zero(2), "it was saved with neither --deepspeed nor --fsdp"),
+        (uninterrupted[2], zero(3), "and this run has --deepspeed, ZeRO 3 on 2 processes"),
     ):
         flags = bench.flags(tmp_path, 2, None, *more, "--resume_from_checkpoint", source / "checkpoint-4")
         codes, output = bench.forked("run_dense.py", flags, 2)
         assert codes == [2, 2], output
         assert message in output
         assert "Traceback" not in output
+
+
+def test_divided_weights_take_batches_in_one_piece(bench: Bench, tmp_path: Path):
+    flags = bench.flags(tmp_path, 2, None, *zero(3), "--length_split_tokens", 64)
+    codes, output = bench.forked("run_dense.py", flags, 2)
+    assert codes == [2, 2], output
+    assert "--length_split_tokens 64: where weights are divided over processes" in output

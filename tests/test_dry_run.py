@@ -112,8 +112,9 @@ def test_memory_adds_up():
     assert training_memory(size, 7, "adamw_torch_fused", True, 1).weights == 600
     assert training_memory(size, 7, "adamw_bnb_8bit", False, 2) == Memory(400, 480, 120, 7)
     assert training_memory(size, 7, "sgd", False, 1).optimizer == 0
-    assert training_memory(size, 7, "adamw_torch", False, 4, zero_stage=1) == Memory(400, 240, 120, 7)
-    assert training_memory(size, 7, "adamw_torch", False, 4, zero_stage=2) == Memory(400, 60, 120, 7)
+    assert training_memory(size, 7, "adamw_torch", False, 4, divided=1) == Memory(400, 240, 120, 7)
+    assert training_memory(size, 7, "adamw_torch", False, 4, divided=2) == Memory(400, 60, 120, 7)
+    assert training_memory(size, 7, "adamw_torch", False, 4, divided=3) == Memory(100, 60, 120, 7)
     assert Memory(1024, 1024, 2048, 1024).describe().startswith("about 5 KiB: weights 1 KiB, gradients 1 KiB")
     assert (human_bytes(1000), human_bytes(3 << 30)) == ("1000 bytes", "3 GiB")
     assert sample(3, 10) == [0, 1, 2]

@@ -21,10 +21,10 @@ import run_dense
 from src.errors import UserError
 from src.retrieval import trainer as trainer_module
 from src.retrieval import training
+from src.retrieval.engines import check_optimizer_state, optimizer_layout
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
 from src.retrieval.trainer import (
     RetrievalTrainer,
-    check_optimizer_state,
     checkpoint_to_resume,
     remove_oldest,
     whole_checkpoints,
@@ -232,6 +232,7 @@ def test_best_weights_are_loaded_at_the_end(bench: Bench, tmp_path: Path, monkey
 def fake_checkpoint(folder: Path, *files: str, age: int = 0) -> Path:
     folder.mkdir(parents=True)
     for name in files:
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("{}")
         os.utime(folder / name, (10**9 - age, 10**9 - age))
     return folder
@@ -259,14 +260,23 @@ def test_what_resume_means(tmp_path: Path):
 
 
 def test_optimizer_state_is_needed(tmp_path: Path):
-    plain = str(fake_checkpoint(tmp_path / "plain", "optimizer.pt"))
-    deepspeed = str(fake_checkpoint(tmp_path / "deepspeed", "global_step4"))
-    check_optimizer_state(plain, deepspeed=False)
-    check_optimizer_state(deepspeed, deepspeed=True)
-    with pytest.raises(UserError, match="saved without --deepspeed"):
-        check_optimizer_state(plain, deepspeed=True)
-    with pytest.raises(UserError, match="saved with --deepspeed"):
-        check_optimizer_state(deepspeed, deepspeed=False)
+    zero = "zero_pp_rank_{}_mp_rank_00_{}_states.pt"
+    parts = [f"global_step4/{zero.format(rank, 'optim')}" for rank in range(2)]
+    saved = {
+        optimizer_layout(None, False, 2): ["optimizer.pt"],
+        optimizer_layout(0, False, 2): ["global_step4/mp_rank_00_model_states.pt"],
+        optimizer_layout(2, False, 2): ["global_step4/mp_rank_00_model_states.pt", *parts],
+        optimizer_layout(2, False, 1): ["global_step4/mp_rank_00_model_states.pt", parts[0]],
+        optimizer_layout(3, False, 2): [f"global_step4/{zero.format(rank, 'model')}" for rank in range(2)] + parts,
+        optimizer_layout(None, True, 2): ["optimizer_0/__0_0.distcp"],
+    }
+    assert len(saved) == 6
+    for number, (layout, files) in enumerate(saved.items()):
+        folder = str(fake_checkpoint(tmp_path / str(number), *files))
+        check_optimizer_state(folder, layout)
+        for other in saved.keys() - {layout}:
+            with pytest.raises(UserError, match=f"saved with {layout}, and this run has {other}"):
+                check_optimizer_state(folder, other)
 
 
 def test_unusable_checkpoints_end_in_one_line(bench: Bench, tmp_path: Path):

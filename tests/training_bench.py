@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import write_rows
+from tests.helpers import read_rows, write_rows
 from tests.workers.forked import Kill, Runs
 
 #: Steps of two epochs, by batching policy. A save every 2 steps falls within an epoch and, for "epoch", between two.
@@ -93,6 +94,17 @@ class Bench:
             self.uninterrupted[processes, policy] = out
         return self.uninterrupted[processes, policy]
 
+    def assert_metrics_of_training(self, out: Path, output: str) -> None:
+        """A run with `evaluation` and ``--log_path out/train.log`` found what evaluating its last checkpoint finds."""
+        state = json.loads((out / "checkpoint-6" / "trainer_state.json").read_text())
+        assert f"best checkpoint: {state['best_model_checkpoint']} ({state['best_metric']})" in output
+        flags = self.flags(out, 1, None, *self.evaluation()[:-3], "--log_path", out / "later.log")
+        flags[flags.index("--query_encoder") + 1] = str(out / "checkpoint-6")
+        codes, output = self.forked("run_dense.py", flags[flags.index("--query_encoder") :])
+        assert codes == [0], output
+        in_training, later = (read_rows(out / f"{name}.jsonl")[-1]["metrics"] for name in ("train", "later"))
+        assert in_training == pytest.approx(later)
+
 
 def names(out: Path) -> list[str]:
     """Everything in an output folder that has to do with checkpoints, by step."""
@@ -115,6 +127,15 @@ def assert_equal(one: Any, other: Any) -> None:
             assert_equal(a, b)
     else:
         assert one == other
+
+
+def assert_close(one: Path, other: Path) -> None:
+    """Checkpoints with the same fp32 weights but for rounding."""
+    ours, others = weights(one), weights(other)
+    assert ours.keys() == others.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == torch.float32
+        torch.testing.assert_close(tensor, others[name], rtol=0, atol=1e-6)
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

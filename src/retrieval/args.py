@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
+from src import distributed
 from src.errors import UserError
 from src.flags import check_choice, check_positive, default_data_root, dry_run_flag, flag
-from src.io import read_json
+from src.retrieval import engines
 from src.retrieval.tasks import VERSIONS
 from src.schema import ROW_FIELDS
 
@@ -279,20 +280,6 @@ class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
             raise UserError("--load_result needs --eval_data")
 
 
-def zero_stage(config: Any) -> int:
-    """The ZeRO stage of what ``--deepspeed`` names; 0 without it.
-
-    Raises:
-        UserError: stage 3, whose partitioned weights nothing here gathers.
-    """
-    if isinstance(config, str) and config:
-        config = read_json(config, "--deepspeed")
-    stage = (config or {}).get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2):
-        raise UserError(f"--deepspeed: ZeRO stage {stage} is not supported, use 0, 1 or 2")
-    return stage
-
-
 @dataclass
 class EvalOutputArgs:
     """Where an evaluation writes, and its seed."""
@@ -347,7 +334,8 @@ class RetrievalTrainingArgs(TrainingArguments):
     length_split_tokens: int | None = flag(
         None,
         "Texts of a batch go through the model in parts of similar length, where a further part saves at least so "
-        f"many padding tokens (0: never; None: {CPU_SPLIT_TOKENS} on a CPU, {GPU_SPLIT_TOKENS} on a GPU).",
+        f"many padding tokens (0: never; None: {CPU_SPLIT_TOKENS} on a CPU, {GPU_SPLIT_TOKENS} on a GPU, 0 with ZeRO-3 "
+        "and FSDP).",
     )
 
     max_sample_num: int | None = flag(None, "Most rows of each training file, drawn by --seed.")
@@ -415,12 +403,7 @@ class RetrievalTrainingArgs(TrainingArguments):
         for name in ("grad_cache_chunk_size", "length_split_tokens"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"--{name} must be 0 (off) or more, found {getattr(self, name)}")
-        zero_stage(self.deepspeed)
-        if self.grad_cache_chunk_size and (self.deepspeed or self.fsdp):
-            raise UserError(
-                f"--grad_cache_chunk_size {self.grad_cache_chunk_size} works with one process or plain torchrun, where "
-                "the weights are whole on each process: leave out --deepspeed and --fsdp, or set it to 0"
-            )
+        self._check_engine()
         if self.gradient_checkpointing:
             self.activation_checkpointing, self.gradient_checkpointing = True, None
         if self.disable_tqdm is None:
@@ -437,9 +420,72 @@ class RetrievalTrainingArgs(TrainingArguments):
             super().__post_init__()
         except ValueError as error:
             raise UserError(str(error)) from error
+        engines.load_whole()
         # `python run_dense.py` on a machine with several GPUs uses the first; torchrun uses all.
         self._n_gpu = min(self._n_gpu, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, such that a file of them can be given as --config; without tokens, which are secrets."""
         return {name: value for name, value in super().to_dict().items() if not name.endswith("_token")}
+
+    @property
+    def engine(self) -> str | None:
+        """What trains in place of DistributedDataParallel: ``deepspeed``, ``fsdp`` or None."""
+        return "deepspeed" if self.deepspeed else "fsdp" if self.fsdp else None
+
+    @property
+    def divided(self) -> int:
+        """What is divided over processes: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too."""
+        if self.fsdp:
+            return 3
+        return engines.zero_stage(self.deepspeed) if self.deepspeed else 0
+
+    @property
+    def weights_are_divided(self) -> bool:
+        """Whether a process holds a part of each weight only."""
+        return self.divided == 3
+
+    @property
+    def optimizer_layout(self) -> str:
+        """See `engines.optimizer_layout`."""
+        stage = engines.zero_stage(self.deepspeed) if self.deepspeed else None
+        return engines.optimizer_layout(stage, bool(self.fsdp), self.world_size)
+
+    def _check_engine(self) -> None:
+        """Refuse engines that could not do their work, and what does not work with them."""
+        if self.fsdp_config and not self.fsdp:
+            raise UserError("--fsdp_config has settings of --fsdp: give that flag too")
+        if self.engine is None:
+            return
+        flag = f"--{self.engine}"
+        if self.deepspeed and self.fsdp:
+            raise UserError("--deepspeed and --fsdp do the same work: leave one of them out")
+        if self.fsdp:
+            self.fsdp_config = engines.fsdp_settings(self.fsdp_config or {})
+        # Reads the settings of DeepSpeed, too, and refuses bad ones.
+        divided = self.weights_are_divided
+        if self.fsdp and self.use_cpu:
+            raise UserError(
+                "--fsdp divides weights over GPUs only, on a CPU it would be ignored: leave it out (--deepspeed "
+                "data/deepspeed/stage3.json divides them on a CPU too)"
+            )
+        if self.grad_cache_chunk_size:
+            raise UserError(
+                f"--grad_cache_chunk_size {self.grad_cache_chunk_size} works with one process or plain torchrun, where "
+                "the weights are whole on each process: leave out --deepspeed and --fsdp, or set it to 0"
+            )
+        if self.save_only_model and self.load_best_model_at_end:
+            raise UserError(f"--save_only_model leaves nothing that --load_best_model_at_end could load with {flag}")
+        least = 2 if self.fsdp else 1
+        if not distributed.is_launched() or distributed.launched_processes() < least:
+            raise UserError(
+                f"{flag} needs a launcher that starts {least} or more processes: torchrun --nproc_per_node N …"
+            )
+        if not divided:
+            return
+        if self.length_split_tokens:
+            raise UserError(
+                f"--length_split_tokens {self.length_split_tokens}: where weights are divided over processes, all must "
+                "call the model equally often: set it to 0, or leave it out"
+            )
+        self.length_split_tokens = 0

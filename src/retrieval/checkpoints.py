@@ -36,7 +36,7 @@ class TrainableModel(nn.Module, ABC):
 
         Args:
             folder: made when missing.
-            state_dict: weights of this module gathered from elsewhere (DeepSpeed); its own when None.
+            state_dict: weights of this module gathered from elsewhere (see `engines`); its own when None.
         """
 
     @abstractmethod
@@ -51,6 +51,12 @@ class TrainableModel(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the weights lie."""
         return next(self.parameters()).device
+
+    @property
+    def _no_split_modules(self) -> set[str]:
+        """Names of the layers' classes, as transformers has them: what accelerate makes FSDP divide one by one."""
+        present = {type(module).__name__ for module in self.modules()}
+        return present & {name for backbone in self.backbones for name in backbone._no_split_modules or ()}
 
     def activation_checkpointing_enable(
         self,

@@ -25,7 +25,7 @@ from src.plan import (
     step_counts,
     training_memory,
 )
-from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs, zero_stage
+from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs
 from src.retrieval.bm25 import choose_engine
 from src.retrieval.builders import bm25_config, encode_configs
 from src.retrieval.checkpoints import TrainableModel
@@ -113,8 +113,7 @@ def training_lines(
     half = "fp16" if training.fp16 else "bf16" if training.bf16 else None
     size = model_size(model.backbones[0], *count_parameters(model), fused_attention=not training.use_cpu)
     most = _most_activations(size, batches, training, half is not None)
-    stage = zero_stage(training.deepspeed)
-    memory = training_memory(size, most, str(training.optim), half is not None, world, stage)
+    memory = training_memory(size, most, str(training.optim), half is not None, world, training.divided)
     yield "model", f"{size.parameters:,} parameters, {size.trainable:,} of them trained, in {half or 'fp32'}"
     yield "memory", f"{memory.describe()} (each process; an estimate, see src/plan.py)"
     yield "output", training.output_dir

@@ -22,6 +22,7 @@ from src.retrieval.args import RetrievalTrainingArgs
 from src.retrieval.batch_scores import BatchScores, ScoreBatch
 from src.retrieval.checkpoints import TrainableModel
 from src.retrieval.data import TrainDataset, TrainExample
+from src.retrieval.engines import check_optimizer_state, filled, hollow_copy, load_whole, whole_state
 from src.retrieval.grad_cache import GradCache
 from src.retrieval.losses import LossConfig, combine, mask_false_negatives
 from src.retrieval.sampler import POLICIES, EpochDataLoader, GlobalBatchSampler
@@ -75,8 +76,10 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             eval_dataset=() if evaluate_model else None,
             callbacks=[StopCallback(args.early_exit_steps), *callbacks],
         )
+        load_whole()
         self.score_batch = score_batch
         self.evaluate_model = evaluate_model
+        self._hollow = hollow_copy(self.model) if evaluate_model and args.weights_are_divided else None
         self.saved_args = dict(saved_args)
         self.loss_configs: list[LossConfig] = [source.settings.loss for source in train_dataset.sources]
         self._parts = RunningMeans()
@@ -96,7 +99,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         if isinstance(resume_from_checkpoint, str):
             if finished := self._finished(resume_from_checkpoint):
                 return finished
-            check_optimizer_state(resume_from_checkpoint, self.is_deepspeed_enabled)
+            check_optimizer_state(resume_from_checkpoint, self.args.optimizer_layout)
         elif older := whole_checkpoints(self.args.output_dir):
             logger.warning(
                 "training starts from the beginning, but %s is there from an earlier run: "
@@ -188,14 +191,28 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         """Retrieve over the whole corpus with the present weights."""
         if self.evaluate_model is None:
             raise UserError("there is nothing to evaluate on: give --eval_data and --corpus")
-        model = self.model
-        was_training = model.training
-        model.eval()
+        was_training = self.model.training
+        model = self._whole_model().eval()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluate_model(model).items()}
-        model.train(was_training)
+        # Where it is a copy, its memory is needed again.
+        del model
+        self.model.train(was_training)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _whole_model(self) -> ModelT:
+        """The model, or a copy with whole weights where each process holds a part of them."""
+        if self._hollow is None:
+            return self.model
+        return filled(self._hollow, whole_state(self.model, self.args.device), self.args.device)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model with whole weights, whoever holds which part of them; every process must call this."""
+        if self.args.engine is None:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir, whole_state(self.model, torch.device("cpu") if self.args.should_save else None))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -255,11 +272,14 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.model.load_weights(resume_from_checkpoint)
+        if self.args.engine is None:
+            self.model.load_weights(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         logger.info("best checkpoint: %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
-        if self.is_deepspeed_enabled:
+        if self.args.engine is not None:
             super()._load_best_model()
         elif self.state.best_model_checkpoint is not None:
             self.model.load_weights(self.state.best_model_checkpoint)
@@ -402,29 +422,3 @@ def checkpoint_to_resume(resume: str | None, output_dir: str) -> str | None:
         listed = f"; whole checkpoints in {output_dir}: {', '.join(known)}" if known else ""
         raise UserError(f"--resume_from_checkpoint {resume}: no whole checkpoint (it needs a {TRAINER_STATE}){listed}")
     return resume
-
-
-def check_optimizer_state(folder: str, deepspeed: bool) -> None:
-    """Refuse to resume without the optimizer's state, which the Trainer would do silently.
-
-    Args:
-        folder: a whole checkpoint.
-        deepspeed: whether this run uses DeepSpeed, which keeps that state in files of its own.
-
-    Raises:
-        UserError: there is none, or it is of the other kind.
-    """
-    names = os.listdir(folder)
-    has_plain = any(name.startswith("optimizer") for name in names)
-    has_deepspeed = any(name.startswith("global_step") for name in names)
-    if has_deepspeed if deepspeed else has_plain:
-        return
-    if has_plain:
-        problem = "it was saved without --deepspeed: leave that flag out"
-    elif has_deepspeed:
-        problem = "it was saved with --deepspeed: give that flag again"
-    else:
-        problem = "it has no optimizer state (--save_only_model?)"
-    raise UserError(
-        f"--resume_from_checkpoint {folder}: {problem}, or start a new run from its weights: name it as the model"
-    )

@@ -1,0 +1,85 @@
+"""``--fsdp`` on two processes (see `tests.workers.fsdp_on_cpu`): trains like DDP, saves whole weights, resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import AutoModel
+
+from tests.helpers import ROOT, environment
+from tests.training_bench import Bench, assert_close, assert_equal, names, weights, write_data
+from tests.workers.forked import Runs
+
+SCRIPT = "tests/workers/fsdp_on_cpu.py"
+FLAGS = ("--fsdp", "--fsdp_config", ROOT / "data" / "fsdp" / "full_shard.json")
+
+
+@pytest.fixture(scope="module")
+def bench(tiny_bert, tmp_path_factory) -> Iterator[Bench]:
+    forked = Runs(environment())
+    yield Bench(write_data(tmp_path_factory.mktemp("fsdp")), tiny_bert, forked)
+    forked.close()
+
+
+def train(bench: Bench, out: Path, *more) -> str:
+    codes, output = bench.forked(SCRIPT, bench.flags(out, 2, None, *more), 2)
+    assert codes == [0, 0], output
+    return output
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(bench: Bench) -> Path:
+    """Output folder of a run of six steps, evaluated on the way."""
+    out = bench.folder / "uninterrupted"
+    output = train(bench, out, *FLAGS, *bench.evaluation(), "--log_path", out / "train.log")
+    (out / "output.txt").write_text(output)
+    assert names(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    return out
+
+
+def test_trains_like_ddp(bench: Bench, uninterrupted: Path):
+    for step in (2, 4, 6):
+        assert_close(uninterrupted / f"checkpoint-{step}", bench.whole(2) / f"checkpoint-{step}")
+
+
+def test_weights_are_divided_and_the_saved_encoder_is_whole(uninterrupted: Path):
+    checkpoint = uninterrupted / "checkpoint-6"
+    for folder, least in (("pytorch_model_fsdp_0", 30), ("optimizer_0", 60)):
+        saved = FileSystemReader(checkpoint / folder).read_metadata().state_dict_metadata
+        tensors = [part for part in saved.values() if isinstance(part, TensorStorageMetadata) and part.size]
+        assert len(tensors) > least
+        for tensor in tensors:
+            half = tensor.size[0] // 2
+            assert [part.sizes[0] for part in tensor.chunks] == [tensor.size[0] - half, half]
+    model = AutoModel.from_pretrained(checkpoint / "encoder", add_pooling_layer=False)
+    assert_equal(dict(model.state_dict()), load_file(checkpoint / "encoder" / "model.safetensors"))
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(bench: Bench, uninterrupted: Path, tmp_path: Path):
+    train(bench, tmp_path, *FLAGS, "--resume_from_checkpoint", uninterrupted / "checkpoint-4")
+    assert names(tmp_path) == ["checkpoint-6"]
+    assert_equal(weights(tmp_path / "checkpoint-6"), weights(uninterrupted / "checkpoint-6"))
+
+
+def test_best_weights_and_their_metrics(bench: Bench, uninterrupted: Path):
+    bench.assert_metrics_of_training(uninterrupted, (uninterrupted / "output.txt").read_text())
+
+
+def test_adapters_train_like_ddp(bench: Bench, tmp_path: Path):
+    """Adapters on frozen weights and recomputed layers, with the older form of the flag."""
+    flags = ("--lora_r", 3, "--learning_rate", 0.01, "--gradient_checkpointing", "--early_exit_steps", 2)
+    train(bench, tmp_path / "fsdp", "--fsdp", "full_shard auto_wrap", *flags)
+    bench.train(tmp_path / "ddp", 2, None, *flags)
+    assert_close(tmp_path / "fsdp" / "checkpoint-2", tmp_path / "ddp" / "checkpoint-2")
+    assert (tmp_path / "fsdp" / "checkpoint-2" / "optimizer_0").is_dir()
+
+
+def test_batches_in_pieces_are_refused(bench: Bench, tmp_path: Path):
+    codes, output = bench.forked(SCRIPT, bench.flags(tmp_path, 2, None, *FLAGS, "--length_split_tokens", 64), 2)
+    assert codes == [2, 2], output
+    assert "--length_split_tokens 64: where weights are divided over processes" in output
