@@ -15,6 +15,7 @@ from src.retrieval.builders import instructions, metric_names
 from src.retrieval.data import Source, TrainDataset, TrainExample, check_mixable, load_train_sources
 from src.retrieval.evaluate import SCORE
 from src.retrieval.settings import settings_for
+from src.retrieval.task_config import load_task_config
 from src.retrieval.trainer import ModelT, RetrievalTrainer
 
 logger = logging.getLogger(__name__)
@@ -53,14 +54,21 @@ def load_sources(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingAr
     """
     if not args.train_data:
         return []
+    own = load_task_config(args.task_config)
+    if not training.use_train_config and (settled := [name for name, task in own.items() if task.training]):
+        raise UserError(
+            f"--task_config {args.task_config}: the training settings of {settled[0]!r} are used with "
+            "--use_train_config only: add that flag, or take them out of the file"
+        )
     sources = load_train_sources(
         expand_data_paths(args.train_data, args.data_root, "train_data"),
-        partial(settings_for, training, args.version),
+        partial(settings_for, training, args.version, own=own),
         instructions(args),
         args.task,
         training.seed,
         args.dataset_cache_dir,
         training.teacher_score_field,
+        own,
     )
     if training.inbatch_same_dataset is None:
         check_mixable(sources)
