@@ -20,6 +20,7 @@ from src.retrieval.builders import check_outputs, chunk_policy, eval_config, loa
 from src.retrieval.collator import PairCollator
 from src.retrieval.evaluators import ranker_evaluator, recorded
 from src.retrieval.modeling_ranker import load_cross_encoder
+from src.retrieval.records import card_writer, ranker_uses
 from src.retrieval.trainer import checkpoint_to_resume
 from src.retrieval.training import check_flags, load_sources, train
 
@@ -63,7 +64,8 @@ def main() -> None:
         evaluate_model = recorded(ranker_evaluator(args, eval_data, evaluation, device), training.log_path, arguments)
     if sources:
         collator = PairCollator(model.pairs, chunk_policy(training))
-        train(model, training, sources, collator, ranker_batch_scores, evaluate_model, arguments, resume)
+        cards = card_writer(ranker_uses(model, args.ranker), args, training, sources, given, arguments)
+        train(model, training, sources, collator, ranker_batch_scores, evaluate_model, arguments, cards, resume)
     elif evaluate_model is not None:
         evaluate_model(model.to(device).eval())
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from src.lm.eval_args import ORACLE, GenerateArgs, HistoryArgs, LMEvalArgs
 from src.lm.generate import NEWLINE_ID, Decoding, newline_tokens
 from src.lm.modeling_lm import LanguageModel, LMConfig, lm_max_length, load_lm, load_lm_tokenizer, model_identity
 from src.lm.prompts import make_frame
+from src.result_log import versions
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.bm25 import build_bm25_searcher
 from src.retrieval.builders import (
@@ -333,11 +332,6 @@ def output_path(args: LMEvalArgs, rows_path: str) -> str:
     path = Path(rows_path)
     named = path.with_name("-".join(filter(None, (path.parent.name, path.name))))
     return derived_path(str(named), "output", ".".join(short), args.output_dir)
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
 
 
 def ask(

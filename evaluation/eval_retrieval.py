@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from typing import Any
 
-from evaluation.common import build_searcher, retriever_name, versions
+from evaluation.common import build_searcher, retriever_name
 from src import distributed
 from src.cli import parse_args, run
 from src.errors import UserError
+from src.result_log import versions
 from src.retrieval.args import EvalOutputArgs, RetrievalArgs
 from src.retrieval.builders import (
     check_outputs,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import platform
 import shlex
 import sys
 from collections.abc import Mapping
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +37,8 @@ def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[s
             file.write("\n")
     with open(lines_path, "a", encoding="utf-8") as file:
         file.write(line + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Of what numbers depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}

@@ -96,7 +96,7 @@ def test_a_setting_of_ours_is_replaced_and_the_others_stay(claims):
         "first", "random", contrastive_weight=0.5, stable_distill=True
     )
     assert train_config_for("bge", "qa", own) == TaskConfig(contrastive_weight=0.5)
-    with pytest.raises(UserError, match="bge.*no training settings"):
+    with pytest.raises(UserError, match=r"bge.*no training settings"):
         train_config_for("bge", "icl", own)
 
 

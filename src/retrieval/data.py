@@ -67,6 +67,11 @@ class Source:
     def __len__(self) -> int:
         return len(self.kept)
 
+    @property
+    def tasks(self) -> list[str | None]:
+        """The distinct tasks of the file."""
+        return _tasks(self.rows, self.default_task)
+
 
 @dataclass(frozen=True)
 class TrainExample:

@@ -48,6 +48,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         score_batch: tensors to the scores that the losses compare.
         evaluate_model: the model to metrics, without prefix; None when there is nothing to evaluate on.
         saved_args: all arguments, written into each checkpoint.
+        write_cards: writes model cards below a folder that the model was saved to.
         callbacks: further callbacks.
     """
 
@@ -65,6 +66,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         score_batch: ScoreBatch,
         evaluate_model: Callable[[ModelT], dict[str, float]] | None,
         saved_args: Mapping[str, Any],
+        write_cards: Callable[[str, TrainerState], None] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         super().__init__(
@@ -78,6 +80,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         self.score_batch = score_batch
         self.evaluate_model = evaluate_model
         self.saved_args = dict(saved_args)
+        self.write_cards = write_cards
         self.loss_configs: list[LossConfig] = [source.settings.loss for source in train_dataset.sources]
         self._parts = RunningMeans()
         self._saved_step: int | None = None
@@ -211,6 +214,8 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         folder = output_dir or self.args.output_dir
         self.model.save(folder, state_dict)
         write_json(os.path.join(folder, ARGS_FILE), self.saved_args)
+        if self.write_cards is not None:
+            self.write_cards(folder, self.state)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from src import distributed
 from src.errors import UserError
 from src.io import expand_data_paths
 from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs
@@ -14,6 +15,7 @@ from src.retrieval.batch_scores import ScoreBatch
 from src.retrieval.builders import instructions, metric_names
 from src.retrieval.data import Source, TrainDataset, TrainExample, check_mixable, load_train_sources
 from src.retrieval.evaluate import SCORE
+from src.retrieval.records import WriteCards, draw_training
 from src.retrieval.settings import settings_for
 from src.retrieval.task_config import load_task_config
 from src.retrieval.trainer import ModelT, RetrievalTrainer
@@ -83,6 +85,7 @@ def train(
     score_batch: ScoreBatch,
     evaluate_model: Callable[[ModelT], dict[str, float]] | None,
     arguments: Mapping[str, Any],
+    write_cards: WriteCards,
     resume: str | None,
 ) -> None:
     """Train, with checkpoints and evaluation as the settings say.
@@ -92,6 +95,7 @@ def train(
         training: settings.
         sources: rows of all files.
         arguments: all arguments, written into each checkpoint.
+        write_cards: writes the model cards of each checkpoint.
         resume: checkpoint folder to go on from.
     """
     if evaluate_model is None:
@@ -99,8 +103,10 @@ def train(
     if training.use_cpu and not training.bf16:
         logger.info("training on the CPU in fp32 (it has no fp16 training)")
     dataset = TrainDataset(sources, training.seed)
-    trainer = RetrievalTrainer(model, training, dataset, collator, score_batch, evaluate_model, arguments)
+    trainer = RetrievalTrainer(model, training, dataset, collator, score_batch, evaluate_model, arguments, write_cards)
     trainer.train(resume_from_checkpoint=resume)
     logger.info("trained for %d steps; checkpoints are in %s", trainer.state.global_step, training.output_dir)
+    if distributed.is_main():
+        draw_training(trainer.state.log_history, training.output_dir)
     if trainer.state.best_model_checkpoint:
         logger.info("best checkpoint: %s", trainer.state.best_model_checkpoint)
