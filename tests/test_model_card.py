@@ -16,6 +16,8 @@ from huggingface_hub import ModelCardData
 
 import run_dense
 from scripts import ours2st
+from src.io import file_hash
+from src.retrieval import records
 from src.retrieval.lora import LoraSettings
 from src.retrieval.model_card import KEYS, QUERY, DataFile, TrainingRecord, converted_card, model_card
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, load_dense_retriever
@@ -122,7 +124,11 @@ def trained(tiny_bert, tmp_path_factory):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["run_dense.py", *map(str, line)])
+        hashed = []
+        patch.setattr(records, "file_hash", lambda path, digest: hashed.append(path) or file_hash(path, digest))
         run_dense.main()
+    # Once each, though there are two checkpoints and one of the files counts twice.
+    assert sorted(hashed) == sorted(map(str, files))
     return folder, files
 
 

@@ -18,14 +18,7 @@ from src.result_log import versions
 from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs
 from src.retrieval.data import Source
 from src.retrieval.lora import has_adapters
-from src.retrieval.model_card import (
-    CARD_FILE,
-    DataFile,
-    EncoderUse,
-    RankerUse,
-    TrainingRecord,
-    model_card,
-)
+from src.retrieval.model_card import CARD_FILE, DataFile, EncoderUse, RankerUse, TrainingRecord, model_card
 from src.retrieval.modeling_dense import ADAPTERS, DenseRetriever
 from src.retrieval.modeling_ranker import FOLDER, CrossEncoder
 from src.retrieval.plot import FIGURE, draw
@@ -50,7 +43,7 @@ def encoder_uses(model: DenseRetriever, query_max_length: int, key_max_length: i
     """The encoders of a dual encoder."""
     found = {}
     for name, encoder in model.encoders.items():
-        usual = MODEL_MAPPING.get(type(encoder.backbone.config), object)
+        usual: Any = MODEL_MAPPING.get(type(encoder.backbone.config), object)
         use = EncoderUse(
             query_folder="." if model.query_name == name else f"../{model.query_name}",
             key_folder="." if model.key_name == name else f"../{model.key_name}",
@@ -75,8 +68,7 @@ def ranker_uses(model: CrossEncoder, base: str) -> Uses:
 
 def data_files(sources: Sequence[Source], data_root: str) -> list[DataFile]:
     """The training files; reads all their bytes, those of a file named twice once."""
-    hashes = {source.rows.path: "" for source in sources}
-    hashes = {path: file_hash(path, hashlib.sha256()) for path in hashes}
+    hashes = {path: file_hash(path, hashlib.sha256()) for path in {source.rows.path for source in sources}}
     return [
         DataFile(
             _short(source.rows.path, data_root),
@@ -117,12 +109,15 @@ def card_writer(
     data = data_files(sources, args.data_root)
     shown = {name: arguments[name] for name in sorted(given - NOT_OF_THE_MODEL) if name in arguments}
     instructions = {task or "any": source.instruction_of(task) for source in sources for task in source.tasks}
+    widths = training.matryoshka_dims or ()
+    records = {
+        name: TrainingRecord(base, not os.path.exists(base), data, shown, versions(), widths)
+        for name, (base, _) in uses.items()
+    }
 
     def write(folder: str, state: TrainerState) -> None:
-        for name, (base, use) in uses.items():
-            widths = training.matryoshka_dims or ()
-            record = TrainingRecord(base, not os.path.exists(base), data, shown, versions(), widths)
-            card = model_card(use, instructions, record, state.global_step, state.log_history)
+        for name, (_, use) in uses.items():
+            card = model_card(use, instructions, records[name], state.global_step, state.log_history)
             with atomic_write(os.path.join(folder, name, CARD_FILE)) as file:
                 file.write(card)
 

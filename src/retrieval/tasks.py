@@ -150,11 +150,6 @@ _TRAINING: dict[str, dict[str, TaskConfig]] = {
 }
 
 
-def needs_task(version: str) -> bool:
-    """Whether the instructions of `version` differ from task to task."""
-    return version not in _ANY_TASK
-
-
 def instruction_for(version: str, task: str | None, own: Mapping[str, OwnTask] = NO_OWN_TASKS) -> Instruction:
     """The instruction of a task: that of the user's file, else that of an instruction set.
 
