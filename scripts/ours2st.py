@@ -30,7 +30,6 @@ from src.retrieval.lora import is_adapter_folder
 from src.retrieval.model_card import CARD_FILE, converted_card, model_card
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, TextEncoder, load_dense_retriever
 from src.retrieval.records import encoder_uses
-from src.retrieval.tasks import Instruction
 from src.retrieval.trainer import replace_folder
 
 logger = logging.getLogger("scripts.ours2st")
@@ -166,7 +165,7 @@ def write_card(source: str, model: DenseRetriever, max_length: int, folder: str)
         card = Path(own).read_text(encoding="utf-8")
     else:
         ((_, use),) = encoder_uses(model, max_length, max_length).values()
-        card = model_card(use, {"any": Instruction()})
+        card = model_card(use, {})
     with atomic_write(os.path.join(folder, CARD_FILE)) as file:
         file.write(converted_card(card))
 

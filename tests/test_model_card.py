@@ -181,6 +181,7 @@ def test_card_of_a_converted_model(trained, tmp_path, monkeypatch):
         assert "library_name: sentence-transformers\n" in cards[-1]
     assert "## Training" in cards[0]
     assert "## Training" not in cards[1]
+    assert "is not recorded here" in cards[1]
     (bare / "README.md").write_text("A user's own.")
     ours2st.main()
     assert (bare / "README.md").read_text() == "A user's own."

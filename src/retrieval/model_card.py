@@ -109,12 +109,12 @@ def model_card(
 
     Args:
         use: how it is used.
-        instructions: by the name of the task, at least one.
+        instructions: by the name of the task; none when they are not known.
         record: of its training; None leaves the part about it out.
         step: at which it was saved.
         history: what training has logged so far (``log_history`` of trainer_state.json).
     """
-    instruction = next(iter(instructions.values()))
+    instruction = next(iter(instructions.values()), Instruction())
     parts = [_front_matter(use, record)]
     if isinstance(use, RankerUse):
         parts += ["# Cross-encoder", "Scores how well a key fits a query; higher is better."]
@@ -148,6 +148,8 @@ def _front_matter(use: EncoderUse | RankerUse, record: TrainingRecord | None) ->
 
 
 def _instructions(instructions: Mapping[str, Instruction]) -> list[str]:
+    if not instructions:
+        return ["Which instructions go before texts, if any, is not recorded here: take those of its training."]
     if all(instruction == Instruction() for instruction in instructions.values()):
         return ["Texts stand alone: no instruction goes before them."]
     rows = [(name, _code(each.query), _code(each.key)) for name, each in instructions.items()]
