@@ -88,11 +88,12 @@ def test_command_parses(entry: str, flags: list[str], tmp_path, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", then_stop(argparse.ArgumentParser.parse_args))
     monkeypatch.setattr(src.cli, "run", lambda main: main())
     monkeypatch.setattr(args_module, "get_available_reporting_integrations", lambda: args_module.REPORTERS)
-    monkeypatch.setattr("sys.argv", [entry, *flags])
-    monkeypatch.chdir(tmp_path)
     if "--encoder" in flags:
-        (tmp_path / flags[flags.index("--encoder") + 1]).mkdir(parents=True)
-        (tmp_path / flags[flags.index("--encoder") + 1] / "config.json").write_text("{}")
+        # The conversion looks at the folder at once.
+        (tmp_path / "config.json").write_text("{}")
+        flags = [*flags, "--encoder", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [entry, *flags])
+    monkeypatch.chdir(ROOT)
     with pytest.raises(Parsed):
         runpy.run_path(str(ROOT / entry), run_name="__main__")
 

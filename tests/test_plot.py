@@ -39,13 +39,18 @@ def size(path: Path) -> tuple[int, int]:
 
 
 def test_values_go_to_their_panels():
-    assert panels_of(HISTORY) == {
+    """In the same order of lines, whatever that of the names in the log."""
+    wanted = {
         "loss": {"loss": [(5, 2.0), (10, 1.0)], "contrastive": [(5, 1.5), (10, 0.5)]},
         "learning rate": {"learning_rate": [(5, 0.1), (10, 0.2)]},
         "gradient norm": {"grad_norm": [(5, 3.0), (10, 2.0)]},
         "ndcg": {"ndcg@5": [(10, 0.5)], "ndcg@10": [(10, 0.6)]},
         "mrr": {"mrr@5": [(10, 0.4)]},
     }
+    for history in (HISTORY, [dict(sorted(entry.items())) for entry in HISTORY]):
+        found = panels_of(history)
+        assert found == wanted
+        assert [list(series) for series in found.values()] == [list(wanted[panel]) for panel in found]
 
 
 def test_a_run_is_drawn_again_from_its_newest_checkpoint(tmp_path, monkeypatch):

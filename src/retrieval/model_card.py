@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from src.retrieval.metrics import by_cutoff
 from src.retrieval.tasks import Instruction
 
 CARD_FILE = "README.md"
@@ -306,7 +307,7 @@ def _evaluation(history: Sequence[Mapping[str, Any]]) -> list[str]:
     if not found:
         return []
     shown = found[-SHOWN_EVALUATIONS:]
-    names = list(dict.fromkeys(name for _, metrics in shown for name in metrics))
+    names = sorted({name for _, metrics in shown for name in metrics}, key=by_cutoff)
     rows = [(step, *(f"{metrics[name]:.4f}" if name in metrics else "" for name in names)) for step, metrics in shown]
     more = f", the last {len(shown)} of {len(found)}" if len(shown) < len(found) else ""
     return ["## Evaluation", f"During training{more}:", _table(("step", *names), rows)]

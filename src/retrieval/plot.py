@@ -15,6 +15,7 @@ from typing import Any
 from src.cli import run
 from src.errors import UserError
 from src.io import atomic_write, read_json
+from src.retrieval.metrics import by_cutoff
 from src.retrieval.trainer import TRAINER_STATE, is_whole, whole_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,12 @@ def panels_of(history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
             panel = metric.partition("@")[0] if name.startswith(EVALUATION) else panel_of.get(name)
             if panel is not None:
                 found.setdefault(panel, {}).setdefault(metric, []).append((entry["step"], value))
-    return {panel: series for panel, series in found.items() if series}
+    # Files have the names in alphabetical order.
+    order = list(panel_of)
+    ordered = {
+        panel: sorted(series, key=order.index if panel in PANELS else by_cutoff) for panel, series in found.items()
+    }
+    return {panel: {name: found[panel][name] for name in names} for panel, names in ordered.items() if names}
 
 
 def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str) -> None:
