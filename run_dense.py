@@ -27,6 +27,7 @@ from src.retrieval.collator import TrainCollator
 from src.retrieval.dry_run import evaluation_lines, training_lines
 from src.retrieval.evaluators import dense_evaluator, recorded
 from src.retrieval.modeling_dense import load_dense_retriever
+from src.retrieval.records import card_writer, encoder_uses
 from src.retrieval.trainer import checkpoint_to_resume
 from src.retrieval.training import check_flags, load_sources, train
 
@@ -82,7 +83,9 @@ def main() -> None:
         score_batch = DenseBatchScores(
             model.metric, training.negative_cross_device, tuple(training.matryoshka_dims or ())
         )
-        train(model, training, sources, collator, score_batch, evaluate_model, arguments, resume)
+        uses = encoder_uses(model, *lengths)
+        cards = card_writer(uses, args, training, sources, given, arguments)
+        train(model, training, sources, collator, score_batch, evaluate_model, arguments, cards, resume)
     elif evaluate_model is not None:
         evaluate_model(model.to(device).eval())
 

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from src import distributed
 from src.cli import parse_args, run, show_plan
 from src.errors import UserError
+from src.flags import check_choice
 from src.io import check_writable, derived_path, existing_file, resolve_path
 from src.jsonl import JsonLines, open_jsonl
 from src.lm.args import NO_EFFECT, LMScoreArgs
@@ -27,7 +28,8 @@ from src.lm.modeling_lm import LMConfig, empty_lm, lm_max_length, load_lm, load_
 from src.lm.prompts import PromptEncoder, make_frame
 from src.lm.score import FORMAT, ScoreData, check_all_fit, check_tokens, score_units, write_scored
 from src.plan import Line
-from src.retrieval.tasks import prompt_task_problems, task_from_path
+from src.retrieval.task_config import load_task_config
+from src.retrieval.tasks import TASKS, prompt_task_problems, task_from_path
 from src.schema import LM_CHECK, check_lm_row
 
 logger = logging.getLogger("run_lm_score")
@@ -37,26 +39,31 @@ def load_data(args: LMScoreArgs) -> ScoreData:
     """Open and check the rows, and find out their task.
 
     Raises:
-        UserError: rows with problems, or without a known task.
+        UserError: rows with problems, or without a task whose prompt is known.
     """
+    own = load_task_config(args.task_config)
+    prompts = {name: task.lm_prompt for name, task in own.items() if task.lm_prompt is not None}
+    check_choice("task", args.task, tuple(dict.fromkeys((*TASKS, *prompts))))
     assert args.eval_data is not None
     path = existing_file(resolve_path(args.eval_data, args.data_root), "eval_data")
     rows: JsonLines = distributed.on_main(partial(open_jsonl, path, check_lm_row, LM_CHECK, args.dataset_cache_dir))
-    default = args.task or task_from_path(path)
+    default = args.task or task_from_path(path, own)
     tasks = rows.scan.columns["task"]
     for task in np.unique(tasks):
-        for problem in prompt_task_problems(task, default):
+        for problem in prompt_task_problems(task, default, prompts, own):
             raise UserError(f"{rows.where(int(np.flatnonzero(tasks == task)[0]))}: {problem}")
-    return ScoreData(rows, default, args.answer_select, args.seed)
+    return ScoreData(rows, default, args.answer_select, args.seed, prompts)
 
 
-def identity(args: LMScoreArgs, dtype: str, rows: JsonLines) -> dict[str, Any]:
+def identity(args: LMScoreArgs, dtype: str, data: ScoreData) -> dict[str, Any]:
     """What scores depend on: scores of anything else must not mix with these."""
-    data = os.stat(rows.path)
+    rows = data.rows
+    file = os.stat(rows.path)
     return {
         **model_identity(args.model_name_or_path, args.model_cache_dir),
-        "eval_data": [os.path.abspath(rows.path), data.st_size, data.st_mtime_ns],
+        "eval_data": [os.path.abspath(rows.path), file.st_size, file.st_mtime_ns],
         "lm_dtype": dtype,
+        "prompts": dict(data.prompts),
         "format": FORMAT,
         **{
             flag: getattr(args, flag)
@@ -103,7 +110,7 @@ def fill(args: LMScoreArgs, config: LMConfig, data: ScoreData, journal: Journal)
     Raises:
         UserError: it is of others, or rows do not fit.
     """
-    whose = identity(args, config.dtype, data.rows)
+    whose = identity(args, config.dtype, data)
     if args.load_score:
         if not distributed.on_main(journal.exists):
             raise UserError(f"--load_score: there are no scores of an interrupted run in {journal.folder}")

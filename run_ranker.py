@@ -21,6 +21,7 @@ from src.retrieval.collator import PairCollator
 from src.retrieval.dry_run import evaluation_lines, training_lines
 from src.retrieval.evaluators import ranker_evaluator, recorded
 from src.retrieval.modeling_ranker import load_cross_encoder
+from src.retrieval.records import card_writer, ranker_uses
 from src.retrieval.trainer import checkpoint_to_resume
 from src.retrieval.training import check_flags, load_sources, train
 
@@ -69,7 +70,8 @@ def main() -> None:
     if eval_data is not None:
         evaluate_model = recorded(ranker_evaluator(args, eval_data, evaluation, device), training.log_path, arguments)
     if sources:
-        train(model, training, sources, collator, ranker_batch_scores, evaluate_model, arguments, resume)
+        cards = card_writer(ranker_uses(model, args.ranker), args, training, sources, given, arguments)
+        train(model, training, sources, collator, ranker_batch_scores, evaluate_model, arguments, cards, resume)
     elif evaluate_model is not None:
         evaluate_model(model.to(device).eval())
 

@@ -23,10 +23,13 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from src.cli import parse_args, run
 from src.errors import UserError
 from src.flags import check_choice
+from src.io import atomic_write
 from src.retrieval.args import DENSE_METRICS, POOLING_METHODS
 from src.retrieval.encode import EncodeConfig, encode
 from src.retrieval.lora import is_adapter_folder
+from src.retrieval.model_card import CARD_FILE, converted_card, model_card
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, TextEncoder, load_dense_retriever
+from src.retrieval.records import encoder_uses
 from src.retrieval.trainer import replace_folder
 
 logger = logging.getLogger("scripts.ours2st")
@@ -146,6 +149,27 @@ def _whole(source: str, model: DenseRetriever, folder: str) -> str:
     return folder
 
 
+def write_card(source: str, model: DenseRetriever, max_length: int, folder: str) -> None:
+    """The card that the encoder has, telling of its new files; a short one when it has none.
+
+    What sentence-transformers writes by itself knows neither training nor lengths.
+
+    Args:
+        source: the encoder.
+        model: loaded from there.
+        max_length: most tokens of a text.
+        folder: of the converted model.
+    """
+    own = os.path.join(source, CARD_FILE)
+    if os.path.isfile(own) and not is_adapter_folder(source):
+        card = Path(own).read_text(encoding="utf-8")
+    else:
+        ((_, use),) = encoder_uses(model, max_length, max_length).values()
+        card = model_card(use, {})
+    with atomic_write(os.path.join(folder, CARD_FILE)) as file:
+        file.write(converted_card(card))
+
+
 def main() -> None:
     """Load, convert, compare, and only then put the result in place."""
     (args,), given = parse_args([ConvertArgs])
@@ -178,6 +202,7 @@ def main() -> None:
         difference = max_difference(model, SentenceTransformer(staging, device="cpu"), max_length)
         if not difference <= TOLERANCE:
             raise UserError(f"the converted model embeds differently: by up to {difference:.2e}, above {TOLERANCE:.0e}")
+        write_card(source, model, max_length, staging)
         if target == source:
             _copy_missing(target, staging)
         replace_folder(staging, target)

@@ -87,6 +87,14 @@ def expand_data_paths(paths: Sequence[str], data_root: str, flag: str) -> list[s
     return files
 
 
+def file_hash(path: str, digest: Any) -> str:
+    """The hexadecimal hash of a file's bytes; `digest` is an empty one of hashlib."""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path` and rename it to `path` when the block ends without an error.

@@ -2,11 +2,12 @@
 
 The memory of a process that trains is estimated as the sum of
 
-- weights: 4 bytes a parameter (fp32), and 2 more under fp16 or bf16 autocast, which keeps copies of them;
+- weights: 4 bytes a parameter (fp32), and 2 more under fp16 or bf16 autocast, which keeps copies of them; with ZeRO
+  stage 3 or FSDP only this process's share;
 - gradients: 4 bytes a trained parameter, and as much again for the buckets of several processes (DDP); with ZeRO
-  stage 2 only this process's share;
-- optimizer: 8 bytes a trained parameter for AdamW's two moments (see `OPTIMIZER_BYTES`); with ZeRO stage 1 or 2 only
-  this process's share;
+  stages from 2 on or FSDP only this process's share;
+- optimizer: 8 bytes a trained parameter for AdamW's two moments (see `OPTIMIZER_BYTES`); with ZeRO stages from 1 on or
+  FSDP only this process's share;
 - activations kept for the backward pass: for each token about as many numbers as twice the outputs of all linear maps
   (the input and the output of each), plus the attention weights where they are not fused away; of 4 bytes, or of 3 on
   average under autocast. With gradient checkpointing, the input of every layer and all of one layer.

@@ -35,6 +35,7 @@ from src.lm.journal import UNFIT, Journal
 from src.lm.likelihood import collect_work, cut_work
 from src.lm.modeling_lm import LanguageModel
 from src.lm.prompts import LLAMA_INST, PromptEncoder, PromptTokens
+from src.lm.score import ScoreData
 from src.schema import check_lm_row
 from tests.conftest import VOCABULARY, make_tokenizer
 from tests.helpers import TASKS, TOY_ROWS, read_rows, run, write_rows
@@ -480,7 +481,7 @@ def test_scores_made_with_other_settings_are_not_mixed_in(other, models, tmp_pat
 
     def made(**changed) -> dict:
         args = LMScoreArgs(eval_data=str(data), model_name_or_path=str(folder), **changed)
-        return run_lm_score.identity(args, args.lm_dtype, open_jsonl(str(data), check_lm_row, "x"))
+        return run_lm_score.identity(args, args.lm_dtype, ScoreData(open_jsonl(str(data), check_lm_row, "x"), None))
 
     changed = dict(other)
     journal = Journal(str(tmp_path / "parts"))

@@ -84,7 +84,10 @@ class LMScoreArgs(LMArgs):
         metadata={"help": "What the path prefix llm-embedder: stands for (LLM_EMBEDDER_DATA sets the default)."},
     )
     dataset_cache_dir: str | None = flag(None, "Folder where the scans of data files are kept.")
-    task: str | None = flag(None, f"Task of rows that name none: {', '.join(TASKS)}.")
+    task: str | None = flag(None, f"Task of rows that name none: {', '.join(TASKS)} or one of --task_config.")
+    task_config: str | None = flag(
+        None, "File (YAML or JSON) with tasks of your own, whose lm_prompt names the task of ours with their prompt."
+    )
     key_max_length: int = flag(512, "Most tokens of a key; more are cut off.")
     answer_select: str = flag(
         "random",
@@ -118,7 +121,6 @@ class LMScoreArgs(LMArgs):
         super().__post_init__()
         if self.eval_data is None:
             raise UserError("--eval_data is needed: the rows to score")
-        check_choice("task", self.task, TASKS)
         check_choice("answer_select", self.answer_select, ANSWER_SELECT)
         check_positive(key_max_length=self.key_max_length)
         if self.score_name is not None and (self.score_name in ROW_FIELDS or not self.score_name):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -40,12 +40,14 @@ class ScoreData:
         default_task: of rows that name none.
         answer_select: ``random``, ``first``, ``best`` or ``mean``.
         seed: for ``random``.
+        prompts: task → the task whose prompt it takes, where that is another.
     """
 
     rows: JsonLines
     default_task: str | None
     answer_select: str = "random"
     seed: int = 42
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
     def answers(self, number: int) -> int:
         """How many answers of a row are scored."""
@@ -77,7 +79,8 @@ class ScoreData:
 def encode_row(encoder: PromptEncoder, data: ScoreData, number: int) -> list[PromptTokens | None]:
     """Prompts of a row's pairs, answer by answer: candidates of the first answer, then of the next."""
     row = data.rows[number]
-    task = str(row.get("task") or data.default_task)
+    name = str(row.get("task") or data.default_task)
+    task = data.prompts.get(name, name)
     if has_tokens(row):
         return encoder.encode_tokens(row)
     positives, negatives = candidates(row)

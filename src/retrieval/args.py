@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from src import distributed
 from src.errors import UserError
@@ -30,6 +31,8 @@ SELECT_POSITIVE = ("first", "random", "teacher", "teacher-pos")
 SELECT_NEGATIVE = ("random", "first", "teacher+", "teacher-")
 INBATCH_POLICIES = ("epoch", "epoch-static", "epoch-random", "random")
 EVAL_METHODS = ("retrieval", "rerank")
+#: Packages that training can report to, by the names of pip.
+REPORTERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "clearml", "swanlab")
 #: Padding tokens that a further pass through the model is worth.
 CPU_SPLIT_TOKENS = 64
 GPU_SPLIT_TOKENS = 4096
@@ -54,7 +57,14 @@ class DataArgs:
     corpus: str | None = flag(None, "Corpus file (JSON lines) that pos_index refers to.")
     key_template: str = flag("{title} {text}", "How a corpus row becomes a key: columns in braces.")
     task: str | None = flag(
-        None, "Task of rows that name none: qa, convsearch, chat, lrlm, icl or tool (else the path's folder tells)."
+        None,
+        "Task of rows that name none: qa, convsearch, chat, lrlm, icl, tool or one of --task_config (else the path's "
+        "folder tells).",
+    )
+    task_config: str | None = flag(
+        None,
+        "File (YAML or JSON) with tasks of your own, or other settings of ours: instruction (query, key), training "
+        "(used with --use_train_config), lm_prompt. See docs/fine-tune.md.",
     )
     metrics: list[str] = flag(["mrr", "recall", "ndcg"], f"Any of {', '.join(METRICS)}.")
     cutoffs: list[int] = flag([1, 5, 10, 100], "Ranks at which metrics are computed.")
@@ -280,6 +290,14 @@ class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
             raise UserError("--load_result needs --eval_data")
 
 
+def _check_report_to(given: str | list[str]) -> None:
+    """Refuse what is unknown or not installed, which the Trainer would only notice when the model is loaded."""
+    for name in [given] if isinstance(given, str) else given:
+        check_choice("report_to", name, ("none", "all", *REPORTERS))
+        if name in REPORTERS and name not in get_available_reporting_integrations():
+            raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+
+
 @dataclass
 class EvalOutputArgs:
     """Where an evaluation writes, and its seed."""
@@ -366,7 +384,10 @@ class RetrievalTrainingArgs(TrainingArguments):
     )
     save_steps: float = flag(2000, "Save a checkpoint every so many steps.")
     logging_steps: float = flag(100, "Log every so many steps.")
-    report_to: list[str] = flag(["none"], "none, or where transformers reports to: tensorboard, wandb, all.")
+    report_to: list[str] = flag(
+        ["none"],
+        f"none, or where transformers reports losses and metrics to: all (that is installed), {', '.join(REPORTERS)}.",
+    )
     no_cuda: bool = flag(False, "Older name of --use_cpu.")
     early_exit_steps: int | None = flag(None, "Stop (and save) after so many steps of the same schedule.")
     log_path: str = flag("data/results/performance.log", "Metrics are appended here, and as JSON lines beside it.")
@@ -404,6 +425,7 @@ class RetrievalTrainingArgs(TrainingArguments):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"--{name} must be 0 (off) or more, found {getattr(self, name)}")
         self._check_engine()
+        _check_report_to(self.report_to)
         if self.gradient_checkpointing:
             self.activation_checkpointing, self.gradient_checkpointing = True, None
         if self.disable_tqdm is None:

@@ -18,7 +18,6 @@ from src.retrieval.args import (
     CPU_SPLIT_TOKENS,
     GPU_SPLIT_TOKENS,
     DataArgs,
-    DenseArgs,
     RankerArgs,
     RetrievalArgs,
     RetrievalTrainingArgs,
@@ -42,6 +41,7 @@ from src.retrieval.modeling_ranker import CrossEncoder, RankerConfig
 from src.retrieval.pair_scorers import DensePairScorer, RankerPairScorer
 from src.retrieval.searcher import DenseSearchConfig, DenseSearcher, build_dense_searcher, encode_config
 from src.retrieval.store import IndexIdentity, file_fingerprint
+from src.retrieval.task_config import load_task_config
 from src.retrieval.tasks import instruction_for
 from src.schema import FurtherCheck
 
@@ -107,9 +107,11 @@ def check_widths(model: DenseRetriever, training: RetrievalTrainingArgs, truncat
             raise UserError(f"--{flag} {max(widths)}: the vectors have {model.width} dimensions, give less")
 
 
-def instructions(args: DenseArgs | RankerArgs) -> InstructionOf:
+def instructions(args: RetrievalArgs | RankerArgs) -> InstructionOf:
     """Instruction by task."""
-    return partial(instruction_for, args.version) if args.add_instruction else no_instruction
+    if not args.add_instruction:
+        return no_instruction
+    return partial(instruction_for, args.version, own=load_task_config(args.task_config))
 
 
 def mining_config(args: DataArgs, seed: int) -> MiningConfig:
@@ -200,7 +202,9 @@ def load_eval_data(
     rows = load_eval_rows(path, size, args.dataset_cache_dir, SCORE in config.metrics, further)
     # Only models know instructions; to BM25 they would be words like others.
     lexical = isinstance(args, RetrievalArgs) and args.retrieval_method != "dense"
-    data = make_eval_data(rows, corpus, args.key_template, args.task, no_instruction if lexical else instructions(args))
+    instruction_of = no_instruction if lexical else instructions(args)
+    own = load_task_config(args.task_config)
+    data = make_eval_data(rows, corpus, args.key_template, args.task, instruction_of, own)
     check_labels(data, config)
     return data
 

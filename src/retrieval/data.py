@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -68,6 +68,11 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.kept)
+
+    @property
+    def tasks(self) -> list[str | None]:
+        """The distinct tasks of the file."""
+        return _tasks(self.rows, self.default_task)
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,7 @@ def load_train_sources(
     seed: int,
     cache_dir: str | None,
     score_field: str = TEACHER_SCORES,
+    own_tasks: Collection[str] = (),
 ) -> list[Source]:
     """Open, check and filter the training files.
 
@@ -171,6 +177,7 @@ def load_train_sources(
         seed: for ``max_sample_num``.
         cache_dir: see `open_jsonl`.
         score_field: where the rows have their teacher scores.
+        own_tasks: names of tasks besides ours.
 
     Raises:
         UserError: rows with problems; rows of several tasks in one file that would be trained differently; a
@@ -184,7 +191,7 @@ def load_train_sources(
             check_name = f"{TRAIN_CHECK} {score_field}"
             opened[path] = distributed.on_main(partial(open_jsonl, path, check, check_name, cache_dir))
         rows = opened[path]
-        default = task or task_from_path(path)
+        default = task or task_from_path(path, own_tasks)
         tasks = _tasks(rows, default)
         for name in tasks:
             instruction_of(name)
@@ -310,13 +317,18 @@ def load_corpus(path: str, key_template: str, cache_dir: str | None) -> JsonLine
     return distributed.on_main(partial(open_jsonl, path, check, f"corpus-1 {columns}", cache_dir))
 
 
-def eval_task(rows: JsonLines, task: str | None) -> str | None:
+def eval_task(rows: JsonLines, task: str | None, own_tasks: Collection[str] = ()) -> str | None:
     """The task whose instruction keys get: that of the evaluation rows, which must agree.
+
+    Args:
+        rows: of the evaluation file.
+        task: the ``--task`` flag.
+        own_tasks: names of tasks besides ours.
 
     Raises:
         UserError: the rows are of several tasks.
     """
-    tasks = _tasks(rows, task or task_from_path(rows.path))
+    tasks = _tasks(rows, task or task_from_path(rows.path, own_tasks))
     if len(tasks) > 1:
         raise UserError(f"{rows.path} mixes the tasks {', '.join(map(str, tasks))}: evaluate one task at a time")
     return tasks[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import IO, Any
@@ -125,14 +125,19 @@ def own_texts(row: dict[str, Any], found: Sequence[int]) -> list[str]:
 
 
 def make_eval_data(
-    rows: JsonLines, corpus: JsonLines | None, key_template: str, task: str | None, instruction_of: InstructionOf
+    rows: JsonLines,
+    corpus: JsonLines | None,
+    key_template: str,
+    task: str | None,
+    instruction_of: InstructionOf,
+    own_tasks: Collection[str] = (),
 ) -> EvalData:
     """Bundle evaluation data, with the task told by flag, rows or path.
 
     Raises:
         UserError: rows of several tasks, or the instruction set needs a task and none is known.
     """
-    resolved = eval_task(rows, task)
+    resolved = eval_task(rows, task, own_tasks)
     instruction_of(resolved)
     return EvalData(rows, corpus, key_template, resolved, instruction_of)
 

@@ -73,3 +73,9 @@ def retrieval_metrics(
         if "ndcg" in metrics:
             values[f"ndcg@{cutoff}"] = ndcg(relevant, positives, cutoff)
     return values
+
+
+def by_cutoff(name: str) -> tuple[str, int]:
+    """Sort key of metrics' names: ndcg@5 before ndcg@10."""
+    kind, _, cutoff = name.partition("@")
+    return kind, int(cutoff) if cutoff.isdigit() else 0

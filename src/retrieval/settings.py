@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from src.errors import UserError
 from src.retrieval.args import RetrievalTrainingArgs
 from src.retrieval.losses import LossConfig
 from src.retrieval.select import SelectionPolicy
-from src.retrieval.tasks import train_config_for
+from src.retrieval.tasks import NO_OWN_TASKS, OwnTask, train_config_for
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,10 @@ class SourceSettings:
     teacher_scores_min: float | None = None
 
 
-def settings_for(args: RetrievalTrainingArgs, version: str, task: str | None) -> SourceSettings:
-    """Settings of a file whose rows are of `task`.
+def settings_for(
+    args: RetrievalTrainingArgs, version: str, task: str | None, own: Mapping[str, OwnTask] = NO_OWN_TASKS
+) -> SourceSettings:
+    """Settings of a file whose rows are of `task`, one of ours or of the user's `own`.
 
     Raises:
         UserError: ``--use_train_config`` with a version or task that has no settings, or both loss weights 0.
@@ -43,7 +46,7 @@ def settings_for(args: RetrievalTrainingArgs, version: str, task: str | None) ->
         )
     }
     if args.use_train_config:
-        values = train_config_for(version, task).override(**values)
+        values = train_config_for(version, task, own).override(**values)
     if values["contrastive_weight"] == 0 and values["distill_weight"] == 0:
         raise UserError("--contrastive_weight and --distill_weight are both 0: nothing would be trained")
     return SourceSettings(

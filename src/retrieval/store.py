@@ -18,7 +18,7 @@ import numpy as np
 
 from src import distributed
 from src.errors import UserError
-from src.io import atomic_write, read_json, write_json
+from src.io import atomic_write, file_hash, read_json, write_json
 from src.retrieval.index import VectorShard
 
 logger = logging.getLogger(__name__)
@@ -56,11 +56,7 @@ class IndexIdentity:
 
 def file_fingerprint(path: str) -> str:
     """A hash of a file's bytes."""
-    digest = hashlib.blake2b(digest_size=8)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return file_hash(path, hashlib.blake2b(digest_size=8))
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

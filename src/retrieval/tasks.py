@@ -7,9 +7,10 @@ embeddings.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
+from typing import Any
 
 from src.errors import UserError
 
@@ -45,6 +46,24 @@ class TaskConfig:
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value if named.get(name) is None else named[name] for name, value in command_line.items()}
 
+
+@dataclass(frozen=True)
+class OwnTask:
+    """A task of the user's file (see `task_config`), new or one of ours; None where the file says nothing.
+
+    Attributes:
+        instruction: in place of that of any version.
+        training: some of the settings of `TaskConfig`, which go over those that the version has for this task.
+        lm_prompt: the task of ours whose prompt scoring by an LM takes.
+    """
+
+    instruction: Instruction | None = None
+    training: Mapping[str, Any] | None = None
+    lm_prompt: str | None = None
+
+
+#: Without such a file.
+NO_OWN_TASKS: Mapping[str, OwnTask] = MappingProxyType({})
 
 _ANY_TASK: dict[str, Instruction] = {
     "bge": Instruction("Represent this sentence for searching relevant passages: "),
@@ -131,59 +150,82 @@ _TRAINING: dict[str, dict[str, TaskConfig]] = {
 }
 
 
-def needs_task(version: str) -> bool:
-    """Whether the instructions of `version` differ from task to task."""
-    return version not in _ANY_TASK
-
-
-def instruction_for(version: str, task: str | None) -> Instruction:
-    """The instruction of a task in an instruction set.
+def instruction_for(version: str, task: str | None, own: Mapping[str, OwnTask] = NO_OWN_TASKS) -> Instruction:
+    """The instruction of a task: that of the user's file, else that of an instruction set.
 
     Raises:
         UserError: unknown version or task, or no task where the version needs one.
     """
+    if task is not None and task in own and (instruction := own[task].instruction) is not None:
+        return instruction
     if version in _ANY_TASK:
         return _ANY_TASK[version]
     if version not in _BY_TASK:
         raise UserError(f"--version {version!r} is unknown: choose from {', '.join(VERSIONS)}")
     if task is None or task not in _BY_TASK[version]:
+        if task in own:
+            raise UserError(
+                f"--task_config: the task {task!r} has no instruction, and --version {version} has none for it: add "
+                "one to the file"
+            )
         raise UserError(
-            f"--version {version} needs a task of {', '.join(TASKS)}, found {task!r}: name it with --task, in the "
+            f"--version {version} needs a task of {_listed(own)}, found {task!r}: name it with --task, in the "
             "rows' 'task' field or by a folder of that name in the path, or give --add_instruction False"
         )
     return _BY_TASK[version][task]
 
 
-def train_config_for(version: str, task: str | None) -> TaskConfig:
-    """The training settings of a task, for ``--use_train_config``.
+def train_config_for(version: str, task: str | None, own: Mapping[str, OwnTask] = NO_OWN_TASKS) -> TaskConfig:
+    """The training settings of a task, for ``--use_train_config``: the version's, over which go those of the file.
 
     Raises:
-        UserError: the version has no training settings, or none for this task.
+        UserError: neither has any for this task.
     """
+    if task is not None and task in own and (training := own[task].training) is not None:
+        return replace(_TRAINING.get(version, {}).get(task, TaskConfig()), **training)
     if version not in _TRAINING:
         raise UserError(
             f"--use_train_config: version {version!r} has no training settings, choose --version from "
-            f"{', '.join(sorted(_TRAINING))}, or leave --use_train_config out"
+            f"{', '.join(sorted(_TRAINING))}, leave --use_train_config out, or give --task_config with settings of its "
+            "own"
         )
     if task is None or task not in _TRAINING[version]:
         raise UserError(
-            f"--use_train_config needs a task of {', '.join(TASKS)}, found {task!r}: name it with --task, in the "
-            "rows' 'task' field or by a folder of that name in the path"
+            f"--use_train_config needs a task of {_listed(own)} that has training settings, found {task!r}: name it "
+            "with --task, in the rows' 'task' field or by a folder of that name in the path"
         )
     return _TRAINING[version][task]
 
 
-def prompt_task_problems(task: str, default: str | None) -> list[str]:
-    """What keeps an LM from being prompted for a row: its task (empty when it names none) is not known."""
-    if (task or default) in TASKS:
+def prompt_task_problems(
+    task: str, default: str | None, prompts: Collection[str] = (), own: Collection[str] = ()
+) -> list[str]:
+    """What keeps an LM from being prompted for a row: the prompt of its task (empty when it names none) is not known.
+
+    Args:
+        task: of the row.
+        default: of rows that name none.
+        prompts: further tasks whose prompt is known.
+        own: further tasks, some of them without a prompt.
+    """
+    name, known = task or default, tuple(dict.fromkeys((*TASKS, *prompts)))
+    if name in known:
         return []
-    problem = f"unknown task {str(task)!r}" if task else "neither row nor path names a task (see --task)"
-    return [f"{problem}: the prompt depends on it, choose from {', '.join(TASKS)}"]
+    problem = "neither row nor path names a task (see --task)" if name is None else f"unknown task {str(name)!r}"
+    if name in own:
+        problem = f"--task_config gives {str(name)!r} no lm_prompt"
+    return [f"{problem}: the prompt depends on it, choose from {', '.join(known)}"]
 
 
-def task_from_path(path: str) -> str | None:
-    """The task that the innermost task-named folder of `path` tells, if any."""
+def _listed(own: Collection[str]) -> str:
+    return ", ".join(dict.fromkeys((*TASKS, *own)))
+
+
+def task_from_path(path: str, own: Collection[str] = ()) -> str | None:
+    """The task that the innermost task-named folder of `path` tells, if any; `own` are the names of further tasks."""
     for folder in reversed(os.path.dirname(path).split(os.sep)):
+        if folder in own:
+            return folder
         if folder in TASK_FOLDERS:
             return TASK_FOLDERS[folder]
     return None

@@ -49,6 +49,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         score_batch: tensors to the scores that the losses compare.
         evaluate_model: the model to metrics, without prefix; None when there is nothing to evaluate on.
         saved_args: all arguments, written into each checkpoint.
+        write_cards: writes model cards below a folder that the model was saved to.
         callbacks: further callbacks.
     """
 
@@ -66,6 +67,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         score_batch: ScoreBatch,
         evaluate_model: Callable[[ModelT], dict[str, float]] | None,
         saved_args: Mapping[str, Any],
+        write_cards: Callable[[str, TrainerState], None] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         super().__init__(
@@ -81,6 +83,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         self.evaluate_model = evaluate_model
         self._hollow = hollow_copy(self.model) if evaluate_model and args.weights_are_divided else None
         self.saved_args = dict(saved_args)
+        self.write_cards = write_cards
         self.loss_configs: list[LossConfig] = [source.settings.loss for source in train_dataset.sources]
         self._parts = RunningMeans()
         self._saved_step: int | None = None
@@ -220,6 +223,8 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         folder = output_dir or self.args.output_dir
         self.model.save(folder, state_dict)
         write_json(os.path.join(folder, ARGS_FILE), self.saved_args)
+        if self.write_cards is not None:
+            self.write_cards(folder, self.state)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)

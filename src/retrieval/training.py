@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from src import distributed
 from src.errors import UserError
 from src.io import expand_data_paths
 from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs
@@ -14,7 +15,9 @@ from src.retrieval.batch_scores import ScoreBatch
 from src.retrieval.builders import instructions, metric_names
 from src.retrieval.data import Source, TrainDataset, TrainExample, check_mixable, load_train_sources
 from src.retrieval.evaluate import SCORE
+from src.retrieval.records import WriteCards, draw_training
 from src.retrieval.settings import settings_for
+from src.retrieval.task_config import load_task_config
 from src.retrieval.trainer import ModelT, RetrievalTrainer
 
 logger = logging.getLogger(__name__)
@@ -53,14 +56,21 @@ def load_sources(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingAr
     """
     if not args.train_data:
         return []
+    own = load_task_config(args.task_config)
+    if not training.use_train_config and (settled := [name for name, task in own.items() if task.training]):
+        raise UserError(
+            f"--task_config {args.task_config}: the training settings of {settled[0]!r} are used with "
+            "--use_train_config only: add that flag, or take them out of the file"
+        )
     sources = load_train_sources(
         expand_data_paths(args.train_data, args.data_root, "train_data"),
-        partial(settings_for, training, args.version),
+        partial(settings_for, training, args.version, own=own),
         instructions(args),
         args.task,
         training.seed,
         args.dataset_cache_dir,
         training.teacher_score_field,
+        own,
     )
     if training.inbatch_same_dataset is None:
         check_mixable(sources)
@@ -75,6 +85,7 @@ def train(
     score_batch: ScoreBatch,
     evaluate_model: Callable[[ModelT], dict[str, float]] | None,
     arguments: Mapping[str, Any],
+    write_cards: WriteCards,
     resume: str | None,
 ) -> None:
     """Train, with checkpoints and evaluation as the settings say.
@@ -84,6 +95,7 @@ def train(
         training: settings.
         sources: rows of all files.
         arguments: all arguments, written into each checkpoint.
+        write_cards: writes the model cards of each checkpoint.
         resume: checkpoint folder to go on from.
     """
     if evaluate_model is None:
@@ -91,8 +103,10 @@ def train(
     if training.use_cpu and not training.bf16:
         logger.info("training on the CPU in fp32 (it has no fp16 training)")
     dataset = TrainDataset(sources, training.seed)
-    trainer = RetrievalTrainer(model, training, dataset, collator, score_batch, evaluate_model, arguments)
+    trainer = RetrievalTrainer(model, training, dataset, collator, score_batch, evaluate_model, arguments, write_cards)
     trainer.train(resume_from_checkpoint=resume)
     logger.info("trained for %d steps; checkpoints are in %s", trainer.state.global_step, training.output_dir)
+    if distributed.is_main():
+        draw_training(trainer.state.log_history, training.output_dir)
     if trainer.state.best_model_checkpoint:
         logger.info("best checkpoint: %s", trainer.state.best_model_checkpoint)
