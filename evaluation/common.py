@@ -24,7 +24,7 @@ from evaluation.outputs import Entry, append_responses, gather_entries, output_l
 from src import distributed
 from src.cli import parse_args
 from src.errors import UserError
-from src.io import atomic_write, derived_path, read_json, write_json
+from src.io import atomic_write, derived_path, json_line, read_json, write_json
 from src.lm.ask import Request, RequestEncoder, Response, Tokens, respond
 from src.lm.builders import lm_config
 from src.lm.eval_args import ORACLE, GenerateArgs, HistoryArgs, LMEvalArgs
@@ -41,7 +41,7 @@ from src.retrieval.builders import (
     eval_config,
     load_eval_data,
 )
-from src.retrieval.collate import Hits, json_line, query_id
+from src.retrieval.collate import Hits, query_id
 from src.retrieval.encode import progress
 from src.retrieval.evaluate import LABEL_METRICS, WINDOW, EvalConfig, EvalData, report, result_path, retrieve
 from src.retrieval.evaluators import record

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from src import distributed
+from src.io import json_line
 from src.lm.ask import Response
-from src.retrieval.collate import json_line
 
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 
