@@ -57,6 +57,12 @@ Values = dict[str, float]
 #: Rows that a process answers before all write down what they have: a kill costs no more.
 ROWS_A_TIME = 256
 
+#: For `src.cli.run`.
+MEMORY_ADVICE = (
+    "lower --lm_batch_size or --context_max_length (of the LM), --batch_size or --key_max_length (of the retriever), "
+    "or spread the LM with --lm_device_map auto"
+)
+
 
 @dataclass(frozen=True)
 class Found:
@@ -226,7 +232,7 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
     (args,), given = parse_args([task.args], argv, **task.defaults)
     for name in sorted(given.intersection(task.no_effect)):
         logger.warning("--%s has no effect on this evaluation", name)
-    device = distributed.init_process_group(args.cpu)
+    device = distributed.init_process_group(args.cpu, args.ddp_timeout)
     distributed.on_main(lambda: _check_outputs(args))
     context = make_context(task, args, given, device)
     examples = task.examples(context)

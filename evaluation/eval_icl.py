@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torchmetrics.functional.classification import binary_f1_score
 
-from evaluation.common import ChooseHits, Context, EvalTask, Found, Row, Values, run_task
+from evaluation.common import MEMORY_ADVICE, ChooseHits, Context, EvalTask, Found, Row, Values, run_task
 from evaluation.icl_tasks import ACCURACY, BINARY_F1, EXACT_MATCH, FAMILIES, FAMILY_OF, metric_of
 from evaluation.text_metrics import exact_match, mean, rouge_l
 from src.cli import run
@@ -164,4 +164,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    run(lambda: run_task(TASK))
+    run(lambda: run_task(TASK), MEMORY_ADVICE)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from evaluation.common import Context, EvalTask, Found, Retrieved, Row, run_task
+from evaluation.common import MEMORY_ADVICE, Context, EvalTask, Found, Retrieved, Row, run_task
 from evaluation.history import case_scorer, nll_values, perplexity, rank_past
 from src import distributed
 from src.cli import run
@@ -178,4 +178,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    run(lambda: run_task(TASK))
+    run(lambda: run_task(TASK), MEMORY_ADVICE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from evaluation.common import Context, EvalTask, Found, Row, Values, run_task
+from evaluation.common import MEMORY_ADVICE, Context, EvalTask, Found, Row, Values, run_task
 from evaluation.few_shot import from_train_data
 from evaluation.mmlu_subjects import GROUP_OF, GROUPS
 from evaluation.text_metrics import mean
@@ -94,4 +94,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    run(lambda: run_task(TASK))
+    run(lambda: run_task(TASK), MEMORY_ADVICE)

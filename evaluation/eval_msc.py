@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from evaluation.common import Context, EvalTask, Found, Retrieved, Row, run_task
+from evaluation.common import MEMORY_ADVICE, Context, EvalTask, Found, Retrieved, Row, run_task
 from evaluation.history import case_scorer, nll_values, perplexity, rank_past
 from src.cli import run
 from src.lm.ask import Request
@@ -114,4 +114,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    run(lambda: run_task(TASK))
+    run(lambda: run_task(TASK), MEMORY_ADVICE)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.common import Context, EvalTask, Found, run_task
+from evaluation.common import MEMORY_ADVICE, Context, EvalTask, Found, run_task
 from evaluation.text_metrics import contains_answer, mean
 from src.cli import run
 from src.lm.ask import Request, Response
@@ -94,4 +94,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    run(lambda: run_task(TASK))
+    run(lambda: run_task(TASK), MEMORY_ADVICE)

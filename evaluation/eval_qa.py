@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from evaluation.common import Context, EvalTask, Found, Row, run_task
+from evaluation.common import MEMORY_ADVICE, Context, EvalTask, Found, Row, run_task
 from evaluation.few_shot import from_train_data
 from evaluation.text_metrics import exact_match, mean, token_f1
 from src.cli import run
@@ -75,4 +75,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    run(lambda: run_task(TASK))
+    run(lambda: run_task(TASK), MEMORY_ADVICE)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evaluation.common import Context, EvalTask, Found, Row, run_task
+from evaluation.common import MEMORY_ADVICE, Context, EvalTask, Found, Row, run_task
 from evaluation.text_metrics import mean, rouge_l
 from src.cli import run
 from src.flags import flag
@@ -80,4 +80,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    run(lambda: run_task(TASK))
+    run(lambda: run_task(TASK), MEMORY_ADVICE)

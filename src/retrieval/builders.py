@@ -30,6 +30,7 @@ from src.retrieval.evaluate import (
     SCORE,
     EvalConfig,
     EvalData,
+    check_files,
     check_labels,
     make_eval_data,
 )
@@ -70,6 +71,7 @@ def encoder_config(args: RetrievalArgs, given: frozenset[str], lora: LoraSetting
         args.trust_remote_code,
         lora,
         args.truncate_dim,
+        args.allow_pickle,
     )
 
 
@@ -187,6 +189,7 @@ def load_eval_data(
     lexical = isinstance(args, RetrievalArgs) and args.retrieval_method != "dense"
     data = make_eval_data(rows, corpus, args.key_template, args.task, no_instruction if lexical else instructions(args))
     check_labels(data, config)
+    check_files(data, config)
     return data
 
 
@@ -246,7 +249,12 @@ def bm25_config(args: RetrievalArgs, output_dir: str) -> BM25Config:
 def ranker_config(args: RankerArgs) -> RankerConfig:
     """How to load the cross-encoder."""
     return RankerConfig(
-        args.ranker, args.query_max_length, args.key_max_length, args.model_cache_dir, args.trust_remote_code
+        args.ranker,
+        args.query_max_length,
+        args.key_max_length,
+        args.model_cache_dir,
+        args.trust_remote_code,
+        args.allow_pickle,
     )
 
 

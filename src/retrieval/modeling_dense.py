@@ -24,7 +24,16 @@ from transformers import (
 )
 
 from src.errors import UserError
-from src.retrieval.checkpoints import TrainableModel, below, inner_folder, load_error, load_tokenizer, position_limit
+from src.retrieval.checkpoints import (
+    TrainableModel,
+    below,
+    check_weights,
+    inner_folder,
+    load_error,
+    load_tokenizer,
+    position_limit,
+    safe_only,
+)
 from src.retrieval.lora import (
     LoraSettings,
     add_adapters,
@@ -76,6 +85,7 @@ class EncoderConfig:
     trust_remote_code: bool = False
     lora: LoraSettings | None = None
     truncate_dim: int | None = None
+    allow_pickle: bool = False
 
 
 class TextEncoder(nn.Module):
@@ -210,7 +220,7 @@ class DenseRetriever(TrainableModel):
                 load_adapters(encoder.backbone, os.path.join(folder, ADAPTERS, name))
             else:
                 backbone = type(encoder.backbone).from_pretrained(
-                    source, dtype=torch.float32, **_no_pooler(type(encoder.backbone))
+                    source, dtype=torch.float32, use_safetensors=True, **_no_pooler(type(encoder.backbone))
                 )
                 encoder.backbone.load_state_dict(backbone.state_dict())
             if encoder.dense is not None:
@@ -235,6 +245,7 @@ def _no_pooler(model_class: type) -> dict[str, Any]:
 def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> PreTrainedModel:
     if is_adapter_folder(checkpoint):
         return merge_into(_load_backbone(base_of(checkpoint), decoder, config), checkpoint)
+    check_weights(checkpoint, config.allow_pickle)
     options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     try:
         model_config = AutoConfig.from_pretrained(checkpoint, **options)
@@ -249,7 +260,12 @@ def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> Pre
             auto_class = AutoModel
             pooler = _no_pooler(MODEL_MAPPING[type(model_config)]) if type(model_config) in MODEL_MAPPING else {}  # type: ignore[arg-type]
         model, info = auto_class.from_pretrained(
-            checkpoint, dtype=torch.float32, output_loading_info=True, **options, **pooler
+            checkpoint,
+            dtype=torch.float32,
+            use_safetensors=safe_only(config.allow_pickle),
+            output_loading_info=True,
+            **options,
+            **pooler,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, UserError):

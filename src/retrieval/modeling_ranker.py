@@ -14,7 +14,16 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 
 from src.errors import UserError
 from src.io import read_json
-from src.retrieval.checkpoints import TrainableModel, below, inner_folder, load_error, load_tokenizer, position_limit
+from src.retrieval.checkpoints import (
+    TrainableModel,
+    below,
+    check_weights,
+    inner_folder,
+    load_error,
+    load_tokenizer,
+    position_limit,
+    safe_only,
+)
 from src.retrieval.pairs import PairTokenizer, read_layout
 from src.retrieval.pooling import find_file
 
@@ -34,6 +43,7 @@ class RankerConfig:
     key_max_length: int = 256
     cache_dir: str | None = None
     trust_remote_code: bool = False
+    allow_pickle: bool = False
 
 
 class CrossEncoder(TrainableModel):
@@ -78,7 +88,7 @@ class CrossEncoder(TrainableModel):
         source = os.path.join(folder, FOLDER)
         if not os.path.isdir(source):
             raise UserError(f"{folder} has no {FOLDER!r} folder: it is no checkpoint of run_ranker.py")
-        saved = type(self.backbone).from_pretrained(source, dtype=torch.float32)
+        saved = type(self.backbone).from_pretrained(source, dtype=torch.float32, use_safetensors=True)
         self.backbone.load_state_dict(saved.state_dict())
 
 
@@ -92,6 +102,7 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
         UserError: it cannot be loaded, has another kind of head, or does not take texts of these lengths.
     """
     checkpoint = inner_folder(config.ranker, (FOLDER,))
+    check_weights(checkpoint, config.allow_pickle)
     options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     tokenizer, _ = load_tokenizer(checkpoint, config.cache_dir, config.trust_remote_code, "ranker")
     try:
@@ -104,6 +115,7 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
     model_config.sentence_transformers = dict(ST_SETTINGS)
     if getattr(model_config, "pad_token_id", None) is None:
         model_config.pad_token_id = tokenizer.pad_token_id
+    options["use_safetensors"] = safe_only(config.allow_pickle)
     backbone = _load_backbone(checkpoint, model_config, options, new_head)
     if hasattr(backbone.config, "use_cache"):
         backbone.config.use_cache = False
