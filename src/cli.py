@@ -14,7 +14,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from src import distributed
-from src.errors import UserError, describe_os_error, first_line, is_out_of_memory
+from src.errors import UserError, describe_os_error, first_line, is_out_of_memory, user_message
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _leave(code: int) -> NoReturn:
 def _explain(error: Exception, memory_advice: str) -> tuple[str, int] | None:
     """What to tell the user of an error, and the exit code; None for one that nobody expected."""
     if isinstance(error, UserError):
-        return str(error), 2
+        return user_message(error), 2
     if is_out_of_memory(error):
         return f"out of memory ({first_line(error)}): {memory_advice}", 2
     if (lost := distributed.describe_lost_process(error)) is not None:

@@ -13,6 +13,11 @@ class UserError(ValueError):
     """
 
 
+def user_message(error: UserError) -> str:
+    """The message alone, without the traceback that a DataLoader puts before one of its worker processes."""
+    return str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()
+
+
 #: A full disk or quota, a limit of file size: writing a file fails so, without telling which.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

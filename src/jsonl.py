@@ -90,7 +90,10 @@ class JsonLines(Sequence[dict[str, Any]]):
             return [self[i] for i in range(*index.indices(len(self)))]
         start, length = int(self.scan.offsets[index]), int(self.scan.lengths[index])
         if self._file is None:
-            self._file = io.FileIO(self.path)
+            try:
+                self._file = io.FileIO(self.path)
+            except OSError as error:
+                raise UserError(f"{self.path}: {error.strerror}; it was there when its rows were checked") from error
         # Not through a memory map, which kills the process when the file gets shorter under it.
         body = os.pread(self._file.fileno(), length, start)
         if _stamp(os.fstat(self._file.fileno())) != self.stamp:
