@@ -323,12 +323,15 @@ def _writing(folder: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        # What torch.save raises when the disk is full says nothing of disks.
+        if isinstance(error, RuntimeError) and not re.search(
+            "inline_container|PytorchStreamWriter|iostream", str(error)
+        ):
             raise
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(
-            f"{folder} cannot be written ({first_line(error)}): make room or lower --save_total_limit, and go on with "
-            "--resume_from_checkpoint True"
+            f"{folder} cannot be written: is the disk full? ({first_line(error)}) Make room or lower --save_total_limit, "
+            "and go on with --resume_from_checkpoint True"
         ) from error
 
 

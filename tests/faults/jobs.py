@@ -169,7 +169,7 @@ def make_jobs(folder: Path) -> dict[str, Job]:
             "evaluation",
             "evaluation/eval_qa.py",
             (*lm, "--retrieval_method", "no", "--few_shot", 0, "--max_new_tokens", 8),
-            check_all(check_files("test.*.json", same_values), check_log),
+            check_all(check_files("*.output.*.json", same_values), check_log),
             "*.parts",
             {"evaluation.common.ROWS_A_TIME": 2},
         ),
