@@ -132,11 +132,11 @@ def test_what_is_wrong_on_one_process_of_a_job_is_shown(runs, jobs, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A folder with room for 300 kB."""
+    """A folder with room for 700 kB: one or two checkpoints."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder], capture_output=True, check=False
     )
     if mounted.returncode != 0:
         pytest.skip("no file system can be mounted here")

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from src.errors import UserError
-from src.retrieval.checkpoints import check_weights, load_error, position_limit, safe_only
+from src.retrieval.checkpoints import LOAD_ERRORS, check_weights, load_error, position_limit, safe_only
 
 logger = logging.getLogger(__name__)
 
@@ -331,7 +331,7 @@ def load_lm(config: LMConfig) -> LanguageModel:
         )
     except ImportError as error:
         raise UserError(f"cannot load the {WHAT} {name!r}: {str(error).strip().splitlines()[0]}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         raise load_error(name, error, WHAT) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name!r} lacks {len(missing)} weights of a {WHAT}, among them {missing[0]}: it cannot score")

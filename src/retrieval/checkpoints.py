@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -74,6 +75,10 @@ def inner_folder(path: str, names: Sequence[str]) -> str:
     return path
 
 
+#: What transformers raises when a model cannot be loaded.
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError)
+
+
 def safe_only(allow_pickle: bool) -> bool | None:
     """What transformers is told of the formats of weights: safetensors only, or whatever there is."""
     return None if allow_pickle else True
@@ -103,6 +108,8 @@ def load_error(checkpoint: str, error: Exception, what: str) -> UserError:
             f"the {what} {checkpoint!r} brings Python code of its own, which is not run unasked: read it, and give "
             "--trust_remote_code if you trust it"
         )
+    if isinstance(error, pickle.UnpicklingError):
+        return UserError(f"cannot load the {what} {checkpoint!r}: its pickle holds more than weights")
     advice = (
         "the folder must hold config.json, model.safetensors and the tokenizer's files"
         if os.path.isdir(checkpoint)

@@ -25,6 +25,7 @@ from transformers import (
 
 from src.errors import UserError
 from src.retrieval.checkpoints import (
+    LOAD_ERRORS,
     TrainableModel,
     below,
     check_weights,
@@ -267,7 +268,7 @@ def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> Pre
             **options,
             **pooler,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         if isinstance(error, UserError):
             raise
         raise load_error(checkpoint, error, "encoder") from error

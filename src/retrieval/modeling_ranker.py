@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from src.errors import UserError
 from src.io import read_json
 from src.retrieval.checkpoints import (
+    LOAD_ERRORS,
     TrainableModel,
     below,
     check_weights,
@@ -159,7 +160,7 @@ def _load_backbone(
         model, info = AutoModelForSequenceClassification.from_pretrained(
             checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         raise load_error(checkpoint, error, "ranker") from error
     missing = sorted(info["missing_keys"])
     body = f"{model.base_model_prefix}."

@@ -36,6 +36,7 @@ ModelT = TypeVar("ModelT", bound=TrainableModel)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 #: A checkpoint being written or removed; what a killed run leaves of one.
 UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old)")
+TORCH_SAVE_ERROR = re.compile("inline_container|PytorchStreamWriter|iostream")
 ARGS_FILE = "args.json"
 TRAINER_STATE = "trainer_state.json"
 #: Losses in a row that are no numbers and end a run in fp16, where the loss scaler leaves out the steps of a few.
@@ -324,14 +325,12 @@ def _writing(folder: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         # What torch.save raises when the disk is full says nothing of disks.
-        if isinstance(error, RuntimeError) and not re.search(
-            "inline_container|PytorchStreamWriter|iostream", str(error)
-        ):
+        if isinstance(error, RuntimeError) and not TORCH_SAVE_ERROR.search(str(error)):
             raise
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(
-            f"{folder} cannot be written: is the disk full? ({first_line(error)}) Make room or lower --save_total_limit, "
-            "and go on with --resume_from_checkpoint True"
+            f"{folder} cannot be written: is the disk full? ({first_line(error)}) Make room or lower "
+            "--save_total_limit, and go on with --resume_from_checkpoint True"
         ) from error
 
 
