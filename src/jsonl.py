@@ -30,6 +30,8 @@ from src.io import atomic_write
 RowCheck = Callable[[Any], tuple[list[str], dict[str, Any]]]
 
 SHOWN_PROBLEMS = 10
+#: Characters of a problem that are shown: it may quote a value of any size.
+PROBLEM_LENGTH = 1000
 CHUNK_BYTES = 64 << 20
 CACHE_VERSION = 2
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -139,7 +141,7 @@ def _scan_range(path: str, start: int, end: int, check: RowCheck) -> tuple[Scan,
                 continue
             found, row_values = _check_line(body, check)
             problem_count += len(found)
-            problems.extend((line, text) for text in found[: SHOWN_PROBLEMS - len(problems)])
+            problems.extend((line, text[:PROBLEM_LENGTH]) for text in found[: SHOWN_PROBLEMS - len(problems)])
             offsets.append(begin)
             lengths.append(len(body))
             lines.append(line)

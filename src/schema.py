@@ -365,12 +365,18 @@ def template_columns(template: str) -> list[str]:
     return columns
 
 
+def _column_names(row: dict[str, Any]) -> str:
+    """The columns of a row, for a message: not too many of them, and none that is more than a name."""
+    names = [name if name.isprintable() and len(name) < 30 else reprlib.repr(name) for name in sorted(row)]
+    return ", ".join([*names[:10], *(["…"] if len(names) > 10 else [])]) or "none"
+
+
 def check_corpus_row(row: dict[str, Any], columns: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Check that a corpus row has the template's `columns` as strings (null counts as empty)."""
     problems = []
     for column in columns:
         if column not in row:
-            present = ", ".join(sorted(row)) or "none"
+            present = _column_names(row)
             problems.append(f"column {column!r} of --key_template is missing (this row has: {present})")
         elif row[column] is not None:
             problems += _string_problem(f"column {column!r}", row[column])
