@@ -18,7 +18,7 @@ from src import distributed
 from src.cli import parse_args, run, show_plan
 from src.errors import UserError
 from src.flags import check_choice
-from src.io import check_writable, derived_path, existing_file, resolve_path
+from src.io import check_output, check_writable, derived_path, existing_file, resolve_path
 from src.jsonl import JsonLines, open_jsonl
 from src.lm.args import NO_EFFECT, LMScoreArgs
 from src.lm.builders import lm_config
@@ -131,12 +131,13 @@ def main() -> None:
     (args,), given = parse_args([LMScoreArgs])
     for name in sorted(given.intersection(NO_EFFECT)):
         logger.warning("--%s has no effect on scoring", name)
-    device = distributed.init_process_group(args.cpu)
+    device = distributed.init_process_group(args.cpu, args.ddp_timeout)
     config = lm_config(args, given, device)
     data = load_data(args)
     output = derived_path(data.rows.path, "scored", args.save_name, args.output_dir if args.save_to_output else None)
     flag = "output_dir" if args.save_to_output else "eval_data"
     distributed.on_main(lambda: check_writable(os.path.dirname(output) or ".", flag))
+    distributed.on_main(lambda: check_output(output))
     if args.dry_run:
         show_plan(plan(args, config, data, output))
         return
@@ -149,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "lower --lm_batch_size or --context_max_length, or spread the LM with --lm_device_map auto")

@@ -77,4 +77,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(
+        main,
+        "lower --per_device_train_batch_size, --train_group_size or --key_max_length, or give --gradient_checkpointing "
+        "(training), or lower --batch_size (evaluation)",
+    )

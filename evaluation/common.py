@@ -12,16 +12,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NoReturn
 
 from evaluation.dry_run import task_lines
 from evaluation.outputs import Entry, gather_entries, output_line, output_path
 from evaluation.retrieval import from_corpus, retriever_name
 from evaluation.task import Context, EvalTask, Found, Row, Values
 from src import distributed
-from src.cli import parse_args, show_plan
+from src.cli import parse_args, run, show_plan
 from src.errors import UserError
-from src.io import atomic_write
+from src.io import atomic_write, json_line
 from src.lm.ask import Answer, Asker, RequestEncoder
 from src.lm.builders import lm_config, make_decoding
 from src.lm.eval_args import GenerateArgs, LMEvalArgs
@@ -29,7 +29,7 @@ from src.lm.memory import ResponseMemory
 from src.lm.modeling_lm import LMConfig, lm_max_length, load_lm, load_lm_tokenizer, model_identity
 from src.lm.prompts import make_frame
 from src.retrieval.builders import check_outputs, encoder_config, eval_config
-from src.retrieval.collate import json_line, query_id
+from src.retrieval.collate import query_id
 from src.retrieval.encode import progress
 from src.retrieval.evaluate import LABEL_METRICS, EvalData
 from src.retrieval.evaluators import record
@@ -40,6 +40,17 @@ logger = logging.getLogger(__name__)
 #: Rows that a process answers before all wait for each other.
 ROWS_A_TIME = 256
 
+#: For `src.cli.run`.
+MEMORY_ADVICE = (
+    "lower --lm_batch_size or --context_max_length (of the LM), --batch_size or --key_max_length (of the retriever), "
+    "or spread the LM with --lm_device_map auto"
+)
+
+
+def main(task: EvalTask) -> NoReturn:
+    """The entry point of an evaluation."""
+    run(lambda: run_task(task), MEMORY_ADVICE)
+
 
 def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
     """Run an evaluation from its command line to its line in the log."""
@@ -47,7 +58,7 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
     (args,), given = parse_args([task.args], argv, **task.defaults)
     for name in sorted(given.intersection(task.no_effect)):
         logger.warning("--%s has no effect on this evaluation", name)
-    device = distributed.init_process_group(args.cpu)
+    device = distributed.init_process_group(args.cpu, args.ddp_timeout)
     distributed.on_main(lambda: _check_outputs(args))
     args, data = open_data(task, args, given)
     lm, encoder = lm_config(args, given, device), encoder_config(args, given)

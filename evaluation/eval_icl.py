@@ -10,11 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from evaluation.common import run_task
+from evaluation.common import main
 from evaluation.few_shot import same_task
 from evaluation.icl_tasks import FAMILY_OF, problems, score, summarize
 from evaluation.task import Context, EvalTask, Found, Row
-from src.cli import run
 from src.errors import UserError
 from src.flags import check_choice
 from src.lm.ask import Request
@@ -72,4 +71,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    run(lambda: run_task(TASK))
+    main(TASK)

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from evaluation.common import run_task
+from evaluation.common import main
 from evaluation.history import nll_values, perplexity
 from evaluation.long_text import from_past, text_windows, window_limit
 from evaluation.task import Context, EvalTask, Found, Row
 from src import distributed
-from src.cli import run
 from src.io import existing_file, resolve_path
 from src.jsonl import open_jsonl
 from src.lm.ask import Request
@@ -69,4 +68,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    run(lambda: run_task(TASK))
+    main(TASK)

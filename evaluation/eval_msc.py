@@ -9,10 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evaluation.common import run_task
+from evaluation.common import main
 from evaluation.history import after_each_key, best_of_past, nll_values, perplexity
 from evaluation.task import Context, EvalTask, Found, Retrieved, Row
-from src.cli import run
 from src.lm.ask import Request
 from src.lm.budget import Layout, Prompt
 from src.lm.eval_args import CHUNK_FLAGS, HISTORY_NO_EFFECT, MSCArgs
@@ -86,4 +85,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    run(lambda: run_task(TASK))
+    main(TASK)

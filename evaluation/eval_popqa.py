@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-from evaluation.common import run_task
+from evaluation.common import main
 from evaluation.few_shot import one_per_group
 from evaluation.task import Context, EvalTask, Found, Row
 from evaluation.text_metrics import contains_answer, mean
-from src.cli import run
 from src.lm.ask import Request
 from src.lm.budget import Prompt
 from src.lm.eval_args import KNOWLEDGE_DEFAULTS, QuestionArgs
@@ -85,4 +84,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    run(lambda: run_task(TASK))
+    main(TASK)

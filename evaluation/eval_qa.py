@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from evaluation.common import run_task
+from evaluation.common import main
 from evaluation.few_shot import from_train_data
 from evaluation.task import Context, EvalTask, Found, Row
 from evaluation.text_metrics import exact_match, mean, token_f1
-from src.cli import run
 from src.lm.ask import Request
 from src.lm.budget import Prompt
 from src.lm.eval_args import KNOWLEDGE_DEFAULTS, QuestionArgs
@@ -78,4 +77,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    run(lambda: run_task(TASK))
+    main(TASK)

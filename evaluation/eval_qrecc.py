@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evaluation.common import run_task
+from evaluation.common import main
 from evaluation.task import Context, EvalTask, Found, Row
 from evaluation.text_metrics import mean, rouge_l
-from src.cli import run
 from src.lm.ask import Request
 from src.lm.budget import Prompt
 from src.lm.eval_args import QReCCArgs
@@ -70,4 +69,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    run(lambda: run_task(TASK))
+    main(TASK)

@@ -29,6 +29,8 @@ from src.retrieval.evaluators import evaluate, record
 from src.retrieval.modeling_dense import DenseRetriever, load_dense_retriever
 from src.retrieval.searcher import Searcher
 
+MEMORY_ADVICE = "lower --batch_size or --key_max_length"
+
 
 @dataclass
 class EvalRetrievalArgs(EvalOutputArgs, RetrievalArgs):
@@ -51,7 +53,7 @@ def main(name: str = "retrieval", **defaults: Any) -> None:
     """
     started = time.monotonic()
     (args,), given = parse_args([EvalRetrievalArgs], **defaults)
-    device = distributed.init_process_group(args.cpu)
+    device = distributed.init_process_group(args.cpu, args.ddp_timeout)
     distributed.on_main(lambda: check_outputs(args, args.output_dir, args.log_path))
     config = eval_config(args, args.output_dir, args.seed)
     data = load_eval_data(args, config)
@@ -75,4 +77,4 @@ def main(name: str = "retrieval", **defaults: Any) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, MEMORY_ADVICE)

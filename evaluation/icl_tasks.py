@@ -55,7 +55,7 @@ def problems(row: Row) -> list[str]:
     if options and row["answers"][0] not in options:
         found.append(f"answers[0] {row['answers'][0]!r} is none of the options {options!r}")
     if not options and metric in (ACCURACY, BINARY_F1):
-        found.append(f"field 'options' is missing: task {row['task_name']} chooses between some")
+        found.append(f"field 'options' is missing: task {row['task_name']!r} chooses between some")
     return found
 
 

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from src import distributed
 from src.config_file import read_arguments
-from src.errors import UserError, describe_os_error
+from src.errors import UserError, describe_os_error, first_line, is_out_of_memory, user_message
 from src.plan import Line, render
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,26 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Run an entry point and exit: 0 when done, 2 after an error that the user can mend, shown as one message."""
+def _explain(error: Exception, memory_advice: str) -> tuple[str, int] | None:
+    """What to tell the user of an error, and the exit code; None for one that nobody expected."""
+    if isinstance(error, UserError):
+        return user_message(error), 2
+    if is_out_of_memory(error):
+        return f"out of memory ({first_line(error)}): {memory_advice}", 2
+    if (lost := distributed.describe_lost_process(error)) is not None:
+        return lost, 1
+    if isinstance(error, OSError) and (described := describe_os_error(error)) is not None:
+        return described, 2
+    return None
+
+
+def run(main: Callable[[], None], memory_advice: str = "free some, or use a machine that has more") -> NoReturn:
+    """Run an entry point and exit: 0 when done, 2 after an error that the user can mend, shown as one message.
+
+    Args:
+        main: the entry point.
+        memory_advice: what helps when memory runs out.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     setup_logging()
     # That of an exception which nobody expected, until another outcome is known.
@@ -115,16 +133,13 @@ def run(main: Callable[[], None]) -> NoReturn:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
-    except UserError as error:
-        if distributed.launched_rank() == 0:
-            sys.stderr.write(f"error: {error}\n")
-        code = 2
-    except OSError as error:
-        # Without a file it is no matter of the user's input (a lost connection between processes, say).
-        if error.filename is None:
+    except Exception as error:
+        if (explained := _explain(error, memory_advice)) is None:
             raise
-        sys.stderr.write(f"error: {describe_os_error(error)}\n")
-        code = 2
+        message, code = explained
+        if distributed.is_first_to_say(message):
+            sys.stderr.write(f"error: {message}\n")
+            sys.stderr.flush()
     finally:
         distributed.destroy_process_group()
     sys.exit(code)

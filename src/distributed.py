@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -12,13 +13,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from src.errors import UserError, describe_os_error
+from src.errors import UserError, describe_os_error, first_line
+from src.flags import check_positive
 
 T = TypeVar("T")
 
-#: How long a process waits for the others. A share of a corpus or of prompts may take that much longer than another; a
-#: process that died is noticed by the launcher at once.
-TIMEOUT = timedelta(hours=6)
+#: Seconds that a process waits for the others: one's share of a corpus or of prompts may take that much longer than
+#: another's. A process that died is noticed at once.
+TIMEOUT = 6 * 3600
 
 
 def is_launched() -> bool:
@@ -68,15 +70,24 @@ def barrier() -> None:
         dist.barrier()
 
 
-def init_process_group(use_cpu: bool) -> torch.device:
-    """Join the group that torchrun prepared, if any, and return this process's device."""
+def init_process_group(use_cpu: bool, timeout: int = TIMEOUT) -> torch.device:
+    """Join the group that torchrun prepared, if any, and return this process's device.
+
+    Args:
+        use_cpu: even when there is a GPU.
+        timeout: seconds that a process waits for another before it gives up.
+
+    Raises:
+        UserError: these are not above 0.
+    """
+    check_positive(ddp_timeout=timeout)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = torch.cuda.is_available() and not use_cpu
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     if launched_processes() > 1 and not is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(seconds=timeout))
     return device
 
 
@@ -84,6 +95,36 @@ def destroy_process_group() -> None:
     """Leave the group, if there is one."""
     if is_initialized():
         dist.destroy_process_group()
+
+
+def is_first_to_say(message: str) -> bool:
+    """Whether this process should show an error: an error of all processes alike is shown once, one of a single
+    process by that process, whatever its rank."""
+    if not is_initialized():
+        # The command line is wrong for all, something missing on a host for all of its processes.
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    try:
+        # The store through which the processes found each other is there even when the group no longer works.
+        store = dist.distributed_c10d._get_default_store()
+        return store.add(f"said/{hashlib.sha256(message.encode(errors='replace')).hexdigest()}", 1) == 1
+    except RuntimeError:
+        # It went with the process that kept it.
+        return True
+
+
+def describe_lost_process(error: BaseException) -> str | None:
+    """One line about an error of communication with another process; None for any other error."""
+    if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))):
+        return None
+    if "timed out" in str(error).lower():
+        return (
+            "another process did not answer within --ddp_timeout: it hangs, or has that much more to do than this one "
+            f"({first_line(error)})"
+        )
+    return (
+        "the connection to another process is lost: it ended by an error of its own, which it told, or was killed "
+        f"({first_line(error)})"
+    )
 
 
 def broadcast_object(value: T) -> T:
@@ -111,9 +152,9 @@ def on_main(function: Callable[[], T]) -> T:
         except UserError as error:
             result = (None, str(error))
         except OSError as error:
-            if error.filename is None:
+            if (described := describe_os_error(error)) is None:
                 raise
-            result = (None, describe_os_error(error))
+            result = (None, described)
     value, message = broadcast_object(result)
     if message is not None:
         raise UserError(message)

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,6 +68,17 @@ def check_writable(folder: str, flag: str) -> None:
         raise UserError(f"--{flag}: no permission to write to {existing}: change that, or name another folder")
 
 
+def check_output(path: str) -> None:
+    """Find out whether a file may be put at `path`; makes nothing.
+
+    Raises:
+        UserError: there is something else than a file.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "no ordinary file"
+        raise UserError(f"{path} is {kind}, so no file can be written there: remove it, or choose another name")
+
+
 def expand_data_paths(paths: Sequence[str], data_root: str, flag: str) -> list[str]:
     """Resolve prefixes and globs; a file named twice stays twice, the matches of a glob are sorted.
 
@@ -99,9 +110,14 @@ def file_hash(path: str, digest: Any) -> str:
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path` and rename it to `path` when the block ends without an error.
 
-    A crash or an exception leaves an existing `path` as it was and no temporary file behind.
+    A crash or an exception leaves an existing `path` as it was and no temporary file behind. Where `path` is a symbolic
+    link, the file that it points to is replaced and the link stays.
+
+    Raises:
+        UserError: `path` is there and no file: a folder, or a device, which a renamed file would replace.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    check_output(str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
     try:
@@ -113,9 +129,12 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:
+            # Of a full disk, say, the system does not tell for which file it was.
+            raise OSError(error.errno, error.strerror, str(target)) from error
         raise
 
 
@@ -154,12 +173,23 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         file.write("\n")
 
 
+def json_line(value: Mapping[str, Any]) -> str:
+    """One line of a JSON lines file."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        # Half of a surrogate pair, in a column that is only passed on: UTF-8 has none, an escape has.
+        line = json.dumps(value)
+    return line + "\n"
+
+
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> int:
     """Write `rows` as JSON lines, atomically, and return how many there were."""
     count = 0
     with atomic_write(path) as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_line(row))
             count += 1
     return count
 
@@ -175,7 +205,7 @@ def read_json(path: str | os.PathLike[str], what: str) -> Any:
             return json.load(file)
     except FileNotFoundError as error:
         raise UserError(f"{what}: no such file: {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what}: {path} is not valid JSON: {error}") from error
 
 

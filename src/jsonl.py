@@ -1,15 +1,15 @@
-"""JSON lines files read in place: an index of line offsets over a memory map.
+"""JSON lines files read in place: an index of line offsets, and rows read and parsed when asked for.
 
 Opening a file scans it once, in parallel for large files, checks every row and keeps a few numbers per
-row. Rows are parsed when asked for, so memory does not grow with the file, and every column of a row,
-known or not, comes back as it stands.
+row. Memory does not grow with the file, and every column of a row, known or not, comes back as it stands.
+A file that changes after it was checked is an error, never other rows.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import mmap
 import os
 import zipfile
 from collections import Counter
@@ -30,9 +30,13 @@ from src.io import atomic_write
 RowCheck = Callable[[Any], tuple[list[str], dict[str, Any]]]
 
 SHOWN_PROBLEMS = 10
+#: Characters of a problem that are shown: it may quote a value of any size.
+PROBLEM_LENGTH = 1000
 CHUNK_BYTES = 64 << 20
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+#: Lists and objects within each other. Python's parser has a limit that depends on who calls it; this one is far below.
+MAX_DEPTH = 100
 
 
 @dataclass
@@ -56,13 +60,25 @@ class Scan:
     problem_count: int = 0
 
 
-class JsonLines(Sequence[dict[str, Any]]):
-    """The rows of one file, parsed on access. Picklable: workers open their own memory map."""
+def _stamp(stat: os.stat_result) -> tuple[int, int]:
+    """What changes whenever somebody writes to a file: its size and time."""
+    return stat.st_size, stat.st_mtime_ns
 
-    def __init__(self, path: str, scan: Scan) -> None:
+
+class JsonLines(Sequence[dict[str, Any]]):
+    """The rows of one file, parsed on access. Picklable: workers open the file anew.
+
+    Args:
+        path: the file.
+        scan: what is in it.
+        stamp: size and time of the file when it was scanned; those of now when None.
+    """
+
+    def __init__(self, path: str, scan: Scan, stamp: tuple[int, int] | None = None) -> None:
         self.path = path
         self.scan = scan
-        self._map: mmap.mmap | None = None
+        self.stamp = stamp or _stamp(os.stat(path))
+        self._file: io.FileIO | None = None
 
     def __len__(self) -> int:
         return len(self.scan.offsets)
@@ -74,20 +90,27 @@ class JsonLines(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if self._map is None:
-            with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start = int(self.scan.offsets[index])
-        return json.loads(self._map[start : start + int(self.scan.lengths[index])])
+        start, length = int(self.scan.offsets[index]), int(self.scan.lengths[index])
+        if self._file is None:
+            try:
+                self._file = io.FileIO(self.path)
+            except OSError as error:
+                raise UserError(f"{self.path}: {error.strerror}; it was there when its rows were checked") from error
+        # Not through a memory map, which kills the process when the file gets shorter under it.
+        body = os.pread(self._file.fileno(), length, start)
+        if _stamp(os.fstat(self._file.fileno())) != self.stamp:
+            raise UserError(f"{self.path} has changed since its rows were checked: leave it alone while it is in use")
+        return _parse(body)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_map": None}
+        return {**self.__dict__, "_file": None}
 
     def select(self, numbers: np.ndarray) -> JsonLines:
         """Some of the rows, int ``(rows,)``, as if the file held no others."""
         scan = self.scan
         columns = {name: values[numbers] for name, values in scan.columns.items()}
-        return JsonLines(self.path, Scan(scan.offsets[numbers], scan.lengths[numbers], scan.lines[numbers], columns))
+        chosen = Scan(scan.offsets[numbers], scan.lengths[numbers], scan.lines[numbers], columns)
+        return JsonLines(self.path, chosen, self.stamp)
 
     def where(self, index: int) -> str:
         """``file:line`` of a row, for messages."""
@@ -122,7 +145,7 @@ def _scan_range(path: str, start: int, end: int, check: RowCheck) -> tuple[Scan,
             continue
         found, row_values = _check_line(body, check)
         problem_count += len(found)
-        problems.extend((line, text) for text in found[: SHOWN_PROBLEMS - len(problems)])
+        problems.extend((line, text[:PROBLEM_LENGTH]) for text in found[: SHOWN_PROBLEMS - len(problems)])
         offsets.append(begin)
         lengths.append(len(body))
         lines.append(line)
@@ -133,24 +156,45 @@ def _scan_range(path: str, start: int, end: int, check: RowCheck) -> tuple[Scan,
     return Scan(starts, sizes, numbers, columns, problems, problem_count), line
 
 
+def _parse(body: bytes) -> Any:
+    return json.loads(body.decode())
+
+
 def parse_row(body: bytes) -> tuple[dict[str, Any] | None, list[str]]:
     """The row of a line, or None and the problem."""
     try:
-        row = json.loads(body)
+        row = _parse(body)
     except UnicodeDecodeError as error:
         return None, [f"not valid UTF-8: {error.reason} at byte {error.start + 1}"]
     except json.JSONDecodeError as error:
         return None, [f"not valid JSON: {error.msg} at column {error.colno}"]
     except RecursionError:
-        return None, ["not valid JSON: nested too deeply"]
+        return None, [_TOO_DEEP]
+    except ValueError:
+        return None, ["a number has too many digits"]
     if not isinstance(row, dict):
         return None, [f"a row must be a JSON object, found {type(row).__name__}"]
+    # Counting signs is quick, and rows that hold so many of them are rare.
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(row) > MAX_DEPTH:
+        return None, [_TOO_DEEP]
     return row, []
 
 
 def _check_line(body: bytes, check: RowCheck) -> tuple[list[str], dict[str, Any]]:
     row, problems = parse_row(body)
     return (problems, {}) if row is None else check(row)
+
+
+_TOO_DEEP = f"nested too deeply: lists and objects may lie within each other {MAX_DEPTH} times"
+
+
+def _depth(value: Any) -> int:
+    """How many lists and objects lie within each other."""
+    level, depth = [value], 0
+    while level := [part for part in level if isinstance(part, (dict, list))]:
+        depth += 1
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+    return depth
 
 
 def _chunks(path: str, size: int) -> list[tuple[int, int]]:
@@ -203,9 +247,8 @@ def scan_file(path: str, check: RowCheck) -> Scan:
         return _merge([future.result() for future in bar])
 
 
-def _cache_path(path: str, check_name: str, cache_dir: str) -> Path:
-    stat = os.stat(path)
-    key = f"{CACHE_VERSION}|{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}|{check_name}"
+def _cache_path(path: str, stamp: tuple[int, int], check_name: str, cache_dir: str) -> Path:
+    key = f"{CACHE_VERSION}|{os.path.abspath(path)}|{stamp[0]}|{stamp[1]}|{check_name}"
     return Path(cache_dir) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
 
 
@@ -231,7 +274,8 @@ def open_jsonl(path: str, check: RowCheck, check_name: str, cache_dir: str | Non
     Raises:
         UserError: the file holds no row, or rows with problems: all are counted, the first ten shown.
     """
-    cache = _cache_path(path, check_name, cache_dir) if cache_dir else None
+    stamp = _stamp(os.stat(path))
+    cache = _cache_path(path, stamp, check_name, cache_dir) if cache_dir else None
     scan = _load_cached(cache) if cache else None
     if scan is None:
         scan = scan_file(path, check)
@@ -243,7 +287,7 @@ def open_jsonl(path: str, check: RowCheck, check_name: str, cache_dir: str | Non
             arrays: dict[str, Any] = {f"column_{name}": values for name, values in scan.columns.items()}
             with atomic_write(cache, "wb") as file:
                 np.savez(file, offsets=scan.offsets, lengths=scan.lengths, lines=scan.lines, **arrays)
-    return JsonLines(path, scan)
+    return JsonLines(path, scan, stamp)
 
 
 def _describe_problems(path: str, scan: Scan) -> str:

@@ -7,6 +7,7 @@ which the reader adds, and the few numbers per row that filters need without par
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from string import Formatter
@@ -14,10 +15,15 @@ from typing import Any, TypedDict
 
 from src.errors import UserError
 
-TRAIN_CHECK = "train-2"
-EVAL_CHECK = "eval-3"
-SCORING_CHECK = "scoring-1"
-LM_CHECK = "lm-3"
+TRAIN_CHECK = "train-3"
+EVAL_CHECK = "eval-4"
+SCORING_CHECK = "scoring-2"
+LM_CHECK = "lm-4"
+
+#: Row numbers and tokens are kept as 64-bit integers, names of tasks in an array as wide as the longest.
+LARGEST_INT = 2**63 - 1
+LARGEST_FLOAT = 3.4e38
+LONGEST_TASK = 64
 
 #: Field of the scores that training distils from, unless another is named.
 TEACHER_SCORES = "teacher_scores"
@@ -59,13 +65,22 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_index(value: Any) -> bool:
+    return _is_int(value) and 0 <= value <= LARGEST_INT
+
+
+def _is_finite(value: Any) -> bool:
+    """Of fp32, in which scores are computed with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
 
 
 def _is_encodable(text: str) -> bool:
     """False for text with half of a surrogate pair, which JSON can express and UTF-8, thus no tokenizer, can."""
-    return not any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _string_problem(name: str, value: Any) -> list[str]:
@@ -91,25 +106,42 @@ def _list_problems(row: dict[str, Any], field: str, kind: str, required: bool = 
     if not isinstance(value, list):
         return [f"field {field!r} must be a list of {kind}, found {type(value).__name__}"]
     for position, item in enumerate(value):
-        if kind == "strings" and (problems := _string_problem(f"field {field!r}[{position}]", item)):
-            return problems
-        if kind == "indices" and not (_is_int(item) and item >= 0):
-            return [f"field {field!r}[{position}] must be a row number of the corpus (0 or more), found {item!r}"]
-        if kind == "tokens" and not (_is_int(item) and item >= 0):
-            return [f"field {field!r}[{position}] must be a token number (0 or more), found {item!r}"]
-        if kind == "numbers" and not (_is_number(item) and math.isfinite(item)):
-            return [f"field {field!r}[{position}] must be a finite number, found {item!r}"]
+        if kind == "strings":
+            if problems := _string_problem(f"field {field!r}[{position}]", item):
+                return problems
+            continue
+        is_valid, wanted = _ITEMS[kind]
+        if not is_valid(item):
+            return [f"field {field!r}[{position}] must be {wanted}, found {reprlib.repr(item)}"]
     return []
+
+
+#: What the items of a list must be, by its kind.
+_ITEMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "indices": (_is_index, "a row number of the corpus (0 or more)"),
+    "tokens": (_is_index, "a token number (0 or more)"),
+    "numbers": (_is_finite, "a finite number"),
+}
 
 
 def _common_problems(row: dict[str, Any]) -> list[str]:
     problems = _text_problems(row, "query", required=True)
-    problems += _text_problems(row, "task", required=False)
+    problems += _task_problems(row)
     problems += _list_problems(row, "answers", "strings")
     problems += _list_problems(row, "pos_index", "indices")
     query_id = row.get("query_id")
-    if query_id is not None and not (_is_int(query_id) or isinstance(query_id, str)):
+    if isinstance(query_id, str):
+        problems += _string_problem("field 'query_id'", query_id)
+    elif query_id is not None and not _is_int(query_id):
         problems.append(f"field 'query_id' must be an integer or a string, found {type(query_id).__name__}")
+    return problems
+
+
+def _task_problems(row: dict[str, Any]) -> list[str]:
+    problems = _text_problems(row, "task", required=False)
+    task = row.get("task")
+    if not problems and task and not (task.isprintable() and len(task) <= LONGEST_TASK):
+        return [f"field 'task' is no name of a task, found {reprlib.repr(task)}"]
     return problems
 
 
@@ -157,8 +189,8 @@ def check_train_row(row: dict[str, Any], score_field: str = TEACHER_SCORES) -> t
     return [], {
         "positives": len(positives),
         "negatives": len(negatives),
-        "score_max": max(scores) if scores else math.nan,
-        "score_spread": max(scores) - min(scores) if scores else math.nan,
+        "score_max": float(max(scores)) if scores else math.nan,
+        "score_spread": float(max(scores)) - float(min(scores)) if scores else math.nan,
         "best": scores.index(max(scores)) if scores else -1,
         "task": row.get("task") or "",
     }
@@ -333,12 +365,18 @@ def template_columns(template: str) -> list[str]:
     return columns
 
 
+def _column_names(row: dict[str, Any]) -> str:
+    """The columns of a row, for a message: not too many of them, and none that is more than a name."""
+    names = [name if name.isprintable() and len(name) < 30 else reprlib.repr(name) for name in sorted(row)]
+    return ", ".join([*names[:10], *(["…"] if len(names) > 10 else [])]) or "none"
+
+
 def check_corpus_row(row: dict[str, Any], columns: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """Check that a corpus row has the template's `columns` as strings (null counts as empty)."""
     problems = []
     for column in columns:
         if column not in row:
-            present = ", ".join(sorted(row)) or "none"
+            present = _column_names(row)
             problems.append(f"column {column!r} of --key_template is missing (this row has: {present})")
         elif row[column] is not None:
             problems += _string_problem(f"column {column!r}", row[column])

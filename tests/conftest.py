@@ -54,9 +54,8 @@ def _save(model, folder: Path) -> str:
     return str(folder)
 
 
-@pytest.fixture(scope="session")
-def tiny_bert(tmp_path_factory) -> str:
-    """Folder of a random BERT: 2 layers, 32 dimensions, dropout on, 128 positions."""
+def make_bert(folder: Path) -> str:
+    """Save a random BERT: 2 layers, 32 dimensions, dropout on, 128 positions."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(VOCABULARY),
@@ -66,7 +65,13 @@ def tiny_bert(tmp_path_factory) -> str:
         intermediate_size=64,
         max_position_embeddings=128,
     )
-    return _save(BertModel(config, add_pooling_layer=False), tmp_path_factory.mktemp("bert"))
+    return _save(BertModel(config, add_pooling_layer=False), folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory) -> str:
+    """Folder of the BERT of `make_bert`."""
+    return make_bert(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="session")

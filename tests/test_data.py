@@ -117,7 +117,7 @@ def test_file_without_rows(tmp_path, content):
         (b"1", "must be a JSON object, found int"),
         (b'{"n": "\xff"}', "not valid UTF-8"),
         (b'{"n": -7}', "-7 is negative"),
-        (b"[" * 100_000, "not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
     ],
 )
 def test_problems_are_told_with_file_and_line(tmp_path, line, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from src.distributed import TIMEOUT
 from src.errors import UserError
 from src.flags import check_choice, check_positive, default_data_root, dry_run_flag, flag
 from src.retrieval.tasks import TASKS
@@ -41,6 +42,9 @@ class LMArgs:
     )
     model_cache_dir: str | None = flag(None, "Folder where models from the hub are kept.")
     trust_remote_code: bool = flag(False, "Run model code that comes with the weights.")
+    allow_pickle: bool = flag(
+        False, "Load weights that are kept as pickles (pytorch_model.bin), a format that can carry code."
+    )
     padding_side: str = flag("left", f"Side on which batches are padded: {', '.join(SIDES)}. It changes no score.")
     truncation_side: str = flag("right", f"Side on which keys are cut: {', '.join(SIDES)}.")
     context_max_length: int = flag(1024, "Most tokens of a prompt with its answer.")
@@ -107,6 +111,7 @@ class LMScoreArgs(LMArgs):
     save_to_output: bool = flag(False, "Write to output_dir, not beside eval_data.")
     output_dir: str = flag("data/outputs/", "Folder for --save_to_output.")
     dry_run: bool = dry_run_flag()
+    ddp_timeout: int = flag(TIMEOUT, "Seconds that a process waits for another before it gives up.")
     train_data: list[str] | None = _shared(None)  # type: ignore[assignment]
     corpus: str | None = _shared(None)  # type: ignore[assignment]
     key_template: str = _shared("{title} {text}")  # type: ignore[assignment]

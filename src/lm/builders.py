@@ -30,6 +30,7 @@ def lm_config(args: LMArgs, given: frozenset[str], device: torch.device) -> LMCo
         args.add_position_ids,
         args.model_cache_dir,
         args.trust_remote_code,
+        args.allow_pickle,
     )
 
 

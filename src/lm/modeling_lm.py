@@ -28,7 +28,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from src.errors import UserError
-from src.retrieval.checkpoints import empty_model, load_error, position_limit
+from src.retrieval.checkpoints import LOAD_ERRORS, check_weights, empty_model, load_error, position_limit, safe_only
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class LMConfig:
     """How to load a language model.
 
     Attributes:
-        model_name_or_path, padding_side, add_position_ids, cache_dir, trust_remote_code: as the flags.
+        model_name_or_path, padding_side, add_position_ids, cache_dir, trust_remote_code, allow_pickle: as the flags.
         dtype: fp32, fp16 or bf16.
         device: where it goes, unless `device_map` spreads it.
         device_map: as accelerate understands it, or None.
@@ -55,6 +55,7 @@ class LMConfig:
     add_position_ids: bool = False
     cache_dir: str | None = None
     trust_remote_code: bool = False
+    allow_pickle: bool = False
 
 
 class LanguageModel:
@@ -342,14 +343,16 @@ def load_lm(config: LMConfig) -> LanguageModel:
         UserError: it cannot be loaded, is no LM, or lacks weights.
     """
     name, options = config.model_name_or_path, _options(config)
+    check_weights(name, config.allow_pickle)
     tokenizer, model_config = load_lm_tokenizer(config)
+    options["use_safetensors"] = safe_only(config.allow_pickle)
     try:
         model, info = _auto_class(model_config).from_pretrained(
             name, dtype=TORCH_DTYPES[config.dtype], device_map=config.device_map, output_loading_info=True, **options
         )
     except ImportError as error:
         raise UserError(f"cannot load the {WHAT} {name!r}: {str(error).strip().splitlines()[0]}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         raise load_error(name, error, WHAT) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name!r} lacks {len(missing)} weights of a {WHAT}, among them {missing[0]}: it cannot score")

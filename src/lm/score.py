@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from src import distributed
 from src.errors import UserError
-from src.io import atomic_write
+from src.io import atomic_write, json_line
 from src.jsonl import JsonLines
 from src.lm.journal import UNFIT, Journal
 from src.lm.likelihood import budgets, check_finite, collect_work, cut_work, score_batch
 from src.lm.modeling_lm import LanguageModel
 from src.lm.prompts import PromptEncoder, PromptTokens
-from src.retrieval.collate import json_line, shortest
+from src.retrieval.collate import shortest
 from src.schema import candidates, has_tokens
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from src import distributed
+from src.distributed import TIMEOUT
 from src.errors import UserError
 from src.flags import check_choice, check_positive, default_data_root, dry_run_flag, flag
 from src.retrieval import engines
@@ -93,6 +94,9 @@ class DataArgs:
     save_to_output: bool = flag(False, "Write mined and collated files to output_dir instead of next to eval_data.")
     trust_remote_code: bool = flag(False, "Run model code that comes with a checkpoint.")
     dry_run: bool = dry_run_flag()
+    allow_pickle: bool = flag(
+        False, "Load weights that are kept as pickles (pytorch_model.bin), a format that can carry code."
+    )
 
     def __post_init__(self) -> None:
         for metric in self.metrics:
@@ -305,6 +309,7 @@ class EvalOutputArgs:
     output_dir: str = flag("data/outputs/", "Folder for results, saved vectors and indexes.")
     log_path: str = flag("data/results/performance.log", "Metrics are appended here, and as JSON lines beside it.")
     seed: int = flag(42, "Seed of whatever is drawn at random.")
+    ddp_timeout: int = flag(TIMEOUT, "Seconds that a process waits for another before it gives up.")
 
 
 @dataclass

@@ -31,6 +31,7 @@ from src.retrieval.evaluate import (
     SCORE,
     EvalConfig,
     EvalData,
+    check_files,
     check_labels,
     make_eval_data,
 )
@@ -73,6 +74,7 @@ def encoder_config(args: RetrievalArgs, given: frozenset[str], lora: LoraSetting
         lora,
         args.truncate_dim,
         args.dry_run,
+        args.allow_pickle,
     )
 
 
@@ -206,6 +208,7 @@ def load_eval_data(
     own = load_task_config(args.task_config)
     data = make_eval_data(rows, corpus, args.key_template, args.task, instruction_of, own)
     check_labels(data, config)
+    check_files(data, config)
     return data
 
 
@@ -271,6 +274,7 @@ def ranker_config(args: RankerArgs) -> RankerConfig:
         args.model_cache_dir,
         args.trust_remote_code,
         args.dry_run,
+        args.allow_pickle,
     )
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from src import distributed
 from src.errors import UserError
-from src.io import atomic_write
-from src.retrieval.collate import Hits, json_line, shortest
+from src.io import atomic_write, json_line
+from src.retrieval.collate import Hits, shortest
 from src.retrieval.encode import progress
 from src.retrieval.evaluate import EvalData
 from src.retrieval.pair_scorers import PairScorer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from src.errors import UserError
+from src.errors import UserError, first_line
 
 #: Model types whose positions begin after the padding token's id.
 _SHIFTED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
@@ -85,17 +86,48 @@ def inner_folder(path: str, names: Sequence[str]) -> str:
     return path
 
 
+#: What transformers raises when a model cannot be loaded.
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError)
+
+
+def safe_only(allow_pickle: bool) -> bool | None:
+    """What transformers is told of the formats of weights: safetensors only, or whatever there is."""
+    return None if allow_pickle else True
+
+
+def check_weights(checkpoint: str, allow_pickle: bool) -> None:
+    """Look for weights that only a pickle holds.
+
+    Raises:
+        UserError: a folder holds no others, and nobody asked for them.
+    """
+    if allow_pickle or not os.path.isdir(checkpoint):
+        return
+    names = sorted(os.listdir(checkpoint))
+    pickles = [name for name in names if name.startswith("pytorch_model")]
+    if pickles and not any(name.endswith((".safetensors", ".gguf")) for name in names):
+        raise UserError(
+            f"{checkpoint!r} keeps its weights in a pickle ({pickles[0]}), a format that can carry code: convert it to "
+            "model.safetensors, or give --allow_pickle if you trust where it comes from"
+        )
+
+
 def load_error(checkpoint: str, error: Exception, what: str) -> UserError:
     """One line about an exception of transformers; `what` is the kind of model that was wanted."""
-    lines = str(error).strip().splitlines()
-    reason = lines[0] if lines else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"the {what} {checkpoint!r} brings Python code of its own, which is not run unasked: read it, and give "
+            "--trust_remote_code if you trust it"
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return UserError(f"cannot load the {what} {checkpoint!r}: its pickle holds more than weights")
     advice = (
         "the folder must hold config.json, model.safetensors and the tokenizer's files"
         if os.path.isdir(checkpoint)
         else "no such folder here; as a hub name it must be in the cache already when there is no network, "
-        "see --model_cache_dir"
+        "see --model_cache_dir; weights in another format than safetensors need --allow_pickle"
     )
-    return UserError(f"cannot load the {what} {checkpoint!r}: {reason} ({advice})")
+    return UserError(f"cannot load the {what} {checkpoint!r}: {first_line(error)} ({advice})")
 
 
 def load_tokenizer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from src.errors import UserError
-from src.io import existing_file
+from src.io import existing_file, json_line
 from src.jsonl import JsonLines, open_jsonl
 from src.retrieval.mining import MiningConfig, MiningSummary, mine_negatives
 from src.schema import check_hits_row
@@ -52,11 +51,6 @@ class Window:
         for offset, (row, found, scores) in enumerate(zip(self.rows, self.hits.rows, self.hits.scores, strict=True)):
             real = found >= 0
             yield self.hits.first + offset, row, found[real], scores[real]
-
-
-def json_line(value: Mapping[str, Any]) -> str:
-    """One line of a JSON lines file."""
-    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def query_id(row: Mapping[str, Any], number: int) -> int | str:

@@ -13,7 +13,7 @@ import numpy as np
 
 from src import distributed
 from src.errors import UserError
-from src.io import atomic_write, derived_path
+from src.io import atomic_write, check_output, derived_path
 from src.jsonl import JsonLines
 from src.retrieval import trec
 from src.retrieval.collate import (
@@ -299,6 +299,16 @@ def _outputs(data: EvalData, config: EvalConfig) -> list[Output]:
         lines = partial(key_lines, texts_of=own_texts if config.rerank else data.corpus_texts)
         outputs.append(Output("collated keys", derived("key", output_dir=folder), lines))
     return outputs
+
+
+def check_files(data: EvalData, config: EvalConfig) -> None:
+    """Find out before the work whether the files that `config` asks for can be put in their places.
+
+    Raises:
+        UserError: there is a folder or a device of the name of one.
+    """
+    for output in _outputs(data, config):
+        check_output(output.path)
 
 
 def report(data: EvalData, found: Iterable[Hits], config: EvalConfig) -> dict[str, float]:

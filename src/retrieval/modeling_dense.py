@@ -25,13 +25,16 @@ from transformers import (
 
 from src.errors import UserError
 from src.retrieval.checkpoints import (
+    LOAD_ERRORS,
     TrainableModel,
     below,
+    check_weights,
     empty_model,
     inner_folder,
     load_error,
     load_tokenizer,
     position_limit,
+    safe_only,
 )
 from src.retrieval.lora import (
     LoraSettings,
@@ -86,6 +89,7 @@ class EncoderConfig:
     truncate_dim: int | None = None
     #: Load all but the weights: what is left tells sizes, and cannot embed.
     empty: bool = False
+    allow_pickle: bool = False
 
 
 class TextEncoder(nn.Module):
@@ -220,7 +224,7 @@ class DenseRetriever(TrainableModel):
                 load_adapters(encoder.backbone, os.path.join(folder, ADAPTERS, name))
             else:
                 backbone = type(encoder.backbone).from_pretrained(
-                    source, dtype=torch.float32, **_no_pooler(type(encoder.backbone))
+                    source, dtype=torch.float32, use_safetensors=True, **_no_pooler(type(encoder.backbone))
                 )
                 encoder.backbone.load_state_dict(backbone.state_dict())
             if encoder.dense is not None:
@@ -246,6 +250,7 @@ def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> Pre
     if is_adapter_folder(checkpoint):
         base = _load_backbone(base_of(checkpoint), decoder, config)
         return base if config.empty else merge_into(base, checkpoint)
+    check_weights(checkpoint, config.allow_pickle)
     options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     try:
         model_config = AutoConfig.from_pretrained(checkpoint, **options)
@@ -263,9 +268,14 @@ def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> Pre
             code = {"trust_remote_code": config.trust_remote_code}
             return empty_model(auto_class, model_config, checkpoint, **code, **pooler)
         model, info = auto_class.from_pretrained(
-            checkpoint, dtype=torch.float32, output_loading_info=True, **options, **pooler
+            checkpoint,
+            dtype=torch.float32,
+            use_safetensors=safe_only(config.allow_pickle),
+            output_loading_info=True,
+            **options,
+            **pooler,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         if isinstance(error, UserError):
             raise
         raise load_error(checkpoint, error, "encoder") from error

@@ -15,13 +15,16 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Pretrai
 from src.errors import UserError
 from src.io import read_json
 from src.retrieval.checkpoints import (
+    LOAD_ERRORS,
     TrainableModel,
     below,
+    check_weights,
     empty_model,
     inner_folder,
     load_error,
     load_tokenizer,
     position_limit,
+    safe_only,
 )
 from src.retrieval.pairs import PairTokenizer, read_layout
 from src.retrieval.pooling import find_file
@@ -46,6 +49,7 @@ class RankerConfig:
     cache_dir: str | None = None
     trust_remote_code: bool = False
     empty: bool = False
+    allow_pickle: bool = False
 
 
 class CrossEncoder(TrainableModel):
@@ -90,7 +94,7 @@ class CrossEncoder(TrainableModel):
         source = os.path.join(folder, FOLDER)
         if not os.path.isdir(source):
             raise UserError(f"{folder} has no {FOLDER!r} folder: it is no checkpoint of run_ranker.py")
-        saved = type(self.backbone).from_pretrained(source, dtype=torch.float32)
+        saved = type(self.backbone).from_pretrained(source, dtype=torch.float32, use_safetensors=True)
         self.backbone.load_state_dict(saved.state_dict())
 
 
@@ -104,6 +108,7 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
         UserError: it cannot be loaded, has another kind of head, or does not take texts of these lengths.
     """
     checkpoint = inner_folder(config.ranker, (FOLDER,))
+    check_weights(checkpoint, config.allow_pickle)
     options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     tokenizer, _ = load_tokenizer(checkpoint, config.cache_dir, config.trust_remote_code, "ranker")
     try:
@@ -119,6 +124,7 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
     if config.empty:
         code = {"trust_remote_code": config.trust_remote_code}
         return CrossEncoder(empty_model(AutoModelForSequenceClassification, model_config, checkpoint, **code), pairs)
+    options["use_safetensors"] = safe_only(config.allow_pickle)
     backbone = _load_backbone(checkpoint, model_config, options, new_head)
     if hasattr(backbone.config, "use_cache"):
         backbone.config.use_cache = False
@@ -162,7 +168,7 @@ def _load_backbone(
         model, info = AutoModelForSequenceClassification.from_pretrained(
             checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except LOAD_ERRORS as error:
         raise load_error(checkpoint, error, "ranker") from error
     missing = sorted(info["missing_keys"])
     body = f"{model.base_model_prefix}."

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from src import distributed
-from src.errors import UserError
+from src.errors import UserError, first_line
 from src.io import write_json
 from src.retrieval.args import RetrievalTrainingArgs
 from src.retrieval.batch_scores import BatchScores, ScoreBatch
@@ -34,8 +37,15 @@ ModelT = TypeVar("ModelT", bound=TrainableModel)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 #: A checkpoint being written or removed; what a killed run leaves of one.
 UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old)")
+TORCH_SAVE_ERROR = re.compile("inline_container|PytorchStreamWriter|iostream")
 ARGS_FILE = "args.json"
 TRAINER_STATE = "trainer_state.json"
+#: Losses in a row that are no numbers and end a run in fp16, where the loss scaler leaves out the steps of a few.
+BAD_FP16_LOSSES = 16
+DIVERGED = (
+    "so training stops, and earlier checkpoints stay as they are: lower --learning_rate, take --bf16 or --fp16 False "
+    "in place of fp16, raise a very low temperature, or see whether the model that it began with is damaged"
+)
 
 
 class RetrievalTrainer(Trainer, Generic[ModelT]):
@@ -86,6 +96,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         self.write_cards = write_cards
         self.loss_configs: list[LossConfig] = [source.settings.loss for source in train_dataset.sources]
         self._parts = RunningMeans()
+        self._bad_losses = 0
         self._saved_step: int | None = None
 
     def train(
@@ -145,12 +156,35 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
     ) -> Tensor:
         """Forward and backward over one batch, chunk by chunk when asked to (see `GradCache`)."""
         if not self.args.grad_cache_chunk_size:
-            return super().training_step(model, inputs, num_items_in_batch)
-        cached = GradCache(model, self.model)
-        # The Trainer scales the loss and backpropagates it, here up to the vectors.
-        loss = super().training_step(cached, inputs, num_items_in_batch)
-        cached.backpropagate()
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            cached = GradCache(model, self.model)
+            # The Trainer scales the loss and backpropagates it, here up to the vectors.
+            loss = super().training_step(cached, inputs, num_items_in_batch)
+            cached.backpropagate()
+        self._check_loss(loss)
         return loss
+
+    def _check_loss(self, loss: Tensor) -> None:
+        """Stop before the optimizer takes a step by a loss that is no number.
+
+        Raises:
+            UserError: it is none; in fp16, where the loss scaler leaves such steps out, not before many in a row are.
+        """
+        # The Trainer looks at every loss itself, so that this is no further wait for the device.
+        self._bad_losses = 0 if torch.isfinite(loss) else self._bad_losses + 1
+        if self._bad_losses >= (BAD_FP16_LOSSES if self.args.fp16 else 1):
+            raise UserError(f"step {self.state.global_step + 1}: the loss is {float(loss)}, {DIVERGED}")
+
+    def _check_weights(self) -> None:
+        """Keep weights that are no numbers from taking the place of good ones.
+
+        Raises:
+            UserError: some are none.
+        """
+        for name, weight in self.model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise UserError(f"step {self.state.global_step}: {name} has weights that are no numbers, {DIVERGED}")
 
     def compute_loss(
         self,
@@ -235,21 +269,24 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write everything to a staging folder and rename it, so that a checkpoint-N folder is always whole."""
+        self._check_weights()
         final = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         staging = os.path.join(self.args.output_dir, f".checkpoint-{self.state.global_step}.partial")
         if self.args.should_save:
             remove_unfinished(self.args.output_dir)
         distributed.barrier()
         self.store_flos()
-        self.save_model(staging, _internal_call=True)
+        with _writing(staging):
+            self.save_model(staging, _internal_call=True)
         if self.state.best_global_step and self.args.save_strategy != SaveStrategy.NO:
             best = os.path.join(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
             if best == final or os.path.isdir(best):
                 self.state.best_model_checkpoint = best
         if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(staging)
-            self._save_scaler(staging)
-            self._save_rng_state(staging)
+            with _writing(staging):
+                self._save_optimizer_and_scheduler(staging)
+                self._save_scaler(staging)
+                self._save_rng_state(staging)
         # The files of all processes come before the one that makes the checkpoint whole.
         distributed.barrier()
         if self.args.should_save:
@@ -282,6 +319,14 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_best_model(self) -> None:
         logger.info("best checkpoint: %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
         if self.args.engine is not None:
@@ -306,6 +351,34 @@ def batch_sampler(args: RetrievalTrainingArgs, sizes: Sequence[int], batch_size:
         distributed.world_size(),
         args.dataloader_drop_last,
     )
+
+
+@contextlib.contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """Tell in one line why a checkpoint cannot be written, and leave nothing of it: it may have filled the disk."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # What torch.save raises when the disk is full says nothing of disks.
+        if isinstance(error, RuntimeError) and not TORCH_SAVE_ERROR.search(str(error)):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(
+            f"{folder} cannot be written: is the disk full? ({first_line(error)}) Make room or lower "
+            "--save_total_limit, and go on with --resume_from_checkpoint True"
+        ) from error
+
+
+@contextlib.contextmanager
+def _reading(folder: str | None) -> Iterator[None]:
+    """Tell in one line why a checkpoint's optimizer or random state cannot be loaded; of pickles only numbers are."""
+    try:
+        yield
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: the state of the optimizer or of the random numbers is damaged, of "
+            f"another kind of run, or holds more than numbers ({first_line(error)}): resume from another checkpoint"
+        ) from error
 
 
 class RunningMeans:

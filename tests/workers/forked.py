@@ -4,11 +4,14 @@ Run as a script this is a server: it imports the heavy packages once and forks o
 is asked for. A run is what ``python run_dense.py …`` or torchrun makes of it: a new process image of the same code,
 with torchrun's environment variables. `Runs` is the client that tests use.
 
-A run may be told to kill one of its processes with SIGKILL, at one of `KILL_POINTS` in a given step.
+A run may be told to kill one of its processes with SIGKILL, at one of `KILL_POINTS` in a given step; or a `Strike`
+comes from outside, whatever the run is doing then.
 """
 
 from __future__ import annotations
 
+import glob
+import importlib
 import json
 import os
 import runpy
@@ -16,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,23 @@ class Kill:
     rank: int = 0
 
 
+@dataclass(frozen=True)
+class Strike:
+    """A signal from outside.
+
+    Attributes:
+        after: seconds after the start, or
+        when: a glob pattern; as soon as there is a file of it.
+        rank: whom it hits; None for all.
+        signal: which one.
+    """
+
+    after: float = 0.0
+    when: str | None = None
+    rank: int | None = None
+    signal: int = signal.SIGKILL
+
+
 class Runs:
     """Starts the server and asks it for runs."""
 
@@ -48,9 +68,27 @@ class Runs:
         )
 
     def __call__(
-        self, script: str, arguments: Sequence[Any], processes: int = 1, kill: Kill | None = None, timeout: float = 120
+        self,
+        script: str,
+        arguments: Sequence[Any],
+        processes: int = 1,
+        kill: Kill | None = None,
+        timeout: float = 120,
+        strike: Strike | None = None,
+        constants: Mapping[str, int] | None = None,
+        grace: float = 1,
     ) -> tuple[list[int], str]:
-        """Run to the end: exit code of each process (negative: the signal that killed it) and their joined output."""
+        """Run to the end: exit code of each process (negative: the signal that killed it) and their joined output.
+
+        Args:
+            script, arguments: as on the command line.
+            processes: how many.
+            kill: where one kills itself.
+            timeout: seconds until all are killed.
+            strike: what hits from outside.
+            constants: values for constants of modules, by ``module.NAME``: small ones make short runs go a long way.
+            grace: seconds after the first failure until the others are killed, as torchrun does.
+        """
         from tests.helpers import free_port
 
         request = {
@@ -59,6 +97,9 @@ class Runs:
             "port": free_port(),
             "kill": None if kill is None else vars(kill),
             "timeout": timeout,
+            "strike": None if strike is None else vars(strike),
+            "constants": dict(constants or {}),
+            "grace": grace,
         }
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -159,6 +200,9 @@ def _child(request: dict[str, Any], rank: int, log: Path) -> None:
             )
         if request["kill"] is not None and request["kill"]["rank"] == rank:
             _arm(Kill(**request["kill"]))
+        for name, value in request["constants"].items():
+            module, _, constant = name.rpartition(".")
+            setattr(importlib.import_module(module), constant, value)
         sys.argv = request["argv"]
         runpy.run_path(request["argv"][0], run_name="__main__")
         code = 0
@@ -175,7 +219,6 @@ def _child(request: dict[str, Any], rank: int, log: Path) -> None:
 
 
 def _serve(preload: Sequence[str]) -> None:
-    import importlib
     import tempfile
 
     answers = os.fdopen(os.dup(1), "w")
@@ -194,23 +237,37 @@ def _serve(preload: Sequence[str]) -> None:
                 if pid == 0:
                     _child(request, rank, log)
                 running[pid] = rank
-            answer = {"codes": _wait(running, request["timeout"]), "output": log.read_text(errors="replace")}
+            answer = {"codes": _wait(running, request), "output": log.read_text(errors="replace")}
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
 
 
-def _wait(running: dict[int, int], timeout: float) -> list[int]:
+def _strike(strike: dict[str, Any], started: float, running: dict[int, int]) -> bool:
+    """Strike if it is time to; whether it was."""
+    due = glob.glob(strike["when"]) if strike["when"] else time.monotonic() - started > strike["after"]
+    if due:
+        for pid, rank in running.items():
+            if strike["rank"] in (None, rank):
+                os.kill(pid, strike["signal"])
+    return bool(due)
+
+
+def _wait(running: dict[int, int], request: dict[str, Any]) -> list[int]:
     """Exit codes by rank; as torchrun does, one process's failure ends the others."""
     codes = [0] * len(running)
-    deadline = time.monotonic() + timeout
+    started = time.monotonic()
+    deadline = started + request["timeout"]
+    strike = request["strike"]
     while running:
+        if strike and _strike(strike, started, running):
+            strike = None
         for pid in list(running):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
                 codes[running.pop(pid)] = os.waitstatus_to_exitcode(status)
         if any(codes) or time.monotonic() > deadline:
             # Those that fail by themselves get a moment to say so.
-            grace = time.monotonic() + 1
+            grace = time.monotonic() + request["grace"]
             while running and time.monotonic() < grace:
                 for pid in list(running):
                     done, status = os.waitpid(pid, os.WNOHANG)
@@ -221,7 +278,7 @@ def _wait(running: dict[int, int], timeout: float) -> list[int]:
                 os.kill(pid, signal.SIGKILL)
             for pid in list(running):
                 codes[running.pop(pid)] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        time.sleep(0.02)
+        time.sleep(0.005 if strike else 0.02)
     return codes
 
 

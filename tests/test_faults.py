@@ -1,0 +1,329 @@
+"""Bad days: processes that die, hang or fail alone, disks that fill, data that changes, losses that are no numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertModel, LlamaForCausalLM
+
+from src.cli import run as run_entry
+from src.errors import UserError
+from src.jsonl import open_jsonl
+from src.lm.args import LMScoreArgs
+from src.lm.eval_args import LMEvalArgs
+from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.trainer import whole_checkpoints
+from src.schema import check_train_row
+from tests.conftest import VOCABULARY
+from tests.faults.jobs import Job, make_jobs, start_runs
+from tests.faults.kill import run_killed
+from tests.helpers import ROOT, run, write_rows
+from tests.workers.forked import Runs, Strike
+
+JOBS = ("training", "encoding", "mining", "scoring", "evaluation")
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[Runs]:
+    started = start_runs()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory) -> dict[str, Job]:
+    return make_jobs(tmp_path_factory.mktemp("jobs"))
+
+
+# --- processes that die ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_killed_at_random_moments_ends_as_if_nothing_had_happened(runs, jobs, tmp_path, name):
+    """``python -m tests.faults.kill --times 50`` goes on."""
+    tally = run_killed(runs, jobs[name], tmp_path, 1, random.Random(1))
+    assert tally.kills == 1
+    assert tally.results >= 1
+
+
+@pytest.mark.parametrize(("name", "rank"), [("training", 1), ("encoding", 0), ("scoring", 1), ("evaluation", 1)])
+def test_when_one_process_is_killed_the_other_ends_and_says_why(runs, jobs, tmp_path, name, rank):
+    """No launcher looks after these two: the other must notice by itself."""
+    job = jobs[name]
+    strike = Strike(when=str(tmp_path / job.progress), rank=rank)
+    flags = job.command(tmp_path)
+    if name == "training":
+        flags += ["--max_steps", 2000]
+    codes, output = runs(job.script, flags, 2, strike=strike, constants=job.constants, grace=30)
+    assert codes[rank] == -signal.SIGKILL
+    assert codes[1 - rank] == 1, output
+    assert output.count("error: the connection to another process is lost") == 1
+    assert "Traceback" not in output
+
+
+def test_a_process_that_hangs_is_waited_for_until_the_timeout(runs, jobs, tmp_path):
+    job = jobs["encoding"]
+    strike = Strike(when=str(tmp_path / job.progress), rank=1, signal=signal.SIGSTOP)
+    flags = job.command(tmp_path, "--ddp_timeout", 2)
+    codes, output = runs(job.script, flags, 2, strike=strike, constants=job.constants)
+    assert codes == [1, -signal.SIGKILL], "the second is stopped, and killed by whoever started it"
+    assert "error: another process did not answer within --ddp_timeout" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "message"),
+    [
+        ("user", 2, "error: row 7 of this share is damaged\n"),
+        ("file", 2, "error: /somewhere/shard: No such file or directory\n"),
+        ("disk", 2, "error: a file cannot be written: No space left on device\n"),
+        ("memory", 2, "error: out of memory (Unable to allocate 9 GiB): lower --batch_size\n"),
+        ("unexpected", 1, "ZeroDivisionError: division by zero\n"),
+    ],
+)
+@pytest.mark.parametrize("rank", ["0", "1", "all"])
+def test_an_error_is_shown_whichever_process_it_happens_to(runs, kind, code, message, rank):
+    codes, output = runs("tests/workers/one_rank.py", [kind, rank], 2, grace=30)
+    if rank == "all":
+        assert codes == [code, code]
+        assert "connection" not in output
+    else:
+        assert codes[int(rank)] == code
+        assert codes[1 - int(rank)] == 1
+        assert "error: the connection to another process is lost" in output
+        assert output.count(message) == 1
+    assert message in output
+    assert ("Traceback" in output) == (kind == "unexpected")
+
+
+def test_under_torchrun_an_error_of_all_is_said_once():
+    done = run(["tests/workers/one_rank.py", "user", "all"], 2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: row 7 of this share is damaged\n") == 1
+
+
+def test_what_is_wrong_on_one_process_of_a_job_is_shown(runs, jobs, tmp_path):
+    """Processes in turn read the shards that were saved: the second finds a damaged one."""
+    job = jobs["encoding"]
+    codes, output = runs(job.script, job.command(tmp_path), constants=job.constants)
+    assert codes == [0], output
+    last = sorted((tmp_path / "embeddings").glob("*.npy"))[-1]
+    last.write_bytes(last.read_bytes()[:-8])
+    codes, output = runs(job.script, job.command(tmp_path), 2, constants=job.constants, grace=30)
+    assert codes == [1, 2]
+    assert output.count(f"error: {last} cannot be read") == 1
+
+
+# --- disks that fill ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A folder with room for 700 kB: one or two checkpoints."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_full_disk_is_told_in_one_line_and_the_job_goes_on_when_there_is_room(runs, jobs, small_disk, name):
+    job = jobs[name]
+    filler = small_disk / "filler"
+    if name != "training":  # whose first checkpoint fits, and the second does not
+        with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+    codes, output = runs(job.script, job.command(small_disk), constants=job.constants)
+    assert codes == [2], output
+    assert output.count("error: ") == 1
+    assert "No space left on device" in output or "is the disk full?" in output
+    assert "Traceback" not in output
+    if name == "training":
+        assert not list(small_disk.glob(".*.partial"))
+        assert whole_checkpoints(str(small_disk))
+    else:
+        filler.unlink()
+        codes, output = runs(job.script, job.command(small_disk), constants=job.constants)
+        assert codes == [0], output
+
+
+def test_a_file_system_that_cannot_be_written_is_found_before_the_work(runs, jobs, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for job in jobs.values():
+        codes, output = runs(job.script, job.command(small_disk))
+        assert codes == [2]
+        assert f"no permission to write to {small_disk}" in output
+        assert "Traceback" not in output
+
+
+# --- data that changes ----------------------------------------------------------------------------------------------
+
+ROW = {"query": "a", "pos": ["b"], "neg": ["c"]}
+
+
+@pytest.mark.parametrize("change", ["truncated", "appended", "rewritten", "replaced", "gone"])
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_data_file_that_changes_is_an_error_and_never_other_rows(tmp_path, change, read_before):
+    path = write_rows(tmp_path / "rows.json", [ROW] * 5)
+    rows = open_jsonl(str(path), check_train_row, "check")
+    if read_before:
+        assert rows[0] == ROW
+    old = path.read_bytes()
+    if change == "truncated":
+        os.truncate(path, 10)
+    elif change == "appended":
+        with open(path, "ab") as file:
+            file.write(b"{}")
+    elif change == "rewritten":
+        path.write_bytes(old.replace(b"a", b"x"))
+        os.utime(path, (1, 1))
+    elif change == "replaced":
+        write_rows(tmp_path / "new.json", [ROW] * 6).replace(path)
+    else:
+        path.unlink()
+    if read_before and change in ("replaced", "gone"):
+        # The file that was opened is still there.
+        assert list(rows) == [ROW] * 5
+    else:
+        with pytest.raises(UserError, match=r"has changed since|it was there when its rows were checked"):
+            rows[4]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_on_a_file_that_changes_ends_in_one_line(runs, jobs, tmp_path, workers):
+    """Whichever process reads it."""
+    job = jobs["training"]
+    data = Path(job.flags[1])
+    own = tmp_path / "own.json"
+    shutil.copy(data, own)
+    flags = ["--train_data", own, *job.flags[2:], "--output_dir", tmp_path / "out", "--max_steps", 100_000]
+    flags += ["--dataloader_num_workers", workers, "--save_total_limit", 2]
+    done: list[tuple[list[int], str]] = []
+    thread = threading.Thread(target=lambda: done.append(runs(job.script, flags)))
+    thread.start()
+    while thread.is_alive() and not whole_checkpoints(str(tmp_path / "out")):
+        thread.join(0.05)
+    with open(own, "ab") as file:
+        file.write(b"\n")
+    thread.join()
+    codes, output = done[0]
+    assert codes == [2], output
+    assert f"error: {own} has changed since its rows were checked" in output
+    assert "Traceback" not in output
+
+
+# --- numbers that are none ------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_number_stops_training_before_it_spoils_a_checkpoint(runs, jobs, tmp_path):
+    """The learning rate is of another world, so that weights become infinite; what was saved before is finite."""
+    job = jobs["training"]
+    flags = job.command(tmp_path, "--learning_rate", 1e38, "--warmup_ratio", 0, "--max_steps", 50)
+    codes, output = runs(job.script, flags)
+    assert codes == [2]
+    assert "error: step " in output
+    assert "lower --learning_rate" in output
+    assert "Traceback" not in output
+    for checkpoint in whole_checkpoints(str(tmp_path)):
+        model = BertModel.from_pretrained(f"{checkpoint}/encoder", add_pooling_layer=False)
+        assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+def test_a_model_with_damaged_weights_is_not_trained(runs, jobs, tmp_path, tiny_bert):
+    model = BertModel.from_pretrained(tiny_bert, add_pooling_layer=False)
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight[3, 3] = float("nan")
+    shutil.copytree(tiny_bert, tmp_path / "bert")
+    model.save_pretrained(tmp_path / "bert")
+    codes, output = runs(
+        "run_dense.py", jobs["training"].command(tmp_path / "out", "--query_encoder", tmp_path / "bert")
+    )
+    assert codes == [2]
+    assert "error: step 1: the loss is nan, so training stops" in output
+    assert not whole_checkpoints(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("length", [1, 60])
+def test_a_score_that_is_no_number_is_told_once_whichever_process_meets_it(runs, jobs, tmp_path, length):
+    """The LM knows one letter as no number; long rows are scored first, short ones last."""
+    job = jobs["scoring"]
+    source = job.flags[job.flags.index("--model_name_or_path") + 1]
+    model = LlamaForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[VOCABULARY.index("##z")] = float("nan")
+    shutil.copytree(source, tmp_path / "lm")
+    model.save_pretrained(tmp_path / "lm")
+    rows = [
+        {"query": "where", "pos": ["here"], "neg": [f"there {n}"], "answers": ["a"], "task": "qa"} for n in range(30)
+    ]
+    rows[17]["query"] = "az " * length
+    data = write_rows(tmp_path / "rows.json", rows)
+    flags = ["--model_name_or_path", tmp_path / "lm", "--cpu", "--eval_data", data]
+    codes, output = runs(job.script, flags, 2, constants={"src.lm.score.UNIT_PAIRS": 6}, grace=30)
+    assert codes == [2, 2], output
+    assert output.count(f"error: {data}:18: the language model gives a score that is no number") == 1
+    assert "Traceback" not in output
+
+
+# --- memory that ends -----------------------------------------------------------------------------------------------
+
+
+def too_much_of_torch() -> None:
+    torch.empty(1 << 50)
+
+
+def too_much_of_numpy() -> None:
+    np.empty(1 << 50)
+
+
+def too_much_of_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nOf the allocated memory")
+
+
+@pytest.mark.parametrize("main", [too_much_of_torch, too_much_of_numpy, too_much_of_a_gpu])
+def test_out_of_memory_is_told_with_what_to_lower(main, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_entry(main, "lower --batch_size")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said.startswith("error: out of memory (")
+    assert said.endswith("): lower --batch_size\n")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "classes"),
+    [
+        ("run_dense.py", (RetrievalArgs, RetrievalTrainingArgs)),
+        ("run_ranker.py", (RankerArgs, RetrievalTrainingArgs)),
+        ("run_lm_score.py", (LMScoreArgs,)),
+        ("evaluation/eval_retrieval.py", (RetrievalArgs,)),
+        ("evaluation/common.py", (LMEvalArgs,)),
+    ],
+)
+def test_the_flags_that_memory_advice_names_are_there(script, classes):
+    advice = re.search(r"\"lower --.*?\n\s*\)|\"lower --.*?$", (ROOT / script).read_text(), re.DOTALL | re.MULTILINE)
+    assert advice is not None
+    named = re.findall(r"--(\w+)", advice[0])
+    known = {field.name for each in classes for field in dataclasses.fields(each)}
+    assert named
+    assert set(named) <= known
