@@ -22,7 +22,7 @@ LAYOUT = Layout(before_knowledge="Knowledge:\n")
 
 def problems(row: Row) -> list[str]:
     """Of the fields that this evaluation needs."""
-    found = text_problems(row, "subject") + text_list_problems(row, "choices", 4)
+    found = text_problems(row, "subject") + text_list_problems(row, "choices", 1)
     if not found and subject_of(row) not in GROUP_OF:
         found.append(f"subject {row['subject']!r} is none of MMLU's: {', '.join(sorted(GROUP_OF))}")
     if not found and len(row["choices"]) != len(LETTERS):

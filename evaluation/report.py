@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import re
 from collections import Counter
@@ -32,7 +33,7 @@ Column = tuple[str, str, str, bool]
 COLUMNS: tuple[Column, ...] = (
     ("MMLU", "mmlu", "accuracy", False),
     ("PopQA", "popqa", "accuracy", False),
-    ("NQ", "qa", "exact_match", False),
+    ("NQ EM", "qa", "exact_match", False),
     ("ICL avg", "icl", "average", False),
     ("MSC ppl", "msc", "perplexity", True),
     ("LRLM ppl", "lrlm", "perplexity", True),
@@ -43,6 +44,11 @@ RETRIEVAL_METRIC = re.compile(r"(ndcg|recall)@(\d+)$")
 #: Values of single rows of which less is better.
 LOWER_IS_BETTER = ("nll",)
 RESAMPLES = 10_000
+#: Facts and arguments that make results of one task incomparable when they differ.
+PROTOCOL = (
+    *("rows", "tokens", "context_max_length", "few_shot", "max_new_tokens", "task_names", "add_llama_inst"),
+    *("use_chat_template", "context_window_size", "target_length", "anchor_length", "do_sample"),
+)
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,13 @@ class Leaderboard:
 
     Attributes:
         results: row name → task (with the data's name, where a task was run on several) → metrics.
-        columns: those of `COLUMNS`, once for each of a task's data.
+        columns: those of `COLUMNS`, once for each of a task's data, and one for each further task.
+        notes: what keeps results of one column from being compared.
     """
 
     results: dict[str, dict[str, dict[str, float]]]
     columns: tuple[Column, ...] = COLUMNS
+    notes: tuple[str, ...] = ()
 
     def table(self) -> tuple[list[str], list[list[float | None]]]:
         """Row names, and for each the values of `columns`; None for what is missing."""
@@ -73,19 +81,28 @@ def read_results(folder: str) -> list[dict[str, Any]]:
     """
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is no folder: name the one that the evaluations' --log_path lies in")
-    found = []
+    found, broken = [], []
     for path in sorted(Path(folder).rglob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
-                # What a killed run left of a line.
-                continue
-            if isinstance(record, dict) and {"metrics", "task", "retriever", "time"} <= record.keys():
-                found.append(record)
+                if {"metrics", "task", "retriever", "time"} <= record.keys():
+                    # Other files of JSON lines may lie there, and lines of training have no task.
+                    found.append({**record, "metrics": {name: _number(v) for name, v in record["metrics"].items()}})
+            except (ValueError, TypeError, AttributeError):
+                if line.strip():
+                    broken.append(f"{path}:{number}")
+    if broken:
+        logger.warning("%d lines are no results and left out; the first is %s", len(broken), broken[0])
     if not found:
         raise UserError(f"no result of an evaluation below {folder}: each writes one into the .jsonl beside --log_path")
     return sorted(found, key=lambda record: str(record["time"]))
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return value
 
 
 def leaderboard(records: Sequence[dict[str, Any]]) -> Leaderboard:
@@ -94,20 +111,47 @@ def leaderboard(records: Sequence[dict[str, Any]]) -> Leaderboard:
     retrievers = short_names([str(record["retriever"]) for record in records], 2)
     tasks = {task: _datasets(records, task) for task in {str(record["task"]) for record in records}}
     results: dict[str, dict[str, dict[str, float]]] = {}
+    shown: dict[str, dict[str, dict[str, Any]]] = {}
     for record in records:
         name, task = retrievers[str(record["retriever"])], str(record["task"])
+        if save_name := record.get("arguments", {}).get("save_name"):
+            name = f"{name} ({save_name})"
         key = _key(task, tasks[task].get(_dataset(record)))
         # Tasks without an LM belong to a retriever's rows with every LM.
         owners = [record["model"]] if record.get("model") else sorted(models) or [""]
         for model in owners:
             row = f"{name} · {models[model]}" if len(models) > 1 else name
             results.setdefault(row, {})[key] = record["metrics"]
+            shown.setdefault(key, {})[row] = record
     columns = [
         (f"{heading} {data}".strip(), _key(task, data), metric, lower)
-        for heading, task, metric, lower in COLUMNS
+        for heading, task, metric, lower in (*COLUMNS, *_further(records))
         for data in (tasks.get(task) or {"": ""}).values()
     ]
-    return Leaderboard({name: results[name] for name in sorted(results, key=_rank)}, tuple(columns))
+    notes = [note for key, of_row in shown.items() for note in _differences(key, list(of_row.values()))]
+    return Leaderboard({name: results[name] for name in sorted(results, key=_rank)}, tuple(columns), tuple(notes))
+
+
+def _further(records: Sequence[dict[str, Any]]) -> list[Column]:
+    """Columns of tasks that somebody added: their first metric."""
+    known = {task for _, task, *_ in COLUMNS} | {"retrieval"}
+    firsts = {str(record["task"]): next(iter(record["metrics"]), "") for record in records}
+    return [
+        (f"{task} {metric}", task, metric, False) for task, metric in firsts.items() if task not in known and metric
+    ]
+
+
+def _differences(key: str, records: Sequence[dict[str, Any]]) -> list[str]:
+    """What of `PROTOCOL` differs between the results that are shown of a task."""
+    notes = []
+    for name in PROTOCOL:
+        values = {
+            json.dumps(record.get(name, record["metrics"].get(name, record.get("arguments", {}).get(name))))
+            for record in records
+        }
+        if len(values) > 1:
+            notes.append(f"{key}: results differ in {name} ({', '.join(sorted(values))}) and do not compare")
+    return notes
 
 
 def _dataset(record: dict[str, Any]) -> str:
@@ -160,7 +204,8 @@ def to_text(board: Leaderboard) -> str:
         )
         for row in cells
     ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    notes = ["", *(f"note: {note}" for note in board.notes)] if board.notes else []
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], *notes])
 
 
 def to_markdown(board: Leaderboard) -> str:
@@ -177,7 +222,8 @@ def to_markdown(board: Leaderboard) -> str:
             best = (min if board.columns[column][3] else max)(present) if present else None  # type: ignore[type-var]
             cells.append("" if value is None else f"**{value:.4f}**" if value == best else f"{value:.4f}")
         lines.append(f"| {name.replace('|', chr(92) + '|')} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    notes = ["", *(f"- {note}" for note in board.notes)] if board.notes else []
+    return "\n".join([*lines, *notes]) + "\n"
 
 
 def to_csv(board: Leaderboard) -> str:
@@ -219,7 +265,8 @@ def draw(board: Leaderboard, path: Path) -> None:
             range(len(present)), [value for _, value in present], color=[colours[name] for name, _ in present]
         )
         axis.bar_label(bars, fmt="%.3f", fontsize=7)
-        axis.margins(y=0.12)
+        axis.margins(x=max(0.05, 0.5 - 0.1 * len(present)), y=0.12)
+        axis.set_ylim(bottom=0)
         axis.set_title(heading + (" (lower is better)" if lower else ""), fontsize=10)
         axis.set_xticks([])
     for axis, (heading, lines) in zip(flat[len(columns) :], curves.items(), strict=False):
@@ -227,6 +274,9 @@ def draw(board: Leaderboard, path: Path) -> None:
             cutoffs, heights = zip(*sorted(points.items()), strict=True)
             axis.plot(cutoffs, heights, marker="o", color=colours[name])
         axis.set_xscale("log")
+        ticks = sorted({cutoff for points in lines.values() for cutoff in points})
+        axis.set_xticks(ticks, [str(cutoff) for cutoff in ticks])
+        axis.minorticks_off()
         axis.set_title(heading, fontsize=10)
         axis.set_xlabel("cutoff", fontsize=8)
     for axis in flat[panels:]:
@@ -251,15 +301,28 @@ def _curves(board: Leaderboard) -> dict[str, dict[str, dict[int, float]]]:
     return {title: lines for title, lines in found.items() if any(len(points) > 1 for points in lines.values())}
 
 
-def read_values(path: str, metric: str | None) -> tuple[str, dict[str, float]]:
-    """The metric's name, and its value by query id, of a file of outputs; without `metric` the first of each row.
+@dataclass(frozen=True)
+class Outputs:
+    """Of a file of outputs: values of a metric and right answers, by query id.
+
+    Attributes:
+        metric: its name, or the names of those that are the first of some row.
+    """
+
+    metric: str
+    values: dict[str, float]
+    gold: dict[str, Any]
+
+
+def read_values(path: str, metric: str | None) -> Outputs:
+    """The values of a metric in a file of outputs; without `metric` the first of each row.
 
     Raises:
         UserError: the file is missing, or has no such metric.
     """
     if not os.path.isfile(path):
         raise UserError(f"--compare: no such file: {path}")
-    values: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     seen: Counter[int | str] = Counter()
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -267,16 +330,37 @@ def read_values(path: str, metric: str | None) -> tuple[str, dict[str, float]]:
                 row = json.loads(line)
                 # Numbers of queries may come again, in files of several tasks.
                 seen[row["query_id"]] += 1
-                values[f"{row['query_id']} ({seen[row['query_id']]})"] = row["values"]
+                rows[f"{row['query_id']} ({seen[row['query_id']]})"] = {
+                    "gold": row.get("gold"),
+                    "values": row["values"],
+                }
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise UserError(f"{path}:{number} is no line of an evaluation's outputs") from error
-    names = list(dict.fromkeys(name for own in values.values() for name in own))
-    if not names or (metric is not None and metric not in names):
-        raise UserError(f"--metric {metric}: {path} has {', '.join(names) or 'no values'}")
-    if metric is not None:
-        return metric, {key: own[metric] for key, own in values.items() if metric in own}
-    firsts = {key: next(iter(own)) for key, own in values.items() if own}
-    return ", ".join(dict.fromkeys(firsts.values())), {key: values[key][name] for key, name in firsts.items()}
+    names = list(dict.fromkeys(name for row in rows.values() for name in row["values"]))
+    if not names:
+        raise UserError(f"--compare: {path} has no values")
+    if metric is not None and metric not in names:
+        raise UserError(f"--metric {metric}: {path} has {', '.join(names)}")
+    chosen = {key: metric or next(iter(row["values"]), "") for key, row in rows.items()}
+    values = {key: row["values"][chosen[key]] for key, row in rows.items() if chosen[key] in row["values"]}
+    shown = ", ".join(dict.fromkeys(chosen[key] for key in values))
+    return Outputs(shown, values, {key: rows[key]["gold"] for key in values})
+
+
+def check_same(first: Outputs, second: Outputs) -> None:
+    """Refuse outputs of different evaluations, and say what only one of them has.
+
+    Raises:
+        UserError: right answers differ, so these are no outputs of the same rows.
+    """
+    common = first.gold.keys() & second.gold.keys()
+    if differing := sorted(key for key in common if first.gold[key] != second.gold[key]):
+        raise UserError(
+            f"--compare: of {len(differing)} rows in common the right answers differ (query_id {differing[0]}): are "
+            "the files of the same evaluation?"
+        )
+    if alone := len(first.gold) + len(second.gold) - 2 * len(common):
+        logger.warning("%d rows have a value in one of the files only and are left out", alone)
 
 
 def compare(
@@ -325,10 +409,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (args.folder is None) == (args.compare is None):
         raise UserError("give either a folder of results or --compare with two files")
     if args.compare:
-        metric, first = read_values(args.compare[0], args.metric)
-        _, second = read_values(args.compare[1], args.metric)
-        lower = metric in LOWER_IS_BETTER
-        found = compare(first, second, lower)
+        first, second = (read_values(path, args.metric) for path in args.compare)
+        check_same(first, second)
+        metric, lower = first.metric, first.metric in LOWER_IS_BETTER
+        found = compare(first.values, second.values, lower)
         note = " (less is better)" if lower else ""
         print(f"{metric}{note}: {found['first']:.4f} → {found['second']:.4f} on {found['examples']} examples")
         print(f"second wins {found['wins']}, loses {found['losses']}, ties {found['ties']}")

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from evaluation.task import ChooseHits, Context, EvalTask, Found, Retrieved
-from src import distributed
-from src.errors import UserError
-from src.io import read_json, write_json
 from src.lm.eval_args import ORACLE, HistoryArgs
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.bm25 import build_bm25_searcher
 from src.retrieval.builders import bm25_config, dense_searcher, eval_config
 from src.retrieval.collate import Hits
-from src.retrieval.evaluate import WINDOW, EvalConfig, EvalData, report, result_path, retrieve
+from src.retrieval.evaluate import WINDOW, EvalConfig, EvalData, report, retrieve
 from src.retrieval.modeling_dense import DenseRetriever
 from src.retrieval.searcher import NoSearcher, RandomSearcher, Searcher
 
@@ -45,31 +41,17 @@ def from_corpus(context: Context, task: EvalTask) -> Retrieved:
             return [Found()] * len(data.rows), {}
         wanted = task.keys_wanted(args)
         return [Found(tuple(row.get("key_index") or ())[:wanted], tuple(row["key"][:wanted])) for row in data.rows], {}
-    config = eval_config(args, args.output_dir, args.seed)
-    origin = f"{result_path(data, config)}.origin"
-    if config.load_result:
-        distributed.on_main(partial(_check_origin, origin, retriever_name(args)))
+    config = replace(eval_config(args, args.output_dir, args.seed), origin={"retriever": retriever_name(args)})
     choose = {ORACLE: oracle_hits, **task.hits}.get(args.retrieval_method)
     if choose is not None and not config.load_result:
         hits = chosen_hits(data, choose(context), config)
     else:
         hits = retrieve(data, config, lambda: build_searcher(args, data, context.device, context.retriever))
     metrics = report(data, _remember(data, hits, task.keys_wanted(args), found), config)
-    if config.save_result and not config.load_result:
-        distributed.on_main(partial(write_json, origin, {"retriever": retriever_name(args)}))
     if metrics:
         # Whatever becomes of the LM's part.
         logger.info("retrieval: %s", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     return found, metrics
-
-
-def _check_origin(path: str, retriever: str) -> None:
-    """Refuse hits that another retriever found: the results would go by a wrong name."""
-    if os.path.isfile(path) and (found := read_json(path, "origin of hits").get("retriever")) != retriever:
-        raise UserError(
-            f"--load_result: {path.removesuffix('.origin')} holds what {found} retrieved, not {retriever}: leave "
-            "--load_result out, or give the other's --retrieval_method or --query_encoder, --save_name or --output_dir"
-        )
 
 
 def _remember(data: EvalData, hits: Iterable[Hits], wanted: int, found: list[Found]) -> Iterator[Hits]:

@@ -27,6 +27,12 @@ def check_choice(flag: str, value: str | None, choices: tuple[str, ...]) -> None
         raise UserError(f"--{flag} {value!r} is unknown: choose from {', '.join(choices)}")
 
 
+def check_name(flag: str, value: str | None) -> None:
+    """Raise a UserError for a name that would put a file into another folder."""
+    if value and (os.sep in value or value.isspace()):
+        raise UserError(f"--{flag} {value!r} becomes a part of file names: it must not be blank, nor hold {os.sep!r}")
+
+
 def check_positive(**values: float | None) -> None:
     """Raise a UserError for the first value that is given and not above 0."""
     for flag, value in values.items():

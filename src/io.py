@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -54,7 +55,7 @@ def existing_file(path: str, flag: str) -> str:
 
 
 def check_writable(folder: str, flag: str) -> None:
-    """Find out whether files can be written to `folder`, which may not exist yet; makes nothing.
+    """Find out whether files can be written to `folder`, which may not exist yet; leaves nothing.
 
     Raises:
         UserError: they cannot; `flag` names the argument it came from.
@@ -64,8 +65,14 @@ def check_writable(folder: str, flag: str) -> None:
         existing = existing.parent
     if not existing.is_dir():
         raise UserError(f"--{flag}: {existing} is no folder, so {folder} cannot be written to")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--{flag}: no permission to write to {existing}: change that, or name another folder")
+    try:
+        # What permissions say is not all: a file system may be read-only, or take no files at all.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--{flag}: cannot write to {existing} ({error.strerror}): change that, or name another folder"
+        ) from error
 
 
 def check_output(path: str) -> None:
@@ -103,6 +110,15 @@ def file_hash(path: str, digest: Any) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def text_hash(texts: Iterable[str]) -> str:
+    """A short hash of texts and their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        encoded = text.encode(errors="surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()
 
 

@@ -766,9 +766,23 @@ def test_hits_are_loaded_for_the_retriever_that_found_them(evaluate):
     found = evaluate("qa", "--retrieval_method", "bm25")[0]
     again = evaluate("qa", "--retrieval_method", "bm25", "--load_result")[0]
     assert [row["retrieved"] for row in again] == [row["retrieved"] for row in found]
-    assert "holds what bm25 retrieved, not oracle" in evaluate(
-        "qa", "--retrieval_method", "oracle", "--load_result", expect=2
+    printed = evaluate("qa", "--retrieval_method", "oracle", "--load_result", expect=2)
+    assert "was made with another retriever (bm25, not oracle)" in printed
+    more = ("--hits", 20, "--key_num", 15)
+    assert "was made with --hits 10, and 20 are asked for" in evaluate(
+        "qa", "--retrieval_method", "bm25", "--load_result", *more, expect=2
     )
+
+
+def test_hits_are_loaded_for_the_data_that_they_were_found_in(evaluate, data_root, tmp_path):
+    flags = ("--retrieval_method", "bm25", "--load_result")
+    evaluate("qa", "--retrieval_method", "bm25")
+    corpus = read_rows(data_root / "qa/nq/corpus.json")
+    path = write_rows(tmp_path / "corpus.json", corpus[::-1])
+    assert "was made with another corpus" in evaluate("qa", *flags, "--corpus", path, expect=2)
+    rows = [{**row, "query": "else?"} for row in read_rows(data_root / "qa/nq/test.json")]
+    path = write_rows(tmp_path / "test.json", rows)
+    assert "was made with other queries" in evaluate("qa", *flags, "--eval_data", path, expect=2)
 
 
 def test_metrics_of_retrieval_need_a_corpus(evaluate, data_root, tmp_path):
@@ -802,7 +816,7 @@ def changed(rows, **fields):
         ("popqa", "qa/popqa/test.json", {"prop_id": "22"}, "'prop_id' must be the number of the relation, found '22'"),
         ("qa", "qa/nq/test.json", {"answers": []}, "'answers' needs 1 or more strings, found none"),
         ("mmlu", "qa/mmlu/test.json", {"subject": "alchemy"}, "subject 'alchemy' is none of MMLU's: abstract_algebra"),
-        ("mmlu", "qa/mmlu/test.json", {"choices": ["a", "b", "c"]}, "'choices' needs 4 or more strings, found 3"),
+        ("mmlu", "qa/mmlu/test.json", {"choices": ["a", "b", "c"]}, "'choices' needs four options, found 3"),
         ("mmlu", "qa/mmlu/test.json", {"choices": list("abcde")}, "'choices' needs four options, found 5"),
         ("mmlu", "qa/mmlu/test.json", {"answer": 4}, "the number of the right option, 0 to 3, found 4"),
         ("icl", "icl/icl/test.json", {"task_name": "chess"}, "task_name 'chess' is unknown: choose from arc_c"),
@@ -835,6 +849,9 @@ def test_rows_with_problems_are_named(evaluate, data_root, tmp_path, task, file,
         ("qa", ("--top_p", 0.5), "--top_p changes nothing unless answers are sampled: add --do_sample"),
         ("qa", ("--train_data", "/nowhere.json"), "no such file: /nowhere.json"),
         ("qa", ("--key_num", 11), "only --hits 10 keys are retrieved"),
+        ("qa", ("--eos_token_id", 9999), "--eos_token_id 9999: the LM's tokenizer has the tokens 0 to"),
+        ("qa", ("--save_name", "../x"), "--save_name '../x' becomes a part of file names"),
+        ("qa", ("--log_path", "/proc/none/x.log"), "--log_path: cannot write to /proc"),
         ("qa", ("--use_chat_template",), "--use_chat_template: the tokenizer has none"),
         ("qa", ("--context_max_length", 20), "no row can be asked, since they do not fit into --context_max_length"),
         ("icl", ("--task_names", "chess"), "--task_names 'chess' is unknown"),

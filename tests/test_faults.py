@@ -171,7 +171,7 @@ def test_a_file_system_that_cannot_be_written_is_found_before_the_work(runs, job
     for job in jobs.values():
         codes, output = runs(job.script, job.command(small_disk))
         assert codes == [2]
-        assert f"no permission to write to {small_disk}" in output
+        assert f"cannot write to {small_disk}" in output
         assert "Traceback" not in output
 
 

@@ -33,7 +33,7 @@ RECORDS = [
 def test_newest_results_in_columns_with_blanks():
     board = leaderboard(RECORDS)
     lines = to_csv(board).splitlines()
-    assert lines[0] == "retriever,MMLU,PopQA,NQ,ICL avg,MSC ppl,LRLM ppl,ToolBench ndcg@5,QReCC ndcg@3"
+    assert lines[0] == "retriever,MMLU,PopQA,NQ EM,ICL avg,MSC ppl,LRLM ppl,ToolBench ndcg@5,QReCC ndcg@3"
     assert lines[1:] == ["no,0.4,,,,20.0,,,", "where/model,0.5,,,,15.0,,0.75,"]
     shown = to_markdown(board).splitlines()
     assert shown[2] == "| no | 0.4000 |  |  |  | 20.0000 |  |  |  |"
@@ -126,6 +126,54 @@ def test_models_and_data_of_like_names_are_told_apart():
     lines = to_csv(leaderboard(records)).splitlines()
     assert "LRLM ppl books3/test.json,LRLM ppl arxiv/test.json" in lines[0]
     assert lines[1:] == ["a/checkpoint-10/encoder,,,,,,0.0,2.0,,", "b/checkpoint-10/encoder,,,,,,1.0,,,"]
+
+
+def test_results_that_do_not_compare_are_noted():
+    records = [
+        record("lrlm", "no", "2026-01-01", perplexity=40.0, tokens=128) | {"arguments": {"target_length": 64}},
+        record("lrlm", "bm25", "2026-01-01", perplexity=30.0, tokens=256) | {"arguments": {"target_length": 128}},
+        record("mmlu", "no", "2026-01-01", accuracy=0.3) | {"rows": 4},
+        record("mmlu", "bm25", "2026-01-01", accuracy=0.3) | {"rows": 4},
+    ]
+    notes = [
+        "lrlm: results differ in tokens (128, 256) and do not compare",
+        "lrlm: results differ in target_length (128, 64) and do not compare",
+    ]
+    board = leaderboard(records)
+    assert list(board.notes) == notes
+    assert to_text(board).splitlines()[-2:] == [f"note: {note}" for note in notes]
+    assert to_markdown(board).splitlines()[-2:] == [f"- {note}" for note in notes]
+
+
+def test_added_tasks_have_a_column_and_names_of_runs_a_row():
+    first = record("claims", "bm25", "2026-01-01", f1=0.5, other=1.0)
+    second = record("claims", "bm25", "2026-01-02", f1=0.25) | {"arguments": {"save_name": "longer"}}
+    lines = to_csv(leaderboard([first, second])).splitlines()
+    assert lines[0].endswith(",claims f1")
+    assert [line.split(",")[0] + line.split(",")[-1] for line in lines[1:]] == ["bm250.5", "bm25 (longer)0.25"]
+
+
+def test_lines_that_are_no_results_are_counted(tmp_path, caplog):
+    good = record("mmlu", "no", "2026-01-01", accuracy=0.3)
+    bad = [{**good, "metrics": {"accuracy": value}} for value in ("x", float("nan"), None)]
+    path = write_rows(tmp_path / "a.jsonl", [*bad, {"metrics": {}}, good])
+    path.write_text(path.read_text() + '[1]\n{"half')
+    assert [own["metrics"] for own in read_results(str(tmp_path))] == [{"accuracy": 0.3}]
+    assert f"5 lines are no results and left out; the first is {path}:1" in caplog.text
+
+
+def test_outputs_of_different_evaluations_are_not_compared(tmp_path, caplog):
+    def outputs(name, *rows):
+        written = [{"query_id": key, "gold": gold, "values": {"f1": value}} for key, gold, value in rows]
+        return str(write_rows(tmp_path / name, written))
+
+    one = outputs("a.json", (1, "x", 0.0), (2, "y", 1.0))
+    with pytest.raises(UserError, match=r"of 1 rows in common the right answers differ \(query_id 2 \(1\)\)"):
+        main(["--compare", one, outputs("b.json", (1, "x", 1.0), (2, "z", 1.0))])
+    main(["--compare", one, outputs("c.json", (1, "x", 1.0), (3, "z", 1.0))])
+    assert "2 rows have a value in one of the files only" in caplog.text
+    with pytest.raises(UserError, match="has no values"):
+        main(["--compare", one, outputs("d.json")])
 
 
 def test_outputs_of_two_runs_have_names_of_their_own():

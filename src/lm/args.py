@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from src.distributed import TIMEOUT
 from src.errors import UserError
-from src.flags import check_choice, check_positive, default_data_root, dry_run_flag, flag
+from src.flags import check_choice, check_name, check_positive, default_data_root, dry_run_flag, flag
 from src.retrieval.tasks import TASKS
 from src.schema import ROW_FIELDS
 
@@ -126,6 +126,7 @@ class LMScoreArgs(LMArgs):
         super().__post_init__()
         if self.eval_data is None:
             raise UserError("--eval_data is needed: the rows to score")
+        check_name("save_name", self.save_name)
         check_choice("answer_select", self.answer_select, ANSWER_SELECT)
         check_positive(key_max_length=self.key_max_length)
         if self.score_name is not None and (self.score_name in ROW_FIELDS or not self.score_name):

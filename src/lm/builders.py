@@ -35,7 +35,15 @@ def lm_config(args: LMArgs, given: frozenset[str], device: torch.device) -> LMCo
 
 
 def make_decoding(args: GenerateArgs, tokenizer: PreTrainedTokenizerBase) -> Decoding:
-    """How to generate, and which tokens of the tokenizer end an answer."""
+    """How to generate, and which tokens of the tokenizer end an answer.
+
+    Raises:
+        UserError: ``--eos_token_id`` is none of them.
+    """
+    if not 0 <= (args.eos_token_id or 0) < len(tokenizer):
+        raise UserError(
+            f"--eos_token_id {args.eos_token_id}: the LM's tokenizer has the tokens 0 to {len(tokenizer) - 1}"
+        )
     newline = args.eos_token_id in (None, NEWLINE_ID)
     return Decoding(
         args.max_new_tokens,

@@ -16,7 +16,7 @@ from transformers.integrations import get_available_reporting_integrations
 from src import distributed
 from src.distributed import TIMEOUT
 from src.errors import UserError
-from src.flags import check_choice, check_positive, default_data_root, dry_run_flag, flag
+from src.flags import check_choice, check_name, check_positive, default_data_root, dry_run_flag, flag
 from src.retrieval import engines
 from src.retrieval.tasks import VERSIONS
 from src.schema import ROW_FIELDS
@@ -101,6 +101,7 @@ class DataArgs:
     def __post_init__(self) -> None:
         for metric in self.metrics:
             check_choice("metrics", metric, METRICS)
+        check_name("save_name", self.save_name)
         check_positive(max_neg_num=self.max_neg_num, neg_near_duplicate=self.neg_near_duplicate)
         for name in ("neg_margin_relative", "neg_margin_absolute"):
             if (getattr(self, name) or 0) < 0:

@@ -127,7 +127,9 @@ def load_error(checkpoint: str, error: Exception, what: str) -> UserError:
         else "no such folder here; as a hub name it must be in the cache already when there is no network, "
         "see --model_cache_dir; weights in another format than safetensors need --allow_pickle"
     )
-    return UserError(f"cannot load the {what} {checkpoint!r}: {first_line(error)} ({advice})")
+    # What the hub's client says of a path is about names of repositories.
+    reason = "no such folder" if os.path.isabs(checkpoint) and not os.path.exists(checkpoint) else first_line(error)
+    return UserError(f"cannot load the {what} {checkpoint!r}: {reason} ({advice})")
 
 
 def load_tokenizer(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from src import distributed
 from src.errors import UserError
-from src.io import atomic_write, check_output, derived_path
+from src.io import atomic_write, check_output, derived_path, read_json, text_hash, write_json
 from src.jsonl import JsonLines
+from src.plan import sample
 from src.retrieval import trec
 from src.retrieval.collate import (
     Hits,
@@ -37,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 #: Queries searched for and written at a time: memory does not grow with the evaluation file.
 WINDOW = 16_384
+#: Texts of queries and of the corpus by which saved hits are known.
+ORIGIN_TEXTS = 1_000
 LABEL_METRICS = ("mrr", "recall", "ndcg")
 SCORE = "collate_score"
 
@@ -52,6 +57,7 @@ class EvalConfig:
         mining: which hits become negatives.
         save_to_output: put mined and collated files there too.
         rerank: hits are the keys of the row itself, in a new order, and not of the corpus.
+        origin: facts that hits are saved with, and must have to be loaded.
     """
 
     metrics: Sequence[str]
@@ -67,6 +73,7 @@ class EvalConfig:
     save_trec: bool = False
     rerank: bool = False
     score_name: str | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ranks(self) -> bool:
@@ -223,9 +230,9 @@ class MetricMeans:
             "answers" if name.startswith("nq") else "pos_index": (missing, self._counts[name] + missing)
             for name, missing in self._missing.items()
         }
-        for field, (missing, total) in fields.items():
+        for name, (missing, total) in fields.items():
             if missing:
-                logger.info("%d of %d rows have no %s and are left out of its metrics", missing, total, field)
+                logger.info("%d of %d rows have no %s and are left out of its metrics", missing, total, name)
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
 
@@ -235,10 +242,45 @@ def load_hits(data: EvalData, config: EvalConfig) -> Iterator[Hits]:
     Raises:
         UserError: there are none, or they are of other rows or another corpus.
     """
+    distributed.on_main(partial(_check_origin, data, config))
     size = len(data.corpus) if data.corpus is not None else None
     saved = distributed.on_main(lambda: open_hits(result_path(data, config), data.rows, size))
     for bound in _bounds(len(data.rows)):
         yield distributed.on_main(partial(read_hits, saved, *bound))
+
+
+def origin_path(data: EvalData, config: EvalConfig) -> str:
+    """File that says what saved hits are of."""
+    return f"{result_path(data, config)}.origin"
+
+
+def _origin(data: EvalData, config: EvalConfig) -> dict[str, Any]:
+    """What saved hits are of; of long files some texts, evenly spread, stand for all."""
+    rows, corpus = data.rows, data.corpus
+    queries = (str(rows[number].get("query")) for number in sample(len(rows), ORIGIN_TEXTS))
+    keys = map(data.key_text, sample(len(corpus), ORIGIN_TEXTS)) if corpus is not None else ()
+    made = {"queries": [len(rows), text_hash(queries)]}
+    made |= {"corpus": [len(corpus), text_hash(keys)]} if corpus is not None else {}
+    return {**made, "hits": config.hits, **config.origin}
+
+
+def _check_origin(data: EvalData, config: EvalConfig) -> None:
+    """Refuse saved hits of something else, whose numbers would mean other texts."""
+    path = origin_path(data, config)
+    if not os.path.isfile(path):
+        return
+    found, wanted = read_json(path, "origin of hits"), _origin(data, config)
+    problems = {name: f"another {name}" for name in wanted if name != "hits" and found.get(name) != wanted[name]}
+    problems |= {"queries": "other queries"} if "queries" in problems else {}
+    most = found.get("hits")
+    if most is not None and (config.hits is None or config.hits > most):
+        problems["hits"] = f"--hits {most}, and {config.hits or 'all'} are asked for"
+    for name, problem in problems.items():
+        known = f" ({found.get(name)}, not {wanted[name]})" if name in config.origin else ""
+        raise UserError(
+            f"--load_result: {result_path(data, config)} was made with {problem}{known}: leave --load_result out to "
+            "retrieve anew, or name the run that it is of (by --save_name or --output_dir)"
+        )
 
 
 def _bounds(total: int) -> list[tuple[int, int]]:
@@ -327,7 +369,12 @@ def report(data: EvalData, found: Iterable[Hits], config: EvalConfig) -> dict[st
             if not files:
                 # Not before there is something to write: what goes wrong until then leaves no trace.
                 files = [(stack.enter_context(atomic_write(output.path)), output) for output in outputs]
+                if config.save_result and not config.load_result and distributed.is_main():
+                    # Not to be taken for what these hits are of, whatever happens before that is known.
+                    Path(origin_path(data, config)).unlink(missing_ok=True)
             distributed.on_main(partial(_write_window, data, hits, config, means, files))
+    if config.save_result and not config.load_result:
+        distributed.on_main(lambda: write_json(origin_path(data, config), _origin(data, config)))
     for output in outputs:
         if output.describe is not None:
             logger.info("%s", output.describe())
