@@ -47,7 +47,7 @@ MEMORY_ADVICE = (
 )
 
 
-def main(task: EvalTask) -> NoReturn:
+def start(task: EvalTask) -> NoReturn:
     """The entry point of an evaluation."""
     run(lambda: run_task(task), MEMORY_ADVICE)
 
@@ -76,7 +76,9 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
             answered, skipped = ask(context, task, found, examples, path)
             metrics |= answered
             facts |= {"model": args.model_name_or_path, "outputs": path, "rows": len(data.rows), "skipped": skipped}
-    record(metrics, args.log_path, asdict(args), seconds=round(time.monotonic() - started, 1), **facts)
+        record(metrics, args.log_path, asdict(args), seconds=round(time.monotonic() - started, 1), **facts)
+        if asker is not None:
+            asker.memory.finish()
 
 
 def _check_outputs(args: LMEvalArgs) -> None:
@@ -185,24 +187,20 @@ def _finish(
 ) -> tuple[Values, int]:
     """Score all responses, write them down, and summarize."""
     rows = context.data.rows
-    scored: list[tuple[Row, Values]] = []
-    skipped: list[int] = []
+    responses = {number: response for number, (_, response) in entries.items()}
+    values = {
+        number: task.score(rows[number], response) for number, response in responses.items() if response is not None
+    }
+    if not values:
+        raise UserError(f"{rows.path}: no row can be asked, since {task.left_out}")
     with atomic_write(path) as file:
-        for number, (key, response) in sorted(entries.items()):
-            row = rows[number]
-            values = task.score(row, response) if response is not None else {}
-            if response is None:
-                skipped.append(number)
-            else:
-                scored.append((row, values))
-            line = output_line(query_id(row, number), key, response, task.gold(row), values, found[number].indices)
-            texts = {"retrieved_texts": found[number].texts} if context.args.debug_retrieval else {}
+        for number, answer in sorted(entries.items()):
+            row, own = rows[number], found[number]
+            line = output_line(query_id(row, number), answer, task.output, task.gold(row), values.get(number, {}), own)
+            texts = {"retrieved_texts": own.texts} if context.args.debug_retrieval else {}
             file.write(json_line({**line, **texts}))
-    context.ask.memory.remove()
-    if skipped:
+    if skipped := sorted(number for number, response in responses.items() if response is None):
         what = "%d of %d rows are left out, since %s; the first is %s"
         logger.warning(what, len(skipped), len(rows), task.left_out, rows.where(skipped[0]))
-    if not scored:
-        raise UserError(f"{rows.path}: no row can be asked, since {task.left_out}")
     logger.info("outputs: %s", path)
-    return task.summarize(scored), len(skipped)
+    return task.summarize([(rows[number], values[number]) for number in sorted(values)]), len(skipped)

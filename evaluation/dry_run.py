@@ -60,7 +60,7 @@ def _prompt_lines(task: EvalTask, context: Context) -> Iterator[Line]:
         length
         for own in tokens
         if own is not None
-        for length in ([len(pair) for pair in own.pairs] if own.pairs else [len(own.prompt)])
+        for length in [len(part.prompt) + len(part.answer or ()) for part in own.parts]
     )
     yield "tokens", f"a prompt: {lengths.describe()} (of {len(numbers)} rows, with keys drawn at random)"
     if unfit := tokens.count(None):

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from evaluation.common import main
+from evaluation.common import start
 from evaluation.few_shot import same_task
 from evaluation.icl_tasks import FAMILY_OF, problems, score, summarize
 from evaluation.task import Context, EvalTask, Found, Row
@@ -71,4 +71,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    main(TASK)
+    start(TASK)

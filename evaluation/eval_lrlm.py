@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from evaluation.common import main
+from evaluation.common import start
 from evaluation.history import nll_values, perplexity
 from evaluation.long_text import from_past, text_windows, window_limit
 from evaluation.task import Context, EvalTask, Found, Row
@@ -61,6 +61,7 @@ TASK = EvalTask(
     request=request,
     score=lambda row, response: nll_values(response.log_likelihoods, response.tokens),
     gold=lambda row: None,
+    output=lambda response: None,
     summarize=perplexity,
     batch_tokens=lambda args, encoder: args.lm_batch_size * args.chunk_batch_size * window_limit(args, encoder),
     left_out="they are not longer than --target_length",
@@ -68,4 +69,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    main(TASK)
+    start(TASK)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from evaluation.common import main
+from evaluation.common import start
 from evaluation.few_shot import from_train_data
 from evaluation.mmlu_subjects import GROUP_OF, subject_of, summarize
 from evaluation.task import Context, EvalTask, Found, Row
@@ -77,4 +77,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    main(TASK)
+    start(TASK)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evaluation.common import main
+from evaluation.common import start
 from evaluation.history import after_each_key, best_of_past, nll_values, perplexity
 from evaluation.task import Context, EvalTask, Found, Retrieved, Row
 from src.lm.ask import Request
@@ -57,7 +57,7 @@ def retrieve(context: Context) -> Retrieved:
         asked = [[request(context, row, Found((), (turn,)), ()) for turn in row["history"]] for row in past]
         return after_each_key(context, asked)
 
-    best = [in_order(own, args.order_method) for (own,) in best_of_past(context, cases, oracle, "history")]
+    best = [in_order(own, args.order_method) for (own,) in best_of_past(context, cases, oracle, "history", 64)]
     return [Found(tuple(own), tuple(rows[n]["history"][turn] for turn in own)) for n, own in enumerate(best)], {}
 
 
@@ -79,10 +79,11 @@ TASK = EvalTask(
     request=request,
     score=lambda row, response: nll_values(response.log_likelihoods, response.tokens),
     gold=lambda row: row["answers"][0],
+    output=lambda response: None,
     summarize=perplexity,
     batch_tokens=lambda args, encoder: args.lm_batch_size * args.chunk_batch_size * encoder.max_length,
 )
 
 
 if __name__ == "__main__":
-    main(TASK)
+    start(TASK)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-from evaluation.common import main
+from evaluation.common import start
 from evaluation.few_shot import one_per_group
 from evaluation.task import Context, EvalTask, Found, Row
 from evaluation.text_metrics import contains_answer, mean
@@ -84,4 +84,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    main(TASK)
+    start(TASK)

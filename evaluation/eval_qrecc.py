@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evaluation.common import main
+from evaluation.common import start
 from evaluation.task import Context, EvalTask, Found, Row
 from evaluation.text_metrics import mean, rouge_l
 from src.lm.ask import Request
@@ -69,4 +69,4 @@ TASK = EvalTask(
 
 
 if __name__ == "__main__":
-    main(TASK)
+    start(TASK)

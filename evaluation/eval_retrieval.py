@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -55,7 +55,7 @@ def main(name: str = "retrieval", **defaults: Any) -> None:
     (args,), given = parse_args([EvalRetrievalArgs], **defaults)
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)
     distributed.on_main(lambda: check_outputs(args, args.output_dir, args.log_path))
-    config = eval_config(args, args.output_dir, args.seed)
+    config = replace(eval_config(args, args.output_dir, args.seed), retriever=retriever_name(args))
     data = load_eval_data(args, config)
     assert data is not None
 

@@ -79,15 +79,22 @@ def same_task(context: Context) -> ChooseHits:
     """Random examples out of the corpus, of the row's own ``task_name``.
 
     Raises:
-        UserError: an example has none.
+        UserError: an example has none, or a row's task has no example.
     """
-    corpus, args = context.data.corpus, context.args
+    corpus, rows, args = context.data.corpus, context.data.rows, context.args
     assert corpus is not None
     of_task: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(corpus):
         if not isinstance(row.get("task_name"), str):
             raise UserError(f"{corpus.where(number)}: no 'task_name', which --retrieval_method {SAME_TASK} goes by")
         of_task[row["task_name"]].append(number)
-    return lambda row, number: (
-        query_rng(args.seed, row["query"]).permutation(of_task[row["task_name"]])[: args.few_shot].tolist()
-    )
+    places = {name: np.array(own) for name, own in of_task.items()}
+    for number, row in enumerate(rows):
+        if row["task_name"] not in places:
+            raise UserError(f"{rows.where(number)}: {corpus.path} has no example of its task {row['task_name']!r}")
+
+    def choose(row: Row, number: int) -> list[int]:
+        own = places[row["task_name"]]
+        return query_rng(args.seed, row["query"]).choice(own, min(args.few_shot, len(own)), replace=False).tolist()
+
+    return choose

@@ -26,9 +26,6 @@ from src.retrieval.encode import progress
 
 logger = logging.getLogger(__name__)
 
-#: Rows whose past is ranked at a time.
-WINDOW = 64
-
 
 def case_scorer(context: Context, oracle: ScoreCases) -> ScoreCases | None:
     """How ``--retrieval_method`` scores keys; None for no retrieval.
@@ -52,7 +49,7 @@ def case_scorer(context: Context, oracle: ScoreCases) -> ScoreCases | None:
 
 
 def best_of_past(
-    context: Context, cases_of: Callable[[int], Sequence[Case]], oracle: ScoreCases, what: str
+    context: Context, cases_of: Callable[[int], Sequence[Case]], oracle: ScoreCases, what: str, rows_a_time: int
 ) -> list[list[list[int]]]:
     """The best ``--key_num`` keys of every case of every row, best first, found by all processes together.
 
@@ -61,6 +58,7 @@ def best_of_past(
         cases_of: the cases of a row.
         oracle: see `case_scorer`.
         what: the keys are made of.
+        rows_a_time: how many are ranked together.
     """
     rows, wanted = context.data.rows, context.args.key_num
     score = case_scorer(context, oracle)
@@ -69,8 +67,8 @@ def best_of_past(
     failure: str | None = None
     with progress(len(mine), "retrieving", distributed.is_main(), "row") as bar:
         try:
-            for first in range(mine.start, mine.stop, WINDOW):
-                window = [cases_of(number) for number in range(first, min(first + WINDOW, mine.stop))]
+            for first in range(mine.start, mine.stop, rows_a_time):
+                window = [cases_of(number) for number in range(first, min(first + rows_a_time, mine.stop))]
                 flat = [*chain.from_iterable(window)]
                 if score is None or not any(case.keys for case in flat):
                     scores = [np.empty(0, dtype=np.float32) for _ in flat]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,13 @@ from evaluation.history import after_each_key, best_of_past
 from evaluation.task import Context, Found, Retrieved, Row
 from src.errors import UserError
 from src.lm.ask import Request, RequestEncoder
+from src.lm.eval_args import ORACLE
 from src.lm.prompts import PromptTokens, special_prefix
 from src.lm.selfret_chunk import ChunkPlan, Integration, plan_chunks, windows
 from src.lm.selfret_history import Case
+
+#: Texts whose past is ranked at a time.
+TEXTS_A_TIME = 16
 
 
 def read_text(args: Any, encoder: RequestEncoder, row: Row) -> tuple[list[int], ChunkPlan | None]:
@@ -66,8 +71,12 @@ def from_past(context: Context) -> Retrieved:
     args, rows, encoder = context.args, context.data.rows, context.ask.encoder
     tokenizer = encoder.tokenizer
 
+    @lru_cache(maxsize=TEXTS_A_TIME)
+    def read(number: int) -> tuple[list[int], ChunkPlan | None]:
+        return read_text(args, encoder, rows[number])
+
     def cases(number: int) -> list[Case]:
-        tokens, plan = read_text(args, encoder, rows[number])
+        tokens, plan = read(number)
         if plan is None:
             return []
         spans = plan.values if args.add_key_continuation else plan.keys
@@ -81,13 +90,15 @@ def from_past(context: Context) -> Retrieved:
         how = integration(args, encoder)
         asked = []
         for case in own:
-            tokens, plan = read_text(args, encoder, rows[case.row])
+            tokens, plan = read(case.row)
             assert plan is not None
             one = replace(plan, targets=(plan.targets[case.place],), queries=(plan.queries[case.place],))
             asked.append([Request(windows=tuple(windows(one, [[key]], tokens, how))) for key in range(len(plan.keys))])
         return after_each_key(context, asked)
 
-    best = best_of_past(context, cases, oracle, "chunks before their window")
+    # An oracle asks about all chunks for each target, of whole windows: thousands for a single text.
+    at_once = 1 if args.retrieval_method == ORACLE else TEXTS_A_TIME
+    best = best_of_past(context, cases, oracle, "chunks before their window", at_once)
 
     def texts(number: int, chosen: Sequence[Sequence[int]]) -> tuple[str, ...]:
         tokens, plan = read_text(args, encoder, rows[number])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from evaluation.task import Found
 from src import distributed
 from src.io import derived_path
 from src.lm.ask import Answer
@@ -31,7 +32,8 @@ def tail(name: str) -> str:
 
 def output_path(args: LMEvalArgs, retriever: str, rows_path: str) -> str:
     """File of the outputs: another one for another retriever or LM."""
-    names = [retriever, args.model_name_or_path, *([args.save_name] if args.save_name else [])]
+    names = [retriever, args.model_name_or_path, *(getattr(args, "task_names", None) or ())]
+    names += [args.save_name] if args.save_name else []
     short = [re.sub(r"[^\w.-]+", "-", tail(name)).strip("-") for name in names]
     # Most files of rows are called test, in a folder that tells the data.
     path = Path(rows_path)
@@ -41,23 +43,21 @@ def output_path(args: LMEvalArgs, retriever: str, rows_path: str) -> str:
 
 def output_line(
     query_id: int | str,
-    key: str,
-    response: Response | None,
+    answer: Answer,
+    output: Callable[[Response], Any],
     gold: Any,
     values: dict[str, float],
-    retrieved: Sequence[Any],
+    found: Found,
 ) -> dict[str, Any]:
     """A row's output: what was asked (as a hash), what came back, what is right, the values and what was retrieved."""
-    output = None
-    if response is not None:
-        output = list(response.texts) if response.texts else response.choice
+    key, response = answer
     return {
         "query_id": query_id,
         "prompt_hash": key,
-        "output": output,
+        "output": output(response) if response is not None else None,
         "gold": gold,
         "values": values,
-        "retrieved": list(retrieved),
+        "retrieved": list(found.indices),
         "response": asdict(response) if response is not None else None,
     }
 

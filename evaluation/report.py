@@ -155,7 +155,9 @@ def _differences(key: str, records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _dataset(record: dict[str, Any]) -> str:
-    return str(record.get("arguments", {}).get("eval_data", ""))
+    arguments = record.get("arguments", {})
+    # Of some tasks only: another average.
+    return " ".join([str(arguments.get("eval_data", "")), *(arguments.get("task_names") or ())])
 
 
 def _datasets(records: Sequence[dict[str, Any]], task: str) -> dict[str, str]:

@@ -41,7 +41,7 @@ def from_corpus(context: Context, task: EvalTask) -> Retrieved:
             return [Found()] * len(data.rows), {}
         wanted = task.keys_wanted(args)
         return [Found(tuple(row.get("key_index") or ())[:wanted], tuple(row["key"][:wanted])) for row in data.rows], {}
-    config = replace(eval_config(args, args.output_dir, args.seed), origin={"retriever": retriever_name(args)})
+    config = replace(eval_config(args, args.output_dir, args.seed), retriever=retriever_name(args), same_retriever=True)
     choose = {ORACLE: oracle_hits, **task.hits}.get(args.retrieval_method)
     if choose is not None and not config.load_result:
         hits = chosen_hits(data, choose(context), config)

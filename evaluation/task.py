@@ -84,6 +84,7 @@ class EvalTask:
         request: row, what was retrieved for it and its examples → what to ask; None for a row that cannot be asked.
         score: row and response → values.
         gold: row → the right answer, for the file of outputs.
+        output: response → what the LM said, for the same file.
         check: of the fields that its rows need.
         load: opens rows and corpus.
         retrieve: finds what each row is given, and the metrics of that; None to retrieve from the corpus.
@@ -103,6 +104,7 @@ class EvalTask:
     request: Callable[[Context, Row, Found, Sequence[str]], Request | None]
     score: Callable[[Row, Response], Values]
     gold: Callable[[Row], Any]
+    output: Callable[[Response], Any] = lambda response: list(response.texts) if response.texts else response.choice
     check: FurtherCheck | None = None
     load: Callable[[Any, EvalConfig, FurtherCheck | None], EvalData | None] = load_eval_data
     retrieve: Callable[[Context], Retrieved] | None = None

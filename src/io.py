@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from src.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 DATA_PREFIX = "llm-embedder:"
 
@@ -171,15 +175,25 @@ def lock_folder(folder: str | os.PathLike[str]) -> int:
         raise UserError(
             f"another run is at work in {folder}: wait for it, stop it, or choose another --save_name"
         ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        logger.warning("%s lies on a file system without locks: do not start the same run twice", folder)
     return descriptor
 
 
-def remove_folder(folder: str | os.PathLike[str]) -> None:
-    """Delete a folder; the name goes first, so that what a kill leaves is never taken for the whole."""
+def remove_folder(folder: str | os.PathLike[str], release: Callable[[], object] = lambda: None) -> None:
+    """Delete a folder; the name goes first, so that what a kill leaves is never taken for the whole.
+
+    Args:
+        folder: its files may still be open elsewhere, where the file system allows that.
+        release: called between the two, to let go of a lock in it.
+    """
     gone = f"{folder}.removed"
     shutil.rmtree(gone, ignore_errors=True)
     os.rename(folder, gone)
-    shutil.rmtree(gone)
+    release()
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

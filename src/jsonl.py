@@ -125,8 +125,9 @@ def read_lines(path: str, start: int, end: int) -> Iterator[tuple[int, bytes]]:
         while position < end and (raw := file.readline()):
             begin, position = position, position + len(raw)
             body = raw.rstrip(b"\r\n")
-            if begin == 0 and body.startswith(BYTE_ORDER_MARK):
-                body, begin = body[len(BYTE_ORDER_MARK) :], len(BYTE_ORDER_MARK)
+            # Files with a mark may have been joined.
+            if body.startswith(BYTE_ORDER_MARK):
+                body, begin = body[len(BYTE_ORDER_MARK) :], begin + len(BYTE_ORDER_MARK)
             yield begin, body
 
 

@@ -113,7 +113,7 @@ def test_choices_of_transformers_flags(tmp_path):
     "argv",
     [
         "",
-        "--gradient_checkpointing --fp16 False --report_to tensorboard --warmup_steps 7",
+        "--gradient_checkpointing --fp16 False --report_to all --warmup_steps 7",
         "--eval_strategy epoch --lora_r 4 --matryoshka_dims 8 4 --debug underflow_overflow --max_sample_num 3",
         '--lr_scheduler_kwargs {"num_cycles":2} --lr_scheduler_type cosine --hub_token secret --add_instruction False',
     ],

@@ -86,7 +86,8 @@ def test_command_parses(entry: str, flags: list[str], tmp_path, monkeypatch):
     for module in (src.cli, evaluation.common, evaluation.eval_retrieval):
         monkeypatch.setattr(module, "parse_args", ours)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", then_stop(argparse.ArgumentParser.parse_args))
-    monkeypatch.setattr(src.cli, "run", lambda main: main())
+    for module in (src.cli, evaluation.common):
+        monkeypatch.setattr(module, "run", lambda main, *advice: main())
     monkeypatch.setattr(args_module, "get_available_reporting_integrations", lambda: args_module.REPORTERS)
     if "--encoder" in flags:
         # The conversion looks at the folder at once.

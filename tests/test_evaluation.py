@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def evaluate(monkeypatch, capsys, caplog, data_root, models, tiny_bert, tmp_path
         if expect:
             return printed
         record = read_rows(log.with_suffix(".jsonl"))[-1]
-        outputs = read_rows(tmp_path.__class__(record["outputs"])) if "outputs" in record else []
+        outputs = read_rows(Path(record["outputs"])) if "outputs" in record else []
         return outputs, record, printed
 
     return call
@@ -471,7 +472,7 @@ def test_two_processes_give_the_result_of_one(evaluate, forked, data_root, model
     assert other["metrics"] == pytest.approx(record["metrics"], rel=1e-5)
     if task != "tool":
         compared = ("output", "retrieved", "prompt_hash")
-        for one, two in zip(outputs, read_rows(tmp_path.__class__(other["outputs"])), strict=True):
+        for one, two in zip(outputs, read_rows(Path(other["outputs"])), strict=True):
             assert [one[name] for name in compared] == [two[name] for name in compared]
 
 
@@ -551,8 +552,7 @@ def test_a_killed_run_asks_nothing_again(evaluate, batches, tmp_path, task, flag
     assert 0 < done < total
     counts = batches(math.inf)
     resumed, other, _ = evaluate(task, *flags, "--save_name", "again")
-    if task != "lrlm":  # its windows are asked together, and a half-asked one is asked anew
-        assert sum(counts) == total - done
+    assert sum(counts) == total - done
     assert resumed == whole
     assert other["metrics"] == record["metrics"]
     assert not list((tmp_path / "out").glob("*.parts*"))
@@ -566,6 +566,15 @@ def test_a_finished_run_can_be_taken_over(evaluate, batches):
     assert (again, other["metrics"], counts) == (whole, record["metrics"], [])
     evaluate("qa", *flags, "--load_prev_result", "--max_new_tokens", 3)
     assert sum(counts) == 8
+
+
+def test_a_run_that_fails_leaves_earlier_outputs_alone(evaluate):
+    flags = ("--retrieval_method", "no", "--few_shot", 0)
+    whole, record, _ = evaluate("qa", *flags)
+    evaluate("qa", *flags, "--context_max_length", 20, expect=2)
+    path = Path(record["outputs"])
+    assert read_rows(path) == whole
+    assert not path.with_name(f"{path.name}.parts").exists()
 
 
 def test_two_runs_do_not_write_the_same_outputs(evaluate, tmp_path):
@@ -850,6 +859,7 @@ def test_rows_with_problems_are_named(evaluate, data_root, tmp_path, task, file,
         ("qa", ("--train_data", "/nowhere.json"), "no such file: /nowhere.json"),
         ("qa", ("--key_num", 11), "only --hits 10 keys are retrieved"),
         ("qa", ("--eos_token_id", 9999), "--eos_token_id 9999: the LM's tokenizer has the tokens 0 to"),
+        ("qa", ("--metrics", "collate_score"), "--metrics collate_score scores candidates of training"),
         ("qa", ("--save_name", "../x"), "--save_name '../x' becomes a part of file names"),
         ("qa", ("--log_path", "/proc/none/x.log"), "--log_path: cannot write to /proc"),
         ("qa", ("--use_chat_template",), "--use_chat_template: the tokenizer has none"),

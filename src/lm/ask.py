@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,17 +36,29 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One thing that the LM is asked: how likely an answer is after a prompt, or (answer None) to continue it.
+
+    Attributes:
+        prompt, answer: token ids.
+        key: hash of all that the response depends on.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...] | None
+    key: str
+
+
+@dataclass(frozen=True)
 class Tokens:
     """A request in tokens.
 
     Attributes:
-        pairs: prompts with answers to score.
-        prompt: to generate from, when there are no pairs.
+        parts: one for each answer whose likelihood is wanted, or a single one to continue.
         key: hash of all that the response depends on.
     """
 
-    pairs: tuple[PromptTokens, ...]
-    prompt: tuple[int, ...]
+    parts: tuple[Part, ...]
     key: str
 
 
@@ -75,15 +87,15 @@ class RequestEncoder:
     def encode(self, request: Request) -> Tokens | None:
         """None when the question does not fit."""
         if request.windows:
-            return self._tokens(request.windows, ())
+            return self._tokens([(window.prompt, window.answer) for window in request.windows])
         assert request.prompt is not None
         length = partial(self._length, options=request.options)
         fitted = fit(request.prompt, length, self.max_length, self.tokenizer, self.truncation_side)
         if fitted is None:
             return None
         if not request.options:
-            return self._tokens((), self._prompts([fitted.text])[0])
-        return self._tokens(tuple(self._pairs(fitted.text, request.options)), ())
+            return self._tokens([(self._prompts([fitted.text])[0], None)])
+        return self._tokens([(pair.prompt, pair.answer) for pair in self._pairs(fitted.text, request.options)])
 
     def _length(self, text: str, options: Sequence[str]) -> int:
         if options:
@@ -98,50 +110,52 @@ class RequestEncoder:
     def _prompts(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         return tokenize_prompts(self.tokenizer, texts, self.frame, self.encoder_decoder)
 
-    def _tokens(self, pairs: tuple[PromptTokens, ...], prompt: tuple[int, ...]) -> Tokens:
-        decoding = asdict(self.decoding) if prompt and self.decoding is not None else None
-        content = [dict(self.identity), [[pair.prompt, pair.answer] for pair in pairs], prompt, decoding]
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        return Tokens(pairs, prompt, digest[:32])
+    def _tokens(self, asked: Sequence[tuple[tuple[int, ...], tuple[int, ...] | None]]) -> Tokens:
+        parts = tuple(Part(prompt, answer, self._key(prompt, answer)) for prompt, answer in asked)
+        return Tokens(parts, parts[0].key if len(parts) == 1 else _digest([part.key for part in parts]))
+
+    def _key(self, prompt: tuple[int, ...], answer: tuple[int, ...] | None) -> str:
+        decoding = asdict(self.decoding) if answer is None and self.decoding is not None else None
+        return _digest([dict(self.identity), prompt, answer, decoding])
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def respond(
     model: LanguageModel,
-    requests: Sequence[Tokens],
+    parts: Sequence[Part],
     decoding: Decoding | None,
     max_tokens: int,
-    done: Callable[[int, Response], object],
+    done: Callable[[Part, Response], object],
 ) -> None:
-    """Have requests answered: scored, or generated.
+    """Have parts of requests answered: scored, or continued.
 
     Args:
         model: the LM.
-        requests: see `RequestEncoder`.
+        parts: see `RequestEncoder`.
         decoding: as of the encoder.
         max_tokens: budget of a batch.
-        done: called with the number of each request and its response, as they come.
+        done: called with each part and its response, as they come.
 
     Raises:
         UserError: the model gives no numbers.
     """
-    pairs = [(number, place) for number, request in enumerate(requests) for place in range(len(request.pairs))]
-    scores = [[math.nan] * len(request.pairs) for request in requests]
+    scored = [part for part in parts if part.answer is not None]
+    pairs = [PromptTokens(part.prompt, part.answer or ()) for part in scored]
 
-    def scored(numbers: Sequence[int], values: Sequence[float]) -> None:
-        for each, value in zip(numbers, values, strict=True):
-            number, place = pairs[each]
-            scores[number][place] = value
-            if not any(map(math.isnan, scores[number])):
-                lengths = tuple(len(pair.answer) for pair in requests[number].pairs)
-                done(number, Response((), tuple(scores[number]), lengths))
+    def likely(numbers: Sequence[int], values: Sequence[float]) -> None:
+        for number, value in zip(numbers, values, strict=True):
+            done(scored[number], Response((), (value,), (len(pairs[number].answer),)))
 
-    score_prompts(model, [requests[number].pairs[place] for number, place in pairs], max_tokens, scored)
-    generating = [number for number, request in enumerate(requests) if not request.pairs]
-    if generating:
+    score_prompts(model, pairs, max_tokens, likely)
+    continued = [part for part in parts if part.answer is None]
+    if continued:
         assert decoding is not None
-        prompts = [requests[number].prompt for number in generating]
+        prompts = [part.prompt for part in continued]
         generate(
-            model, prompts, decoding, max_tokens, lambda place, texts: done(generating[place], Response(tuple(texts)))
+            model, prompts, decoding, max_tokens, lambda number, texts: done(continued[number], Response(tuple(texts)))
         )
 
 
@@ -181,13 +195,37 @@ class Asker:
             UserError: the model gives no numbers.
         """
         asked = [self.encoder.encode(request) if request is not None else None for request in requests]
-        fitting = {tokens.key: tokens for tokens in asked if tokens is not None}
-        new = [tokens for key, tokens in fitting.items() if self.memory.get(key) is None]
+        waiting: dict[str, set[str]] = {}
+        new: dict[str, Part] = {}
+        for tokens in asked:
+            if tokens is not None and self.memory.get(tokens.key) is None:
+                missing = {part.key: part for part in tokens.parts if self.memory.get(part.key) is None}
+                waiting[tokens.key] = set(missing)
+                new.update(missing)
+        of_part: dict[str, list[str]] = defaultdict(list)
+        for key, missing_keys in waiting.items():
+            for part_key in missing_keys:
+                of_part[part_key].append(key)
 
-        def done(number: int, response: Response) -> None:
-            self.memory.keep(new[number].key, response)
-            advance(1)
+        def done(part: Part, response: Response) -> None:
+            self.memory.keep(part.key, response)
+            for key in of_part[part.key]:
+                waiting[key].discard(part.key)
+                advance(not waiting[key])
 
         if new:
-            respond(self.model(), new, self.encoder.decoding, self.max_tokens, done)
-        return [Answer(tokens.key, self.memory.get(tokens.key)) if tokens else Answer("", None) for tokens in asked]
+            respond(self.model(), list(new.values()), self.encoder.decoding, self.max_tokens, done)
+        return [Answer(tokens.key, self._response(tokens)) if tokens else Answer("", None) for tokens in asked]
+
+    def _response(self, tokens: Tokens) -> Response:
+        """The response to a whole request, as it was given, or put together of those to its parts."""
+        whole = self.memory.get(tokens.key)
+        if whole is not None:
+            return whole
+        parts = [self.memory.get(part.key) for part in tokens.parts]
+        known = [part for part in parts if part is not None]
+        return Response(
+            (),
+            tuple(value for part in known for value in part.log_likelihoods),
+            tuple(size for part in known for size in part.tokens),
+        )

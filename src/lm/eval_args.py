@@ -21,7 +21,8 @@ HISTORY_NO_EFFECT = (
     *("train_data", "corpus", "key_template", "metrics", "cutoffs", "filter_answers", "max_neg_num", "load_result"),
     *("save_result", "save_to_output", "hits", "load_index", "load_collection", "anserini_dir", "storeDocvectors"),
     *("language", "threads", "faiss_index_factory", "load_encode", "save_encode", "save_index", "embedding_name"),
-    *("save_trec", "save_per_query", "bm25_backend"),
+    *("save_trec", "save_per_query", "bm25_backend", "neg_margin_absolute", "neg_margin_relative", "neg_range"),
+    *("neg_sample", "neg_near_duplicate", "score_name"),
 )
 
 #: Flags of `SelfRetrievalArgs` that mean nothing where a key is a turn, not a chunk.
@@ -56,6 +57,8 @@ class LMEvalArgs(LMArgs, EvalOutputArgs, RetrievalArgs):
         RetrievalArgs.__post_init__(self)
         if self.eval_data is None:
             raise UserError("--eval_data is needed: the rows to evaluate on")
+        if "collate_score" in self.metrics:
+            raise UserError("--metrics collate_score scores candidates of training: use evaluation.eval_retrieval")
 
 
 @dataclass

@@ -105,8 +105,8 @@ class Journal:
 
     def remove(self) -> None:
         """Delete everything."""
-        remove_folder(self.folder)
-        self.close()
+        # Not before the lock is let go of: on a shared file system what is open cannot be deleted.
+        remove_folder(self.folder, self.close)
 
     def _path(self, unit: int) -> Path:
         return self.folder / f"{unit:07}.jsonl"

@@ -44,6 +44,11 @@ class Work:
         """Tokens of the prompt with the longest answer."""
         return len(self.prompt) + self.longest
 
+    @property
+    def copies(self) -> int:
+        """How often the states of the prompt are held: once for each answer, unless these are of one token."""
+        return len(self.answers) if self.longest > 1 else 1
+
 
 def collect_work(pairs: Sequence[tuple[int, PromptTokens]]) -> list[Work]:
     """Numbered prompts to work in which nothing occurs twice, in order of first occurrence."""
@@ -64,8 +69,8 @@ def cut_work(
     for each in sorted(_split(work, max_tokens), key=lambda own: (len(own.answers), own.width), reverse=True):
         grown = [*batch, each]
         number, longest = len(each.answers), max(own.longest for own in grown)
-        # Several answers share the states of their prompt, which are repeated for each.
-        tokens = len(grown) * number * (max(len(own.prompt) for own in grown) + longest)
+        copies = max(own.copies for own in grown)
+        tokens = len(grown) * copies * (max(len(own.prompt) for own in grown) + longest)
         # Rows that are padded on the right end, and so want their logits, in different columns.
         spread = grown[0].width - each.width if padding_side == "right" else 0
         logits = len(grown) * number * (longest + spread) * vocabulary
@@ -80,7 +85,7 @@ def cut_work(
 def _split(work: Sequence[Work], max_tokens: int) -> Iterator[Work]:
     """Work with no more answers than fit, each with its copy of the prompt's states, into the budget."""
     for each in work:
-        most = max(1, max_tokens // each.width)
+        most = max(1, max_tokens // each.width) if each.longest > 1 else len(each.answers)
         for first in range(0, len(each.answers), most):
             part = slice(first, first + most)
             yield Work(each.prompt, each.answers[part], each.numbers[part])

@@ -72,9 +72,21 @@ class ResponseMemory:
         if self._file is not None:
             self._file.close()
         if self._lock is not None:
-            if self.folder.exists() and not any(self.folder.glob("*.jsonl")):
-                self.remove()
-            os.close(self._lock)
+            self._remove() if not any(self.folder.glob("*.jsonl")) else os.close(self._lock)
+
+    def finish(self) -> None:
+        """Delete what is kept, when every process has what it needs of it; all call this together."""
+        if self._file is not None:
+            self._file.close()
+        distributed.barrier()
+        if self._lock is not None:
+            self._remove()
+
+    def _remove(self) -> None:
+        # Not before the lock is let go of: on a shared file system what is open cannot be deleted.
+        assert self._lock is not None
+        remove_folder(self.folder, lambda: os.close(self._lock))  # type: ignore[arg-type]
+        self._lock = None
 
     def _hold(self) -> None:
         self._lock = lock_folder(self.folder)
@@ -87,16 +99,14 @@ class ResponseMemory:
         """Remember a response, also if this process is killed at once."""
         self._known[key] = response
         if self._file is None:
+            # Of a host that does not share it the folder is this process's alone.
+            self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / f"{distributed.rank()}.jsonl"
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the block ends)
             # What a killed run left of a line is ended first; it is no JSON, and passed over when read.
             self._file.write("\n")
         self._file.write(json.dumps({"prompt_hash": key, "response": asdict(response)}) + "\n")
         self._file.flush()
-
-    def remove(self) -> None:
-        """Delete what is kept, by one process when nobody keeps anything any more."""
-        remove_folder(self.folder)
 
 
 def read_responses(paths: Iterable[str]) -> dict[str, Response]:

@@ -66,6 +66,7 @@ class LanguageModel:
         tokenizer: fitting it.
         padding_side: ``left`` or ``right``.
         add_position_ids: hand position numbers to the model even where it does not need them.
+        pads_left: whether prompts of unlike length may be padded on the left (see `honours_left_padding`).
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class LanguageModel:
         tokenizer: PreTrainedTokenizerBase,
         padding_side: str = "left",
         add_position_ids: bool = False,
+        pads_left: bool = True,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.padding_side = padding_side
+        self.pads_left = pads_left
         self.encoder_decoder: bool = bool(model.config.is_encoder_decoder)
         known = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in known and (padding_side == "left" or add_position_ids)
@@ -138,6 +141,9 @@ class LanguageModel:
             states, mask = self._encode(prompts)
             repeated = states.repeat_interleave(number, 0), mask.repeat_interleave(number, 0)
             return self._decoded_scores(repeated, flat).reshape(-1, number)
+        anew = [prompt for prompt in prompts for _ in range(number)]
+        if not self.pads_left:
+            return self.answer_scores(anew, flat).reshape(-1, number)
         width = max(map(len, prompts))
         ids, mask = self._pad(prompts, width, "left")
         # Left padding puts what follows the prompts into the same columns, whatever --padding_side says.
@@ -147,7 +153,6 @@ class LanguageModel:
         cache = getattr(read, "past_key_values", None)
         if not isinstance(cache, DynamicCache) or not all(isinstance(own, DynamicLayer) for own in cache.layers):
             # Models that keep something else than keys and values read each prompt anew.
-            anew = [prompt for prompt in prompts for _ in range(number)]
             return self.answer_scores(anew, flat).reshape(-1, number)
         first = read.logits[:, -1].float().log_softmax(-1).repeat_interleave(number, 0)
         starts = torch.tensor([answer[0] for answer in flat], device=first.device)
@@ -177,7 +182,7 @@ class LanguageModel:
         """What the model writes after each prompt, without special tokens.
 
         Args:
-            prompts: token ids, none empty.
+            prompts: token ids, none empty; for a model that does not pad left all of one length.
             config: how to generate.
 
         Returns:
@@ -272,7 +277,7 @@ def lm_max_length(config: PretrainedConfig, wanted: int) -> int:
     """`wanted` tokens, or what the model takes when that is fewer."""
     limit = position_limit(config)
     if limit is not None and limit < wanted:
-        logger.info("--context_max_length %d: the model takes %d tokens, longer prompts are cut to that", wanted, limit)
+        logger.info("--context_max_length %d: the model takes %d tokens at a time", wanted, limit)
         return limit
     return wanted
 
@@ -361,13 +366,14 @@ def load_lm(config: LMConfig) -> LanguageModel:
     # How a model likes to sample (temperature, penalties) is no part of an evaluation; where its texts end is.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     model.eval()
-    side = config.padding_side
+    side, pads_left = config.padding_side, True
     if not model_config.is_encoder_decoder:
         check_causal(model, name)
-        if side == "left" and not honours_left_padding(model):
+        pads_left = honours_left_padding(model)
+        if side == "left" and not pads_left:
             side = "right"
             logger.info("%s takes no notice of padding on the left: it is padded on the right", name)
-    return LanguageModel(model, tokenizer, side, config.add_position_ids)
+    return LanguageModel(model, tokenizer, side, config.add_position_ids, pads_left)
 
 
 @torch.no_grad()

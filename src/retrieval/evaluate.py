@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -57,7 +57,8 @@ class EvalConfig:
         mining: which hits become negatives.
         save_to_output: put mined and collated files there too.
         rerank: hits are the keys of the row itself, in a new order, and not of the corpus.
-        origin: facts that hits are saved with, and must have to be loaded.
+        retriever: what saved hits are said to be found by.
+        same_retriever: load only what that one found.
     """
 
     metrics: Sequence[str]
@@ -73,7 +74,8 @@ class EvalConfig:
     save_trec: bool = False
     rerank: bool = False
     score_name: str | None = None
-    origin: Mapping[str, Any] = field(default_factory=dict)
+    retriever: str | None = None
+    same_retriever: bool = False
 
     @property
     def ranks(self) -> bool:
@@ -261,7 +263,7 @@ def _origin(data: EvalData, config: EvalConfig) -> dict[str, Any]:
     keys = map(data.key_text, sample(len(corpus), ORIGIN_TEXTS)) if corpus is not None else ()
     made = {"queries": [len(rows), text_hash(queries)]}
     made |= {"corpus": [len(corpus), text_hash(keys)]} if corpus is not None else {}
-    return {**made, "hits": config.hits, **config.origin}
+    return {**made, "hits": config.hits, "retriever": config.retriever}
 
 
 def _check_origin(data: EvalData, config: EvalConfig) -> None:
@@ -270,16 +272,20 @@ def _check_origin(data: EvalData, config: EvalConfig) -> None:
     if not os.path.isfile(path):
         return
     found, wanted = read_json(path, "origin of hits"), _origin(data, config)
-    problems = {name: f"another {name}" for name in wanted if name != "hits" and found.get(name) != wanted[name]}
-    problems |= {"queries": "other queries"} if "queries" in problems else {}
     most = found.get("hits")
-    if most is not None and (config.hits is None or config.hits > most):
-        problems["hits"] = f"--hits {most}, and {config.hits or 'all'} are asked for"
-    for name, problem in problems.items():
-        known = f" ({found.get(name)}, not {wanted[name]})" if name in config.origin else ""
+    problem = None
+    if found.get("queries") != wanted["queries"]:
+        problem = "other queries"
+    elif found.get("corpus") != wanted.get("corpus"):
+        problem = "another corpus"
+    elif most is not None and (config.hits is None or config.hits > most):
+        problem = f"--hits {most}, and {config.hits or 'all'} are asked for"
+    elif config.same_retriever and found.get("retriever") != config.retriever:
+        problem = f"another retriever ({found.get('retriever')}, not {config.retriever})"
+    if problem is not None:
         raise UserError(
-            f"--load_result: {result_path(data, config)} was made with {problem}{known}: leave --load_result out to "
-            "retrieve anew, or name the run that it is of (by --save_name or --output_dir)"
+            f"--load_result: {result_path(data, config)} was made with {problem}: leave --load_result out to retrieve "
+            "anew, or name the run that it is of (by --save_name or --output_dir)"
         )
 
 
