@@ -16,6 +16,7 @@ import evaluation.eval_retrieval
 import src.cli
 from src.lm.prompts import SCORE_PROMPTS
 from src.retrieval import args as args_module
+from src.retrieval import engines
 from src.retrieval.task_config import load_task_config
 from src.schema import check_lm_row, check_train_row
 from tests.helpers import ROOT
@@ -69,6 +70,18 @@ class Parsed(BaseException):
     """The command line was accepted: what follows is not run."""
 
 
+def without_engine(flags: list[str]) -> list[str]:
+    """Flags without those that need a launcher or a GPU, whose settings are looked at here."""
+    left: list[str] = []
+    for flag in flags:
+        if left[-1:] in (["--deepspeed"], ["--fsdp_config"]):
+            checks = {"--deepspeed": engines.zero_stage, "--fsdp_config": engines.fsdp_settings}
+            checks[left.pop()](str(ROOT / flag))
+        elif flag != "--fsdp":
+            left.append(flag)
+    return left
+
+
 @pytest.mark.parametrize(("entry", "flags"), FOUND)
 def test_command_parses(entry: str, flags: list[str], tmp_path, monkeypatch):
     if entry.endswith(".sh"):
@@ -93,7 +106,7 @@ def test_command_parses(entry: str, flags: list[str], tmp_path, monkeypatch):
         # The conversion looks at the folder at once.
         (tmp_path / "config.json").write_text("{}")
         flags = [*flags, "--encoder", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", [entry, *flags])
+    monkeypatch.setattr("sys.argv", [entry, *without_engine(flags)])
     monkeypatch.chdir(ROOT)
     with pytest.raises(Parsed):
         runpy.run_path(str(ROOT / entry), run_name="__main__")
