@@ -102,6 +102,9 @@ def test_command_parses(entry: str, flags: list[str], tmp_path, monkeypatch):
     for module in (src.cli, evaluation.common):
         monkeypatch.setattr(module, "run", lambda main, *advice: main())
     monkeypatch.setattr(args_module, "get_available_reporting_integrations", lambda: args_module.REPORTERS)
+    if "--config" in flags:
+        (tmp_path / "run.yaml").write_text("train_data: [train.json]")
+        flags = [*flags, "--config", str(tmp_path / "run.yaml")]
     if "--encoder" in flags:
         # The conversion looks at the folder at once.
         (tmp_path / "config.json").write_text("{}")
