@@ -34,8 +34,10 @@ from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
 from src.retrieval.batch_scores import DenseBatchScores
 from src.retrieval.builders import chunk_policy, encoder_config
 from src.retrieval.collator import TrainCollator
+from src.retrieval.data import TrainDataset
 from src.retrieval.modeling_dense import load_dense_retriever
-from src.retrieval.training import load_sources, train
+from src.retrieval.trainer import RetrievalTrainer
+from src.retrieval.training import load_sources
 
 OURS, THEIRS = "ours", "sentence-transformers"
 TEMPERATURE = 0.01
@@ -101,8 +103,10 @@ def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], fol
     lengths = (QUERY_LENGTH, setting.key_length)
     collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, chunk_policy(training))
     scores = DenseBatchScores(model.metric, training.negative_cross_device)
-    sources = load_sources(data, training)
-    return timed(lambda: train(model, training, sources, collator, scores, None, {}, None))
+    training.set_evaluate("no")
+    dataset = TrainDataset(load_sources(data, training), training.seed)
+    trainer = RetrievalTrainer(model, training, dataset, collator, scores, None, {}, lambda folder, state: None)
+    return timed(trainer.train)
 
 
 def train_theirs(args: argparse.Namespace, setting: Setting, rows: list[dict], folder: str) -> float:
