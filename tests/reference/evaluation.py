@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
+from transformers import AutoModel, AutoTokenizer
 
+from tests.reference.bm25 import ranking
 from tests.reference.lm_score import likelihood_of
+
+
+def best(scores: Sequence[float], wanted: int) -> list[int]:
+    """Numbers of the highest scores, highest first; of equals the later one."""
+    left = dict(enumerate(scores))
+    found: list[int] = []
+    while left and len(found) < wanted:
+        highest = max(left.values())
+        found.append(max(number for number, score in left.items() if score == highest))
+        del left[found[-1]]
+    return found
+
+
+def bm25_scores(
+    query: Sequence[Hashable], keys: Sequence[Sequence[Hashable]], k1: float = 0.82, b: float = 0.68
+) -> list[float]:
+    """BM25 of keys among themselves; 0 for one that shares no term with the query."""
+    found = dict(ranking(keys, query, k1, b))
+    return [float(found.get(number, 0)) for number in range(len(keys))]
+
+
+def cosines(folder: str, query: str, keys: Sequence[str], query_length: int, key_length: int) -> list[float]:
+    """Cosines of the first token's last state, each text read by itself."""
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    def embed(text: str, max_length: int) -> torch.Tensor:
+        inputs = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+        with torch.no_grad():
+            return model(**inputs).last_hidden_state[0, 0].double()
+
+    wanted = embed(query, query_length)
+    return [float(torch.cosine_similarity(wanted, embed(key, key_length), dim=0)) for key in keys]
 
 
 def head_tokens(tokenizer: Any, text: str) -> list[int]:
@@ -49,6 +84,16 @@ def option_likelihood(model: Any, tokenizer: Any, text: str, option: str) -> tup
     return likelihood_of(model, whole, len(head)), len(whole) - len(head)
 
 
+def key_starts(length: int, window_size: int, chunk_size: int) -> list[int]:
+    """Where the chunks before a text's window begin."""
+    starts: list[int] = []
+    first = max(0, length - window_size) - chunk_size
+    while first >= 0:
+        starts.insert(0, first)
+        first -= chunk_size
+    return starts
+
+
 def chunk_windows(
     tokens: list[int],
     target_length: int,
@@ -62,11 +107,7 @@ def chunk_windows(
     """For each target chunk (prompt, target): retrieved chunks with what follows them, then the text's own window."""
     start = len(tokens) - target_length
     window = max(0, len(tokens) - window_size)
-    starts = []
-    first = window - chunk_size
-    while first >= 0:
-        starts.insert(0, first)
-        first -= chunk_size
+    starts = key_starts(len(tokens), window_size, chunk_size)
     found = []
     for number, begin in enumerate(range(start, len(tokens), chunk_size)):
         keys = list(retrieved[number])
