@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -50,16 +50,26 @@ def head_tokens(tokenizer: Any, text: str) -> list[int]:
     return first + tokenizer(text.rstrip(" "), add_special_tokens=False)["input_ids"]
 
 
-def greedy(model: Any, tokenizer: Any, text: str, new_tokens: int) -> str:
-    """The likeliest token, again and again; up to the end token or a newline."""
-    ids = head_tokens(tokenizer, text)
-    start = len(ids)
-    for _ in range(new_tokens):
+def written(
+    model: Any, tokenizer: Any, text: str, new_tokens: int, is_end: Callable[[list[int]], bool] = lambda ids: False
+) -> list[int]:
+    """The likeliest token, again and again, until `is_end` says so of what was written."""
+    head = head_tokens(tokenizer, text)
+    ids: list[int] = []
+    while len(ids) < new_tokens and not (ids and is_end(ids)):
         with torch.no_grad():
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        if ids[-1] == tokenizer.eos_token_id or "\n" in tokenizer.decode(ids[start:]):
-            break
-    return tokenizer.decode(ids[start:], skip_special_tokens=True).split("\n")[0].strip()
+            ids.append(int(model(input_ids=torch.tensor([head + ids])).logits[0, -1].argmax()))
+    return ids
+
+
+def greedy(model: Any, tokenizer: Any, text: str, new_tokens: int) -> str:
+    """What is written up to the end token or a newline."""
+
+    def is_end(ids: list[int]) -> bool:
+        return ids[-1] == tokenizer.eos_token_id or "\n" in tokenizer.decode(ids)
+
+    ids = written(model, tokenizer, text, new_tokens, is_end)
+    return tokenizer.decode(ids, skip_special_tokens=True).split("\n")[0].strip()
 
 
 def decoded_greedily(model: Any, tokenizer: Any, text: str, new_tokens: int) -> str:
