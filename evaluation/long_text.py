@@ -81,7 +81,7 @@ def from_past(context: Context) -> Retrieved:
             return []
         spans = plan.values if args.add_key_continuation else plan.keys
         terms = [tokens[span.start : span.stop] for span in spans]
-        texts = tokenizer.batch_decode(terms) if args.retrieval_method == "dense" else [""] * len(terms)
+        texts = [str(tokenizer.decode(own)) for own in terms] if args.retrieval_method == "dense" else [""] * len(terms)
         queries = [tokens[span.start : span.stop] for span in plan.queries]
         return [Case(number, place, str(tokenizer.decode(own)), texts, own, terms) for place, own in enumerate(queries)]
 

@@ -239,7 +239,7 @@ REFUSES = """
 from dataclasses import replace
 
 from evaluation import eval_msc
-from evaluation.common import main
+from evaluation.common import start
 from src import distributed
 from src.errors import UserError
 
@@ -255,7 +255,7 @@ def request(context, row, found, shots):
 # The oracle asks with it too, while it retrieves.
 eval_msc.request = request
 if __name__ == "__main__":
-    main(replace(eval_msc.TASK, request=request))
+    start(replace(eval_msc.TASK, request=request))
 """
 
 
@@ -272,7 +272,7 @@ KILLED = """
 import os
 import signal
 
-from evaluation.common import main
+from evaluation.common import start
 from evaluation.eval_qa import TASK
 from src.lm.modeling_lm import LanguageModel
 
@@ -289,7 +289,7 @@ def continuations(self, prompts, *rest):
 
 LanguageModel.continuations = continuations
 if __name__ == "__main__":
-    main(TASK)
+    start(TASK)
 """
 
 
@@ -315,7 +315,7 @@ def test_what_two_killed_processes_were_told_one_does_not_ask_again(evaluate, as
 def test_random_keys_are_the_same_over_processes(evaluate, start, tmp_path, task):
     flags = ("--retrieval_method", "random", "--context_window_size", 96, "--target_length", 48, "--chunk_size", 16)
     wanted = [output["retrieved"] for output in evaluate(task, *flags)[0]]
-    source = f"from evaluation.common import main\nfrom evaluation.eval_{task} import TASK\n\nmain(TASK)\n"
+    source = f"from evaluation.common import start\nfrom evaluation.eval_{task} import TASK\n\nstart(TASK)\n"
     codes, printed = start(source, 2, *flags, "--save_name", "two")
     assert codes == [0, 0], printed
     (path,) = (tmp_path / "out").glob("*.two.json")

@@ -87,7 +87,9 @@ def generate(
         decoder_start_token_id=model.model.config.decoder_start_token_id if model.encoder_decoder else None,
     )
     number_each = decoding.num_return_sequences
-    for batch in _batches(order, prompts, decoding, max_tokens, model.pads_left or model.encoder_decoder):
+    # Some models that read what is padded on the left also mix up the states of a batch.
+    alone = decoding.do_sample or not model.pads_left
+    for batch in _batches(order, prompts, decoding, max_tokens, alone):
         with torch.random.fork_rng(devices=_devices(model)):
             torch.manual_seed(_seed(decoding.seed, prompts[batch[0]]))
             texts = model.continuations([prompts[number] for number in batch], config)
@@ -97,18 +99,14 @@ def generate(
 
 
 def _batches(
-    order: Sequence[int], prompts: Sequence[Sequence[int]], decoding: Decoding, max_tokens: int, pad: bool
+    order: Sequence[int], prompts: Sequence[Sequence[int]], decoding: Decoding, max_tokens: int, alone: bool
 ) -> Iterator[list[int]]:
-    """Consecutive numbers of `order`, longest prompts first, whose padded tokens fit; at least one, one for samples.
-
-    Without `pad` only prompts of one length come together.
-    """
+    """Consecutive numbers of `order`, longest prompts first, whose padded tokens fit; at least one, just one if `alone`."""
     batch: list[int] = []
     for number in order:
-        longest = len(prompts[(batch or [number])[0]])
-        width = longest + decoding.max_new_tokens
+        width = len(prompts[(batch or [number])[0]]) + decoding.max_new_tokens
         full = (len(batch) + 1) * decoding.num_return_sequences * width > max_tokens
-        if batch and (full or decoding.do_sample or not (pad or len(prompts[number]) == longest)):
+        if batch and (full or alone):
             yield batch
             batch = []
         batch.append(number)

@@ -182,7 +182,7 @@ class LanguageModel:
         """What the model writes after each prompt, without special tokens.
 
         Args:
-            prompts: token ids, none empty; for a model that does not pad left all of one length.
+            prompts: token ids, none empty; a single one for a model that does not pad left.
             config: how to generate.
 
         Returns:

@@ -61,7 +61,7 @@ class DensePairScorer:
         for query, own in zip(wanted, keys, strict=True):
             found = vectors[[places[key] for key in own]].astype(np.float32)
             vector = query.astype(np.float32)
-            scores.append(-np.square(found - vector).sum(1) if model.metric == "l2" else found @ vector)
+            scores.append(-np.square(found - vector).sum(1) if model.metric == "l2" else (found * vector).sum(1))
             bar.update(len(own))
         return np.concatenate(scores)
 
