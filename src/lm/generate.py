@@ -101,7 +101,7 @@ def generate(
 def _batches(
     order: Sequence[int], prompts: Sequence[Sequence[int]], decoding: Decoding, max_tokens: int, alone: bool
 ) -> Iterator[list[int]]:
-    """Consecutive numbers of `order`, longest prompts first, whose padded tokens fit; at least one, or just one each."""
+    """Consecutive numbers of `order`, longest prompts first, whose padded tokens fit; just one if `alone`."""
     batch: list[int] = []
     for number in order:
         width = len(prompts[(batch or [number])[0]]) + decoding.max_new_tokens
