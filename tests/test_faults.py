@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -206,6 +208,23 @@ def test_a_data_file_that_changes_is_an_error_and_never_other_rows(tmp_path, cha
     else:
         with pytest.raises(UserError, match=r"has changed since|it was there when its rows were checked"):
             rows[4]
+
+
+def test_of_a_copy_on_another_machine_only_the_size_counts_until_it_is_read(tmp_path, monkeypatch):
+    """Its time is another; from then on it must stay as it is."""
+    path = write_rows(tmp_path / "rows.json", [ROW] * 5)
+    sent = pickle.dumps(open_jsonl(str(path), check_train_row, "check"))
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    os.utime(path, (1, 1))
+    rows = pickle.loads(sent)
+    assert list(rows) == [ROW] * 5
+    os.utime(path, (2, 2))
+    with pytest.raises(UserError, match="has changed since"):
+        rows[0]
+    with open(path, "ab") as file:
+        file.write(b"{}")
+    with pytest.raises(UserError, match="has changed since"):
+        pickle.loads(sent)[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
