@@ -62,7 +62,7 @@ class Scan:
 
 
 class Stamp(NamedTuple):
-    """What changes whenever somebody writes to a file, and the machine that saw it: copies elsewhere have other times."""
+    """What changes whenever somebody writes to a file, and the machine that saw it: a copy has another time."""
 
     size: int
     mtime_ns: int
