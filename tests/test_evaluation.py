@@ -772,6 +772,17 @@ def test_rows_without_a_past_are_counted(evaluate, data_root, tmp_path):
     assert "1 of 4 rows have no history to retrieve from" in printed
 
 
+def test_training_rows_of_the_sample_have_scores_that_put_the_positive_first(data_root):
+    """By hand: of {which, river, flows, through, isterelund} a negative of another town's river holds none."""
+    for name in ("qa/nq/train.json", "convsearch/qrecc/train.concat.json"):
+        for row in read_rows(data_root / name):
+            positive, *others = row["teacher_scores"]
+            assert len(others) == len(row["neg"]) >= 6
+            assert positive == 0 > -1 >= max(others) >= min(others) >= -2
+    negatives = ["It falls into the lake.", "No river flows through it."]
+    assert sample_eval._scores("Which river flows through Isterelund?", negatives) == [0, -2, -1.4]
+
+
 def test_hits_are_loaded_for_the_retriever_that_found_them(evaluate):
     found = evaluate("qa", "--retrieval_method", "bm25")[0]
     again = evaluate("qa", "--retrieval_method", "bm25", "--load_result")[0]
