@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -247,15 +248,28 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) ->
     return count
 
 
-def read_json(path: str | os.PathLike[str], what: str) -> Any:
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise ValueError(f"{twice!r} stands there twice")
+    return found
+
+
+def read_json(path: str | os.PathLike[str], what: str, unique_names: bool = False) -> Any:
     """Read one JSON file.
 
+    Args:
+        path: the file.
+        what: what it should be, for messages.
+        unique_names: take no object in which a name stands twice; otherwise the last one counts.
+
     Raises:
-        UserError: it is missing or broken; `what` says what it should have been.
+        UserError: it is missing or broken.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            return json.load(file, object_pairs_hook=_unique_names if unique_names else None)
     except FileNotFoundError as error:
         raise UserError(f"{what}: no such file: {path}") from error
     except (ValueError, RecursionError) as error:
