@@ -773,7 +773,7 @@ def test_rows_without_a_past_are_counted(evaluate, data_root, tmp_path):
 
 
 def test_training_rows_of_the_sample_have_scores_that_put_the_positive_first(data_root):
-    """By hand: of {which, river, flows, through, isterelund} a negative of another town's river holds none."""
+    """By hand: of the five words of the question one negative holds none, the other three."""
     for name in ("qa/nq/train.json", "convsearch/qrecc/train.concat.json"):
         for row in read_rows(data_root / name):
             positive, *others = row["teacher_scores"]

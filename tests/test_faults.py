@@ -254,15 +254,17 @@ def test_training_on_a_file_that_changes_ends_in_one_line(runs, jobs, tmp_path, 
 
 
 def test_a_loss_that_is_no_number_stops_training_before_it_spoils_a_checkpoint(runs, jobs, tmp_path):
-    """The learning rate is of another world, so that weights become infinite; what was saved before is finite."""
+    """Step 1 of a warm-up changes nothing and is saved; the learning rate of step 2 is of another world."""
     job = jobs["training"]
-    flags = job.command(tmp_path, "--learning_rate", 1e38, "--warmup_ratio", 0, "--max_steps", 50)
+    flags = job.command(tmp_path, "--learning_rate", 1e38, "--warmup_steps", 5, "--save_steps", 1, "--max_steps", 50)
     codes, output = runs(job.script, flags)
     assert codes == [2]
     assert "error: step " in output
     assert "lower --learning_rate" in output
     assert "Traceback" not in output
-    for checkpoint in whole_checkpoints(str(tmp_path)):
+    checkpoints = whole_checkpoints(str(tmp_path))
+    assert checkpoints[0] == str(tmp_path / "checkpoint-1")
+    for checkpoint in checkpoints:
         model = BertModel.from_pretrained(f"{checkpoint}/encoder", add_pooling_layer=False)
         assert all(weight.isfinite().all() for weight in model.parameters())
 
