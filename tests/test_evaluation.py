@@ -21,6 +21,7 @@ from evaluation.mmlu_subjects import GROUP_OF, GROUPS
 from evaluation.text_metrics import contains_answer, exact_match, rouge_l, token_f1
 from scripts import sample_eval, sample_lm
 from src.cli import run as run_entry
+from src.errors import UserError
 from src.io import lock_folder
 from src.lm.budget import Prompt, fit
 from src.lm.generate import Decoding, end_tokens, generate, newline_tokens
@@ -816,7 +817,7 @@ def test_new_hits_are_never_taken_for_the_old_ones(evaluate, monkeypatch, tmp_pa
     old = result.read_bytes(), origin.read_bytes()
 
     def fail(*args):
-        raise OSError("stopped here")
+        raise UserError("stopped here")
 
     with monkeypatch.context() as patch:
         patch.setattr("src.retrieval.evaluate._write_window", fail)
