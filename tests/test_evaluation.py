@@ -808,11 +808,13 @@ def test_hits_of_a_dense_retriever_are_known_by_its_settings_and_files(evaluate,
     assert "(other files of the encoder)" in evaluate("qa", *flags, expect=2)
     (tmp_path / "out/test.result.json.origin").unlink()
     assert "may be of any retriever" in evaluate("qa", *flags, expect=2)
+    missing = ("--query_encoder", tmp_path / "none" / "such")
+    assert "cannot load the encoder" in evaluate("qa", *missing, expect=2)
 
 
 def test_new_hits_are_never_taken_for_the_old_ones(evaluate, monkeypatch, tmp_path):
     """Whenever writing them ends early: the old ones and what they are of stay together, or nobody knows them."""
-    evaluate("qa", "--retrieval_method", "bm25")
+    evaluate("qa", "--retrieval_method", "oracle")
     result, origin = tmp_path / "out/test.result.json", tmp_path / "out/test.result.json.origin"
     old = result.read_bytes(), origin.read_bytes()
 
