@@ -64,7 +64,7 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
     lm, encoder = lm_config(args, given, device), encoder_config(args, given)
     path = output_path(args, retriever_name(args), data.rows.path)
     asker = make_asker(task, args, lm, path) if task.asks(args) else None
-    context = Context(args, device, data, asker, lambda: load_dense_retriever(encoder).to(device).eval())
+    context = Context(args, device, data, asker, encoder, lambda: load_dense_retriever(encoder).to(device).eval())
     if args.dry_run:
         show_plan([*task_lines(task, context, lm, encoder, path)])
         return

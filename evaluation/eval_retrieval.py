@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from evaluation.retrieval import build_searcher, retriever_name
+from evaluation.retrieval import build_searcher, retriever_identity, retriever_name
 from src import distributed
 from src.cli import parse_args, run, show_plan
 from src.errors import UserError
@@ -55,19 +55,20 @@ def main(name: str = "retrieval", **defaults: Any) -> None:
     (args,), given = parse_args([EvalRetrievalArgs], **defaults)
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)
     distributed.on_main(lambda: check_outputs(args, args.output_dir, args.log_path))
-    config = replace(eval_config(args, args.output_dir, args.seed), retriever=retriever_name(args))
+    config, encoder = eval_config(args, args.output_dir, args.seed), encoder_config(args, given)
     data = load_eval_data(args, config)
     assert data is not None
 
     if args.dry_run:
-        model = load_dense_retriever(encoder_config(args, given)) if args.retrieval_method == "dense" else None
+        model = load_dense_retriever(encoder) if args.retrieval_method == "dense" else None
         show_plan([*evaluation_lines(args, data, config, device, model)])
         return
 
     @cache
     def load_model() -> DenseRetriever:
-        return load_dense_retriever(encoder_config(args, given)).to(device).eval()
+        return load_dense_retriever(encoder).to(device).eval()
 
+    config = replace(config, retriever=retriever_identity(args, data, encoder))
     searcher: Callable[[], Searcher] = partial(build_searcher, args, data, device, load_model)
     metrics = evaluate(
         data, config, lambda: dense_scorer(args, device, load_model()), lambda: retrieve(data, config, searcher)

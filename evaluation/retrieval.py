@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from evaluation.task import ChooseHits, Context, EvalTask, Found, Retrieved
 from src.lm.eval_args import ORACLE, HistoryArgs
+from src.lm.modeling_lm import model_identity
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.bm25 import build_bm25_searcher
 from src.retrieval.builders import bm25_config, dense_searcher, eval_config
 from src.retrieval.collate import Hits
 from src.retrieval.evaluate import WINDOW, EvalConfig, EvalData, report, retrieve
-from src.retrieval.modeling_dense import DenseRetriever
+from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, encoder_folders
 from src.retrieval.searcher import NoSearcher, RandomSearcher, Searcher
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,25 @@ def retriever_name(args: RetrievalArgs) -> str:
     return args.query_encoder if args.retrieval_method == "dense" else args.retrieval_method
 
 
+def retriever_identity(args: RetrievalArgs, data: EvalData, encoder: EncoderConfig) -> dict[str, Any]:
+    """What hits depend on besides rows and corpus, as far as flags and the sizes and times of files tell."""
+    made: dict[str, Any] = {"name": retriever_name(args)}
+    if args.retrieval_method == "dense":
+        instruction = data.instruction_of(data.task)
+        made |= {"query instruction": instruction.query, "key instruction": instruction.key}
+        made |= {name: getattr(args, name) for name in ("query_max_length", "key_max_length", "truncation_side")}
+        made |= {"truncate_dim": args.truncate_dim, "dense_metric": encoder.dense_metric}
+        # None where the encoder tells; lists, as JSON has them.
+        made["pooling_method"] = list(encoder.pooling_method) if encoder.pooling_method else None
+        folders = encoder_folders(encoder)
+        made |= {f"files of the {name}": model_identity(path, encoder.cache_dir) for name, path in folders.items()}
+    elif args.retrieval_method == "bm25":
+        made |= {"k1": args.k1, "b": args.b, "language": args.language}
+    else:
+        made["seed"] = args.seed  # type: ignore[attr-defined]
+    return made
+
+
 def from_corpus(context: Context, task: EvalTask) -> Retrieved:
     """Retrieve as ``--retrieval_method`` says, or take the keys that rows bring; and the metrics of retrieval."""
     args, data = context.args, context.data
@@ -41,7 +62,8 @@ def from_corpus(context: Context, task: EvalTask) -> Retrieved:
             return [Found()] * len(data.rows), {}
         wanted = task.keys_wanted(args)
         return [Found(tuple(row.get("key_index") or ())[:wanted], tuple(row["key"][:wanted])) for row in data.rows], {}
-    config = replace(eval_config(args, args.output_dir, args.seed), retriever=retriever_name(args), same_retriever=True)
+    identity = retriever_identity(args, data, context.encoder)
+    config = replace(eval_config(args, args.output_dir, args.seed), retriever=identity, same_retriever=True)
     choose = {ORACLE: oracle_hits, **task.hits}.get(args.retrieval_method)
     if choose is not None and not config.load_result:
         hits = chosen_hits(data, choose(context), config)

@@ -13,7 +13,7 @@ from src.lm.ask import Asker, Request, RequestEncoder, Response
 from src.lm.eval_args import LMEvalArgs
 from src.retrieval.builders import load_eval_data
 from src.retrieval.evaluate import EvalConfig, EvalData
-from src.retrieval.modeling_dense import DenseRetriever
+from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig
 from src.schema import FurtherCheck
 
 Row = dict[str, Any]
@@ -42,13 +42,15 @@ class Context:
         device: of this process.
         data: rows and, unless there is none, the corpus.
         asker: asks the LM; None for an evaluation that does not.
-        retriever: loads the encoder.
+        encoder: how to load the encoder.
+        retriever: loads it.
     """
 
     args: Any
     device: torch.device
     data: EvalData
     asker: Asker | None
+    encoder: EncoderConfig
     retriever: Callable[[], DenseRetriever]
 
     @property

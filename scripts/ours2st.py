@@ -30,7 +30,7 @@ from src.retrieval.lora import is_adapter_folder
 from src.retrieval.model_card import CARD_FILE, converted_card, model_card
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, TextEncoder, load_dense_retriever
 from src.retrieval.records import encoder_uses
-from src.retrieval.trainer import replace_folder
+from src.retrieval.trainer import beside, replace_folder, whole_checkpoints
 
 logger = logging.getLogger("scripts.ours2st")
 
@@ -65,6 +65,14 @@ class ConvertArgs:
         default=None, metadata={"help": "Most tokens of a text; what the model takes, up to 512, when None."}
     )
 
+    allow_pickle: bool = field(
+        default=False,
+        metadata={"help": "Load weights that are kept as pickles (pytorch_model.bin), a format that can carry code."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that comes with the encoder, to load it and to compare."}
+    )
+
     def __post_init__(self) -> None:
         if not self.encoder:
             raise UserError("--encoder is needed: the folder of the encoder to convert")
@@ -72,19 +80,32 @@ class ConvertArgs:
             if not self.output_dir:
                 raise UserError(f"--encoder {self.encoder} holds adapters alone: give --output_dir for the whole model")
         elif os.path.isdir(self.encoder) and not os.path.isfile(os.path.join(self.encoder, "config.json")):
-            inside = [entry.name for entry in os.scandir(self.encoder) if entry.is_dir() and "encoder" in entry.name]
-            hint = f"; did you mean {os.path.join(self.encoder, inside[0])}?" if inside else ""
-            raise UserError(f"--encoder {self.encoder}: no encoder folder (it has no config.json){hint}")
-        if not os.path.isdir(self.encoder) and not self.output_dir:
+            raise UserError(f"--encoder {self.encoder}: no encoder folder (it has no config.json){_hint(self.encoder)}")
+        elif not os.path.isdir(self.encoder) and os.path.isdir(aside := beside(self.encoder, "replaced")):
+            raise UserError(f"--encoder {self.encoder}: a killed conversion left it as {aside}: rename it back")
+        elif not os.path.isdir(self.encoder) and not self.output_dir:
+            hint = _hint(self.encoder)
             raise UserError(
-                f"--encoder {self.encoder}: no such folder; to convert a model of the hub give --output_dir"
+                f"--encoder {self.encoder}: no such folder; to convert a model of the hub give --output_dir{hint}"
             )
         for method in self.pooling_method:
             check_choice("pooling_method", method, POOLING_METHODS)
         check_choice("dense_metric", self.dense_metric, DENSE_METRICS)
 
 
-def st_modules(folder: str, encoder: TextEncoder, metric: str, max_length: int) -> list[torch.nn.Module]:
+def _hint(encoder: str) -> str:
+    """The encoder that may be meant: in a folder, or in the newest checkpoint of it or of those around it."""
+    path = Path(encoder).absolute()
+    for folder in (path, path.parent, path.parent.parent):
+        for place in (folder, *reversed(whole_checkpoints(str(folder)))):
+            if inside := sorted(str(found.parent) for found in Path(place).glob("*encoder/config.json")):
+                return f"; did you mean {inside[0]}?"
+    return ""
+
+
+def st_modules(
+    folder: str, encoder: TextEncoder, metric: str, max_length: int, trust_remote_code: bool
+) -> list[torch.nn.Module]:
     """The sentence-transformers modules that do what `encoder` does.
 
     Raises:
@@ -93,7 +114,10 @@ def st_modules(folder: str, encoder: TextEncoder, metric: str, max_length: int) 
     method = encoder.pooling_method[0]
     if method not in ST_POOLING:
         raise UserError(f"--encoder {folder}: sentence-transformers cannot express the pooling {method!r}")
-    transformer = Transformer(folder, max_seq_length=max_length)
+    options = {"trust_remote_code": trust_remote_code}
+    transformer = Transformer(
+        folder, max_seq_length=max_length, model_kwargs=options, processor_kwargs=options, config_kwargs=options
+    )
     modules: list[torch.nn.Module] = [
         transformer,
         Pooling(encoder.backbone.config.hidden_size, pooling_mode=ST_POOLING[method]),
@@ -182,6 +206,8 @@ def main() -> None:
             pooling_method=tuple(args.pooling_method) if "pooling_method" in given else None,
             dense_metric=args.dense_metric if "dense_metric" in given else None,
             cache_dir=args.model_cache_dir,
+            trust_remote_code=args.trust_remote_code,
+            allow_pickle=args.allow_pickle,
         )
     ).eval()
     limit = model.query_tokenizer.model_max_length
@@ -195,11 +221,12 @@ def main() -> None:
     os.chmod(staging, 0o777 & ~umask)
     try:
         folder = _whole(source, model, os.path.join(staging, "merged"))
-        modules = st_modules(folder, model.encoders["encoder"], model.metric, max_length)
+        modules = st_modules(folder, model.encoders["encoder"], model.metric, max_length, args.trust_remote_code)
         converted = SentenceTransformer(modules=modules, similarity_fn_name=ST_SIMILARITY[model.metric], device="cpu")
         shutil.rmtree(os.path.join(staging, "merged"), ignore_errors=True)
         converted.save(staging)
-        difference = max_difference(model, SentenceTransformer(staging, device="cpu"), max_length)
+        saved = SentenceTransformer(staging, device="cpu", trust_remote_code=args.trust_remote_code)
+        difference = max_difference(model, saved, max_length)
         if not difference <= TOLERANCE:
             raise UserError(f"the converted model embeds differently: by up to {difference:.2e}, above {TOLERANCE:.0e}")
         write_card(source, model, max_length, staging)

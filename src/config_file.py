@@ -1,4 +1,4 @@
-"""Arguments from a file: flag names with values, in YAML or JSON, checked as the command line is."""
+"""Settings from a file, in YAML or JSON; and flags from one, checked as the command line is."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_arguments(path: str, actions: Mapping[str, argparse.Action], hints: Map
     Raises:
         UserError: the file is missing or broken, names no flag, or has a value of another type than a flag takes.
     """
-    found = read_json(path, "--config") if path.endswith(".json") else _read_yaml(path)
+    found = read_settings(path, "--config")
     if not isinstance(found, dict):
         raise UserError(f"--config {path} must hold flag names with values, found {type(found).__name__}")
     values = {}
@@ -45,14 +45,41 @@ def read_arguments(path: str, actions: Mapping[str, argparse.Action], hints: Map
     return values
 
 
-def _read_yaml(path: str) -> Any:
+class _UniqueNames(yaml.SafeLoader):
+    """Takes no mapping in which a name stands twice, of which all but the last would be lost."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for name, _ in node.value:
+            if isinstance(name, yaml.ScalarNode) and (name.tag, name.value) in seen:
+                problem = f"{name.value!r} stands there twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=name.start_mark)
+            seen.add((name.tag, str(name.value)))
+        return node
+
+
+def read_settings(path: str, flag: str) -> Any:
+    """What a file of settings holds.
+
+    Args:
+        path: JSON when it ends in ``.json``, else YAML.
+        flag: the argument it came from, with dashes.
+
+    Raises:
+        UserError: the file is missing or broken, or has a name twice in one place.
+    """
+    if path.endswith(".json"):
+        return read_json(path, flag, unique_names=True)
     try:
         with open(path, encoding="utf-8") as file:
-            return yaml.safe_load(file)
-    except FileNotFoundError as error:
-        raise UserError(f"--config: no such file: {path}") from error
+            return yaml.load(file, _UniqueNames)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f"{flag}: no such file: {path}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise UserError(f"{flag}: {where} is not valid YAML: {getattr(error, 'problem', error)}") from error
 
 
 def _convert(where: str, value: Any, action: argparse.Action, hint: Any) -> Any:

@@ -19,14 +19,14 @@ def user_message(error: UserError) -> str:
 
 
 #: A full disk or quota, a limit of file size: writing a file fails so, without telling which.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def describe_os_error(error: OSError) -> str | None:
     """One line about an error of the operating system with a file; None when it is about none (a connection, say)."""
     if error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    return f"a file cannot be written: {error.strerror}" if error.errno in _NO_ROOM else None
+    return f"a file cannot be written: {error.strerror}" if error.errno in NO_ROOM else None
 
 
 #: How torch and others word it, where they raise no error of that kind.

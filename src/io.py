@@ -12,19 +12,26 @@ import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from src.errors import UserError
+from src.errors import NO_ROOM, UserError
 
 logger = logging.getLogger(__name__)
 
 DATA_PREFIX = "llm-embedder:"
+#: Names of the folder of conversational search, which differ between copies of the data.
+TWINS = {"conversation": "convsearch", "convsearch": "conversation"}
+#: Errors of writing that say nothing of which file it was.
+DISK_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS)
 
 
 def resolve_path(path: str, data_root: str) -> str:
     """Replace the prefix ``llm-embedder:`` by `data_root`.
+
+    What is not below ``conversation`` may be below ``convsearch``, and the other way round.
 
     Raises:
         UserError: the path starts with another ``word:`` prefix, or climbs out of `data_root`.
@@ -35,11 +42,21 @@ def resolve_path(path: str, data_root: str) -> str:
         resolved = os.path.abspath(os.path.join(root, relative))
         if os.path.commonpath([root, resolved]) != root:
             raise UserError(f"{path!r} leads outside of data_root ({root}): name a path below it, or a plain path")
+        first, _, rest = os.path.relpath(resolved, root).partition(os.sep)
+        twin = os.path.join(root, TWINS.get(first, first), rest)
+        if twin != resolved and not _is_there(resolved) and _is_there(twin):
+            logger.info("%s is not there: taking %s", resolved, twin)
+            return twin
         return resolved
     head, colon, _ = path.partition(":")
     if colon and not os.path.exists(path) and os.sep not in head and len(head) > 1:
         raise UserError(f"unknown path prefix {head + ':'!r} in {path!r}: the only one is {DATA_PREFIX!r}")
     return os.path.expanduser(path)
+
+
+def _is_there(path: str) -> bool:
+    """Whether a path exists, or matches something that does."""
+    return os.path.exists(path) or bool(glob.glob(path, recursive=True))
 
 
 def existing_file(path: str, flag: str) -> str:
@@ -152,8 +169,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:
-            # Of a full disk, say, the system does not tell for which file it was.
+        if isinstance(error, OSError) and error.filename is None and error.errno in DISK_ERRORS:
             raise OSError(error.errno, error.strerror, str(target)) from error
         raise
 
@@ -185,15 +201,23 @@ def lock_folder(folder: str | os.PathLike[str]) -> int:
 def remove_folder(folder: str | os.PathLike[str], release: Callable[[], object] = lambda: None) -> None:
     """Delete a folder; the name goes first, so that what a kill leaves is never taken for the whole.
 
+    Where that fails a warning says so: what the folder was kept for is done.
+
     Args:
         folder: its files may still be open elsewhere, where the file system allows that.
         release: called between the two, to let go of a lock in it.
     """
-    gone = f"{folder}.removed"
-    shutil.rmtree(gone, ignore_errors=True)
-    os.rename(folder, gone)
-    release()
-    shutil.rmtree(gone, ignore_errors=True)
+    path = Path(folder).absolute()
+    try:
+        try:
+            # A name of its own: what an earlier removal left may still be in use.
+            gone = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".removed", dir=path.parent)
+            path.rename(gone)
+        finally:
+            release()
+        shutil.rmtree(gone)
+    except OSError as error:
+        logger.warning("%s cannot be removed: %s", path, error)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -224,15 +248,28 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) ->
     return count
 
 
-def read_json(path: str | os.PathLike[str], what: str) -> Any:
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise ValueError(f"{twice!r} stands there twice")
+    return found
+
+
+def read_json(path: str | os.PathLike[str], what: str, unique_names: bool = False) -> Any:
     """Read one JSON file.
 
+    Args:
+        path: the file.
+        what: what it should be, for messages.
+        unique_names: take no object in which a name stands twice; otherwise the last one counts.
+
     Raises:
-        UserError: it is missing or broken; `what` says what it should have been.
+        UserError: it is missing or broken.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            return json.load(file, object_pairs_hook=_unique_names if unique_names else None)
     except FileNotFoundError as error:
         raise UserError(f"{what}: no such file: {path}") from error
     except (ValueError, RecursionError) as error:

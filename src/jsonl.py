@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import socket
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from tqdm import tqdm
@@ -60,9 +61,16 @@ class Scan:
     problem_count: int = 0
 
 
-def _stamp(stat: os.stat_result) -> tuple[int, int]:
-    """What changes whenever somebody writes to a file: its size and time."""
-    return stat.st_size, stat.st_mtime_ns
+class Stamp(NamedTuple):
+    """What changes whenever somebody writes to a file, and the machine that saw it: a copy has another time."""
+
+    size: int
+    mtime_ns: int
+    host: str
+
+
+def _stamp(stat: os.stat_result) -> Stamp:
+    return Stamp(stat.st_size, stat.st_mtime_ns, socket.gethostname())
 
 
 class JsonLines(Sequence[dict[str, Any]]):
@@ -71,10 +79,10 @@ class JsonLines(Sequence[dict[str, Any]]):
     Args:
         path: the file.
         scan: what is in it.
-        stamp: size and time of the file when it was scanned; those of now when None.
+        stamp: of the file when it was scanned; that of now when None. Of another machine's only the size counts.
     """
 
-    def __init__(self, path: str, scan: Scan, stamp: tuple[int, int] | None = None) -> None:
+    def __init__(self, path: str, scan: Scan, stamp: Stamp | None = None) -> None:
         self.path = path
         self.scan = scan
         self.stamp = stamp or _stamp(os.stat(path))
@@ -96,6 +104,9 @@ class JsonLines(Sequence[dict[str, Any]]):
                 self._file = io.FileIO(self.path)
             except OSError as error:
                 raise UserError(f"{self.path}: {error.strerror}; it was there when its rows were checked") from error
+            here = _stamp(os.fstat(self._file.fileno()))
+            if here.host != self.stamp.host and here.size == self.stamp.size:
+                self.stamp = here
         # Not through a memory map, which kills the process when the file gets shorter under it.
         body = os.pread(self._file.fileno(), length, start)
         if _stamp(os.fstat(self._file.fileno())) != self.stamp:
@@ -248,8 +259,8 @@ def scan_file(path: str, check: RowCheck) -> Scan:
         return _merge([future.result() for future in bar])
 
 
-def _cache_path(path: str, stamp: tuple[int, int], check_name: str, cache_dir: str) -> Path:
-    key = f"{CACHE_VERSION}|{os.path.abspath(path)}|{stamp[0]}|{stamp[1]}|{check_name}"
+def _cache_path(path: str, stamp: Stamp, check_name: str, cache_dir: str) -> Path:
+    key = f"{CACHE_VERSION}|{os.path.abspath(path)}|{stamp.size}|{stamp.mtime_ns}|{check_name}"
     return Path(cache_dir) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
 
 

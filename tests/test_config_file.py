@@ -83,7 +83,8 @@ def test_the_file_overrides_defaults_of_an_entry_point(tmp_path):
         ("ranks: [1, x]", r"ranks\[1\] must be a whole number, found 'x'"),
         ("ranks: null", "ranks.* must be a whole number, found None"),
         ("- name", "must hold flag names with values, found list"),
-        ("name: [", "run.yaml is not valid YAML"),
+        ("name: [", "run.yaml:1 is not valid YAML"),
+        ("count: 3\nrate: 1\ncount: 4", "run.yaml:3 is not valid YAML: 'count' stands there twice"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(tmp_path, text, message):
@@ -96,6 +97,8 @@ def test_files_that_cannot_be_read(tmp_path):
         parse_args([Args], ["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(UserError, match=r"run.json is not valid JSON"):
         parse(tmp_path, "count: 3", file="run.json")
+    with pytest.raises(UserError, match=r"run.json is not valid JSON: 'count' stands there twice"):
+        parse(tmp_path, '{"count": 3, "rate": 1, "count": 4}', file="run.json")
 
 
 def test_choices_of_transformers_flags(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from evaluation.mmlu_subjects import GROUP_OF, GROUPS
 from evaluation.text_metrics import contains_answer, exact_match, rouge_l, token_f1
 from scripts import sample_eval, sample_lm
 from src.cli import run as run_entry
+from src.errors import UserError
 from src.io import lock_folder
 from src.lm.budget import Prompt, fit
 from src.lm.generate import Decoding, end_tokens, generate, newline_tokens
@@ -771,16 +773,62 @@ def test_rows_without_a_past_are_counted(evaluate, data_root, tmp_path):
     assert "1 of 4 rows have no history to retrieve from" in printed
 
 
+def test_training_rows_of_the_sample_have_scores_that_put_the_positive_first(data_root):
+    """By hand: of the five words of the question one negative holds none, the other three."""
+    for name in ("qa/nq/train.json", "convsearch/qrecc/train.concat.json"):
+        for row in read_rows(data_root / name):
+            positive, *others = row["teacher_scores"]
+            assert len(others) == len(row["neg"]) >= 6
+            assert positive == 0 > -1 >= max(others) >= min(others) >= -2
+    negatives = ["It falls into the lake.", "No river flows through it."]
+    assert sample_eval._scores("Which river flows through Isterelund?", negatives) == [0, -2, -1.4]
+
+
 def test_hits_are_loaded_for_the_retriever_that_found_them(evaluate):
     found = evaluate("qa", "--retrieval_method", "bm25")[0]
     again = evaluate("qa", "--retrieval_method", "bm25", "--load_result")[0]
     assert [row["retrieved"] for row in again] == [row["retrieved"] for row in found]
     printed = evaluate("qa", "--retrieval_method", "oracle", "--load_result", expect=2)
-    assert "was made with another retriever (bm25, not oracle)" in printed
+    assert "was made with another retriever (name 'bm25', not 'oracle')" in printed
+    printed = evaluate("qa", "--retrieval_method", "bm25", "--k1", 1.5, "--load_result", expect=2)
+    assert "was made with another retriever (k1 0.82, not 1.5)" in printed
     more = ("--hits", 20, "--key_num", 15)
     assert "was made with --hits 10, and 20 are asked for" in evaluate(
         "qa", "--retrieval_method", "bm25", "--load_result", *more, expect=2
     )
+
+
+def test_hits_of_a_dense_retriever_are_known_by_its_settings_and_files(evaluate, tiny_bert, tmp_path):
+    own = shutil.copytree(tiny_bert, tmp_path / "own")
+    flags = ("--query_encoder", own, "--load_result")
+    evaluate("qa", *flags[:2])
+    evaluate("qa", *flags)
+    assert "(query_max_length 48, not 40)" in evaluate("qa", *flags, "--query_max_length", 40, expect=2)
+    (own / "config.json").touch()
+    assert "(other files of the encoder)" in evaluate("qa", *flags, expect=2)
+    (tmp_path / "out/test.result.json.origin").unlink()
+    assert "may be of any retriever" in evaluate("qa", *flags, expect=2)
+    missing = ("--query_encoder", tmp_path / "none" / "such")
+    assert "cannot load the encoder" in evaluate("qa", *missing, expect=2)
+
+
+def test_new_hits_are_never_taken_for_the_old_ones(evaluate, monkeypatch, tmp_path):
+    """Whenever writing them ends early: the old ones and what they are of stay together, or nobody knows them."""
+    evaluate("qa", "--retrieval_method", "oracle")
+    result, origin = tmp_path / "out/test.result.json", tmp_path / "out/test.result.json.origin"
+    old = result.read_bytes(), origin.read_bytes()
+
+    def fail(*args):
+        raise UserError("stopped here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("src.retrieval.evaluate._write_window", fail)
+        evaluate("qa", "--retrieval_method", "random", expect=2)
+    assert (result.read_bytes(), origin.read_bytes()) == old
+    with monkeypatch.context() as patch:
+        patch.setattr("src.io.os.replace", fail)
+        evaluate("qa", "--retrieval_method", "random", expect=2)
+    assert (result.read_bytes(), origin.exists()) == (old[0], False)
 
 
 def test_hits_are_loaded_for_the_data_that_they_were_found_in(evaluate, data_root, tmp_path):

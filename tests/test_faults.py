@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -208,6 +210,23 @@ def test_a_data_file_that_changes_is_an_error_and_never_other_rows(tmp_path, cha
             rows[4]
 
 
+def test_of_a_copy_on_another_machine_only_the_size_counts_until_it_is_read(tmp_path, monkeypatch):
+    """Its time is another; from then on it must stay as it is."""
+    path = write_rows(tmp_path / "rows.json", [ROW] * 5)
+    sent = pickle.dumps(open_jsonl(str(path), check_train_row, "check"))
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    os.utime(path, (1, 1))
+    rows = pickle.loads(sent)
+    assert list(rows) == [ROW] * 5
+    os.utime(path, (2, 2))
+    with pytest.raises(UserError, match="has changed since"):
+        rows[0]
+    with open(path, "ab") as file:
+        file.write(b"{}")
+    with pytest.raises(UserError, match="has changed since"):
+        pickle.loads(sent)[0]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_on_a_file_that_changes_ends_in_one_line(runs, jobs, tmp_path, workers):
     """Whichever process reads it."""
@@ -235,15 +254,17 @@ def test_training_on_a_file_that_changes_ends_in_one_line(runs, jobs, tmp_path, 
 
 
 def test_a_loss_that_is_no_number_stops_training_before_it_spoils_a_checkpoint(runs, jobs, tmp_path):
-    """The learning rate is of another world, so that weights become infinite; what was saved before is finite."""
+    """Step 1 of a warm-up changes nothing and is saved; the learning rate of step 2 is of another world."""
     job = jobs["training"]
-    flags = job.command(tmp_path, "--learning_rate", 1e38, "--warmup_ratio", 0, "--max_steps", 50)
+    flags = job.command(tmp_path, "--learning_rate", 1e38, "--warmup_steps", 5, "--save_steps", 1, "--max_steps", 50)
     codes, output = runs(job.script, flags)
     assert codes == [2]
     assert "error: step " in output
     assert "lower --learning_rate" in output
     assert "Traceback" not in output
-    for checkpoint in whole_checkpoints(str(tmp_path)):
+    checkpoints = whole_checkpoints(str(tmp_path))
+    assert checkpoints[0] == str(tmp_path / "checkpoint-1")
+    for checkpoint in checkpoints:
         model = BertModel.from_pretrained(f"{checkpoint}/encoder", add_pooling_layer=False)
         assert all(weight.isfinite().all() for weight in model.parameters())
 

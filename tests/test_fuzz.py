@@ -21,6 +21,7 @@ def test_generated_and_mutated_lines(tmp_path):
     tally = fuzz(5_000, 1, tmp_path)
     for name in CHECKS:
         assert tally[f"{name}: problems"] > 50
+        assert tally[f"{name}: accepted"] >= 10
     assert sum(count for name, count in tally.items() if name.endswith("accepted")) > 500
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,12 @@ from src.io import (
     existing_file,
     expand_data_paths,
     read_json,
+    remove_folder,
     resolve_path,
     write_json,
     write_jsonl,
 )
+from tests.helpers import write_rows
 
 # ------------------------------------------------------------------------------------------------------ atomic_write
 
@@ -39,6 +43,17 @@ def test_error_leaves_the_old_content(tmp_path, error):
         write_and_fail(path, error)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_only_errors_of_the_disk_are_told_with_the_name_of_the_file(tmp_path):
+    path = tmp_path / "file.txt"
+    for error in (ConnectionResetError(errno.ECONNRESET, "reset"), OSError("text alone")):
+        with pytest.raises(type(error)) as caught:
+            write_and_fail(path, error)
+        assert caught.value is error
+    with pytest.raises(OSError, match="full") as full:
+        write_and_fail(path, OSError(errno.ENOSPC, "full"))
+    assert full.value.filename == str(path)
 
 
 def test_error_leaves_no_new_file(tmp_path):
@@ -193,6 +208,40 @@ def test_file_with_a_colon_in_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("set:1.json").touch()
     assert resolve_path("set:1.json", "/data") == "set:1.json"
+
+
+@pytest.mark.parametrize(("named", "there"), [("conversation", "convsearch"), ("convsearch", "conversation")])
+def test_the_folder_of_conversations_has_two_names(tmp_path, caplog, named, there):
+    caplog.set_level("INFO")
+    file = write_rows(tmp_path / there / "qrecc" / "test.json", [{"query": "a"}])
+    assert resolve_path(f"llm-embedder:{named}/qrecc/test.json", str(tmp_path)) == str(file)
+    assert f"taking {file}" in caplog.text
+    assert expand_data_paths([f"llm-embedder:{named}/*/t*.json"], str(tmp_path), "train_data") == [str(file)]
+    # Only the first folder, and never in place of what is there.
+    assert resolve_path(f"llm-embedder:x/{named}/test.json", str(tmp_path)) == f"{tmp_path}/x/{named}/test.json"
+    own = write_rows(tmp_path / named / "qrecc" / "test.json", [{"query": "b"}])
+    assert resolve_path(f"llm-embedder:{named}/qrecc/test.json", str(tmp_path)) == str(own)
+
+
+# ----------------------------------------------------------------------------------------------------- remove_folder
+
+
+def test_a_folder_that_cannot_be_removed_is_only_reported(tmp_path, caplog, monkeypatch):
+    released = []
+
+    def fail(path):
+        raise PermissionError(errno.EACCES, "not yours", str(path))
+
+    for name in ("gone", "kept"):
+        (tmp_path / name).mkdir()
+    remove_folder(tmp_path / "gone", lambda: released.append(os.listdir(tmp_path)))
+    assert "gone" not in released[0]
+    assert os.listdir(tmp_path) == ["kept"]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", fail)
+        remove_folder(tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+    assert "not yours" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------- expand_data_paths

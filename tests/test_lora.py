@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,16 @@ def test_both_folders_convert_to_sentence_transformers(trained, tmp_path):
         assert done.returncode == 0, done.stderr
         vectors.append(torch.tensor(SentenceTransformer(str(output), device="cpu").encode(TEXTS)))
     torch.testing.assert_close(*vectors, atol=1e-5, rtol=0)
+
+
+def test_adapters_find_a_base_that_was_named_by_a_relative_path(tiny_bert, tmp_path, monkeypatch):
+    base = Path(tiny_bert)
+    monkeypatch.chdir(base.parent)
+    model = load_dense_retriever(EncoderConfig(base.name, lora=LoraSettings(2, 4)))
+    model.save(str(tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    # Before the first step adapters change nothing.
+    torch.testing.assert_close(embed("out/adapters/encoder"), embed(tiny_bert))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,13 @@ def trained(tiny_bert, tmp_path_factory):
         patch.setattr(sys, "argv", ["run_dense.py", *map(str, line)])
         hashed = []
         patch.setattr(records, "file_hash", lambda path, digest: hashed.append(path) or file_hash(path, digest))
+        steps = []
+        patch.setattr(
+            records, "model_card", lambda *args: steps.append(args[3] if args[3:] else None) or model_card(*args)
+        )
         run_dense.main()
+    # Once before training too, so that what cannot be written is known before it.
+    assert steps == [None, 2, 4]
     # Once each, though there are two checkpoints and one of the files counts twice.
     assert sorted(hashed) == sorted(map(str, files))
     return folder, files
@@ -185,6 +192,39 @@ def test_card_of_a_converted_model(trained, tmp_path, monkeypatch):
     (bare / "README.md").write_text("A user's own.")
     ours2st.main()
     assert (bare / "README.md").read_text() == "A user's own."
+
+
+def test_cards_of_two_encoders_are_true_once_both_are_converted(tiny_bert, tmp_path, monkeypatch):
+    model = load_dense_retriever(EncoderConfig(tiny_bert, pooling_method=("mean",), tie_encoders=False))
+    torch.nn.init.normal_(next(model.encoders["key_encoder"].parameters()))
+    model.save(str(tmp_path))
+    wanted, uses = expected(model, INSTRUCTION), encoder_uses(model, *LENGTHS)
+    for name, (_, use) in uses.items():
+        (tmp_path / name / "README.md").write_text(model_card(use, {"qa": INSTRUCTION}), encoding="utf-8")
+        assert "to the folders of both encoders" in (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["ours2st.py", "--encoder", str(tmp_path / name)])
+        ours2st.main()
+    for name in uses:
+        card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        assert "once both encoders' folders are converted" in card
+        for block in code_blocks(card):
+            found = executed(block, tmp_path / name, monkeypatch)
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_instructions_of_several_lines_and_values_with_blanks(tiny_bert, tmp_path, monkeypatch):
+    """A table's row stays one line, the code says the same text, and a shell reads the arguments as they were."""
+    model = load_dense_retriever(EncoderConfig(tiny_bert, pooling_method=("mean",)))
+    model.save(str(tmp_path))
+    ((name, (_, use)),) = encoder_uses(model, *LENGTHS).items()
+    instruction = Instruction("Task:\nfind it\n", "a\r\n")
+    arguments = {"key_template": "{title} {text}", "train_data": ["a b.json", "c'd.json"]}
+    card = model_card(use, {"qa": instruction}, record(arguments=arguments))
+    assert "\n| qa | `Task:\\nfind it\\n` | `a\\r\\n` |\n" in card
+    typed = shlex.split(re.search(r"```text\n(.*?)```", card, re.DOTALL)[1])
+    assert typed == ["--key_template", "{title} {text}", "--train_data", "a b.json", "c'd.json"]
+    found = executed(code_blocks(card)[0], tmp_path / name, monkeypatch)
+    torch.testing.assert_close(found, expected(model, instruction), atol=1e-5, rtol=1e-5)
 
 
 def record(**changed) -> TrainingRecord:

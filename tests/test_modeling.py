@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from transformers import AutoModel, AutoTokenizer
@@ -187,6 +188,46 @@ def test_ours2st_notices_a_difference(tiny_bert, tmp_path, monkeypatch, capsys):
     assert convert(monkeypatch, "--encoder", str(tmp_path / "encoder"), "--output_dir", str(tmp_path / "st")) == 2
     assert "the converted model embeds differently" in capsys.readouterr().err
     assert not (tmp_path / "st").exists()
+
+
+def test_ours2st_loads_pickles_and_code_only_when_asked_to(tiny_bert, tmp_path, monkeypatch, capsys):
+    """The code renames BERT, and registers what it makes of it."""
+    model = load(tiny_bert, pooling_method=("mean",))
+    model.save(str(tmp_path))
+    encoder, wanted = tmp_path / "encoder", embed(model)
+    torch.save(load_file(encoder / "model.safetensors"), encoder / "pytorch_model.bin")
+    (encoder / "model.safetensors").unlink()
+    config = json.loads((encoder / "config.json").read_text())
+    own = {"AutoConfig": "named.NamedConfig", "AutoModel": "named.NamedModel"}
+    (encoder / "config.json").write_text(json.dumps({**config, "model_type": "named", "auto_map": own}))
+    (encoder / "named.py").write_text(
+        "from transformers import BertConfig, BertModel\n"
+        "class NamedConfig(BertConfig):\n    model_type = 'named'\n"
+        "class NamedModel(BertModel):\n    config_class = NamedConfig\n"
+        "    def __init__(self, config):\n        super().__init__(config, add_pooling_layer=False)\n"
+    )
+    flags = ["--encoder", str(encoder), "--output_dir", str(tmp_path / "st")]
+    assert convert(monkeypatch, *flags, "--trust_remote_code") == 2
+    assert "give --allow_pickle" in capsys.readouterr().err
+    assert convert(monkeypatch, *flags, "--allow_pickle") == 2
+    assert "give --trust_remote_code" in capsys.readouterr().err
+    assert convert(monkeypatch, *flags, "--allow_pickle", "--trust_remote_code") == 0
+    converted = SentenceTransformer(str(tmp_path / "st"), device="cpu", trust_remote_code=True)
+    converted.max_seq_length = 32
+    np.testing.assert_allclose(converted.encode(TEXTS), wanted, atol=1e-5)
+
+
+def test_ours2st_names_the_encoder_that_may_be_meant(tiny_bert, tmp_path, monkeypatch, capsys):
+    for step in (500, 1000):
+        shutil.copytree(tiny_bert, tmp_path / f"checkpoint-{step}" / "encoder")
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    newest = tmp_path / "checkpoint-1000" / "encoder"
+    for wrong in ("", "checkpoint-1000", "checkpoint-2000/encoder", "encoder"):
+        assert convert(monkeypatch, "--encoder", str(tmp_path / wrong)) == 2
+        assert f"did you mean {newest}?" in capsys.readouterr().err
+    newest.rename(tmp_path / "checkpoint-1000" / ".encoder.replaced")
+    assert convert(monkeypatch, "--encoder", str(newest)) == 2
+    assert "a killed conversion left it as" in capsys.readouterr().err
 
 
 def test_pickled_dense_weights_are_refused(tmp_path):

@@ -312,3 +312,40 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path):
     trainer_module.replace_folder(str(tmp_path / ".checkpoint-4.partial"), str(tmp_path / "checkpoint-4"))
     assert names(tmp_path) == ["checkpoint-4"]
     assert os.listdir(tmp_path / "checkpoint-4") == ["trainer_state.json"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch, failing: int):
+    """Whichever of the two renames fails."""
+    fake_checkpoint(tmp_path / "checkpoint-4", "trainer_state.json", "old.pt")
+    fake_checkpoint(tmp_path / ".checkpoint-4.partial", "trainer_state.json")
+    calls, rename = [], os.rename
+
+    def renaming(source, target):
+        calls.append(source)
+        if len(calls) == failing:
+            raise PermissionError("not now")
+        rename(source, target)
+
+    monkeypatch.setattr(trainer_module.os, "rename", renaming)
+    with pytest.raises(PermissionError, match="not now"):
+        trainer_module.replace_folder(str(tmp_path / ".checkpoint-4.partial"), str(tmp_path / "checkpoint-4"))
+    assert names(tmp_path) == ["checkpoint-4", ".checkpoint-4.partial"]
+    assert (tmp_path / "checkpoint-4" / "old.pt").is_file()
+
+
+def test_a_kill_between_the_renames_loses_no_checkpoint(tmp_path: Path):
+    """What is then on the disk: the old one set aside, the new one not yet named."""
+    fake_checkpoint(tmp_path / ".checkpoint-4.replaced", "trainer_state.json", "old.pt")
+    fake_checkpoint(tmp_path / ".checkpoint-4.partial", "trainer_state.json")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoint_to_resume(str(tmp_path / ".checkpoint-4.partial"), str(tmp_path / "elsewhere"))
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoint_to_resume(str(tmp_path / ".checkpoint-4.replaced"), str(tmp_path / "elsewhere"))
+    assert checkpoint_to_resume("True", str(tmp_path)) == str(tmp_path / "checkpoint-4")
+    assert (tmp_path / "checkpoint-4" / "old.pt").is_file()
+    # Killed after both, or before the old one was removed.
+    fake_checkpoint(tmp_path / ".checkpoint-4.replaced", "trainer_state.json", "older.pt")
+    trainer_module.remove_unfinished(str(tmp_path))
+    assert names(tmp_path) == ["checkpoint-4"]
+    assert (tmp_path / "checkpoint-4" / "old.pt").is_file()

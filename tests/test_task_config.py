@@ -100,6 +100,18 @@ def test_a_setting_of_ours_is_replaced_and_the_others_stay(claims):
         train_config_for("bge", "icl", own)
 
 
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
+    """YAML 1.1 wants a point in 1e-1; merged settings may stand in both places."""
+    path = tmp_path / "tasks.yaml"
+    path.write_text(
+        "qa: &qa\n  training: &all {teacher_temperature: 1e-1}\n"
+        "tool:\n  <<: *qa\n  training: {<<: *all, teacher_scores_min: -2e0}\n"
+    )
+    own = load_task_config(str(path))
+    assert own["qa"].training == {"teacher_temperature": 0.1}
+    assert own["tool"].training == {"teacher_temperature": 0.1, "teacher_scores_min": -2.0}
+
+
 def test_null_means_the_command_line(tmp_path):
     path = tmp_path / "tasks.yaml"
     path.write_text("qa: {training: {stable_distill: null}}")
@@ -170,7 +182,9 @@ def test_scoring_needs_a_prompt(tmp_path):
         ("qa: {training: {teacher_temperature: 0}}", r"teacher_temperature must be a number above 0, found 0"),
         ("qa: {training: {stable_distill: 1}}", r"stable_distill must be true or false, found 1"),
         ("qa: {training: {max_sample_num: true}}", r"max_sample_num must be a whole number above 0, found True"),
-        ("qa: {training: {teacher_scores_margin: '1'}}", r"teacher_scores_margin must be a number, found '1'"),
+        ("qa: {training: {teacher_scores_margin: 'nan'}}", r"teacher_scores_margin must be a number, found 'nan'"),
+        ("qa: {training: {contrastive_weight: -1e-4}}", r"contrastive_weight must be a number of 0 or more, found '-1"),
+        ("qa:\n  lm_prompt: qa\nqa:\n  training: {}", r"tasks.yaml:3 is not valid YAML: 'qa' stands there twice"),
         ("qa: {training: {teacher_scores_min: low}}", r"teacher_scores_min must be a number, found 'low'"),
         ("qa: {lm_prompt: claims}", r"qa.lm_prompt must be one of qa, convsearch, .*found 'claims'"),
     ],

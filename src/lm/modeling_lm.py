@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -264,7 +266,11 @@ def _scores(values: Sequence[Tensor]) -> np.ndarray:
 def model_identity(name: str, cache_dir: str | None = None) -> dict[str, Any]:
     """What tells a model from another: its name, sizes and times of a folder's files, the commit of a hub model."""
     folder = Path(name)
-    cached = None if folder.is_dir() else try_to_load_from_cache(name, "config.json", cache_dir)
+    cached = None
+    if not folder.is_dir():
+        # No name of a model, which loading will tell.
+        with contextlib.suppress(HFValidationError):
+            cached = try_to_load_from_cache(name, "config.json", cache_dir)
     files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
     return {
         "model_name_or_path": str(folder.resolve()) if files else name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,7 +57,7 @@ class EvalConfig:
         mining: which hits become negatives.
         save_to_output: put mined and collated files there too.
         rerank: hits are the keys of the row itself, in a new order, and not of the corpus.
-        retriever: what saved hits are said to be found by.
+        retriever: what saved hits depend on besides rows and corpus, by name; the retriever's own comes first.
         same_retriever: load only what that one found.
     """
 
@@ -74,7 +74,7 @@ class EvalConfig:
     save_trec: bool = False
     rerank: bool = False
     score_name: str | None = None
-    retriever: str | None = None
+    retriever: Mapping[str, Any] | None = None
     same_retriever: bool = False
 
     @property
@@ -270,6 +270,12 @@ def _check_origin(data: EvalData, config: EvalConfig) -> None:
     """Refuse saved hits of something else, whose numbers would mean other texts."""
     path = origin_path(data, config)
     if not os.path.isfile(path):
+        if config.same_retriever:
+            raise UserError(
+                f"--load_result: {result_path(data, config)} may be of any retriever, since {path} is missing: leave "
+                "--load_result out to retrieve anew"
+            )
+        # Hits may be made by hand.
         return
     found, wanted = read_json(path, "origin of hits"), _origin(data, config)
     most = found.get("hits")
@@ -280,13 +286,23 @@ def _check_origin(data: EvalData, config: EvalConfig) -> None:
         problem = "another corpus"
     elif most is not None and (config.hits is None or config.hits > most):
         problem = f"--hits {most}, and {config.hits or 'all'} are asked for"
-    elif config.same_retriever and found.get("retriever") != config.retriever:
-        problem = f"another retriever ({found.get('retriever')}, not {config.retriever})"
+    elif config.same_retriever and (difference := _difference(found.get("retriever"), config.retriever or {})):
+        problem = f"another retriever ({difference})"
     if problem is not None:
         raise UserError(
             f"--load_result: {result_path(data, config)} was made with {problem}: leave --load_result out to retrieve "
             "anew, or name the run that it is of (by --save_name or --output_dir)"
         )
+
+
+def _difference(found: Any, wanted: Mapping[str, Any]) -> str | None:
+    """The first thing that differs between two retrievers, in words."""
+    found = found if isinstance(found, dict) else {}
+    for name in {**wanted, **found}:
+        old, new = found.get(name), wanted.get(name)
+        if old != new:
+            return f"other {name}" if isinstance(new or old, Mapping) else f"{name} {old!r}, not {new!r}"
+    return None
 
 
 def _bounds(total: int) -> list[tuple[int, int]]:
@@ -375,10 +391,10 @@ def report(data: EvalData, found: Iterable[Hits], config: EvalConfig) -> dict[st
             if not files:
                 # Not before there is something to write: what goes wrong until then leaves no trace.
                 files = [(stack.enter_context(atomic_write(output.path)), output) for output in outputs]
-                if config.save_result and not config.load_result and distributed.is_main():
-                    # Not to be taken for what these hits are of, whatever happens before that is known.
-                    Path(origin_path(data, config)).unlink(missing_ok=True)
             distributed.on_main(partial(_write_window, data, hits, config, means, files))
+        if config.save_result and not config.load_result and distributed.is_main():
+            # The files take their names next. Until the new hits are known they are nobody's.
+            Path(origin_path(data, config)).unlink(missing_ok=True)
     if config.save_result and not config.load_result:
         distributed.on_main(lambda: write_json(origin_path(data, config), _origin(data, config)))
     for output in outputs:

@@ -118,6 +118,8 @@ def save_adapters(backbone: nn.Module, state: Mapping[str, Tensor], folder: str,
     adapted: Any = backbone
     config = adapted.peft_config[NAME].to_dict()
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    # A relative path would mean another folder elsewhere.
+    base = os.path.abspath(base) if os.path.isdir(base) else base
     plain |= {"base_model_name_or_path": base, "inference_mode": True}
     with open(os.path.join(folder, ADAPTER_CONFIG), "w", encoding="utf-8") as file:
         json.dump(plain, file, indent=2, default=str)

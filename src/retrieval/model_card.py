@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,12 @@ CARD_FILE = "README.md"
 #: How the part about sentence-transformers begins, before and after scripts/ours2st.py made files for it.
 _UNCONVERTED = "Once `python scripts/ours2st.py --encoder FOLDER` has added its files, with sentence-transformers:"
 _CONVERTED = "With sentence-transformers:"
+#: The same where the folders of both encoders are used.
+_UNCONVERTED_BOTH = (
+    "Once `python scripts/ours2st.py --encoder FOLDER` has added its files to the folders of both encoders, with "
+    "sentence-transformers:"
+)
+_CONVERTED_BOTH = "With sentence-transformers, once both encoders' folders are converted as this one is:"
 _LIBRARY = "library_name: {}\n"
 #: Evaluations that a card shows.
 SHOWN_EVALUATIONS = 10
@@ -130,10 +137,12 @@ def model_card(
 
 def converted_card(text: str) -> str:
     """A card of `model_card` after scripts/ours2st.py; any other text as it is."""
-    if _UNCONVERTED not in text:
-        return text
     library = _LIBRARY.format
-    return text.replace(_UNCONVERTED, _CONVERTED).replace(library("transformers"), library("sentence-transformers"), 1)
+    for before, after in ((_UNCONVERTED, _CONVERTED), (_UNCONVERTED_BOTH, _CONVERTED_BOTH)):
+        if before in text:
+            text = text.replace(before, after)
+            return text.replace(library("transformers"), library("sentence-transformers"), 1)
+    return text
 
 
 def _front_matter(use: EncoderUse | RankerUse, record: TrainingRecord | None) -> str:
@@ -170,7 +179,8 @@ def _encoder_use(use: EncoderUse, instruction: Instruction) -> list[str]:
         _python(_transformers_code(use, instruction)),
     ]
     if use.pooling != "decoder" and not use.adapters:
-        parts += [_UNCONVERTED, _python(_st_code(use, instruction))]
+        tied = use.query_folder == use.key_folder
+        parts += [_UNCONVERTED if tied else _UNCONVERTED_BOTH, _python(_st_code(use, instruction))]
     return parts
 
 
@@ -323,12 +333,14 @@ def _text(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    """A flag's value as it may be typed in a shell."""
+    return shlex.join(map(str, value if isinstance(value, list | tuple) else [value]))
 
 
 def _code(text: str) -> str:
-    """Text as code in a table, whose cells | would end; empty stays empty."""
-    return "`" + text.replace("|", "\\|") + "`" if text else ""
+    """Text as code in a table, whose cells | and line breaks would end; empty stays empty."""
+    shown = text.replace("|", "\\|").replace("\r", "\\r").replace("\n", "\\n")
+    return f"`{shown}`" if text else ""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -348,6 +348,14 @@ def _load_encoder(checkpoint: str, config: EncoderConfig) -> tuple[TextEncoder, 
     return TextEncoder(backbone, methods, dense), tokenizer, metric
 
 
+def encoder_folders(config: EncoderConfig) -> dict[str, str]:
+    """Folder or hub name of each encoder, by its name in the model."""
+    query = inner_folder(config.query_encoder, (UNTIED[0], TIED))
+    if config.tie_encoders:
+        return {TIED: query}
+    return {UNTIED[0]: query, UNTIED[1]: inner_folder(config.key_encoder or config.query_encoder, (UNTIED[1], TIED))}
+
+
 def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:
     """Load the dual encoder from hub names, transformers or sentence-transformers folders, or our checkpoints.
 
@@ -356,19 +364,18 @@ def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:
     Raises:
         UserError: a checkpoint cannot be loaded, or does not fit the settings.
     """
-    query_folder = inner_folder(config.query_encoder, (UNTIED[0], TIED))
+    folders = encoder_folders(config)
     if config.tie_encoders:
-        encoder, tokenizer, metric = _load_encoder(query_folder, config)
-        return DenseRetriever({TIED: encoder}, {TIED: tokenizer}, metric, {TIED: query_folder}, config.truncate_dim)
-    key_folder = inner_folder(config.key_encoder or config.query_encoder, (UNTIED[1], TIED))
-    query, query_tokenizer, metric = _load_encoder(query_folder, config)
-    key, key_tokenizer, key_metric = _load_encoder(key_folder, config)
+        encoder, tokenizer, metric = _load_encoder(folders[TIED], config)
+        return DenseRetriever({TIED: encoder}, {TIED: tokenizer}, metric, folders, config.truncate_dim)
+    query, query_tokenizer, metric = _load_encoder(folders[UNTIED[0]], config)
+    key, key_tokenizer, key_metric = _load_encoder(folders[UNTIED[1]], config)
     if metric != key_metric:
         raise UserError(f"the query encoder compares by {metric}, the key encoder by {key_metric}: give --dense_metric")
     return DenseRetriever(
         dict(zip(UNTIED, (query, key), strict=True)),
         dict(zip(UNTIED, (query_tokenizer, key_tokenizer), strict=True)),
         metric,
-        dict(zip(UNTIED, (query_folder, key_folder), strict=True)),
+        folders,
         config.truncate_dim,
     )

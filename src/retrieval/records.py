@@ -115,6 +115,10 @@ def card_writer(
         for name, (base, _) in uses.items()
     }
 
+    # What cannot be written is known before training, and not at the first save.
+    for name, (_, use) in uses.items():
+        model_card(use, instructions, records[name])
+
     def write(folder: str, state: TrainerState) -> None:
         for name, (_, use) in uses.items():
             card = model_card(use, instructions, records[name], state.global_step, state.log_history)

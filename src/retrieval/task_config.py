@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from src.config_file import read_settings
 from src.errors import UserError
-from src.io import read_json
 from src.retrieval.args import SELECT_NEGATIVE, SELECT_POSITIVE
 from src.retrieval.tasks import TASKS, Instruction, OwnTask
 
@@ -40,23 +41,6 @@ _INSTRUCTION = {"query": _TEXT, "key": _TEXT}
 _PARTS = ("instruction", "training", "lm_prompt")
 
 
-def _read(path: str) -> Any:
-    if path.endswith(".json"):
-        return read_json(path, "--task_config")
-    # Imported here: few runs need it.
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            return yaml.safe_load(file)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"--task_config: no such file: {path}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else path
-        raise UserError(f"--task_config: {where} is not valid YAML: {getattr(error, 'problem', error)}") from error
-
-
 def _check_names(where: str, found: Any, known: Collection[str]) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{where} must be a mapping with any of {', '.join(known)}, found {found!r}")
@@ -66,11 +50,21 @@ def _check_names(where: str, found: Any, known: Collection[str]) -> dict[str, An
 
 
 def _check_values(where: str, found: Any, known: Mapping[str, tuple[str, Callable[[Any], bool]]]) -> dict[str, Any]:
+    values = {}
     for name, value in _check_names(where, found, known).items():
         wanted, is_valid = known[name]
-        if value is not None and not is_valid(value):
+        values[name] = value if value is None or is_valid(value) else _number(value)
+        if value is not None and not is_valid(values[name]):
             raise UserError(f"{where}.{name} must be {wanted}, found {value!r}")
-    return found
+    return values
+
+
+def _number(value: Any) -> Any:
+    """The number that a text stands for, since YAML takes 1e-4 for text; anything else as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _own_task(where: str, found: Any) -> OwnTask:
@@ -99,7 +93,7 @@ def load_task_config(path: str | None) -> dict[str, OwnTask]:
     """
     if path is None:
         return {}
-    found = _read(path)
+    found = read_settings(path, "--task_config")
     if not isinstance(found, dict) or not found:
         raise UserError(f"--task_config: {path} must be a mapping from names of tasks to their settings")
     for name in found:

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=TrainableModel)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-#: A checkpoint being written or removed; what a killed run leaves of one.
-UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old)")
+#: A checkpoint being written or removed, or set aside for a new one; what a killed run leaves of one.
+UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old|replaced)")
 TORCH_SAVE_ERROR = re.compile("inline_container|PytorchStreamWriter|iostream")
 ARGS_FILE = "args.json"
 TRAINER_STATE = "trainer_state.json"
@@ -423,24 +423,56 @@ class StopCallback(TrainerCallback):
         return control
 
 
+def beside(folder: str, ending: str) -> str:
+    """The hidden name beside a folder that it, or what it becomes, has for a while."""
+    parent, name = os.path.split(os.path.abspath(folder))
+    return os.path.join(parent, f".{name}.{ending}")
+
+
 def replace_folder(source: str, target: str) -> None:
-    """Rename `source` to `target`, removing what stood there."""
-    if os.path.isdir(target):
-        remove_checkpoint(target)
-    os.rename(source, target)
+    """Rename `source` to `target`; what stood there is set aside, put back when that fails, and removed in the end."""
+    aside = beside(target, "replaced")
+    try:
+        if os.path.isdir(target):
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(target, aside)
+        os.rename(source, target)
+    except BaseException:
+        restore_replaced(target)
+        raise
+    if os.path.isdir(aside):
+        _remove_as(beside(target, "old"), aside)
+
+
+def restore_replaced(target: str) -> None:
+    """Put back what `replace_folder` set aside, when nothing has taken its place."""
+    aside = beside(target, "replaced")
+    if os.path.isdir(aside) and not os.path.exists(target):
+        logger.info("%s is back: what was to replace it is not there", target)
+        os.rename(aside, target)
 
 
 def remove_checkpoint(folder: str) -> None:
     """Remove a checkpoint folder; renamed first, so that a kill on the way leaves none that looks whole."""
-    parent, name = os.path.split(os.path.abspath(folder))
-    old = os.path.join(parent, f".{name}.old")
+    _remove_as(beside(folder, "old"), folder)
+
+
+def _remove_as(old: str, folder: str) -> None:
     shutil.rmtree(old, ignore_errors=True)
     os.rename(folder, old)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def restore_checkpoints(output_dir: str) -> None:
+    """Put back the checkpoints that a run was killed replacing."""
+    for entry in list(os.scandir(output_dir)) if os.path.isdir(output_dir) else ():
+        if (match := UNFINISHED.fullmatch(entry.name)) and match[1] == "replaced":
+            restore_replaced(os.path.join(output_dir, entry.name[1:].removesuffix(".replaced")))
+
+
 def remove_unfinished(output_dir: str) -> None:
-    """Remove what a killed run left of checkpoints half written or half removed."""
+    """Remove what a killed run left of checkpoints half written or half removed; put back what it was replacing."""
+    restore_checkpoints(output_dir)
     for entry in list(os.scandir(output_dir)) if os.path.isdir(output_dir) else ():
         if UNFINISHED.fullmatch(entry.name):
             shutil.rmtree(entry.path, ignore_errors=True)
@@ -489,6 +521,7 @@ def checkpoint_to_resume(resume: str | None, output_dir: str) -> str | None:
     """
     if resume is None or str(resume).lower() == "false":
         return None
+    restore_checkpoints(output_dir)
     known = whole_checkpoints(output_dir)
     if str(resume).lower() == "true":
         if not known:

@@ -55,6 +55,7 @@ SEEDS: list[dict[str, Any]] = [
     {"query": "a", "pos": [], "neg": ["b"], "score_inputs": [[1, 2]], "context_inputs": [3], "query_inputs": [4]}
     | {"answer_inputs": [5], "task": "lrlm"},
     {"query_id": 1, "pred": [0, 4], "score": [0.5, 0.25]},
+    {"text": "A long text.", "query_id": "b-1"},
     {"title": "t", "text": None, "contents": "c", "id": 3},
     {"query": "q", "choices": ["a", "b", "c", "d"], "answer": 2, "subject": "anatomy", "possible_answers": ["a"]}
     | {"prop_id": 22, "obj": "x", "options": ["a", "b"], "answers": ["a"], "task_name": "boolq"},
