@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from src.retrieval.engines import zero_stage
 from src.retrieval.trainer import whole_checkpoints
 from tests.helpers import ROOT, environment, run, write_rows
 from tests.training_bench import Bench, assert_close, assert_equal, names, weights, write_data
@@ -104,6 +105,9 @@ def test_settings_leave_everything_to_the_flags():
         assert not {"optimizer", "scheduler"} & settings.keys()
         for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
             assert settings[name] == "auto"
+        assert [settings[name]["enabled"] for name in ("fp16", "bf16")] == ["auto", "auto"]
+        assert settings["gradient_clipping"] == "auto"
+        assert f"stage{zero_stage(str(path))}" == stage
 
 
 @pytest.mark.parametrize("stage", STAGES)

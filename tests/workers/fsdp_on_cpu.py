@@ -1,13 +1,13 @@
 """``run_dense.py`` with FSDP on CPU processes, which accelerate would leave without it.
 
-All that follows this choice is what runs on GPUs too: transformers' and accelerate's code and ours, over gloo.
+That choice and all that follows is what runs on GPUs too: transformers' and accelerate's code and ours, over gloo.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from run_dense import main
@@ -25,9 +25,10 @@ def allow_cpu() -> None:
         self.use_cpu = True
 
     def make_state_as_on_gpu(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        make_state(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            # The settings have made it already, and found processes without GPUs.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        make_state(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
 
     RetrievalTrainingArgs._check_engine = check_as_on_gpu  # type: ignore[method-assign]
     AcceleratorState.__init__ = make_state_as_on_gpu
