@@ -9,10 +9,13 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from run_dense import main
 from src.cli import run
 from src.retrieval.args import RetrievalTrainingArgs
+from src.retrieval.trainer import RetrievalTrainer
 
 
 def allow_cpu() -> None:
@@ -34,6 +37,29 @@ def allow_cpu() -> None:
     AcceleratorState.__init__ = make_state_as_on_gpu
 
 
+def tell() -> None:
+    """Print at the first step of a run in what precision FSDP works, and which modules it divides one by one."""
+    make_step = RetrievalTrainer.training_step
+
+    def step_and_tell(self: RetrievalTrainer, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step:
+            return make_step(self, model, *args, **kwargs)
+        parts = [type(part).__name__.removeprefix("FSDP") for part in model.modules() if isinstance(part, FSDPModule)]
+
+        def tell_outputs(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            print(f"FSDP gave {outputs[0][0].dtype} from {', '.join(sorted(parts))}")
+
+        print(self.accelerator.state.fsdp_plugin.mixed_precision_policy)
+        # Called after the one by which FSDP rounds outputs.
+        hook = model.register_forward_hook(tell_outputs)
+        loss = make_step(self, model, *args, **kwargs)
+        hook.remove()
+        return loss
+
+    RetrievalTrainer.training_step = step_and_tell  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     allow_cpu()
+    tell()
     run(main)
