@@ -64,6 +64,13 @@ def zero_stage(given: Any) -> int:
     return stage
 
 
+def offloaded(given: Any) -> frozenset[str]:
+    """What ``--deepspeed`` puts into the memory of the CPU: ``optimizer``, ``weights``."""
+    zero = read_settings(given, "deepspeed").get("zero_optimization", {})
+    names = {"offload_optimizer": "optimizer", "offload_param": "weights"}
+    return frozenset(own for name, own in names.items() if (zero.get(name) or {}).get("device") == "cpu")
+
+
 def fsdp_settings(given: Any, fsdp: Any) -> dict[str, Any]:
     """The settings that ``--fsdp_config`` names, with what this toolkit wants.
 
