@@ -71,7 +71,7 @@ def offloaded(given: Any) -> frozenset[str]:
     return frozenset(own for name, own in names.items() if (zero.get(name) or {}).get("device") == "cpu")
 
 
-def fsdp_settings(given: Any, fsdp: Any) -> dict[str, Any]:
+def fsdp_settings(given: Any, fsdp: Any = True) -> dict[str, Any]:
     """The settings that ``--fsdp_config`` names, with what this toolkit wants.
 
     Args:
