@@ -71,7 +71,8 @@ def main() -> None:
     lengths = (args.query_max_length, args.key_max_length)
     collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, chunk_policy(training))
     if args.dry_run:
-        lines = [*training_lines(model, training, sources, collator, resume)] if sources else []
+        evaluates = eval_data is not None
+        lines = [*training_lines(model, training, sources, collator, resume, evaluates)] if sources else []
         lines += evaluation_lines(args, eval_data, evaluation, device, model) if eval_data is not None else []
         show_plan(lines)
         return

@@ -62,7 +62,8 @@ def main() -> None:
     model = load_cross_encoder(ranker_config(args), new_head=bool(sources))
     collator = PairCollator(model.pairs, chunk_policy(training))
     if args.dry_run:
-        lines = [*training_lines(model, training, sources, collator, resume)] if sources else []
+        evaluates = eval_data is not None
+        lines = [*training_lines(model, training, sources, collator, resume, evaluates)] if sources else []
         lines += evaluation_lines(args, eval_data, evaluation, device, None) if eval_data is not None else []
         show_plan(lines)
         return

@@ -89,6 +89,9 @@ def _convert(where: str, value: Any, action: argparse.Action, hint: Any) -> Any:
     # A few of transformers' flags take JSON text on the command line, thus the same without quotes here.
     if isinstance(value, dict) and any(dict in (one, get_origin(one)) for one in takes):
         return value
+    if action.const is True and action.type is not string_to_bool and isinstance(value, bool):
+        # A flag that may stand alone, or be followed by text.
+        return True if value else None
     if action.nargs == "+":
         # One value counts as a list, as on the command line.
         items = value if isinstance(value, list) else [value]

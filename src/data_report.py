@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from src.jsonl import RowCheck
 from src.retrieval.data import render_key
 from src.retrieval.mining import normalize
 from src.retrieval.select import SelectionPolicy, unusable
-from src.retrieval.tasks import TASKS, prompt_task_problems
+from src.retrieval.tasks import NO_OWN_TASKS, TASKS, OwnTask, prompt_task_problems
 from src.schema import (
     candidates,
     check_corpus_row,
@@ -28,6 +28,8 @@ from src.schema import (
 )
 
 KINDS = ("train", "eval", "corpus", "lm")
+#: The warnings about lines of `DataReport.first_lines`.
+REPEATS = {what: f"the {what} repeats that of an earlier row" for what in ("query", "passage")}
 #: Those of ``--select_positive`` that need different rows (random needs what first does).
 POLICIES = ("first", "teacher", "teacher-pos")
 #: Rows whose fitness for training is found out at a time.
@@ -73,13 +75,24 @@ class DataReport:
         default_task: of rows that name none.
         key_template: of a corpus.
         score_field: of the teacher scores.
+        own: the user's tasks.
     """
 
-    def __init__(self, kind: str, default_task: str | None, key_template: str, score_field: str) -> None:
+    def __init__(
+        self,
+        kind: str,
+        default_task: str | None,
+        key_template: str,
+        score_field: str,
+        own: Mapping[str, OwnTask] = NO_OWN_TASKS,
+    ) -> None:
         self.kind = kind
         self.default_task = default_task
         self.key_template = key_template
         self.score_field = score_field
+        self.known_tasks = tuple(dict.fromkeys((*TASKS, *own)))
+        self._own = own
+        self._prompts = [name for name, task in own.items() if task.lm_prompt]
         self.rows = 0
         self.tasks: Counter[str] = Counter()
         #: Lines by message.
@@ -106,7 +119,7 @@ class DataReport:
         self.rows += 1
         errors, numbers = (list(problems), {}) if row is None else self._check(row)
         if row is not None and self.kind == "lm" and not errors:
-            errors = prompt_task_problems(numbers["task"], self.default_task)
+            errors = prompt_task_problems(numbers["task"], self.default_task, self._prompts, self._own)
         for error in errors:
             self.errors[error].append(line)
         if row is not None and not errors:
@@ -121,8 +134,7 @@ class DataReport:
         self._judge_window()
         self.first_lines = dict(self._texts.found())
         if self.first_lines:
-            what = "passage" if self.kind == "corpus" else "query"
-            self.warnings[f"the {what} repeats that of an earlier row"].extend(self.first_lines)
+            self.warnings[REPEATS["passage" if self.kind == "corpus" else "query"]].extend(self.first_lines)
         if self.rows:
             return []
         error = "the file is empty: it must hold one JSON object per line"
@@ -146,7 +158,8 @@ class DataReport:
     def _add_row(self, line: int, row: dict[str, Any], numbers: dict[str, Any]) -> None:
         task = numbers["task"] or self.default_task
         self.tasks[task or "none"] += 1
-        self._warn(line, f"task {task!r} is unknown: choose from {', '.join(TASKS)}", task not in (None, *TASKS))
+        known = self.known_tasks
+        self._warn(line, f"task {task!r} is unknown: choose from {', '.join(known)}", task not in (None, *known))
         positives, negatives = (row.get("key") or [], []) if self.kind == "eval" else candidates(row)
         texts = [*positives, *negatives]
         self._measure("query", row["query"])

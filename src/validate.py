@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
 from src.cli import run
-from src.data_report import KINDS, DataReport, count, guess_kind
-from src.flags import default_data_root
+from src.data_report import KINDS, REPEATS, DataReport, count, guess_kind
+from src.flags import check_choice, default_data_root
 from src.io import check_writable, expand_data_paths, write_json
 from src.jsonl import parse_row, read_lines
 from src.retrieval.args import DataArgs
-from src.retrieval.tasks import TASKS, task_from_path
+from src.retrieval.task_config import load_task_config
+from src.retrieval.tasks import TASKS, OwnTask, task_from_path
 from src.schema import TEACHER_SCORES, template_columns
 
 
@@ -30,7 +31,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSON lines files; globs and llm-embedder: paths, too")
     parser.add_argument("--kind", choices=KINDS, help="what the files are (default: told by the first row of each)")
-    parser.add_argument("--task", choices=TASKS, help="task of rows that name none (default: told by the path)")
+    parser.add_argument("--task", help="task of rows that name none (default: told by the path)")
+    parser.add_argument("--task_config", metavar="FILE", help="file (YAML or JSON) with tasks of your own")
     parser.add_argument("--key_template", default=DataArgs.key_template, help="of a corpus (default: %(default)s)")
     parser.add_argument(
         "--teacher_score_field", default=TEACHER_SCORES, help="field of the teacher scores (default: %(default)s)"
@@ -52,11 +54,11 @@ def first_kind(path: str) -> str:
     return "train"
 
 
-def check_file(path: str, args: argparse.Namespace) -> DataReport:
+def check_file(path: str, args: argparse.Namespace, own: Mapping[str, OwnTask]) -> DataReport:
     """Read a file from end to end, and print its errors as they are found."""
     kind = args.kind or first_kind(path)
     print(f"{path}: checked as {kind}" + ("" if args.kind else " (told by its first row; --kind says otherwise)"))
-    report = DataReport(kind, args.task or task_from_path(path), args.key_template, args.teacher_score_field)
+    report = DataReport(kind, args.task or task_from_path(path, own), args.key_template, args.teacher_score_field, own)
     size = os.path.getsize(path)
     with tqdm(total=size, unit="B", unit_scale=True, desc=os.path.basename(path), delay=2) as bar:
         for line, (begin, body) in enumerate(read_lines(path, 0, size), 1):
@@ -73,7 +75,7 @@ def show(path: str, report: DataReport, shown: int) -> None:
     """Print warnings and statistics."""
     for message, lines in report.warnings.items():
         for line in lines[:shown]:
-            first = f" (line {report.first_lines[line]})" if "earlier row" in message else ""
+            first = f" (line {report.first_lines[line]})" if message in REPEATS.values() else ""
             print(f"{path}:{line}: warning: {message}{first}")
         if len(lines) > shown:
             print(f"{path}: warning: {message} (+{len(lines) - shown:,} more)")
@@ -85,12 +87,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Check all files, print, write the report."""
     args = make_parser().parse_args(argv)
     template_columns(args.key_template)
+    own = load_task_config(args.task_config)
+    check_choice("task", args.task, tuple(dict.fromkeys((*TASKS, *own))))
     files = list(dict.fromkeys(expand_data_paths(args.files, args.data_root, "FILE")))
     if args.json:
         check_writable(os.path.dirname(args.json) or ".", "json")
     reports = {}
     for path in files:
-        reports[path] = check_file(path, args)
+        reports[path] = check_file(path, args, own)
         show(path, reports[path], args.shown)
     errors = sum(count(report.errors) for report in reports.values())
     warnings = sum(count(report.warnings) for report in reports.values())

@@ -92,6 +92,17 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path, text, message):
         parse(tmp_path, text)
 
 
+@pytest.mark.parametrize(("text", "value"), [("fsdp: true", True), ("fsdp: false", None), ("fsdp: offload", "offload")])
+def test_a_flag_that_may_stand_alone(tmp_path, text, value):
+    @dataclass
+    class Engine:
+        fsdp: str | None = field(default=None, metadata={"nargs": "?", "const": True})
+
+    (tmp_path / "run.yaml").write_text(text)
+    (found,), _ = parse_args([Engine], ["--config", str(tmp_path / "run.yaml")])
+    assert found.fsdp == value
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="--config: no such file"):
         parse_args([Args], ["--config", str(tmp_path / "none.yaml")])
@@ -129,6 +140,43 @@ def test_resolved_arguments_can_be_given_again(tmp_path, argv):
     assert "secret" not in path.read_text()
     (args, training), _ = parse_args([RetrievalArgs, RetrievalTrainingArgs], ["--config", str(path)])
     assert {**asdict(args), **training.to_dict()} == saved
+
+
+@pytest.mark.parametrize(
+    ("first", "further", "wanted"),
+    [
+        ("--warmup_steps 0.3", "--warmup_steps 7", {"warmup_steps": 7}),
+        ("", "--warmup_ratio 0.2", {"warmup_steps": 0.2}),
+        ("", "--evaluation_strategy epoch", {"eval_strategy": "epoch"}),
+        ("--gradient_checkpointing", "--gradient_checkpointing False", {"activation_checkpointing": False}),
+        ("", "--gradient_checkpointing", {"activation_checkpointing": True}),
+        ("", "--save_steps 7", {"eval_steps": 7}),
+        ("--eval_steps 5", "--save_steps 7", {"eval_steps": 5}),
+        ("--metric_for_best_model mrr@10", "--metric_for_best_model loss", {"greater_is_better": False}),
+        ("--bf16", "--bf16 False", {"bf16": False}),
+    ],
+)
+def test_further_flags_mean_what_they_mean_beside_those_of_the_first_run(tmp_path, first, further, wanted):
+    classes = [RetrievalArgs, RetrievalTrainingArgs]
+    (_, training), _ = parse_args(classes, first.split())
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(training.to_dict()))
+    (_, again), _ = parse_args(classes, ["--config", str(path), *further.split()])
+    (_, together), _ = parse_args(classes, [*first.split(), *further.split()])
+    assert again.to_dict() == together.to_dict()
+    assert {name: getattr(again, name) for name in wanted} == wanted
+    assert {name: getattr(together, name) for name in wanted} == wanted
+
+
+def test_what_the_machine_lacks_is_not_saved(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (training,), _ = parse_args([RetrievalTrainingArgs], [])
+    assert (training.use_cpu, training.fp16) == (True, False)
+    saved = training.to_dict()
+    assert (saved["use_cpu"], saved["fp16"]) == (False, True)
+    (training,), _ = parse_args([RetrievalTrainingArgs], ["--use_cpu", "--fp16", "False"])
+    saved = training.to_dict()
+    assert (saved["use_cpu"], saved["fp16"]) == (True, False)
 
 
 def train(monkeypatch, *flags) -> None:

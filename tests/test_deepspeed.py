@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from src.retrieval.engines import zero_stage
 from src.retrieval.trainer import whole_checkpoints
 from tests.helpers import ROOT, environment, run, write_rows
 from tests.training_bench import Bench, assert_close, assert_equal, names, weights, write_data
@@ -57,8 +58,13 @@ def uninterrupted(bench: Bench) -> dict[int, Path]:
     return folders
 
 
-def zero(stage: int) -> tuple[str, Path]:
-    return ("--deepspeed", SETTINGS / f"stage{stage}.json")
+def zero(name: int | str) -> tuple[str, str]:
+    """The flag with our settings; weights are divided however small they are, and CPU optimizers are PyTorch's."""
+    settings = json.loads((SETTINGS / f"stage{name}.json").read_text())
+    if settings["zero_optimization"]["stage"] == 3:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    # DeepSpeed's own takes minutes to compile.
+    return ("--deepspeed", json.dumps({**settings, "zero_force_ds_cpu_optimizer": False}))
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
@@ -104,6 +110,9 @@ def test_settings_leave_everything_to_the_flags():
         assert not {"optimizer", "scheduler"} & settings.keys()
         for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
             assert settings[name] == "auto"
+        assert [settings[name]["enabled"] for name in ("fp16", "bf16")] == ["auto", "auto"]
+        assert settings["gradient_clipping"] == "auto"
+        assert f"stage{zero_stage(str(path))}" == stage
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -113,11 +122,17 @@ def test_trains_like_ddp(bench: Bench, uninterrupted: dict[int, Path], stage: in
 
 
 def test_offloading_trains_like_ddp(bench: Bench, tmp_path: Path):
-    settings = json.loads((SETTINGS / "stage3_offload.json").read_text())
-    # DeepSpeed's own CPU optimizer takes minutes to compile.
-    (tmp_path / "settings.json").write_text(json.dumps({**settings, "zero_force_ds_cpu_optimizer": False}))
-    bench.train(tmp_path / "out", 2, None, "--deepspeed", tmp_path / "settings.json", "--early_exit_steps", 2)
-    assert_close(tmp_path / "out" / "checkpoint-2", bench.whole(2) / "checkpoint-2")
+    bench.train(tmp_path, 2, None, *zero("3_offload"), "--early_exit_steps", 2)
+    assert_close(tmp_path / "checkpoint-2", bench.whole(2) / "checkpoint-2")
+
+
+def test_weights_lie_divided_between_steps(bench: Bench, tmp_path: Path):
+    flags = bench.flags(tmp_path, 2, None, *zero(3), "--early_exit_steps", 1, "--save_only_model")
+    codes, output = bench.forked("tests/workers/zero_watched.py", flags, 2, timeout=600)
+    assert codes == [0, 0], output
+    count = len(weights(tmp_path / "checkpoint-1"))
+    # Two processes, two batches a step.
+    assert output.count(f"ZeRO-3 has divided {count} of {count} weights") == 4
 
 
 def test_adapters_train_like_ddp_with_divided_weights(bench: Bench, tmp_path: Path):
@@ -192,7 +207,11 @@ def test_resuming_with_and_without_do_not_mix(bench: Bench, uninterrupted: dict[
     for source, more, message in (
         (uninterrupted[2], (), "it was saved with --deepspeed, ZeRO 1 or 2 on 2 processes"),
         (bench.whole(2), zero(2), "it was saved with neither --deepspeed nor --fsdp"),
-        (uninterrupted[2], zero(3), "and this run has --deepspeed, ZeRO 3 on 2 processes"),
+        (
+            uninterrupted[2],
+            ("--deepspeed", SETTINGS / "stage3.json"),
+            "and this run has --deepspeed, ZeRO 3 on 2 processes",
+        ),
     ):
         flags = bench.flags(tmp_path, 2, None, *more, "--resume_from_checkpoint", source / "checkpoint-4")
         codes, output = bench.forked("run_dense.py", flags, 2)
@@ -206,3 +225,20 @@ def test_divided_weights_take_batches_in_one_piece(bench: Bench, tmp_path: Path)
     codes, output = bench.forked("run_dense.py", flags, 2)
     assert codes == [2, 2], output
     assert "--length_split_tokens 64: where weights are divided over processes" in output
+
+
+def test_half_precision_needs_a_stage_that_keeps_fp32_weights(bench: Bench, tmp_path: Path):
+    codes, output = bench.forked("run_dense.py", bench.flags(tmp_path, 2, None, *zero(0), "--bf16"), 2)
+    assert codes == [2, 2], output
+    assert "--deepspeed: ZeRO stage 0 with --bf16 keeps no fp32 weights that could be saved: use stage 1" in output
+
+
+def test_divided_weights_that_are_no_numbers_are_not_saved(bench: Bench, tmp_path: Path):
+    """An infinite learning rate spoils the weights in the step that is saved, when no loss tells yet."""
+    flags = bench.flags(tmp_path, 2, None, *zero(3), "--learning_rate", "inf", "--save_steps", 1)
+    codes, output = bench.forked("run_dense.py", flags, 2, timeout=600)
+    assert codes == [2, 2], output
+    assert (
+        "step 1: modules_by_name.encoder.backbone.embeddings.word_embeddings.weight has weights that are no" in output
+    )
+    assert names(tmp_path) == []

@@ -20,7 +20,7 @@ from evaluation.common import run_task
 from src.cli import run as run_entry
 from src.distribution import Distribution
 from src.lm.modeling_lm import LMConfig, empty_lm
-from src.plan import Memory, activation_bytes, human_bytes, sample, step_counts, training_memory
+from src.plan import Memory, ModelSize, Sharing, activation_bytes, human_bytes, sample, step_counts, training_memory
 from src.retrieval.dry_run import count_parameters, model_size
 from src.retrieval.lora import LoraSettings
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
@@ -108,33 +108,58 @@ def test_steps_of_an_epoch_and_of_the_run():
 
 def test_memory_adds_up():
     size = model_size(BertModel(BertConfig(vocab_size=10, hidden_size=4, num_attention_heads=2)), 100, 60, True)
-    assert training_memory(size, 7, "adamw_torch", False, 1) == Memory(400, 240, 480, 7)
-    assert training_memory(size, 7, "adamw_torch_fused", True, 1).weights == 600
-    assert training_memory(size, 7, "adamw_bnb_8bit", False, 2) == Memory(400, 480, 120, 7)
-    assert training_memory(size, 7, "sgd", False, 1).optimizer == 0
-    assert training_memory(size, 7, "adamw_torch", False, 4, divided=1) == Memory(400, 240, 120, 7)
-    assert training_memory(size, 7, "adamw_torch", False, 4, divided=2) == Memory(400, 60, 120, 7)
-    assert training_memory(size, 7, "adamw_torch", False, 4, divided=3) == Memory(100, 60, 120, 7)
+    assert training_memory(size, 7, "adamw_torch", False, Sharing()) == Memory(400, 240, 480, 7)
+    assert training_memory(size, 7, "adamw_torch_fused", True, Sharing()).weights == 600
+    assert training_memory(size, 7, "adamw_bnb_8bit", False, Sharing(2)) == Memory(400, 480, 120, 7)
+    assert training_memory(size, 7, "sgd", False, Sharing()).optimizer == 0
     assert Memory(1024, 1024, 2048, 1024).describe().startswith("about 5 KiB: weights 1 KiB, gradients 1 KiB")
+    assert Memory(512, 0, 0, 1024, 3072).describe().startswith("about 3.5 KiB: ")
+    assert (
+        Memory(0, 0, 0, 5, 6, 7)
+        .describe()
+        .endswith("activations 5 bytes (or 6 bytes of whole weights, to evaluate); in the memory of the CPU 7 bytes")
+    )
     assert (human_bytes(1000), human_bytes(3 << 30)) == ("1000 bytes", "3 GiB")
     assert sample(3, 10) == [0, 1, 2]
     assert sample(100, 4) == [0, 25, 50, 75]
+
+
+@pytest.mark.parametrize(
+    ("half", "sharing", "weights", "gradients", "optimizer", "evaluation", "offloaded"),
+    [
+        # FSDP, of 100 weights 60 of which are trained, on four processes: a quarter of 4 or 6 bytes each.
+        (False, Sharing(4, 3), 100, 60, 120, 0, 0),
+        (True, Sharing(4, 3, evaluates=True), 150, 60, 120, 400, 0),
+        # ZeRO: all 100 of 4 or 2 bytes, and 60 of 4 bytes divided by four.
+        (False, Sharing(4, 1, True), 400 + 60, 240, 120, 0, 0),
+        (True, Sharing(4, 1, True, evaluates=True), 200 + 60, 240, 120, 0, 0),
+        (True, Sharing(4, 2, True), 200 + 60, 60, 120, 0, 0),
+        (True, Sharing(4, 3, True, evaluates=True), 50 + 60, 60, 120, 400, 0),
+        # Offloaded: 60 of copies and 120 of the optimizer, then 50 of weights too.
+        (True, Sharing(4, 2, True, frozenset({"optimizer"})), 200, 60, 0, 0, 60 + 120),
+        (True, Sharing(4, 3, True, frozenset({"optimizer", "weights"})), 0, 60, 0, 0, 60 + 120 + 50),
+    ],
+)
+def test_memory_of_engines_adds_up(half, sharing, weights, gradients, optimizer, evaluation, offloaded):
+    size = ModelSize(100, 60, layers=1, hidden=1, linear_outputs=1)
+    found = training_memory(size, 7, "adamw_torch", half, sharing)
+    assert found == Memory(weights, gradients, optimizer, 7, evaluation, offloaded)
 
 
 SIZES = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 
 
 @pytest.mark.parametrize(
-    ("model", "length", "half", "checkpointing"),
+    ("model", "length", "half"),
     [
-        (BertModel(BertConfig(**SIZES, intermediate_size=256), add_pooling_layer=False), 32, False, False),
-        (BertModel(BertConfig(**SIZES, intermediate_size=256), add_pooling_layer=False), 128, False, False),
-        (BertModel(BertConfig(**SIZES, intermediate_size=256), add_pooling_layer=False), 32, True, False),
-        (LlamaModel(LlamaConfig(**SIZES, intermediate_size=128)), 64, False, False),
-        (LlamaModel(LlamaConfig(**SIZES, intermediate_size=256, num_key_value_heads=1)), 64, True, False),
+        (BertModel(BertConfig(**SIZES, intermediate_size=256), add_pooling_layer=False), 32, False),
+        (BertModel(BertConfig(**SIZES, intermediate_size=256), add_pooling_layer=False), 128, False),
+        (BertModel(BertConfig(**SIZES, intermediate_size=256), add_pooling_layer=False), 32, True),
+        (LlamaModel(LlamaConfig(**SIZES, intermediate_size=128)), 64, False),
+        (LlamaModel(LlamaConfig(**SIZES, intermediate_size=256, num_key_value_heads=1)), 64, True),
     ],
 )
-def test_activations_are_those_that_autograd_keeps(model, length, half, checkpointing):
+def test_activations_are_those_that_autograd_keeps(model, length, half):
     """Within a quarter of what was measured, on a CPU (whose attention is not fused when it has dropout)."""
     model.train()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -153,7 +178,7 @@ def test_activations_are_those_that_autograd_keeps(model, length, half, checkpoi
         model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     size = model_size(model, *count_parameters(model), fused_attention=False)
-    assert activation_bytes(size, ids.numel(), length, half, checkpointing) == pytest.approx(measured, rel=0.25)
+    assert activation_bytes(size, ids.numel(), length, half, False) == pytest.approx(measured, rel=0.25)
 
 
 def test_activations_with_checkpointing():

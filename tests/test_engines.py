@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from src.retrieval.engines import filled, hollow_copy, whole_state
+from src.retrieval.engines import filled, hollow_copy, offloaded, whole_state
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
+from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
 
@@ -40,3 +41,13 @@ def test_shared_weights_stay_shared_and_half_precision_becomes_fp32(tiny_bert):
     assert all(tensor.dtype == torch.float32 for tensor in state.values() if tensor.is_floating_point())
     assert state.keys() == model.state_dict().keys()
     assert whole_state(model, None) == {}
+
+
+def test_what_settings_offload():
+    for name, wanted in (
+        ("stage3", set()),
+        ("stage2_offload", {"optimizer"}),
+        ("stage3_offload", {"optimizer", "weights"}),
+    ):
+        assert offloaded(str(ROOT / "data" / "deepspeed" / f"{name}.json")) == wanted
+    assert offloaded({"zero_optimization": {"offload_optimizer": {"device": "none"}}}) == set()

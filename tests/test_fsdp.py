@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoModel
+from transformers import AutoModel, DebertaV2Config, DistilBertConfig, MPNetConfig
 
+from src.retrieval.modeling_ranker import CrossEncoder
 from tests.helpers import ROOT, environment
 from tests.training_bench import Bench, assert_close, assert_equal, names, weights, write_data
 from tests.workers.forked import Runs
@@ -79,7 +82,47 @@ def test_adapters_train_like_ddp(bench: Bench, tmp_path: Path):
     assert (tmp_path / "fsdp" / "checkpoint-2" / "optimizer_0").is_dir()
 
 
-def test_batches_in_pieces_are_refused(bench: Bench, tmp_path: Path):
-    codes, output = bench.forked(SCRIPT, bench.flags(tmp_path, 2, None, *FLAGS, "--length_split_tokens", 64), 2)
+def test_half_precision_rounds_neither_vectors_nor_sums_of_gradients(bench: Bench, tmp_path: Path):
+    output = train(bench, tmp_path, *FLAGS, "--bf16", "--early_exit_steps", 2)
+    assert "param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None" in output
+    assert "FSDP gave torch.float32 from BertEmbeddings, BertLayer, BertLayer, DenseRetriever" in output
+    saved = weights(tmp_path / "checkpoint-2")
+    rounded = [name for name, tensor in saved.items() if torch.equal(tensor, tensor.bfloat16().float())]
+    assert len(rounded) < len(saved) / 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((*FLAGS, "--length_split_tokens", 64), "--length_split_tokens 64: where weights are divided over processes"),
+        ((*FLAGS, "--save_only_model"), "--save_only_model does not work with --fsdp"),
+        (("--fsdp", "full_shard offload"), "--fsdp full_shard offload: offload is not supported, use --deepspeed"),
+        (("--fsdp", "--fsdp_config", '{"cpu_offload": true}'), "--fsdp_config: cpu_offload is not supported, use"),
+    ],
+)
+def test_what_does_not_work_is_refused(bench: Bench, tmp_path: Path, flags: tuple, message: str):
+    codes, output = bench.forked(SCRIPT, bench.flags(tmp_path, 2, None, *flags), 2)
     assert codes == [2, 2], output
-    assert "--length_split_tokens 64: where weights are divided over processes" in output
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_arguments_of_a_run_can_be_given_again(bench: Bench, uninterrupted: Path, tmp_path: Path):
+    flags = ["--config", uninterrupted / "checkpoint-6" / "args.json", "--output_dir", tmp_path, "--dry_run"]
+    codes, output = bench.forked(SCRIPT, flags, 2)
+    assert codes == [0, 0], output
+    assert output.count("dry run") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "layer"),
+    [
+        (DistilBertConfig, "TransformerBlock"),
+        (MPNetConfig, "MPNetLayer"),
+        (DebertaV2Config, "DebertaV2Layer"),
+    ],
+)
+def test_layers_are_known_of_models_that_do_not_tell_theirs(config: Any, layer: str):
+    with torch.device("meta"):
+        backbone = AutoModel.from_config(config(num_hidden_layers=3))
+    assert CrossEncoder(backbone, cast(Any, None))._no_split_modules == {layer}

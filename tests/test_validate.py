@@ -36,6 +36,30 @@ def messages(report: dict, path, kind: str = "warnings") -> dict[str, list[int]]
     return {own["message"]: own["lines"] for own in report["files"][str(path)][kind]}
 
 
+def test_tasks_of_the_user(check, tmp_path):
+    config = tmp_path / "tasks.yaml"
+    config.write_text("claims: {lm_prompt: qa}\nbare: {}\n")
+    rows = [
+        {"query": f"q{n}", "pos": ["a"], "neg": ["b"], "answers": ["c"], "task": task}
+        for n, task in enumerate(("bare", "", "other"))
+    ]
+    path = write_rows(tmp_path / "claims" / "rows.json", rows)
+    unknown = "task 'other' is unknown: choose from qa, convsearch, chat, lrlm, icl, tool, claims, bare"
+    code, _, report = check(path, "--task_config", config)
+    assert (code, messages(report, path)) == (0, {unknown: [3]})
+    assert report["files"][str(path)]["tasks"] == {"bare": 1, "claims": 1, "other": 1}
+    code, _, report = check(path, "--task_config", config, "--kind", "lm")
+    found = messages(report, path, "errors")
+    assert code == 1
+    assert [(message.partition(":")[0], lines) for message, lines in found.items()] == [
+        ("--task_config gives 'bare' no lm_prompt", [1]),
+        ("unknown task 'other'", [3]),
+    ]
+    assert check(path, "--task_config", config, "--task", "bare")[0] == 0
+    code, printed, _ = check(path, "--task", "bare")
+    assert (code, printed.count("--task 'bare' is unknown: choose from qa, ")) == (2, 1)
+
+
 def test_statistics_of_training_rows(check, tmp_path):
     rows = [
         {"query": "one two", "pos": ["a b c"], "neg": ["d", "ee ff"], "teacher_scores": [1, 0, -1.5], "task": "qa"},

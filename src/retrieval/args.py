@@ -34,6 +34,12 @@ INBATCH_POLICIES = ("epoch", "epoch-static", "epoch-random", "random")
 EVAL_METHODS = ("retrieval", "rerank")
 #: Packages that training can report to, by the names of pip.
 REPORTERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "clearml", "swanlab")
+#: Flags whose fields are filled in or replaced when settings are made, by other flags or by what the machine has.
+INFERRED = (
+    *("use_cpu", "fp16", "warmup_steps", "eval_strategy", "eval_steps", "gradient_checkpointing"),
+    *("activation_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+    *("length_split_tokens", "disable_tqdm", "metric_for_best_model", "greater_is_better"),
+)
 #: Padding tokens that a further pass through the model is worth.
 CPU_SPLIT_TOKENS = 64
 GPU_SPLIT_TOKENS = 4096
@@ -399,6 +405,7 @@ class RetrievalTrainingArgs(TrainingArguments):
     log_path: str = flag("data/results/performance.log", "Metrics are appended here, and as JSON lines beside it.")
 
     def __post_init__(self) -> None:
+        self._given = {name: getattr(self, name) for name in INFERRED}
         check_choice("eval_method", self.eval_method, EVAL_METHODS)
         check_choice("inbatch_same_dataset", self.inbatch_same_dataset, INBATCH_POLICIES)
         check_choice("select_positive", self.select_positive, SELECT_POSITIVE)
@@ -449,12 +456,21 @@ class RetrievalTrainingArgs(TrainingArguments):
         except ValueError as error:
             raise UserError(str(error)) from error
         engines.load_whole()
+        if self.fsdp_plugin_args is not None and (self.fp16 or self.bf16):
+            self.fsdp_plugin_args["mixed_precision_policy"] = engines.half_precision(
+                torch.float16 if self.fp16 else torch.bfloat16
+            )
         # `python run_dense.py` on a machine with several GPUs uses the first; torchrun uses all.
         self._n_gpu = min(self._n_gpu, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, such that a file of them can be given as --config; without tokens, which are secrets."""
-        return {name: value for name, value in super().to_dict().items() if not name.endswith("_token")}
+        """All settings, such that a file of them can be given as --config; without tokens, which are secrets.
+
+        What was inferred is left as it was given, so that further flags mean what they would have meant beside those of
+        the first run, also on another machine.
+        """
+        found = {**super().to_dict(), **self._given}
+        return {name: value for name, value in found.items() if not name.endswith("_token")}
 
     @property
     def engine(self) -> str | None:
@@ -489,18 +505,28 @@ class RetrievalTrainingArgs(TrainingArguments):
         if self.deepspeed and self.fsdp:
             raise UserError("--deepspeed and --fsdp do the same work: leave one of them out")
         if self.fsdp:
-            self.fsdp_config = engines.fsdp_settings(self.fsdp_config or {})
+            self.fsdp_config = engines.fsdp_settings(self.fsdp_config or {}, self.fsdp)
         # Reads the settings of DeepSpeed, too, and refuses bad ones.
-        divided = self.weights_are_divided
+        divided = self.divided
         if self.fsdp and self.use_cpu:
             raise UserError(
                 "--fsdp divides weights over GPUs only, on a CPU it would be ignored: leave it out (--deepspeed "
                 "data/deepspeed/stage3.json divides them on a CPU too)"
             )
+        if self.deepspeed and divided == 0 and (self.fp16 or self.bf16):
+            raise UserError(
+                f"--deepspeed: ZeRO stage 0 with {'--bf16' if self.bf16 else '--fp16 (the default on a GPU)'} keeps no "
+                "fp32 weights that could be saved: use stage 1 (data/deepspeed/stage1.json), leave out --deepspeed "
+                "(plain torchrun), or train in fp32 (--fp16 False and no --bf16)"
+            )
         if self.grad_cache_chunk_size:
             raise UserError(
                 f"--grad_cache_chunk_size {self.grad_cache_chunk_size} works with one process or plain torchrun, where "
                 "the weights are whole on each process: leave out --deepspeed and --fsdp, or set it to 0"
+            )
+        if self.save_only_model and self.fsdp:
+            raise UserError(
+                "--save_only_model does not work with --fsdp, which saves the parts of all processes: leave it out"
             )
         if self.save_only_model and self.load_best_model_at_end:
             raise UserError(f"--save_only_model leaves nothing that --load_best_model_at_end could load with {flag}")
@@ -509,7 +535,7 @@ class RetrievalTrainingArgs(TrainingArguments):
             raise UserError(
                 f"{flag} needs a launcher that starts {least} or more processes: torchrun --nproc_per_node N …"
             )
-        if not divided:
+        if not self.weights_are_divided:
             return
         if self.length_split_tokens:
             raise UserError(

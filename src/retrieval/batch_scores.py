@@ -77,6 +77,6 @@ def ranker_batch_scores(model: nn.Module, inputs: Mapping[str, Any], config: Los
     Another query's keys would be pairs to read of their own, so a batch brings no negatives for nothing.
     """
     pair = inputs["pair"]
-    scores = in_order(model(pair=pair["chunks"]), pair["places"]).view(-1, inputs["group_size"])
+    scores = in_order(model(pair=pair["chunks"]), pair["places"]).float().view(-1, inputs["group_size"])
     positions = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
     return BatchScores([scores], positions, 1.0, sum(distributed.gather_sizes(len(scores), scores.device)))

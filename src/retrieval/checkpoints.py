@@ -55,9 +55,8 @@ class TrainableModel(nn.Module, ABC):
 
     @property
     def _no_split_modules(self) -> set[str]:
-        """Names of the layers' classes, as transformers has them: what accelerate makes FSDP divide one by one."""
-        present = {type(module).__name__ for module in self.modules()}
-        return present & {name for backbone in self.backbones for name in backbone._no_split_modules or ()}
+        """Names of the layers' classes: what accelerate makes FSDP divide one by one."""
+        return set().union(*map(_layer_classes, self.backbones))
 
     def activation_checkpointing_enable(
         self,
@@ -74,6 +73,15 @@ class TrainableModel(nn.Module, ABC):
             backbone.activation_checkpointing_enable(
                 activation_checkpointing_kwargs=kwargs, every_n_layers=every_n_layers, offload=offload
             )
+
+
+def _layer_classes(backbone: PreTrainedModel) -> set[str]:
+    """Names as transformers has them; where it has none, that of the modules in the longest list of them."""
+    named = {type(module).__name__ for module in backbone.modules()} & set(backbone._no_split_modules or ())
+    if named:
+        return named
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    return {type(layer).__name__ for layer in max(lists, key=len, default=())}
 
 
 def inner_folder(path: str, names: Sequence[str]) -> str:

@@ -18,6 +18,7 @@ from src.distribution import Distribution
 from src.plan import (
     Line,
     ModelSize,
+    Sharing,
     activation_bytes,
     describe_tasks,
     human_bytes,
@@ -25,6 +26,7 @@ from src.plan import (
     step_counts,
     training_memory,
 )
+from src.retrieval import engines
 from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs
 from src.retrieval.bm25 import choose_engine
 from src.retrieval.builders import bm25_config, encode_configs
@@ -84,6 +86,7 @@ def training_lines(
     sources: Sequence[Source],
     collator: Callable[[Sequence[TrainExample]], dict[str, Any]],
     resume: str | None,
+    evaluates: bool,
 ) -> Iterator[Line]:
     """Rows, batches, steps, tokens and memory of a training run.
 
@@ -93,6 +96,7 @@ def training_lines(
         sources: rows of all files.
         collator: examples to token tensors.
         resume: checkpoint folder to go on from.
+        evaluates: during training.
     """
     yield from source_lines(sources)
     world, queries = distributed.world_size(), training.per_device_train_batch_size
@@ -113,7 +117,14 @@ def training_lines(
     half = "fp16" if training.fp16 else "bf16" if training.bf16 else None
     size = model_size(model.backbones[0], *count_parameters(model), fused_attention=not training.use_cpu)
     most = _most_activations(size, batches, training, half is not None)
-    memory = training_memory(size, most, str(training.optim), half is not None, world, training.divided)
+    sharing = Sharing(
+        world,
+        training.divided,
+        bool(training.deepspeed) and training.divided > 0,
+        engines.offloaded(training.deepspeed) if training.deepspeed else frozenset(),
+        evaluates and training.eval_strategy != "no",
+    )
+    memory = training_memory(size, most, str(training.optim), half is not None, sharing)
     yield "model", f"{size.parameters:,} parameters, {size.trainable:,} of them trained, in {half or 'fp32'}"
     yield "memory", f"{memory.describe()} (each process; an estimate, see src/plan.py)"
     yield "output", training.output_dir

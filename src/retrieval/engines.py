@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from src.errors import UserError
@@ -63,8 +64,19 @@ def zero_stage(given: Any) -> int:
     return stage
 
 
-def fsdp_settings(given: Any) -> dict[str, Any]:
+def offloaded(given: Any) -> frozenset[str]:
+    """What ``--deepspeed`` puts into the memory of the CPU: ``optimizer``, ``weights``."""
+    zero = read_settings(given, "deepspeed").get("zero_optimization", {})
+    names = {"offload_optimizer": "optimizer", "offload_param": "weights"}
+    return frozenset(own for name, own in names.items() if (zero.get(name) or {}).get("device") == "cpu")
+
+
+def fsdp_settings(given: Any, fsdp: Any = True) -> dict[str, Any]:
     """The settings that ``--fsdp_config`` names, with what this toolkit wants.
+
+    Args:
+        given: of ``--fsdp_config``.
+        fsdp: of ``--fsdp``, whose older form has words of its own.
 
     Raises:
         UserError: they cannot be read, or ask for what is not supported.
@@ -72,7 +84,11 @@ def fsdp_settings(given: Any) -> dict[str, Any]:
     settings = {name.removeprefix("fsdp_"): value for name, value in read_settings(given, "fsdp_config").items()}
     if str(settings.get("version", 2)) != "2":
         raise UserError(f"--fsdp_config: version {settings['version']} is not supported, use 2 (or leave it out)")
+    offload = "use --deepspeed data/deepspeed/stage3_offload.json in place of --fsdp"
+    if "offload" in str(fsdp):
+        raise UserError(f"--fsdp {fsdp}: offload is not supported, {offload}")
     for name, instead in (
+        ("cpu_offload", offload),
         ("xla", "leave it out"),
         ("cpu_ram_efficient_loading", "leave it out"),
         # It recomputes layers with other dropout than they had, so gradients are not those of the loss.
@@ -87,6 +103,14 @@ def fsdp_settings(given: Any) -> dict[str, Any]:
             "it out): the encoder is saved whole in any case"
         )
     return settings
+
+
+def half_precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """How FSDP computes in half precision: gradients are added up in fp32, and outputs stay as the model gives them.
+
+    Left to itself accelerate rounds both, thus the vectors that losses compare.
+    """
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 
 
 def load_whole() -> None:
@@ -185,8 +209,9 @@ def _whole(tensor: Any) -> Tensor:
     if tensor.dtype != torch.float32 and tensor.requires_grad:
         # What DeepSpeed computes with is a rounded copy of the weights that it trains.
         trained = deepspeed.utils.safe_get_full_fp32_param(tensor)
-        if trained is not None:
-            return trained
+        if trained is None:
+            raise RuntimeError(f"DeepSpeed has no fp32 copy of a weight of {tensor.numel():,} numbers that it trains")
+        return trained
     with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
         return tensor.detach().clone()
 

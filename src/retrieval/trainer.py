@@ -176,14 +176,17 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         if self._bad_losses >= (BAD_FP16_LOSSES if self.args.fp16 else 1):
             raise UserError(f"step {self.state.global_step + 1}: the loss is {float(loss)}, {DIVERGED}")
 
-    def _check_weights(self) -> None:
+    def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Keep weights that are no numbers from taking the place of good ones.
+
+        Args:
+            weights: those of the model, whole.
 
         Raises:
             UserError: some are none.
         """
-        for name, weight in self.model.named_parameters():
-            if not torch.isfinite(weight).all():
+        for name, _ in self.model.named_parameters():
+            if not torch.isfinite(weights[name]).all():
                 raise UserError(f"step {self.state.global_step}: {name} has weights that are no numbers, {DIVERGED}")
 
     def compute_loss(
@@ -245,11 +248,18 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         return filled(self._hollow, whole_state(self.model, self.args.device), self.args.device)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model with whole weights, whoever holds which part of them; every process must call this."""
+        """Write the model with whole weights, whoever holds which part of them; every process must call this.
+
+        Raises:
+            UserError: on every process, of weights that are no numbers.
+        """
         if self.args.engine is None:
+            self._check_weights(dict(self.model.named_parameters()))
             super().save_model(output_dir, _internal_call)
         else:
-            self._save(output_dir, whole_state(self.model, torch.device("cpu") if self.args.should_save else None))
+            state = whole_state(self.model, torch.device("cpu") if self.args.should_save else None)
+            distributed.on_main(lambda: self._check_weights(state))
+            self._save(output_dir, state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
@@ -269,7 +279,6 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write everything to a staging folder and rename it, so that a checkpoint-N folder is always whole."""
-        self._check_weights()
         final = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         staging = os.path.join(self.args.output_dir, f".checkpoint-{self.state.global_step}.partial")
         if self.args.should_save:
