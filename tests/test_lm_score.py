@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def models(tmp_path_factory):
 
 
 def load(folder):
-    cls = AutoModelForSeq2SeqLM if "t5" in folder else AutoModelForCausalLM
+    cls = AutoModelForSeq2SeqLM if Path(folder).name.startswith("t5") else AutoModelForCausalLM
     return cls.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
