@@ -67,7 +67,7 @@ def main() -> None:
     resume = distributed.on_main(lambda: checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir))
     set_seed(training.seed)
     model = load_dense_retriever(encoder_config(args, given, lora_settings(training) if sources else None))
-    check_widths(model, training, args.truncate_dim)
+    check_widths(model, training)
     lengths = (args.query_max_length, args.key_max_length)
     collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, chunk_policy(training))
     if args.dry_run:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -59,7 +58,7 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
     for name in sorted(given.intersection(task.no_effect)):
         logger.warning("--%s has no effect on this evaluation", name)
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)
-    distributed.on_main(lambda: _check_outputs(args))
+    distributed.on_main(lambda: check_outputs(args, args.output_dir, args.log_path))
     args, data = open_data(task, args, given)
     lm, encoder = lm_config(args, given, device), encoder_config(args, given)
     path = output_path(args, retriever_name(args), data.rows.path)
@@ -79,12 +78,6 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
         record(metrics, args.log_path, asdict(args), seconds=round(time.monotonic() - started, 1), **facts)
         if asker is not None:
             asker.memory.finish()
-
-
-def _check_outputs(args: LMEvalArgs) -> None:
-    check_outputs(args, args.output_dir, args.log_path)
-    if os.path.isdir(args.log_path):
-        raise UserError(f"--log_path: {args.log_path} is a folder, a file is needed")
 
 
 def open_data(task: EvalTask, args: Any, given: frozenset[str]) -> tuple[Any, EvalData]:

@@ -76,6 +76,8 @@ def read_settings(path: str, flag: str) -> Any:
             return yaml.load(file, _UniqueNames)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{flag}: no such file: {path}") from error
+    except RecursionError as error:
+        raise UserError(f"{flag}: {path} is not valid YAML: nested too deeply") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else path

@@ -36,7 +36,8 @@ def check_name(flag: str, value: str | None) -> None:
 def check_positive(**values: float | None) -> None:
     """Raise a UserError for the first value that is given and not above 0."""
     for flag, value in values.items():
-        if value is not None and value <= 0:
+        # A NaN is not above 0 either.
+        if value is not None and not value > 0:
             raise UserError(f"--{flag} must be above 0, found {value}")
 
 

@@ -6,6 +6,7 @@ reads no file.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,12 +19,11 @@ from src.distributed import TIMEOUT
 from src.errors import UserError
 from src.flags import check_choice, check_name, check_positive, default_data_root, dry_run_flag, flag
 from src.retrieval import engines
+from src.retrieval.pooling import DENSE_METRICS, POOLING_METHODS
 from src.retrieval.tasks import VERSIONS
 from src.schema import ROW_FIELDS
 
 METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg", "collate_score")
-POOLING_METHODS = ("cls", "mean", "last", "decoder", "dense")
-DENSE_METRICS = ("cos", "ip", "l2")
 DTYPES = ("fp32", "fp16", "bf16")
 RANKER_METHODS = ("cross-encoder",)
 RETRIEVAL_METHODS = ("dense", "bm25", "random", "no")
@@ -428,6 +428,17 @@ class RetrievalTrainingArgs(TrainingArguments):
         check_positive(lora_r=self.lora_r, lora_alpha=self.lora_alpha)
         if self.lora_r is None and (self.lora_alpha is not None or self.lora_dropout):
             raise UserError("--lora_alpha and --lora_dropout need --lora_r, the rank of the adapters")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout must be from 0 to below 1, found {self.lora_dropout}")
+        for name in ("learning_rate", "weight_decay", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} must be a number of 0 or more, found {getattr(self, name)}")
+        if self.warmup_ratio > 1:
+            raise UserError(f"--warmup_ratio is a share of the steps, at most 1, found {self.warmup_ratio}")
+        if self.mask_margin is not None and not math.isfinite(self.mask_margin):
+            raise UserError(f"--mask_margin must be a number, found {self.mask_margin}")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise UserError(f"--num_train_epochs {self.num_train_epochs}: nothing would be trained, give more than 0")
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns must stay False: the collator needs every column")
         # Without this a torchrun on a machine without accelerator trains unconnected copies of the model.

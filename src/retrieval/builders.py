@@ -98,15 +98,14 @@ def chunk_policy(training: RetrievalTrainingArgs) -> ChunkPolicy:
     return ChunkPolicy(training.grad_cache_chunk_size, split)
 
 
-def check_widths(model: DenseRetriever, training: RetrievalTrainingArgs, truncate_dim: int | None) -> None:
+def check_widths(model: DenseRetriever, training: RetrievalTrainingArgs) -> None:
     """Refuse numbers of leading dimensions that the vectors do not have.
 
     Raises:
-        UserError: ``--matryoshka_dims`` or ``--truncate_dim`` names as many as the vectors have, or more.
+        UserError: ``--matryoshka_dims`` names as many as the vectors have, or more.
     """
-    for flag, widths in (("matryoshka_dims", training.matryoshka_dims or []), ("truncate_dim", [truncate_dim or 0])):
-        if max(widths, default=0) >= model.width:
-            raise UserError(f"--{flag} {max(widths)}: the vectors have {model.width} dimensions, give less")
+    if (most := max(training.matryoshka_dims or [0])) >= model.width:
+        raise UserError(f"--matryoshka_dims {most}: the vectors have {model.width} dimensions, give less")
 
 
 def instructions(args: RetrievalArgs | RankerArgs) -> InstructionOf:
@@ -164,6 +163,8 @@ def check_outputs(args: DataArgs, output_dir: str, log_path: str) -> None:
     """
     check_writable(output_dir, "output_dir")
     check_writable(os.path.dirname(log_path) or ".", "log_path")
+    if os.path.isdir(log_path):
+        raise UserError(f"--log_path: {log_path} is a folder, a file is needed")
     collates = any(metric.startswith("collate") for metric in args.metrics)
     if args.eval_data is not None and collates and not args.save_to_output:
         check_writable(os.path.dirname(resolve_path(args.eval_data, args.data_root)) or ".", "eval_data")

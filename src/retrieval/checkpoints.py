@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -95,7 +96,7 @@ def inner_folder(path: str, names: Sequence[str]) -> str:
 
 
 #: What transformers raises when a model cannot be loaded.
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError)
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, RecursionError, SafetensorError, pickle.UnpicklingError)
 
 
 def safe_only(allow_pickle: bool) -> bool | None:
@@ -152,8 +153,11 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except LOAD_ERRORS as error:
         raise load_error(checkpoint, error, what) from error
+    # Without its files transformers makes one up that knows the special tokens only.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"{checkpoint!r} has no files of a tokenizer: copy them there from where the {what} comes from")
     tokenizer.padding_side = "right"
     borrowed = tokenizer.pad_token is None
     if borrowed:

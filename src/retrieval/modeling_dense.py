@@ -122,6 +122,9 @@ class DenseRetriever(TrainableModel):
         metric: ``cos`` (vectors are scaled to unit length), ``ip`` or ``l2``.
         bases: what each encoder with adapters was loaded from.
         truncate_dim: vectors are their first so many dimensions; None for all.
+
+    Raises:
+        UserError: the vectors have no more than `truncate_dim` dimensions.
     """
 
     def __init__(
@@ -138,6 +141,8 @@ class DenseRetriever(TrainableModel):
         self.metric = metric
         self.bases = dict(bases or {})
         self.truncate_dim = truncate_dim
+        if truncate_dim is not None and truncate_dim >= self.width:
+            raise UserError(f"--truncate_dim {truncate_dim}: the vectors have {self.width} dimensions, give less")
 
     @property
     def encoders(self) -> dict[str, TextEncoder]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -15,6 +16,8 @@ from transformers.utils import cached_file
 from src.errors import UserError
 from src.io import read_json, write_json
 
+POOLING_METHODS = ("cls", "mean", "last", "decoder", "dense")
+DENSE_METRICS = ("cos", "ip", "l2")
 OWN_FILE = "embedder.json"
 DENSE_FOLDER = "dense"
 
@@ -141,6 +144,22 @@ def find_file(checkpoint: str, name: str, cache_dir: str | None) -> str | None:
         return None
 
 
+def _checked(saved: Any, path: str) -> tuple[str, ...]:
+    """The pooling methods of our own file.
+
+    Raises:
+        UserError: it says something that is unknown.
+    """
+    settings = saved if isinstance(saved, dict) else {}
+    methods = settings.get("pooling_method")
+    if not isinstance(methods, list) or not methods or not set(map(str, methods)) <= set(POOLING_METHODS):
+        raise UserError(f"{path}: 'pooling_method' must be a list of {', '.join(POOLING_METHODS)}, found {methods!r}")
+    if settings.get("dense_metric") not in DENSE_METRICS:
+        found = settings.get("dense_metric")
+        raise UserError(f"{path}: 'dense_metric' must be one of {', '.join(DENSE_METRICS)}, found {found!r}")
+    return tuple(methods)
+
+
 def read_pooling_spec(checkpoint: str, cache_dir: str | None = None) -> PoolingSpec:
     """What our own or sentence-transformers' files in a checkpoint say of pooling and similarity.
 
@@ -150,7 +169,7 @@ def read_pooling_spec(checkpoint: str, cache_dir: str | None = None) -> PoolingS
     own = find_file(checkpoint, OWN_FILE, cache_dir)
     if own is not None:
         saved = read_json(own, "encoder settings")
-        methods = tuple(saved["pooling_method"])
+        methods = _checked(saved, own)
         dense = os.path.join(os.path.dirname(own), DENSE_FOLDER) if "dense" in methods else None
         return PoolingSpec(methods, saved["dense_metric"], dense, own)
     modules_file = find_file(checkpoint, "modules.json", cache_dir)

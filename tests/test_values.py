@@ -1,0 +1,76 @@
+"""Values of flags and model folders that nobody could mean: refused in a line, before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from src.config_file import read_settings
+from src.errors import UserError
+from src.retrieval.args import RetrievalTrainingArgs
+from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"learning_rate": -1.0}, "--learning_rate must be a number of 0 or more, found -1.0"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be a number of 0 or more, found nan"),
+        ({"weight_decay": float("inf")}, "--weight_decay must be a number"),
+        ({"warmup_ratio": 7.0}, "--warmup_ratio is a share of the steps"),
+        ({"mask_margin": float("nan")}, "--mask_margin must be a number, found nan"),
+        ({"teacher_temperature": float("nan")}, "--teacher_temperature must be above 0, found nan"),
+        ({"num_train_epochs": -1.0}, "--num_train_epochs -1.0: nothing would be trained"),
+        ({"lora_r": 4, "lora_dropout": 2.0}, "--lora_dropout must be from 0 to below 1, found 2.0"),
+    ],
+)
+def test_flags(tmp_path, flags, said):
+    with pytest.raises(UserError, match=said):
+        RetrievalTrainingArgs(output_dir=str(tmp_path), use_cpu=True, **flags)
+    assert RetrievalTrainingArgs(output_dir=str(tmp_path), use_cpu=True, max_steps=1, num_train_epochs=0).max_steps == 1
+
+
+def damaged(tiny_bert: str, folder: Path, name: str, content: bytes | None) -> str:
+    shutil.copytree(tiny_bert, folder)
+    for path in folder.glob(name):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+    if content is not None and "*" not in name:
+        (folder / name).write_bytes(content)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer*", None, "has no files of a tokenizer|cannot load the encoder"),
+        ("model.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{", "cannot load the encoder"),
+        ("config.json", b'{"a":' * 20_000, "cannot load the encoder"),
+        (
+            "embedder.json",
+            json.dumps({"pooling_method": ["men"], "dense_metric": "cos"}).encode(),
+            "must be a list of cls",
+        ),
+        ("embedder.json", json.dumps({"pooling": "cls"}).encode(), "'pooling_method' must be a list of cls"),
+        ("embedder.json", json.dumps({"pooling_method": ["cls"], "dense_metric": "x"}).encode(), "must be one of cos"),
+    ],
+)
+def test_model_folders(tiny_bert, tmp_path, name, content, said):
+    with pytest.raises(UserError, match=said):
+        load_dense_retriever(EncoderConfig(damaged(tiny_bert, tmp_path / "model", name, content)))
+
+
+def test_no_more_dimensions_than_there_are(tiny_bert):
+    with pytest.raises(UserError, match="--truncate_dim 32: the vectors have 32 dimensions, give less"):
+        load_dense_retriever(EncoderConfig(tiny_bert, truncate_dim=32))
+
+
+def test_deep_settings(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("[" * 20_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        read_settings(str(path), "--config")
