@@ -89,7 +89,7 @@ def read_results(folder: str) -> list[dict[str, Any]]:
                 if {"metrics", "task", "retriever", "time"} <= record.keys():
                     # Other files of JSON lines may lie there, and lines of training have no task.
                     found.append({**record, "metrics": {name: _number(v) for name, v in record["metrics"].items()}})
-            except (ValueError, TypeError, AttributeError):
+            except (ValueError, TypeError, AttributeError, RecursionError):
                 if line.strip():
                     broken.append(f"{path}:{number}")
     if broken:

@@ -157,9 +157,9 @@ def test_lines_that_are_no_results_are_counted(tmp_path, caplog):
     good = record("mmlu", "no", "2026-01-01", accuracy=0.3)
     bad = [{**good, "metrics": {"accuracy": value}} for value in ("x", float("nan"), None)]
     path = write_rows(tmp_path / "a.jsonl", [*bad, {"metrics": {}}, good])
-    path.write_text(path.read_text() + '[1]\n{"half')
+    path.write_text(path.read_text() + "[1]\n" + "[" * 20_000 + '\n{"half')
     assert [own["metrics"] for own in read_results(str(tmp_path))] == [{"accuracy": 0.3}]
-    assert f"5 lines are no results and left out; the first is {path}:1" in caplog.text
+    assert f"6 lines are no results and left out; the first is {path}:1" in caplog.text
 
 
 def test_outputs_of_different_evaluations_are_not_compared(tmp_path, caplog):
