@@ -10,7 +10,7 @@ import pytest
 
 from src.config_file import read_settings
 from src.errors import UserError
-from src.retrieval.args import RetrievalTrainingArgs
+from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
 
 
@@ -31,6 +31,11 @@ def test_flags(tmp_path, flags, said):
     with pytest.raises(UserError, match=said):
         RetrievalTrainingArgs(output_dir=str(tmp_path), use_cpu=True, **flags)
     assert RetrievalTrainingArgs(output_dir=str(tmp_path), use_cpu=True, max_steps=1, num_train_epochs=0).max_steps == 1
+
+
+def test_margins():
+    with pytest.raises(UserError, match="--neg_margin_relative must be 0 or more, found nan"):
+        RetrievalArgs(neg_margin_relative=float("nan"))
 
 
 def damaged(tiny_bert: str, folder: Path, name: str, content: bytes | None) -> str:

@@ -110,8 +110,8 @@ class DataArgs:
         check_name("save_name", self.save_name)
         check_positive(max_neg_num=self.max_neg_num, neg_near_duplicate=self.neg_near_duplicate)
         for name in ("neg_margin_relative", "neg_margin_absolute"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"--{name} must not be negative, found {getattr(self, name)}")
+            if not (getattr(self, name) or 0) >= 0:
+                raise UserError(f"--{name} must be 0 or more, found {getattr(self, name)}")
         if (self.neg_near_duplicate or 0) > 1:
             raise UserError(f"--neg_near_duplicate is a share of at most 1, found {self.neg_near_duplicate}")
         ranks = self.neg_range
