@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -111,6 +110,8 @@ def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], fol
 
 def train_theirs(args: argparse.Namespace, setting: Setting, rows: list[dict], folder: str) -> float:
     """Seconds of sentence-transformers' training, saving included."""
+    from datasets import Dataset  # only the peer's trainer wants it: the extra `bench` of this project
+
     model = SentenceTransformer(args.model, device=args.device)
     model.max_seq_length = setting.key_length
     columns = {"anchor": [row["query"] for row in rows], "positive": [row["pos"][0] for row in rows]}
