@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, ROOT, machine, peak_mib
+from benchmarks.common import RESULTS, ROOT, machine, peak_process_mib
 from benchmarks.texts import passages
 from src.errors import UserError
 from src.io import write_json, write_jsonl
@@ -47,7 +47,7 @@ def measure(engine: str, folder: Path) -> None:
 
     texts = [json.loads(line)["text"] for line in (folder / "corpus.json").open(encoding="utf-8")]
     queries = json.loads((folder / "queries.json").read_text(encoding="utf-8"))
-    before = peak_mib()
+    before = peak_process_mib()
     config = BM25Config(str(folder / engine), BACKENDS[engine])
     start = time.perf_counter()
     searcher = build_bm25_searcher(texts, str(folder / "corpus.json"), "{text}", config)
@@ -59,7 +59,7 @@ def measure(engine: str, folder: Path) -> None:
         "index_seconds": round(indexed - start, 2),
         "search_seconds": round(done - indexed, 2),
         "queries_per_second": round(len(queries) / (done - indexed), 1),
-        "peak_mib": round(peak_mib()),
+        "peak_mib": round(peak_process_mib()),
         "peak_mib_before_indexing": round(before),
         "peak_mib_of_largest_child": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -17,15 +18,26 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
+PACKAGES = ("torch", "transformers", "sentence-transformers", "faiss-cpu", "faiss-gpu", "numpy")
+#: What a side tells: its rate, or that and other numbers by name.
+Numbers = Mapping[str, float]
+
+
+def installed_versions() -> dict[str, str]:
+    """Of the packages that matter here."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory, accelerator and versions."""
-    import torch
-
     lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
     models = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -36,7 +48,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(pages / 2**30, 1),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **installed_versions(),
     }
 
 
@@ -51,7 +63,15 @@ def shown_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return shown
 
 
-def peak_mib() -> float:
+def peak_mib() -> dict[str, float]:
+    """Peak memory by where it was: of the process, and of what PyTorch held on the GPU."""
+    peaks = {"peak_mib": peak_process_mib()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peaks["peak_gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return peaks
+
+
+def peak_process_mib() -> float:
     """Peak resident memory in MiB of this process, or of the largest that it started and waited for.
 
     On Linux without what the process that started this one held.
@@ -65,14 +85,22 @@ def peak_mib() -> float:
 
 def timed(function: Callable[[], Any]) -> float:
     """Seconds that one call takes."""
+    wait_for_device()
     start = time.perf_counter()
     function()
+    wait_for_device()
     return time.perf_counter() - start
+
+
+def wait_for_device() -> None:
+    """Until a GPU has done what it was given, where one is in use."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def compare(
     module: str,
-    sides: Mapping[str, Callable[[argparse.Namespace], float]],
+    sides: Mapping[str, Callable[[argparse.Namespace], float | Numbers]],
     parser: argparse.ArgumentParser,
     unit: str,
     ours: Sequence[str],
@@ -82,7 +110,8 @@ def compare(
 
     Args:
         module: name of the benchmark, also of its result file.
-        sides: name to a function from the arguments to a rate (more is better) on the same work.
+        sides: name to a function from the arguments to a rate (more is better) on the same work, or to numbers by
+            name, among them ``rate``.
         parser: the benchmark's own arguments.
         unit: of the rate.
         ours: the sides that are ours; the ratio to each of the others is shown.
@@ -93,8 +122,9 @@ def compare(
     parser.add_argument("--side", choices=list(sides), help="run one side here and print its numbers as JSON")
     args = parser.parse_args()
     if args.side:
-        rate = sides[args.side](args)
-        print(json.dumps({"rate": rate, "peak_mib": peak_mib()}))
+        found = sides[args.side](args)
+        numbers = found if isinstance(found, Mapping) else {"rate": found}
+        print(json.dumps({**peak_mib(), **numbers}))
         return
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
@@ -107,7 +137,7 @@ def compare(
             runs[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{name:<44} {runs[name][-1]['rate']:>12.1f} {unit}", flush=True)
     table = {
-        name: {key: round(statistics.median(run[key] for run in each), 2) for key in ("rate", "peak_mib")}
+        name: {key: round(statistics.median(run[key] for run in each), 3) for key in each[0]}
         for name, each in runs.items()
     }
     ratios = {
@@ -116,9 +146,10 @@ def compare(
         for other in sides
         if other not in ours
     }
-    print(f"\n{'median':<44} {unit:>16} {'peak MiB':>10}")
+    others = [key for key in next(iter(table.values())) if key != "rate"]
+    print(f"\n{'median':<44} {unit:>16}" + "".join(f" {key:>14}" for key in others))
     for name, row in table.items():
-        print(f"{name:<44} {row['rate']:>16.1f} {row['peak_mib']:>10.0f}")
+        print(f"{name:<44} {row['rate']:>16.1f}" + "".join(f" {row[key]:>14.2f}" for key in others))
     for name, ratio in ratios.items():
         print(f"{name}: {ratio}")
     result = {
@@ -129,6 +160,7 @@ def compare(
         "machine": machine(),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{result_name(args) if result_name else module}.json"
+    on_gpu = "_gpu" if str(getattr(args, "device", "cpu")).startswith("cuda") else ""
+    path = RESULTS / f"{result_name(args) if result_name else module}{on_gpu}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"saved: {path}")

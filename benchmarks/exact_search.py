@@ -1,6 +1,7 @@
-"""Exact search over random unit vectors on the CPU: ours against a bare FAISS Flat index.
+"""Exact search over random unit vectors: ours against a bare FAISS Flat index.
 
 python -m benchmarks.exact_search
+python -m benchmarks.exact_search --device cuda      # FAISS on the GPU too, where the installed one can
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def search(args: argparse.Namespace, side: str) -> float:
     vectors, queries = unit_vectors(args.rows, args.width, 0), unit_vectors(args.queries, args.width, 1)
     flat = faiss.IndexFlatIP(args.width)
     flat.add(vectors)
-    exact = ExactIndex([VectorShard(0, len(vectors), lambda: vectors)], "ip", torch.device("cpu"))
+    if args.device != "cpu" and hasattr(faiss, "StandardGpuResources"):
+        flat = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, flat)
+    exact = ExactIndex([VectorShard(0, len(vectors), lambda: vectors)], "ip", torch.device(args.device))
     index = exact if side == OURS else flat
     scores, rows = index.search(queries[:64], args.hits)
     expected = (flat if side == OURS else exact).search(queries[:64], args.hits)[0]
@@ -46,6 +49,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--hits", type=int, default=200)
+    parser.add_argument("--device", default="cpu")
     sides = {name: (lambda args, name=name: search(args, name)) for name in (OURS, FAISS)}
     compare("exact_search", sides, parser, "queries/s", [OURS])
 

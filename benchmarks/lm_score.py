@@ -63,6 +63,7 @@ def score_plainly(model: LanguageModel, pairs: list[PromptTokens], size: int) ->
     """Mean log-likelihood of each answer."""
     scores: list[float] = []
     for ids, mask, labels in plain_batches(pairs, size):
+        ids, mask, labels = (tensor.to(model.model.device) for tensor in (ids, mask, labels))
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = model.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, :-1].float()
         losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
@@ -73,7 +74,7 @@ def score_plainly(model: LanguageModel, pairs: list[PromptTokens], size: int) ->
 def measure(args: argparse.Namespace, side: str) -> float:
     """Pairs per second, tokenization included."""
     torch.set_num_threads(args.threads)
-    model = load_lm(LMConfig(args.model, "fp32", torch.device("cpu")))
+    model = load_lm(LMConfig(args.model, args.dtype, torch.device(args.device)))
     encoder = PromptEncoder(model.tokenizer, CONTEXT, KEY_LENGTH)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/rows.json"
@@ -100,6 +101,8 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "data" / "sample" / "lm"), help="causal LM, a folder or hub name")
     parser.add_argument("--count", type=int, default=16, help="rows, of two or more candidates each")
     parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
     sides = {name: (lambda args, name=name: measure(args, name)) for name in (OURS, PLAIN)}
     compare("lm_score", sides, parser, "pairs/s", [OURS])
 

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import importlib.metadata
 import importlib.util
+import json
 import random
+import sys
+import tempfile
 from pathlib import Path
+
+from src.io import read_json, write_json
 
 PACKAGES = ("torch", "transformers", "numpy", "sklearn", "scipy", "sentence_transformers", "accelerate")
 
@@ -23,9 +30,19 @@ def _docstrings(file: Path) -> list[str]:
 def passages(count: int, seed: int = 0) -> list[str]:
     """`count` paragraphs of 5 words or more, no two alike, in random order.
 
+    Finding them takes a minute, so that they are kept among the temporary files for the next process.
+
     Raises:
         ValueError: the installed packages have fewer.
     """
+    made_of = json.dumps([count, seed, sys.version, importlib.metadata.version("transformers")])
+    cache = Path(tempfile.gettempdir()) / f"passages-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
+    if not cache.exists():
+        write_json(cache, _find_passages(count, seed))
+    return read_json(cache, "passages")
+
+
+def _find_passages(count: int, seed: int) -> list[str]:
     texts: dict[str, None] = {}
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)

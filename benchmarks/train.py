@@ -12,8 +12,10 @@ import argparse
 import json
 import random
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from sentence_transformers import (
@@ -25,8 +27,10 @@ from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
-from benchmarks.common import compare, timed
+from benchmarks.common import Numbers, compare, peak_mib, wait_for_device
+from benchmarks.flops import encoder_flops, matmul_rate
 from benchmarks.texts import passages
 from src.cli import parse_args
 from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
@@ -94,8 +98,26 @@ def our_flags(args: argparse.Namespace, setting: Setting, rows: list[dict], fold
     return list(map(str, flags))
 
 
+class StepClock(TrainerCallback):
+    """Seconds of the optimizer steps after the first `warmup`, the time between them included."""
+
+    def __init__(self, warmup: int) -> None:
+        self.warmup = warmup
+        self.start = self.end = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.warmup:
+            wait_for_device()
+            self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            wait_for_device()
+            self.end = time.perf_counter()
+
+
 def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], folder: str) -> float:
-    """Seconds of run_dense.py's training, saving included."""
+    """Seconds of the steps of run_dense.py's training."""
     flags = our_flags(args, setting, rows, folder)
     (data, training), given = parse_args([RetrievalArgs, RetrievalTrainingArgs], flags)
     model = load_dense_retriever(encoder_config(data, given))
@@ -104,12 +126,16 @@ def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], fol
     scores = DenseBatchScores(model.metric, training.negative_cross_device)
     training.set_evaluate("no")
     dataset = TrainDataset(load_sources(data, training), training.seed)
-    trainer = RetrievalTrainer(model, training, dataset, collator, scores, None, {}, lambda folder, state: None)
-    return timed(trainer.train)
+    clock = StepClock(args.warmup)
+    trainer = RetrievalTrainer(
+        model, training, dataset, collator, scores, None, {}, lambda folder, state: None, callbacks=[clock]
+    )
+    trainer.train()
+    return clock.end - clock.start
 
 
 def train_theirs(args: argparse.Namespace, setting: Setting, rows: list[dict], folder: str) -> float:
-    """Seconds of sentence-transformers' training, saving included."""
+    """Seconds of the steps of sentence-transformers' training."""
     from datasets import Dataset  # only the peer's trainer wants it: the extra `bench` of this project
 
     model = SentenceTransformer(args.model, device=args.device)
@@ -122,8 +148,7 @@ def train_theirs(args: argparse.Namespace, setting: Setting, rows: list[dict], f
         max_steps=args.steps,
         learning_rate=5e-6,
         weight_decay=0.01,
-        save_strategy="steps",
-        save_steps=args.steps,
+        save_strategy="no",
         report_to="none",
         use_cpu=args.device == "cpu",
         bf16=args.bf16,
@@ -134,18 +159,40 @@ def train_theirs(args: argparse.Namespace, setting: Setting, rows: list[dict], f
         loss: torch.nn.Module = CachedMultipleNegativesRankingLoss(model, scale, mini_batch_size=setting.chunk)
     else:
         loss = MultipleNegativesRankingLoss(model, scale)
-    trainer = SentenceTransformerTrainer(model, options, train_dataset=Dataset.from_dict(columns), loss=loss)
-    return timed(trainer.train)
+    clock = StepClock(args.warmup)
+    data = Dataset.from_dict(columns)
+    SentenceTransformerTrainer(model, options, train_dataset=data, loss=loss, callbacks=[clock]).train()
+    return clock.end - clock.start
 
 
-def measure(args: argparse.Namespace, side: str) -> float:
-    """Queries, each with its keys, per second."""
+def useful_flops(args: argparse.Namespace, setting: Setting, rows: list[dict]) -> float:
+    """Floating point operations of training on the rows, without those on padding and without recomputation."""
+    config, tokenizer = AutoConfig.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
+    total = 0.0
+    for texts, most in (
+        ([row["query"] for row in rows], QUERY_LENGTH),
+        ([key for row in rows for key in (*row["pos"], *row["neg"])], setting.key_length),
+    ):
+        total += encoder_flops(config, map(len, tokenizer(texts, truncation=True, max_length=most)["input_ids"]))
+    # The backward pass takes a product for each of the two factors of every one of the forward pass.
+    return 3 * total
+
+
+def measure(args: argparse.Namespace, side: str) -> Numbers:
+    """Queries, each with its keys, per second; on a GPU also what share of its matrix products' rate was used."""
     torch.set_num_threads(args.threads)
     setting = SETTINGS[args.setting]
     rows = make_rows(setting, setting.batch * args.steps)
     with tempfile.TemporaryDirectory() as folder:
         seconds = (train_ours if side == OURS else train_theirs)(args, setting, rows, folder)
-    return len(rows) / seconds
+    share = (args.steps - args.warmup) / args.steps
+    numbers = {"rate": share * len(rows) / seconds}
+    if args.device != "cpu":
+        numbers |= peak_mib()
+        numbers["model_tflops"] = share * useful_flops(args, setting, rows) / seconds / 1e12
+        numbers["matmul_tflops"] = matmul_rate(args.device, torch.bfloat16 if args.bf16 else torch.float32) / 1e12
+        numbers["utilisation"] = numbers["model_tflops"] / numbers["matmul_tflops"]
+    return numbers
 
 
 def main() -> None:
@@ -154,6 +201,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="encoder: a sentence-transformers folder or hub name")
     parser.add_argument("--setting", choices=list(SETTINGS), default="qa")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps")
+    parser.add_argument("--warmup", type=int, default=0, help="first steps that do not count")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast (fp32 without)")
     sides = {name: (lambda args, name=name: measure(args, name)) for name in (OURS, THEIRS)}

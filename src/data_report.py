@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from array import array
 from collections import Counter, defaultdict
@@ -18,6 +19,9 @@ from src.retrieval.mining import normalize
 from src.retrieval.select import SelectionPolicy, unusable
 from src.retrieval.tasks import NO_OWN_TASKS, TASKS, OwnTask, prompt_task_problems
 from src.schema import (
+    ROW_FIELDS,
+    TEACHER_SCORES,
+    TOKEN_FIELDS,
     candidates,
     check_corpus_row,
     check_eval_row,
@@ -32,6 +36,8 @@ KINDS = ("train", "eval", "corpus", "lm")
 REPEATS = {what: f"the {what} repeats that of an earlier row" for what in ("query", "passage")}
 #: Those of ``--select_positive`` that need different rows (random needs what first does).
 POLICIES = ("first", "teacher", "teacher-pos")
+#: How alike (by difflib's ratio) the name of a field is to the one that may be meant.
+ALIKE = 0.75
 #: Rows whose fitness for training is found out at a time.
 WINDOW = 4096
 
@@ -103,6 +109,8 @@ class DataReport:
         self.untrainable: Counter[str] = Counter()
         #: Of lines whose text came before, where it first did.
         self.first_lines: dict[int, int] = {}
+        #: Of names of fields that mean nothing: which one may have been meant.
+        self._alike: dict[str, str | None] = {}
         self._texts = Repeats()
         self._window: list[tuple[int, int, int, int]] = []
         self._check = self._row_check()
@@ -155,7 +163,20 @@ class DataReport:
         if text.strip():
             self._texts.add(text, line)
 
+    def _warn_of_names(self, line: int, row: dict[str, Any]) -> None:
+        """Optional fields whose name is misspelt would be passed over without a word."""
+        for name in row.keys() - ROW_FIELDS - {*TOKEN_FIELDS}:
+            # Further scores have names of their own.
+            if name == self.score_field or name.startswith(TEACHER_SCORES):
+                continue
+            if name not in self._alike:
+                fields = sorted({*ROW_FIELDS, self.score_field})
+                self._alike[name] = next(iter(difflib.get_close_matches(name, fields, 1, ALIKE)), None)
+            meant = self._alike[name]
+            self._warn(line, f"field {name!r} is not read: is {meant!r} meant?", meant is not None and meant not in row)
+
     def _add_row(self, line: int, row: dict[str, Any], numbers: dict[str, Any]) -> None:
+        self._warn_of_names(line, row)
         task = numbers["task"] or self.default_task
         self.tasks[task or "none"] += 1
         known = self.known_tasks

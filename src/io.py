@@ -59,6 +59,11 @@ def _is_there(path: str) -> bool:
     return os.path.exists(path) or bool(glob.glob(path, recursive=True))
 
 
+def _shown(flag: str) -> str:
+    """An argument as users know it: a flag, or the name of one that stands alone, such as FILE."""
+    return flag if flag.isupper() else f"--{flag}"
+
+
 def existing_file(path: str, flag: str) -> str:
     """`path` itself when it is a readable file.
 
@@ -66,11 +71,13 @@ def existing_file(path: str, flag: str) -> str:
         UserError: it is missing or no file; `flag` names the argument it came from.
     """
     if os.path.isdir(path):
-        raise UserError(f"--{flag}: {path} is a folder, a JSON lines file is needed")
+        raise UserError(f"{_shown(flag)}: {path} is a folder, a JSON lines file is needed")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{_shown(flag)}: {path} is no regular file, and data files are read more than once")
     if not os.path.isfile(path):
         raise UserError(
-            f"--{flag}: no such file: {path} (paths starting with {DATA_PREFIX!r} are looked up below --data_root, "
-            "by default the LLM_EMBEDDER_DATA environment variable)"
+            f"{_shown(flag)}: no such file: {path} (paths starting with {DATA_PREFIX!r} are looked up below "
+            "--data_root, by default the LLM_EMBEDDER_DATA environment variable)"
         )
     return path
 
@@ -119,7 +126,7 @@ def expand_data_paths(paths: Sequence[str], data_root: str, flag: str) -> list[s
         if not os.path.exists(resolved) and glob.has_magic(resolved):
             matches = sorted(glob.glob(resolved, recursive=True))
             if not matches:
-                raise UserError(f"--{flag}: no file matches {resolved}")
+                raise UserError(f"{_shown(flag)}: no file matches {resolved}")
             files.extend(existing_file(match, flag) for match in matches)
         else:
             files.append(existing_file(resolved, flag))

@@ -60,7 +60,7 @@ def check_file(path: str, args: argparse.Namespace, own: Mapping[str, OwnTask]) 
     print(f"{path}: checked as {kind}" + ("" if args.kind else " (told by its first row; --kind says otherwise)"))
     report = DataReport(kind, args.task or task_from_path(path, own), args.key_template, args.teacher_score_field, own)
     size = os.path.getsize(path)
-    with tqdm(total=size, unit="B", unit_scale=True, desc=os.path.basename(path), delay=2) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc=os.path.basename(path), delay=2, disable=None) as bar:
         for line, (begin, body) in enumerate(read_lines(path, 0, size), 1):
             if body.strip():
                 for error in report.add(line, *parse_row(body)):

@@ -20,6 +20,8 @@ from tests.helpers import environment, run
 from tests.training_bench import Bench, assert_same_checkpoint, weights, write_data
 from tests.workers.forked import Runs
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or CUDA_VISIBLE_DEVICES hides it")
+
 TEXTS = ["a", "some longer text of a key", "x y", "words and words and words", "b c d e", "one more"]
 
 
@@ -78,21 +80,28 @@ def gradients(model: DenseRetriever) -> dict[str, torch.Tensor]:
 
 
 def loss_of(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(queries @ keys.T * 3, torch.arange(len(queries)))
+    return torch.nn.functional.cross_entropy(queries @ keys.T * 3, torch.arange(len(queries), device=queries.device))
 
 
+def on_device(tokens: dict, device: str) -> dict:
+    """What `tokenize_chunks` gives, where the model is."""
+    chunks = [{name: tensor.to(device) for name, tensor in chunk.items()} for chunk in tokens["chunks"]]
+    return {"chunks": chunks, "places": tokens["places"].to(device)}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("half", [False, True], ids=["fp32", "bf16 autocast"])
 @pytest.mark.parametrize("tie_encoders", [True, False])
-def test_dropout_is_the_same_in_both_passes(tiny_bert, tie_encoders, half):
+def test_dropout_is_the_same_in_both_passes(tiny_bert, tie_encoders, half, device):
     """Against one graph over all chunks that draws its random numbers in the same order."""
-    model, plain = load(tiny_bert, tie_encoders), load(tiny_bert, tie_encoders)
+    model, plain = load(tiny_bert, tie_encoders).to(device), load(tiny_bert, tie_encoders).to(device)
     if half:
         for each in (model, plain):
             # As accelerate does.
-            each.forward = torch.autocast("cpu", torch.bfloat16)(each.forward)
+            each.forward = torch.autocast(device, torch.bfloat16)(each.forward)
     policy = ChunkPolicy(2, 1)
-    query = tokenize_chunks(model.query_tokenizer, TEXTS[:3], 32, policy)
-    key = tokenize_chunks(model.key_tokenizer, TEXTS, 32, policy)
+    query = on_device(tokenize_chunks(model.query_tokenizer, TEXTS[:3], 32, policy), device)
+    key = on_device(tokenize_chunks(model.key_tokenizer, TEXTS, 32, policy), device)
 
     torch.manual_seed(5)
     cached = GradCache(model, model)

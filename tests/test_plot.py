@@ -79,6 +79,19 @@ def test_several_runs_are_compared_in_one_figure(tmp_path, monkeypatch):
     assert [list(line.get_ydata()) for line in first.get_lines()] == [[2.0, 1.0], [1.5, 0.5]] * 2
 
 
+@pytest.mark.parametrize("state", ["[]", "{}", '{"log_history": 5}', '{"log_history": [1]}', '{"log_history": ['])
+def test_a_damaged_log_is_told(tmp_path, state):
+    checkpoint = write_checkpoint(tmp_path, 5, HISTORY)
+    (checkpoint / "trainer_state.json").write_text(state)
+    with pytest.raises(UserError, match=r"log_history|is not valid JSON"):
+        read_history(str(checkpoint))
+
+
+def test_entries_that_tell_nothing_are_left_out():
+    odd = [{"loss": 1.0}, {"step": "5", "loss": 1.0}, {"step": 5, "loss": "low"}, {"step": 6, "loss": 2.0}]
+    assert panels_of(odd) == {"loss": {"loss": [(6, 2.0)]}}
+
+
 def test_errors(tmp_path):
     with pytest.raises(UserError, match="has no checkpoint"):
         main([str(tmp_path)])

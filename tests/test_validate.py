@@ -110,6 +110,21 @@ def test_warnings_name_their_lines(check, tmp_path):
     assert "files: 1, errors: 0, warnings: 7" in printed
 
 
+def test_names_of_fields_that_may_be_misspelt(check, tmp_path):
+    row = {"query": "q", "pos": ["a"], "neg": ["b"]}
+    odd = [{"teacher_score": [1, 0]}, {"answer": ["c"]}, {"title": "t"}, {"teacher_scores_b": [1, 0]}]
+    rows = [{**row, "query": f"q{n}", **more} for n, more in enumerate(odd)]
+    path = write_rows(tmp_path / "qa" / "rows.json", rows)
+    code, _, report = check(path)
+    assert (code, messages(report, path)) == (
+        0,
+        {
+            "field 'teacher_score' is not read: is 'teacher_scores' meant?": [1],
+            "field 'answer' is not read: is 'answers' meant?": [2],
+        },
+    )
+
+
 def test_all_errors_are_shown(check, tmp_path):
     """More than the ten that training shows, each with what the row's check says; blank lines hold no row."""
     path = tmp_path / "train.json"
@@ -197,7 +212,8 @@ def test_files_are_found_as_in_training(check, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["none.json"], "no such file: none.json"),
+        (["none.json"], "error: FILE: no such file: none.json"),
+        (["/dev/null"], "FILE: /dev/null is no regular file"),
         (["*.nothing"], "no file matches *.nothing"),
         (["{rows}", "--key_template", "text"], "names no column"),
         (["{rows}", "--kind", "training"], "invalid choice: 'training'"),

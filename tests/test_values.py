@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from src.config_file import read_settings
 from src.errors import UserError
 from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.encode import EncodeConfig, encode
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
 
 
@@ -20,6 +22,9 @@ from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
         ({"learning_rate": -1.0}, "--learning_rate must be a number of 0 or more, found -1.0"),
         ({"learning_rate": float("nan")}, "--learning_rate must be a number of 0 or more, found nan"),
         ({"weight_decay": float("inf")}, "--weight_decay must be a number"),
+        ({"adam_epsilon": -1.0}, "--adam_epsilon must be a number of 0 or more, found -1.0"),
+        ({"max_grad_norm": float("nan")}, "--max_grad_norm must be a number of 0 or more, found nan"),
+        ({"adam_beta2": 1.0}, "--adam_beta2 must be from 0 to below 1, found 1.0"),
         ({"warmup_ratio": 7.0}, "--warmup_ratio is a share of the steps"),
         ({"mask_margin": float("nan")}, "--mask_margin must be a number, found nan"),
         ({"teacher_temperature": float("nan")}, "--teacher_temperature must be above 0, found nan"),
@@ -67,6 +72,23 @@ def damaged(tiny_bert: str, folder: Path, name: str, content: bytes | None) -> s
 def test_model_folders(tiny_bert, tmp_path, name, content, said):
     with pytest.raises(UserError, match=said):
         load_dense_retriever(EncoderConfig(damaged(tiny_bert, tmp_path / "model", name, content)))
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("fp32", "training had diverged$"), ("fp16", "--dtype fp32 would show")])
+def test_vectors_that_are_no_numbers(tiny_bert, dtype, said):
+    model = load_dense_retriever(EncoderConfig(tiny_bert)).eval()
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    config = EncodeConfig(16, torch.device("cpu"), dtype)
+    with pytest.raises(UserError, match=f"no numbers: the weights are damaged.*{said}"):
+        encode(model.embed_key, model.key_tokenizer, ["a b"], config)
+
+
+def test_weights_that_are_cut_off_are_found_without_loading_them(tiny_bert, tmp_path):
+    whole = (Path(tiny_bert) / "model.safetensors").read_bytes()
+    folder = damaged(tiny_bert, tmp_path / "model", "model.safetensors", whole[:-10])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged or cut off"):
+        load_dense_retriever(EncoderConfig(folder, empty=True))
 
 
 def test_no_more_dimensions_than_there_are(tiny_bert):

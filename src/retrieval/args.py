@@ -430,9 +430,12 @@ class RetrievalTrainingArgs(TrainingArguments):
             raise UserError("--lora_alpha and --lora_dropout need --lora_r, the rank of the adapters")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout must be from 0 to below 1, found {self.lora_dropout}")
-        for name in ("learning_rate", "weight_decay", "warmup_ratio"):
+        for name in ("learning_rate", "weight_decay", "warmup_ratio", "adam_epsilon", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} must be a number of 0 or more, found {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} must be from 0 to below 1, found {getattr(self, name)}")
         if self.warmup_ratio > 1:
             raise UserError(f"--warmup_ratio is a share of the steps, at most 1, found {self.warmup_ratio}")
         if self.mask_margin is not None and not math.isfinite(self.mask_margin):

@@ -6,10 +6,11 @@ import os
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -175,10 +176,20 @@ def empty_model(auto_class: Any, config: PretrainedConfig, checkpoint: str, **op
         options: passed on.
 
     Raises:
-        UserError: the checkpoint is a folder without weights, so that the model could not be loaded.
+        UserError: the checkpoint is a folder without weights or with damaged ones, so that the model could not be
+            loaded.
     """
     if os.path.isdir(checkpoint) and not any(os.path.isfile(os.path.join(checkpoint, name)) for name in _WEIGHTS):
         raise UserError(f"{checkpoint!r} holds no weights: one of {', '.join(_WEIGHTS)} is needed")
+    for path in sorted(Path(checkpoint).glob("*.safetensors")) if checkpoint else ():
+        try:
+            # Reads the header and compares the size of the file with it.
+            with safe_open(path, "pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(
+                f"{path} is damaged or cut off ({first_line(error)}): fetch or save the model anew"
+            ) from error
     with torch.device("meta"):
         return auto_class.from_config(config, dtype=torch.float32, **options)
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from src.retrieval.padding import pad
+
 
 @dataclass(frozen=True)
 class ChunkPolicy:
@@ -102,10 +104,7 @@ def pad_chunks(tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, list], 
         ``(texts,)``, where each text stands when the chunks are joined (see `in_order`).
     """
     cut = cut_by_length([len(ids) for ids in encoded["input_ids"]], policy)
-    chunks = []
-    for part in cut:
-        rows = {name: [values[i] for i in part] for name, values in encoded.items()}
-        chunks.append(dict(tokenizer.pad(rows, return_tensors="pt")))
+    chunks = [pad(tokenizer, encoded, part) for part in cut]
     places = np.empty(len(encoded["input_ids"]), dtype=np.int64)
     places[np.concatenate(cut)] = np.arange(len(places))
     return {"chunks": chunks, "places": torch.from_numpy(places)}

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from src.errors import UserError
+from src.retrieval.padding import pad
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -94,8 +95,7 @@ def _token_windows(
         lengths = [len(ids) for ids in encoded["input_ids"]]
         batches = []
         for batch in cut_batches(lengths, config.batch_size, config.batch_tokens or default):
-            rows = {name: [values[i] for i in batch] for name, values in encoded.items()}
-            batches.append((batch, dict(tokenizer.pad(rows, return_tensors="pt"))))
+            batches.append((batch, pad(tokenizer, encoded, batch)))
         yield batches
 
 
@@ -168,9 +168,16 @@ def encode(
     for vectors in compute(embed, tokenize, tokenizer, texts, config, bar):
         stored = vectors.astype(config.stored_dtype, copy=False)
         if not np.isfinite(stored).all():
-            raise UserError(f"--dtype {config.dtype}: the vectors leave the range of half precision, use --dtype fp32")
+            raise UserError(_not_finite(config))
         windows.append(stored)
     return windows[0] if len(windows) == 1 else np.concatenate(windows)
+
+
+def _not_finite(config: EncodeConfig) -> str:
+    damaged = "the vectors of some texts are no numbers: the weights are damaged, or training had diverged"
+    if config.stored_dtype == "float32":
+        return damaged
+    return f"{damaged}; or they leave the range of --dtype {config.dtype}, which --dtype fp32 would show"
 
 
 def progress(total: int, description: str, shown: bool, unit: str = "text") -> tqdm:

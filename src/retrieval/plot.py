@@ -41,15 +41,18 @@ def panels_of(history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     """What is shown in which panel: losses and the like, and metrics such as ndcg with a line for each cutoff.
 
     Args:
-        history: ``log_history`` of trainer_state.json.
+        history: ``log_history`` of trainer_state.json; entries without a step, and values that are no numbers, are left
+            out.
     """
     panel_of = {name: panel for panel, names in PANELS.items() for name in names}
     found: dict[str, Series] = {panel: {} for panel in PANELS}
     for entry in history:
+        if not isinstance(entry.get("step"), int):
+            continue
         for name, value in entry.items():
             metric = name.removeprefix(EVALUATION)
             panel = metric.partition("@")[0] if name.startswith(EVALUATION) else panel_of.get(name)
-            if panel is not None:
+            if panel is not None and isinstance(value, int | float):
                 found.setdefault(panel, {}).setdefault(metric, []).append((entry["step"], value))
     # Files have the names in alphabetical order.
     order = list(panel_of)
@@ -98,12 +101,17 @@ def read_history(folder: str) -> list[dict[str, Any]]:
     """The log of a run, given its output folder (the newest checkpoint's) or one checkpoint.
 
     Raises:
-        UserError: there is no checkpoint.
+        UserError: there is no checkpoint, or its log is damaged.
     """
     checkpoints = [folder] if is_whole(folder) else whole_checkpoints(folder)
     if not checkpoints:
         raise UserError(f"{folder} has no checkpoint: give the --output_dir of a training run, or a checkpoint")
-    return read_json(os.path.join(checkpoints[-1], TRAINER_STATE), "training state")["log_history"]
+    path = os.path.join(checkpoints[-1], TRAINER_STATE)
+    state = read_json(path, "training state")
+    history = state.get("log_history") if isinstance(state, dict) else None
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise UserError(f"{path} is damaged: it has no log (log_history, a list of objects); take another checkpoint")
+    return history
 
 
 def main(argv: Sequence[str] | None = None) -> None:

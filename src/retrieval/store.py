@@ -120,6 +120,8 @@ class VectorStore:
             raise UserError(f"{self.path(number)} cannot be read ({error}): remove it and encode again") from error
         if vectors.shape != (len(self.range_of(number)), self.width) or str(vectors.dtype) != self.dtype:
             raise UserError(f"{self.path(number)} is not the shard that {MANIFEST} tells of: remove it, encode again")
+        if not np.isfinite(vectors).all():
+            raise UserError(f"{self.path(number)} holds vectors that are no numbers: remove it, encode again")
         return vectors
 
     def shards(self, numbers: Sequence[int]) -> list[VectorShard]:

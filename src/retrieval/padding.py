@@ -1,0 +1,43 @@
+"""Token tensors of sequences of unequal length.
+
+transformers' own padding goes through Python token by token, which takes several times as long as the tokenizer and
+longer than a GPU takes for the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+
+def pad(
+    tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, list], positions: Sequence[int] | np.ndarray
+) -> dict[str, Tensor]:
+    """Some of the sequences, padded on the right to the longest of them, as ``tokenizer.pad`` does it.
+
+    Args:
+        tokenizer: says what to pad with; its `padding_side` is right.
+        encoded: ``input_ids`` and the like, a list per sequence.
+        positions: which sequences, at least one.
+
+    Returns:
+        int64 ``(len(positions), longest)`` for each name.
+    """
+    fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id, "attention_mask": 0}
+    rows = {name: [values[i] for i in positions] for name, values in encoded.items()}
+    if not rows.keys() <= fill.keys():
+        # Fields of a tokenizer of its own kind, which knows how to pad them.
+        return dict(tokenizer.pad(rows, return_tensors="pt"))
+    lengths = np.array([len(ids) for ids in rows["input_ids"]])
+    is_token = np.arange(lengths.max()) < lengths[:, None]
+    padded = {}
+    for name, values in rows.items():
+        tokens = np.full(is_token.shape, fill[name], dtype=np.int64)
+        tokens[is_token] = np.fromiter(chain.from_iterable(values), np.int64, lengths.sum())
+        padded[name] = torch.from_numpy(tokens)
+    return padded
