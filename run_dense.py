@@ -10,6 +10,7 @@ from transformers import set_seed
 
 from src import distributed
 from src.cli import parse_args, run, show_plan
+from src.devices import prepared
 from src.errors import UserError
 from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
 from src.retrieval.batch_scores import DenseBatchScores
@@ -60,7 +61,7 @@ def main() -> None:
     (args, training), given = parse_args([RetrievalArgs, RetrievalTrainingArgs])
     check_combinations(args, training)
     distributed.on_main(lambda: check_outputs(args, training.output_dir, training.log_path))
-    device: torch.device = torch.device("cpu") if args.cpu else training.device
+    device = prepared(torch.device("cpu") if args.cpu else training.device)
     evaluation = eval_config(args, training.output_dir, training.seed, training.eval_method == "rerank")
     eval_data = load_eval_data(args, evaluation)
     sources = load_sources(args, training)

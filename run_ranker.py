@@ -13,6 +13,7 @@ from transformers import set_seed
 
 from src import distributed
 from src.cli import parse_args, run, show_plan
+from src.devices import prepared
 from src.errors import UserError
 from src.retrieval.args import RankerArgs, RetrievalTrainingArgs
 from src.retrieval.batch_scores import ranker_batch_scores
@@ -52,7 +53,7 @@ def main() -> None:
     (args, training), given = parse_args([RankerArgs, RetrievalTrainingArgs])
     check_combinations(args, training, given)
     distributed.on_main(lambda: check_outputs(args, training.output_dir, training.log_path))
-    device: torch.device = torch.device("cpu") if args.cpu else training.device
+    device = prepared(torch.device("cpu") if args.cpu else training.device)
     arguments = {**asdict(args), **training.to_dict()}
     evaluation = eval_config(args, training.output_dir, training.seed, rerank=True)
     eval_data = load_eval_data(args, evaluation)

@@ -15,6 +15,7 @@ from sentence_transformers import SentenceTransformer
 
 from benchmarks.common import compare, timed
 from benchmarks.texts import passages
+from src.devices import prepared
 from src.retrieval.encode import EncodeConfig, encode
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
 
@@ -26,7 +27,7 @@ def encoding(args: argparse.Namespace, batch_size: int | None) -> float:
     """Passages per second; `batch_size` None for ours, 1000 for plain batches, else sentence-transformers'."""
     torch.set_num_threads(args.threads)
     texts = passages(args.count)
-    device = torch.device(args.device)
+    device = prepared(torch.device(args.device)) if batch_size is None else torch.device(args.device)
     half = args.dtype != "fp32"
     theirs = SentenceTransformer(
         args.model, device=args.device, model_kwargs={"dtype": getattr(torch, NAMES[args.dtype])}

@@ -23,7 +23,7 @@ def measure(args: argparse.Namespace, batch: int) -> float:
     """Queries, each with two keys, per second."""
     torch.set_num_threads(args.threads)
     setting = Setting(batch, 2, 64, 5, chunk=16)
-    args.steps, args.warmup = QUERIES // batch, 0
+    args.steps, args.warmup, args.workers = QUERIES // batch, 0, 0
     with tempfile.TemporaryDirectory() as folder:
         return QUERIES / train_ours(args, setting, make_rows(setting, QUERIES), folder)
 

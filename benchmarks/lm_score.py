@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.common import ROOT, compare, timed
+from src.devices import prepared
 from src.jsonl import open_jsonl
 from src.lm.journal import Journal
 from src.lm.modeling_lm import LanguageModel, LMConfig, load_lm
@@ -74,7 +75,7 @@ def score_plainly(model: LanguageModel, pairs: list[PromptTokens], size: int) ->
 def measure(args: argparse.Namespace, side: str) -> float:
     """Pairs per second, tokenization included."""
     torch.set_num_threads(args.threads)
-    model = load_lm(LMConfig(args.model, args.dtype, torch.device(args.device)))
+    model = load_lm(LMConfig(args.model, args.dtype, prepared(torch.device(args.device))))
     encoder = PromptEncoder(model.tokenizer, CONTEXT, KEY_LENGTH)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/rows.json"

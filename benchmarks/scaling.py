@@ -19,6 +19,7 @@ from benchmarks.train import SETTINGS, make_rows, our_flags
 
 def measure(args: argparse.Namespace, processes: int) -> float:
     """Queries per second, by the trainer's own clock."""
+    args.workers = 0
     setting = SETTINGS["qa"]
     rows = make_rows(setting, setting.batch * args.steps * processes)
     with tempfile.TemporaryDirectory() as folder:

@@ -35,11 +35,16 @@ def passages(count: int, seed: int = 0) -> list[str]:
     Raises:
         ValueError: the installed packages have fewer.
     """
-    made_of = json.dumps([count, seed, sys.version, importlib.metadata.version("transformers")])
-    cache = Path(tempfile.gettempdir()) / f"passages-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
+    cache = cache_file(count, seed)
     if not cache.exists():
         write_json(cache, _find_passages(count, seed))
     return read_json(cache, "passages")
+
+
+def cache_file(count: int, seed: int) -> Path:
+    """Where they are kept."""
+    made_of = json.dumps([count, seed, sys.version, importlib.metadata.version("transformers")])
+    return Path(tempfile.gettempdir()) / f"passages-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
 
 
 def _find_passages(count: int, seed: int) -> list[str]:

@@ -33,6 +33,7 @@ from benchmarks.common import Numbers, compare, peak_mib, wait_for_device
 from benchmarks.flops import encoder_flops, matmul_rate
 from benchmarks.texts import passages
 from src.cli import parse_args
+from src.devices import prepared
 from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
 from src.retrieval.batch_scores import DenseBatchScores
 from src.retrieval.builders import chunk_policy, encoder_config
@@ -94,6 +95,7 @@ def our_flags(args: argparse.Namespace, setting: Setting, rows: list[dict], fold
         *("--train_group_size", setting.group, "--per_device_train_batch_size", setting.batch),
         *("--max_steps", args.steps, "--cos_temperature", TEMPERATURE, "--grad_cache_chunk_size", setting.chunk),
         *("--disable_tqdm", True, "--fp16", False, "--bf16", args.bf16, "--no_cuda", args.device == "cpu"),
+        *("--dataloader_num_workers", args.workers),
     ]
     return list(map(str, flags))
 
@@ -127,6 +129,7 @@ def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], fol
     training.set_evaluate("no")
     dataset = TrainDataset(load_sources(data, training), training.seed)
     clock = StepClock(args.warmup)
+    prepared(training.device)
     trainer = RetrievalTrainer(
         model, training, dataset, collator, scores, None, {}, lambda folder, state: None, callbacks=[clock]
     )
@@ -151,6 +154,7 @@ def train_theirs(args: argparse.Namespace, setting: Setting, rows: list[dict], f
         save_strategy="no",
         report_to="none",
         use_cpu=args.device == "cpu",
+        dataloader_num_workers=args.workers,
         bf16=args.bf16,
         disable_tqdm=True,
     )
@@ -202,6 +206,7 @@ def main() -> None:
     parser.add_argument("--setting", choices=list(SETTINGS), default="qa")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps")
     parser.add_argument("--warmup", type=int, default=0, help="first steps that do not count")
+    parser.add_argument("--workers", type=int, default=0, help="processes of each side that make batches ahead")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast (fp32 without)")
     sides = {name: (lambda args, name=name: measure(args, name)) for name in (OURS, THEIRS)}

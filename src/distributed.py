@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from src.devices import prepared
 from src.errors import UserError, describe_os_error, first_line
 from src.flags import check_positive
 
@@ -88,7 +89,7 @@ def init_process_group(use_cpu: bool, timeout: int = TIMEOUT) -> torch.device:
         torch.cuda.set_device(device)
     if launched_processes() > 1 and not is_initialized():
         dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(seconds=timeout))
-    return device
+    return prepared(device)
 
 
 def destroy_process_group() -> None:

@@ -30,8 +30,11 @@ def tokenizer(request) -> PreTrainedTokenizerBase:
 
 @pytest.mark.parametrize("positions", [[0], [2], [3, 0, 1], range(5)])
 @pytest.mark.parametrize("more", [{}, {"return_special_tokens_mask": True}], ids=["plain", "further field"])
-def test_as_the_tokenizer_pads(tokenizer, positions, more):
-    encoded = tokenizer(TEXTS, list(reversed(TEXTS)), **more)
+@pytest.mark.parametrize("without_mask", [False, True])
+def test_as_the_tokenizer_pads(tokenizer, positions, more, without_mask):
+    encoded = dict(tokenizer(TEXTS, list(reversed(TEXTS)), **more))
+    if without_mask:
+        encoded.pop("attention_mask", None)
     rows = {name: [values[i] for i in positions] for name, values in encoded.items()}
     wanted = tokenizer.pad(rows, return_tensors="pt")
     found = pad(tokenizer, encoded, positions)

@@ -20,8 +20,9 @@ from src.retrieval.padding import pad
 T = TypeVar("T")
 Item = TypeVar("Item")
 
-#: Texts tokenized and sorted at a time.
+#: Texts tokenized and sorted at a time, at most and at first.
 WINDOW = 16_384
+FIRST_WINDOW = 1_024
 #: Padded tokens per batch that keep the device busy without spilling its caches.
 CPU_BATCH_TOKENS = 1_024
 GPU_BATCH_TOKENS = 65_536
@@ -90,8 +91,11 @@ def _token_windows(
 ) -> Iterator[list[tuple[np.ndarray, dict[str, Tensor]]]]:
     """Window by window: its batches as (positions in the window, padded tokens)."""
     default = CPU_BATCH_TOKENS if config.device.type == "cpu" else GPU_BATCH_TOKENS
-    for start in range(0, len(items), window):
-        encoded = tokenize(items[start : start + window])
+    # The device waits for the first window, so that windows begin small.
+    start, size = 0, min(FIRST_WINDOW, window)
+    while start < len(items):
+        encoded = tokenize(items[start : start + size])
+        start, size = start + size, min(2 * size, window)
         lengths = [len(ids) for ids in encoded["input_ids"]]
         batches = []
         for batch in cut_batches(lengths, config.batch_size, config.batch_tokens or default):
@@ -114,10 +118,10 @@ def compute(
         function: token tensors ``(n, length)`` to ``(n, ...)``.
         tokenize: items to ``input_ids`` and the like, not padded.
         tokenizer: pads them.
-        items: read window by window.
+        items: read window by window, the first ones smaller.
         config: device, precision and batches; its `max_length` is for `tokenize` to keep.
         bar: moved on by the number of items of each batch.
-        window: items tokenized and sorted at a time.
+        window: most items tokenized and sorted at a time.
 
     Yields:
         fp32 ``(window, ...)``, in the order of `items`.

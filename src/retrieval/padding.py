@@ -22,7 +22,7 @@ def pad(
 
     Args:
         tokenizer: says what to pad with; its `padding_side` is right.
-        encoded: ``input_ids`` and the like, a list per sequence.
+        encoded: ``input_ids`` and the like, a list per sequence; a mask may be left out.
         positions: which sequences, at least one.
 
     Returns:
@@ -40,4 +40,6 @@ def pad(
         tokens = np.full(is_token.shape, fill[name], dtype=np.int64)
         tokens[is_token] = np.fromiter(chain.from_iterable(values), np.int64, lengths.sum())
         padded[name] = torch.from_numpy(tokens)
+    if "attention_mask" in tokenizer.model_input_names and "attention_mask" not in padded:
+        padded["attention_mask"] = torch.from_numpy(is_token.astype(np.int64))
     return padded

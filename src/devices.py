@@ -1,0 +1,16 @@
+"""Getting a device ready."""
+
+from __future__ import annotations
+
+import torch
+
+
+def prepared(device: torch.device) -> torch.device:
+    """The same device; of a GPU, without cuDNN's kernels of attention from now on in this process.
+
+    They build a plan for every new shape of a batch, which takes longer than the batch: texts come in all lengths. What
+    is left (flash, memory-efficient) needs no plans.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
