@@ -12,7 +12,7 @@ from src import distributed
 from src.cli import parse_args, run, show_plan
 from src.devices import prepared
 from src.errors import UserError
-from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.args import RetrievalArgs
 from src.retrieval.batch_scores import DenseBatchScores
 from src.retrieval.builders import (
     check_outputs,
@@ -24,13 +24,14 @@ from src.retrieval.builders import (
     lora_settings,
     resolved_arguments,
 )
+from src.retrieval.checkpoint_folders import checkpoint_to_resume
 from src.retrieval.collator import TrainCollator
 from src.retrieval.dry_run import evaluation_lines, training_lines
 from src.retrieval.evaluators import dense_evaluator, recorded
 from src.retrieval.modeling_dense import load_dense_retriever
 from src.retrieval.records import card_writer, encoder_uses
-from src.retrieval.trainer import checkpoint_to_resume
 from src.retrieval.training import check_flags, load_sources, train
+from src.retrieval.training_args import RetrievalTrainingArgs
 
 
 def check_combinations(args: RetrievalArgs, training: RetrievalTrainingArgs) -> None:

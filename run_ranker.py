@@ -15,16 +15,17 @@ from src import distributed
 from src.cli import parse_args, run, show_plan
 from src.devices import prepared
 from src.errors import UserError
-from src.retrieval.args import RankerArgs, RetrievalTrainingArgs
+from src.retrieval.args import RankerArgs
 from src.retrieval.batch_scores import ranker_batch_scores
 from src.retrieval.builders import check_outputs, chunk_policy, eval_config, load_eval_data, ranker_config
+from src.retrieval.checkpoint_folders import checkpoint_to_resume
 from src.retrieval.collator import PairCollator
 from src.retrieval.dry_run import evaluation_lines, training_lines
 from src.retrieval.evaluators import ranker_evaluator, recorded
 from src.retrieval.modeling_ranker import load_cross_encoder
 from src.retrieval.records import card_writer, ranker_uses
-from src.retrieval.trainer import checkpoint_to_resume
 from src.retrieval.training import check_flags, load_sources, train
+from src.retrieval.training_args import RetrievalTrainingArgs
 
 logger = logging.getLogger("run_ranker")
 

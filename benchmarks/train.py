@@ -34,7 +34,7 @@ from benchmarks.flops import encoder_flops, matmul_rate
 from benchmarks.texts import passages
 from src.cli import parse_args
 from src.devices import prepared
-from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.args import RetrievalArgs
 from src.retrieval.batch_scores import DenseBatchScores
 from src.retrieval.builders import chunk_policy, encoder_config
 from src.retrieval.collator import TrainCollator
@@ -42,6 +42,7 @@ from src.retrieval.data import TrainDataset
 from src.retrieval.modeling_dense import load_dense_retriever
 from src.retrieval.trainer import RetrievalTrainer
 from src.retrieval.training import load_sources
+from src.retrieval.training_args import RetrievalTrainingArgs
 
 OURS, THEIRS = "ours", "sentence-transformers"
 TEMPERATURE = 0.01

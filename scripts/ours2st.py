@@ -25,12 +25,12 @@ from src.errors import UserError
 from src.flags import check_choice
 from src.io import atomic_write
 from src.retrieval.args import DENSE_METRICS, POOLING_METHODS
+from src.retrieval.checkpoint_folders import beside, replace_folder, whole_checkpoints
 from src.retrieval.encode import EncodeConfig, encode
 from src.retrieval.lora import is_adapter_folder
 from src.retrieval.model_card import CARD_FILE, converted_card, model_card
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, TextEncoder, load_dense_retriever
 from src.retrieval.records import encoder_uses
-from src.retrieval.trainer import beside, replace_folder, whole_checkpoints
 
 logger = logging.getLogger("scripts.ours2st")
 

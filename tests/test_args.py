@@ -13,7 +13,8 @@ from evaluation.eval_retrieval import EvalRetrievalArgs
 from src.cli import parse_args
 from src.errors import UserError
 from src.lm.args import LMScoreArgs
-from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.args import RankerArgs, RetrievalArgs
+from src.retrieval.training_args import RetrievalTrainingArgs
 from tests.helpers import ROOT
 
 FLAGS = ROOT.parent / "shared" / "contract" / "flags.json"

@@ -14,8 +14,9 @@ import run_dense
 from src.cli import parse_args
 from src.cli import run as run_entry
 from src.errors import UserError
-from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.args import RetrievalArgs
 from src.retrieval.pooling import write_own_file
+from src.retrieval.training_args import RetrievalTrainingArgs
 from tests.helpers import write_rows
 
 

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader
 import src.jsonl
 from src.errors import UserError
 from src.jsonl import JsonLines, open_jsonl, scan_file
-from src.retrieval.args import RetrievalTrainingArgs
 from src.retrieval.data import TrainDataset, TrainExample, load_train_sources, no_instruction
 from src.retrieval.losses import LossConfig
 from src.retrieval.select import SelectionPolicy
 from src.retrieval.settings import SourceSettings, settings_for
 from src.retrieval.tasks import instruction_for, task_from_path
+from src.retrieval.training_args import RetrievalTrainingArgs
 from src.schema import check_train_row
 from tests.helpers import TASKS, write_rows
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from src.retrieval.checkpoint_folders import whole_checkpoints
 from src.retrieval.engines import zero_stage
-from src.retrieval.trainer import whole_checkpoints
 from tests.helpers import ROOT, environment, run, write_rows
 from tests.training_bench import Bench, assert_close, assert_equal, names, weights, write_data
 from tests.workers.forked import Kill, Runs

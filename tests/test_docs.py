@@ -15,8 +15,8 @@ import evaluation.common
 import evaluation.eval_retrieval
 import src.cli
 from src.lm.prompts import SCORE_PROMPTS
-from src.retrieval import args as args_module
 from src.retrieval import engines
+from src.retrieval import training_args as args_module
 from src.retrieval.task_config import load_task_config
 from src.schema import check_lm_row, check_train_row
 from tests.helpers import ROOT

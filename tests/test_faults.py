@@ -26,8 +26,9 @@ from src.errors import UserError
 from src.jsonl import open_jsonl
 from src.lm.args import LMScoreArgs
 from src.lm.eval_args import LMEvalArgs
-from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs
-from src.retrieval.trainer import whole_checkpoints
+from src.retrieval.args import RankerArgs, RetrievalArgs
+from src.retrieval.checkpoint_folders import whole_checkpoints
+from src.retrieval.training_args import RetrievalTrainingArgs
 from src.schema import check_train_row
 from tests.conftest import VOCABULARY
 from tests.faults.jobs import Job, make_jobs, start_runs

@@ -9,8 +9,8 @@ import pytest
 
 import run_dense
 from src.errors import UserError
-from src.retrieval import args as args_module
-from src.retrieval.args import REPORTERS, RetrievalTrainingArgs
+from src.retrieval import training_args as args_module
+from src.retrieval.training_args import REPORTERS, RetrievalTrainingArgs
 from tests.helpers import write_rows
 
 

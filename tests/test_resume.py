@@ -19,16 +19,11 @@ import torch
 
 import run_dense
 from src.errors import UserError
-from src.retrieval import trainer as trainer_module
-from src.retrieval import training
+from src.retrieval import checkpoint_folders, training
+from src.retrieval.checkpoint_folders import checkpoint_to_resume, remove_oldest, whole_checkpoints
 from src.retrieval.engines import check_optimizer_state, optimizer_layout
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
-from src.retrieval.trainer import (
-    RetrievalTrainer,
-    checkpoint_to_resume,
-    remove_oldest,
-    whole_checkpoints,
-)
+from src.retrieval.trainer import RetrievalTrainer
 from tests.helpers import environment, run
 from tests.training_bench import LAST, Bench, assert_same_checkpoint, names, weights, write_data
 from tests.workers.forked import Kill, Runs
@@ -309,7 +304,7 @@ def test_the_oldest_written_go_first(tmp_path: Path):
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path):
     fake_checkpoint(tmp_path / "checkpoint-4", "trainer_state.json", "stale.pt")
     fake_checkpoint(tmp_path / ".checkpoint-4.partial", "trainer_state.json")
-    trainer_module.replace_folder(str(tmp_path / ".checkpoint-4.partial"), str(tmp_path / "checkpoint-4"))
+    checkpoint_folders.replace_folder(str(tmp_path / ".checkpoint-4.partial"), str(tmp_path / "checkpoint-4"))
     assert names(tmp_path) == ["checkpoint-4"]
     assert os.listdir(tmp_path / "checkpoint-4") == ["trainer_state.json"]
 
@@ -327,9 +322,9 @@ def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch,
             raise PermissionError("not now")
         rename(source, target)
 
-    monkeypatch.setattr(trainer_module.os, "rename", renaming)
+    monkeypatch.setattr(checkpoint_folders.os, "rename", renaming)
     with pytest.raises(PermissionError, match="not now"):
-        trainer_module.replace_folder(str(tmp_path / ".checkpoint-4.partial"), str(tmp_path / "checkpoint-4"))
+        checkpoint_folders.replace_folder(str(tmp_path / ".checkpoint-4.partial"), str(tmp_path / "checkpoint-4"))
     assert names(tmp_path) == ["checkpoint-4", ".checkpoint-4.partial"]
     assert (tmp_path / "checkpoint-4" / "old.pt").is_file()
 
@@ -346,6 +341,6 @@ def test_a_kill_between_the_renames_loses_no_checkpoint(tmp_path: Path):
     assert (tmp_path / "checkpoint-4" / "old.pt").is_file()
     # Killed after both, or before the old one was removed.
     fake_checkpoint(tmp_path / ".checkpoint-4.replaced", "trainer_state.json", "older.pt")
-    trainer_module.remove_unfinished(str(tmp_path))
+    checkpoint_folders.remove_unfinished(str(tmp_path))
     assert names(tmp_path) == ["checkpoint-4"]
     assert (tmp_path / "checkpoint-4" / "old.pt").is_file()

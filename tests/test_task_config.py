@@ -13,12 +13,13 @@ from src.errors import UserError
 from src.lm.args import LMScoreArgs
 from src.lm.prompts import PromptEncoder
 from src.lm.score import encode_row
-from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.args import RetrievalArgs
 from src.retrieval.builders import eval_config, load_eval_data
 from src.retrieval.data import TrainDataset
 from src.retrieval.task_config import TRAINING_SETTINGS, load_task_config
 from src.retrieval.tasks import Instruction, OwnTask, TaskConfig, train_config_for
 from src.retrieval.training import load_sources
+from src.retrieval.training_args import RetrievalTrainingArgs
 from tests.helpers import write_rows
 
 CLAIMS = """

@@ -11,9 +11,10 @@ import torch
 
 from src.config_file import read_settings
 from src.errors import UserError
-from src.retrieval.args import RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.args import RetrievalArgs
 from src.retrieval.encode import EncodeConfig, encode
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
+from src.retrieval.training_args import RetrievalTrainingArgs
 
 
 @pytest.mark.parametrize(

@@ -6,19 +6,12 @@ reads no file.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-
-from src import distributed
 from src.distributed import TIMEOUT
 from src.errors import UserError
 from src.flags import check_choice, check_name, check_positive, default_data_root, dry_run_flag, flag
-from src.retrieval import engines
 from src.retrieval.pooling import DENSE_METRICS, POOLING_METHODS
 from src.retrieval.tasks import VERSIONS
 from src.schema import ROW_FIELDS
@@ -28,21 +21,6 @@ DTYPES = ("fp32", "fp16", "bf16")
 RANKER_METHODS = ("cross-encoder",)
 RETRIEVAL_METHODS = ("dense", "bm25", "random", "no")
 BM25_BACKENDS = ("auto", "anserini", "bm25s")
-SELECT_POSITIVE = ("first", "random", "teacher", "teacher-pos")
-SELECT_NEGATIVE = ("random", "first", "teacher+", "teacher-")
-INBATCH_POLICIES = ("epoch", "epoch-static", "epoch-random", "random")
-EVAL_METHODS = ("retrieval", "rerank")
-#: Packages that training can report to, by the names of pip.
-REPORTERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "clearml", "swanlab")
-#: Flags whose fields are filled in or replaced when settings are made, by other flags or by what the machine has.
-INFERRED = (
-    *("use_cpu", "fp16", "warmup_steps", "eval_strategy", "eval_steps", "gradient_checkpointing"),
-    *("activation_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
-    *("length_split_tokens", "disable_tqdm", "metric_for_best_model", "greater_is_better"),
-)
-#: Padding tokens that a further pass through the model is worth.
-CPU_SPLIT_TOKENS = 64
-GPU_SPLIT_TOKENS = 4096
 
 
 @dataclass
@@ -301,14 +279,6 @@ class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
             raise UserError("--load_result needs --eval_data")
 
 
-def _check_report_to(given: str | list[str]) -> None:
-    """Refuse what is unknown or not installed, which the Trainer would only notice when the model is loaded."""
-    for name in [given] if isinstance(given, str) else given:
-        check_choice("report_to", name, ("none", "all", *REPORTERS))
-        if name in REPORTERS and name not in get_available_reporting_integrations():
-            raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}")
-
-
 @dataclass
 class EvalOutputArgs:
     """Where an evaluation writes, and its seed."""
@@ -317,243 +287,3 @@ class EvalOutputArgs:
     log_path: str = flag("data/results/performance.log", "Metrics are appended here, and as JSON lines beside it.")
     seed: int = flag(42, "Seed of whatever is drawn at random.")
     ddp_timeout: int = flag(TIMEOUT, "Seconds that a process waits for another before it gives up.")
-
-
-@dataclass
-class RetrievalTrainingArgs(TrainingArguments):
-    """transformers' TrainingArguments, with this toolkit's defaults and settings added."""
-
-    output_dir: str = flag("data/outputs/", "Folder for checkpoints and results.")
-    eval_method: str = flag("retrieval", "retrieval (over the corpus) or rerank (the keys in each evaluation row).")
-
-    use_train_config: bool = flag(False, "Use the training settings of each task (of --version) over the flags.")
-    inbatch_same_dataset: str | None = flag(
-        None,
-        "Batches of rows from one file only. epoch: cut anew each epoch; epoch-static: cut once, order shuffled; "
-        "epoch-random: a file drawn in proportion to the rows left in it; random: file and rows drawn for each step.",
-    )
-    negative_cross_device: bool = flag(True, "Use the keys of all processes as negatives.")
-    cos_temperature: float = flag(0.01, "Cosine scores are divided by this.")
-    teacher_temperature: float = flag(
-        1.0, "Teacher scores are divided by this (plain distillation; graded takes them as they are)."
-    )
-    student_temperature: float = flag(1.0, "Student scores are divided by this (plain distillation).")
-    contrastive_weight: float = flag(0.2, "Weight of the contrastive loss.")
-    distill_weight: float = flag(1.0, "Weight of the distillation loss.")
-    stable_distill: bool = flag(False, "Graded distillation: a contrastive loss per rank of the teacher.")
-
-    mask_margin: float | None = flag(
-        None,
-        "Keys of other queries that score above the query's positive plus this (cosine, inner product or negative "
-        "squared distance) are taken for false negatives and left out; None: all keys count.",
-    )
-    matryoshka_dims: list[int] | None = flag(
-        None, "Train the first so many dimensions of the vectors too (Matryoshka): the mean of all these losses."
-    )
-    lora_r: int | None = flag(
-        None, "Train adapters of this rank (LoRA) in place of all weights; saved both merged and alone. Needs peft."
-    )
-    lora_alpha: float | None = flag(None, "LoRA: adapters are scaled by lora_alpha / lora_r (2 * lora_r when None).")
-    lora_dropout: float = flag(0.0, "LoRA: dropout before the adapters.")
-    lora_target_modules: list[str] = flag(["all-linear"], "LoRA: names of the layers that get adapters, or all-linear.")
-    grad_cache_chunk_size: int = flag(
-        0,
-        "GradCache: hold so many texts in memory at a time, whatever the batch size, at the price of a second forward "
-        "pass; gradients are those of the whole batch (0: off).",
-    )
-    length_split_tokens: int | None = flag(
-        None,
-        "Texts of a batch go through the model in parts of similar length, where a further part saves at least so "
-        f"many padding tokens (0: never; None: {CPU_SPLIT_TOKENS} on a CPU, {GPU_SPLIT_TOKENS} on a GPU, 0 with ZeRO-3 "
-        "and FSDP).",
-    )
-
-    max_sample_num: int | None = flag(None, "Most rows of each training file, drawn by --seed.")
-    train_group_size: int = flag(8, "Keys per query: one positive, the rest negatives.")
-    select_positive: str = flag(
-        "first", "first, random, teacher (best teacher score of all candidates) or teacher-pos (best positive)."
-    )
-    select_negative: str = flag("random", "random, first, teacher+ (best scores first) or teacher- (worst first).")
-    teacher_score_field: str = flag(
-        "teacher_scores", "Field of the rows with the scores to distil from (see --score_name of the scoring commands)."
-    )
-    teacher_scores_margin: float | None = flag(None, "Drop rows whose teacher scores spread less than this.")
-    teacher_scores_min: float | None = flag(None, "Drop rows whose best teacher score is below this.")
-
-    per_device_train_batch_size: int = flag(16, "Queries per process and step.")
-    learning_rate: float = flag(5e-6, "Peak learning rate.")
-    warmup_ratio: float = flag(0.1, "Share of the steps with rising learning rate, unless --warmup_steps is given.")
-    warmup_steps: float | None = flag(  # type: ignore[assignment]
-        None, "Steps with rising learning rate; below 1 a share of all steps (--warmup_ratio when None)."
-    )
-    weight_decay: float = flag(0.01, "AdamW weight decay.")
-    fp16: bool = flag(True, "Train in fp16 autocast where the device can; weights stay fp32.")
-    ddp_find_unused_parameters: bool | None = flag(False, "Passed on to DistributedDataParallel.")
-    remove_unused_columns: bool = flag(False, "Must be False: rows are tokenized in the collator.")
-    evaluation_strategy: str = flag("steps", "When to evaluate during training, with eval_data: no, steps, epoch.")
-    eval_strategy: str | None = flag(  # type: ignore[assignment]
-        None, "Newer name of --evaluation_strategy, which it overrides."
-    )
-    save_steps: float = flag(2000, "Save a checkpoint every so many steps.")
-    logging_steps: float = flag(100, "Log every so many steps.")
-    report_to: list[str] = flag(
-        ["none"],
-        f"none, or where transformers reports losses and metrics to: all (that is installed), {', '.join(REPORTERS)}.",
-    )
-    no_cuda: bool = flag(False, "Older name of --use_cpu.")
-    early_exit_steps: int | None = flag(None, "Stop (and save) after so many steps of the same schedule.")
-    log_path: str = flag("data/results/performance.log", "Metrics are appended here, and as JSON lines beside it.")
-
-    def __post_init__(self) -> None:
-        self._given = {name: getattr(self, name) for name in INFERRED}
-        check_choice("eval_method", self.eval_method, EVAL_METHODS)
-        check_choice("inbatch_same_dataset", self.inbatch_same_dataset, INBATCH_POLICIES)
-        check_choice("select_positive", self.select_positive, SELECT_POSITIVE)
-        check_choice("select_negative", self.select_negative, SELECT_NEGATIVE)
-        for name in ("evaluation_strategy", "eval_strategy"):
-            check_choice(name, getattr(self, name), ("no", "steps", "epoch"))
-        check_positive(
-            train_group_size=self.train_group_size,
-            cos_temperature=self.cos_temperature,
-            teacher_temperature=self.teacher_temperature,
-            student_temperature=self.student_temperature,
-            max_sample_num=self.max_sample_num,
-            early_exit_steps=self.early_exit_steps,
-            per_device_train_batch_size=self.per_device_train_batch_size,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-        )
-        if self.contrastive_weight < 0 or self.distill_weight < 0:
-            raise UserError("--contrastive_weight and --distill_weight must not be negative")
-        check_positive(**{f"matryoshka_dims ({n})": width for n, width in enumerate(self.matryoshka_dims or (), 1)})
-        check_positive(lora_r=self.lora_r, lora_alpha=self.lora_alpha)
-        if self.lora_r is None and (self.lora_alpha is not None or self.lora_dropout):
-            raise UserError("--lora_alpha and --lora_dropout need --lora_r, the rank of the adapters")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout must be from 0 to below 1, found {self.lora_dropout}")
-        for name in ("learning_rate", "weight_decay", "warmup_ratio", "adam_epsilon", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name} must be a number of 0 or more, found {getattr(self, name)}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} must be from 0 to below 1, found {getattr(self, name)}")
-        if self.warmup_ratio > 1:
-            raise UserError(f"--warmup_ratio is a share of the steps, at most 1, found {self.warmup_ratio}")
-        if self.mask_margin is not None and not math.isfinite(self.mask_margin):
-            raise UserError(f"--mask_margin must be a number, found {self.mask_margin}")
-        if self.max_steps <= 0 and not self.num_train_epochs > 0:
-            raise UserError(f"--num_train_epochs {self.num_train_epochs}: nothing would be trained, give more than 0")
-        if self.remove_unused_columns:
-            raise UserError("--remove_unused_columns must stay False: the collator needs every column")
-        # Without this a torchrun on a machine without accelerator trains unconnected copies of the model.
-        self.use_cpu = self.use_cpu or self.no_cuda or not torch.cuda.is_available()
-        if self.fp16 and (self.bf16 or self.use_cpu):
-            self.fp16 = False
-        for name in ("grad_cache_chunk_size", "length_split_tokens"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"--{name} must be 0 (off) or more, found {getattr(self, name)}")
-        self._check_engine()
-        _check_report_to(self.report_to)
-        if self.gradient_checkpointing:
-            self.activation_checkpointing, self.gradient_checkpointing = True, None
-        if self.disable_tqdm is None:
-            self.disable_tqdm = False
-        if self.warmup_steps is None:
-            self.warmup_steps = self.warmup_ratio
-        if self.eval_strategy is None:
-            self.eval_strategy = self.evaluation_strategy
-        if self.eval_steps is None:
-            self.eval_steps = self.save_steps
-        if self.metric_for_best_model is not None and self.greater_is_better is None:
-            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        engines.load_whole()
-        if self.fsdp_plugin_args is not None and (self.fp16 or self.bf16):
-            self.fsdp_plugin_args["mixed_precision_policy"] = engines.half_precision(
-                torch.float16 if self.fp16 else torch.bfloat16
-            )
-        # `python run_dense.py` on a machine with several GPUs uses the first; torchrun uses all.
-        self._n_gpu = min(self._n_gpu, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings, such that a file of them can be given as --config; without tokens, which are secrets.
-
-        What was inferred is left as it was given, so that further flags mean what they would have meant beside those of
-        the first run, also on another machine.
-        """
-        found = {**super().to_dict(), **self._given}
-        return {name: value for name, value in found.items() if not name.endswith("_token")}
-
-    @property
-    def engine(self) -> str | None:
-        """What trains in place of DistributedDataParallel: ``deepspeed``, ``fsdp`` or None."""
-        return "deepspeed" if self.deepspeed else "fsdp" if self.fsdp else None
-
-    @property
-    def divided(self) -> int:
-        """What is divided over processes: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too."""
-        if self.fsdp:
-            return 3
-        return engines.zero_stage(self.deepspeed) if self.deepspeed else 0
-
-    @property
-    def weights_are_divided(self) -> bool:
-        """Whether a process holds a part of each weight only."""
-        return self.divided == 3
-
-    @property
-    def optimizer_layout(self) -> str:
-        """See `engines.optimizer_layout`."""
-        stage = engines.zero_stage(self.deepspeed) if self.deepspeed else None
-        return engines.optimizer_layout(stage, bool(self.fsdp), self.world_size)
-
-    def _check_engine(self) -> None:
-        """Refuse engines that could not do their work, and what does not work with them."""
-        if self.fsdp_config and not self.fsdp:
-            raise UserError("--fsdp_config has settings of --fsdp: give that flag too")
-        if self.engine is None:
-            return
-        flag = f"--{self.engine}"
-        if self.deepspeed and self.fsdp:
-            raise UserError("--deepspeed and --fsdp do the same work: leave one of them out")
-        if self.fsdp:
-            self.fsdp_config = engines.fsdp_settings(self.fsdp_config or {}, self.fsdp)
-        # Reads the settings of DeepSpeed, too, and refuses bad ones.
-        divided = self.divided
-        if self.fsdp and self.use_cpu:
-            raise UserError(
-                "--fsdp divides weights over GPUs only, on a CPU it would be ignored: leave it out (--deepspeed "
-                "data/deepspeed/stage3.json divides them on a CPU too)"
-            )
-        if self.deepspeed and divided == 0 and (self.fp16 or self.bf16):
-            raise UserError(
-                f"--deepspeed: ZeRO stage 0 with {'--bf16' if self.bf16 else '--fp16 (the default on a GPU)'} keeps no "
-                "fp32 weights that could be saved: use stage 1 (data/deepspeed/stage1.json), leave out --deepspeed "
-                "(plain torchrun), or train in fp32 (--fp16 False and no --bf16)"
-            )
-        if self.grad_cache_chunk_size:
-            raise UserError(
-                f"--grad_cache_chunk_size {self.grad_cache_chunk_size} works with one process or plain torchrun, where "
-                "the weights are whole on each process: leave out --deepspeed and --fsdp, or set it to 0"
-            )
-        if self.save_only_model and self.fsdp:
-            raise UserError(
-                "--save_only_model does not work with --fsdp, which saves the parts of all processes: leave it out"
-            )
-        if self.save_only_model and self.load_best_model_at_end:
-            raise UserError(f"--save_only_model leaves nothing that --load_best_model_at_end could load with {flag}")
-        least = 2 if self.fsdp else 1
-        if not distributed.is_launched() or distributed.launched_processes() < least:
-            raise UserError(
-                f"{flag} needs a launcher that starts {least} or more processes: torchrun --nproc_per_node N …"
-            )
-        if not self.weights_are_divided:
-            return
-        if self.length_split_tokens:
-            raise UserError(
-                f"--length_split_tokens {self.length_split_tokens}: where weights are divided over processes, all must "
-                "call the model equally often: set it to 0, or leave it out"
-            )
-        self.length_split_tokens = 0

@@ -14,14 +14,7 @@ from src import distributed
 from src.errors import UserError
 from src.io import check_writable, existing_file, resolve_path
 from src.jsonl import JsonLines
-from src.retrieval.args import (
-    CPU_SPLIT_TOKENS,
-    GPU_SPLIT_TOKENS,
-    DataArgs,
-    RankerArgs,
-    RetrievalArgs,
-    RetrievalTrainingArgs,
-)
+from src.retrieval.args import DataArgs, RankerArgs, RetrievalArgs
 from src.retrieval.bm25 import BM25Config
 from src.retrieval.chunks import ChunkPolicy
 from src.retrieval.data import InstructionOf, load_corpus, load_eval_rows, no_instruction
@@ -44,6 +37,7 @@ from src.retrieval.searcher import DenseSearchConfig, DenseSearcher, build_dense
 from src.retrieval.store import IndexIdentity, file_fingerprint
 from src.retrieval.task_config import load_task_config
 from src.retrieval.tasks import instruction_for
+from src.retrieval.training_args import CPU_SPLIT_TOKENS, GPU_SPLIT_TOKENS, RetrievalTrainingArgs
 from src.schema import FurtherCheck
 
 logger = logging.getLogger(__name__)

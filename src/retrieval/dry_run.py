@@ -27,7 +27,7 @@ from src.plan import (
     training_memory,
 )
 from src.retrieval import engines
-from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.bm25 import choose_engine
 from src.retrieval.builders import bm25_config, encode_configs
 from src.retrieval.checkpoints import TrainableModel
@@ -37,6 +37,7 @@ from src.retrieval.index import bytes_per_vector, check_factory
 from src.retrieval.modeling_dense import DenseRetriever
 from src.retrieval.searcher import vector_width
 from src.retrieval.trainer import batch_sampler
+from src.retrieval.training_args import RetrievalTrainingArgs
 
 #: Batches that are tokenized to estimate the tokens of a step, and texts to estimate those of a file.
 SAMPLED_BATCHES = 8

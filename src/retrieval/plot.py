@@ -15,8 +15,8 @@ from typing import Any
 from src.cli import run
 from src.errors import UserError
 from src.io import atomic_write, read_json
+from src.retrieval.checkpoint_folders import TRAINER_STATE, is_whole, whole_checkpoints
 from src.retrieval.metrics import by_cutoff
-from src.retrieval.trainer import TRAINER_STATE, is_whole, whole_checkpoints
 
 logger = logging.getLogger(__name__)
 

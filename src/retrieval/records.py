@@ -15,13 +15,14 @@ from transformers.trainer_callback import TrainerState
 from src.errors import UserError
 from src.io import DATA_PREFIX, atomic_write, file_hash
 from src.result_log import versions
-from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.data import Source
 from src.retrieval.lora import has_adapters
 from src.retrieval.model_card import CARD_FILE, DataFile, EncoderUse, RankerUse, TrainingRecord, model_card
 from src.retrieval.modeling_dense import ADAPTERS, DenseRetriever
 from src.retrieval.modeling_ranker import FOLDER, CrossEncoder
 from src.retrieval.plot import FIGURE, draw
+from src.retrieval.training_args import RetrievalTrainingArgs
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from src.errors import UserError
-from src.retrieval.args import RetrievalTrainingArgs
 from src.retrieval.losses import LossConfig
 from src.retrieval.select import SelectionPolicy
 from src.retrieval.tasks import NO_OWN_TASKS, OwnTask, train_config_for
+from src.retrieval.training_args import RetrievalTrainingArgs
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from src.config_file import read_settings
 from src.errors import UserError
-from src.retrieval.args import SELECT_NEGATIVE, SELECT_POSITIVE
 from src.retrieval.tasks import TASKS, Instruction, OwnTask
+from src.retrieval.training_args import SELECT_NEGATIVE, SELECT_POSITIVE
 
 
 def _is_number(value: Any) -> bool:

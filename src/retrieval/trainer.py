@@ -21,25 +21,28 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from src import distributed
 from src.errors import UserError, first_line
 from src.io import write_json
-from src.retrieval.args import RetrievalTrainingArgs
 from src.retrieval.batch_scores import BatchScores, ScoreBatch
+from src.retrieval.checkpoint_folders import (
+    TRAINER_STATE,
+    remove_oldest,
+    remove_unfinished,
+    replace_folder,
+    whole_checkpoints,
+)
 from src.retrieval.checkpoints import TrainableModel
 from src.retrieval.data import TrainDataset, TrainExample
 from src.retrieval.engines import check_optimizer_state, filled, hollow_copy, load_whole, whole_state
 from src.retrieval.grad_cache import GradCache
 from src.retrieval.losses import LossConfig, combine, mask_false_negatives
 from src.retrieval.sampler import POLICIES, EpochDataLoader, GlobalBatchSampler
+from src.retrieval.training_args import RetrievalTrainingArgs
 
 logger = logging.getLogger(__name__)
 
 ModelT = TypeVar("ModelT", bound=TrainableModel)
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-#: A checkpoint being written or removed, or set aside for a new one; what a killed run leaves of one.
-UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old|replaced)")
 TORCH_SAVE_ERROR = re.compile("inline_container|PytorchStreamWriter|iostream")
 ARGS_FILE = "args.json"
-TRAINER_STATE = "trainer_state.json"
 #: Losses in a row that are no numbers and end a run in fp16, where the loss scaler leaves out the steps of a few.
 BAD_FP16_LOSSES = 16
 DIVERGED = (
@@ -430,115 +433,3 @@ class StopCallback(TrainerCallback):
         if self.early_exit_steps is not None and state.global_step >= self.early_exit_steps:
             control.should_training_stop = True
         return control
-
-
-def beside(folder: str, ending: str) -> str:
-    """The hidden name beside a folder that it, or what it becomes, has for a while."""
-    parent, name = os.path.split(os.path.abspath(folder))
-    return os.path.join(parent, f".{name}.{ending}")
-
-
-def replace_folder(source: str, target: str) -> None:
-    """Rename `source` to `target`; what stood there is set aside, put back when that fails, and removed in the end."""
-    aside = beside(target, "replaced")
-    try:
-        if os.path.isdir(target):
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(target, aside)
-        os.rename(source, target)
-    except BaseException:
-        restore_replaced(target)
-        raise
-    if os.path.isdir(aside):
-        _remove_as(beside(target, "old"), aside)
-
-
-def restore_replaced(target: str) -> None:
-    """Put back what `replace_folder` set aside, when nothing has taken its place."""
-    aside = beside(target, "replaced")
-    if os.path.isdir(aside) and not os.path.exists(target):
-        logger.info("%s is back: what was to replace it is not there", target)
-        os.rename(aside, target)
-
-
-def remove_checkpoint(folder: str) -> None:
-    """Remove a checkpoint folder; renamed first, so that a kill on the way leaves none that looks whole."""
-    _remove_as(beside(folder, "old"), folder)
-
-
-def _remove_as(old: str, folder: str) -> None:
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(folder, old)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def restore_checkpoints(output_dir: str) -> None:
-    """Put back the checkpoints that a run was killed replacing."""
-    for entry in list(os.scandir(output_dir)) if os.path.isdir(output_dir) else ():
-        if (match := UNFINISHED.fullmatch(entry.name)) and match[1] == "replaced":
-            restore_replaced(os.path.join(output_dir, entry.name[1:].removesuffix(".replaced")))
-
-
-def remove_unfinished(output_dir: str) -> None:
-    """Remove what a killed run left of checkpoints half written or half removed; put back what it was replacing."""
-    restore_checkpoints(output_dir)
-    for entry in list(os.scandir(output_dir)) if os.path.isdir(output_dir) else ():
-        if UNFINISHED.fullmatch(entry.name):
-            shutil.rmtree(entry.path, ignore_errors=True)
-
-
-def remove_oldest(output_dir: str, limit: int | None, keep: set[str]) -> None:
-    """Remove checkpoints until `limit` are left, those written longest ago first.
-
-    By time and not by step: a folder may still hold checkpoints of an earlier run that went further.
-
-    Args:
-        output_dir: folder of the checkpoints.
-        limit: None or 0 for no limit.
-        keep: absolute paths of checkpoints that stay, whatever the limit.
-    """
-    if not limit or limit < 0:
-        return
-    others = [path for path in whole_checkpoints(output_dir) if os.path.abspath(path) not in keep]
-    others.sort(key=lambda path: os.path.getmtime(os.path.join(path, TRAINER_STATE)))
-    surplus = len(others) - max(limit - len(keep), 0)
-    for path in others[: max(surplus, 0)]:
-        remove_checkpoint(path)
-
-
-def is_whole(folder: str) -> bool:
-    """Whether `folder` is a complete checkpoint: its last file is there, and it has got its final name."""
-    finished = UNFINISHED.fullmatch(os.path.basename(os.path.abspath(folder))) is None
-    return finished and os.path.isfile(os.path.join(folder, TRAINER_STATE))
-
-
-def whole_checkpoints(output_dir: str) -> list[str]:
-    """The complete checkpoints below `output_dir`, by step."""
-    found = []
-    for entry in os.scandir(output_dir) if os.path.isdir(output_dir) else ():
-        match = CHECKPOINT.fullmatch(entry.name)
-        if match and is_whole(entry.path):
-            found.append((int(match[1]), entry.path))
-    return [path for _, path in sorted(found)]
-
-
-def checkpoint_to_resume(resume: str | None, output_dir: str) -> str | None:
-    """What ``--resume_from_checkpoint`` means: a folder, the last whole checkpoint for True, or None.
-
-    Raises:
-        UserError: the folder is no whole checkpoint.
-    """
-    if resume is None or str(resume).lower() == "false":
-        return None
-    restore_checkpoints(output_dir)
-    known = whole_checkpoints(output_dir)
-    if str(resume).lower() == "true":
-        if not known:
-            logger.info("--resume_from_checkpoint: no checkpoint in %s, training starts from the beginning", output_dir)
-            return None
-        logger.info("resuming from %s", known[-1])
-        return known[-1]
-    if not is_whole(resume):
-        listed = f"; whole checkpoints in {output_dir}: {', '.join(known)}" if known else ""
-        raise UserError(f"--resume_from_checkpoint {resume}: no whole checkpoint (it needs a {TRAINER_STATE}){listed}")
-    return resume

@@ -10,7 +10,7 @@ from typing import Any
 from src import distributed
 from src.errors import UserError
 from src.io import expand_data_paths
-from src.retrieval.args import RankerArgs, RetrievalArgs, RetrievalTrainingArgs
+from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.batch_scores import ScoreBatch
 from src.retrieval.builders import instructions, metric_names
 from src.retrieval.data import Source, TrainDataset, TrainExample, check_mixable, load_train_sources
@@ -19,6 +19,7 @@ from src.retrieval.records import WriteCards, draw_training
 from src.retrieval.settings import settings_for
 from src.retrieval.task_config import load_task_config
 from src.retrieval.trainer import ModelT, RetrievalTrainer
+from src.retrieval.training_args import RetrievalTrainingArgs
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from src.retrieval.trainer import whole_checkpoints
+from src.retrieval.checkpoint_folders import whole_checkpoints
 from tests.conftest import make_bert, make_tokenizer
 from tests.helpers import environment, read_rows, write_rows
 from tests.test_lm_score import make_model

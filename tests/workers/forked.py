@@ -117,7 +117,7 @@ class Runs:
 
 def _arm(kill: Kill) -> None:
     """Wrap the trainer so that this process kills itself where `kill` says."""
-    from src.retrieval import modeling_dense, trainer
+    from src.retrieval import checkpoint_folders, modeling_dense, trainer
 
     step = -1
 
@@ -173,13 +173,13 @@ def _arm(kill: Kill) -> None:
     elif kill.point == "rename":
         die_after(trainer, "replace_folder", before=True)
     elif kill.point == "rotation":
-        remove = trainer.remove_checkpoint
+        remove = checkpoint_folders.remove_checkpoint
 
         def removing(folder: str) -> None:
-            trainer.shutil.rmtree = half_removed  # type: ignore[assignment]
+            checkpoint_folders.shutil.rmtree = half_removed  # type: ignore[assignment]
             remove(folder)
 
-        trainer.remove_checkpoint = removing
+        checkpoint_folders.remove_checkpoint = removing
 
 
 def _child(request: dict[str, Any], rank: int, log: Path) -> None:

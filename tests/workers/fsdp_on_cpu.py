@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from run_dense import main
 from src.cli import run
-from src.retrieval.args import RetrievalTrainingArgs
 from src.retrieval.trainer import RetrievalTrainer
+from src.retrieval.training_args import RetrievalTrainingArgs
 
 
 def allow_cpu() -> None:

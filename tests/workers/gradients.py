@@ -14,7 +14,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from src import distributed
-from src.retrieval.args import RetrievalTrainingArgs
 from src.retrieval.batch_scores import DenseBatchScores
 from src.retrieval.chunks import ChunkPolicy
 from src.retrieval.collator import TrainCollator
@@ -25,6 +24,7 @@ from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, load_den
 from src.retrieval.select import SelectionPolicy
 from src.retrieval.settings import SourceSettings
 from src.retrieval.trainer import RetrievalTrainer
+from src.retrieval.training_args import RetrievalTrainingArgs
 
 GROUP = 3
 #: High, so that gradients stay below 1 and fp32 keeps them to 1e-6.
