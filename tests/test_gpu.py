@@ -26,7 +26,7 @@ from src.retrieval.index import ExactIndex, FaissIndex, VectorShard
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
 from tests.conftest import VOCABULARY, make_tokenizer
 from tests.helpers import environment, free_port, read_rows, run, write_rows
-from tests.training_bench import Bench, assert_same_checkpoint, make_rows, names, weights, write_data
+from tests.training_bench import Bench, assert_same_checkpoint, make_rows, names, weights, without_dropout, write_data
 from tests.workers.forked import Runs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or CUDA_VISIBLE_DEVICES hides it")
@@ -39,13 +39,8 @@ SGD = ("--optim", "sgd", "--learning_rate", 0.05, "--max_grad_norm", 0)
 def bench(tiny_bert, tmp_path_factory) -> Iterator[Bench]:
     """Runs on an encoder without dropout, whose random numbers differ between devices."""
     folder = tmp_path_factory.mktemp("gpu")
-    encoder = folder / "encoder"
-    shutil.copytree(tiny_bert, encoder)
-    config = json.loads((encoder / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (encoder / "config.json").write_text(json.dumps(config))
     forked = Runs(environment(), [])
-    yield Bench(write_data(folder), str(encoder), forked, timeout=300)
+    yield Bench(write_data(folder), without_dropout(tiny_bert, folder), forked, timeout=300)
     forked.close()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from src.retrieval.chunks import ChunkPolicy, cut_by_length, in_order, tokenize_
 from src.retrieval.grad_cache import GradCache
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from tests.helpers import environment, run
-from tests.training_bench import Bench, assert_same_checkpoint, weights, write_data
+from tests.training_bench import Bench, assert_same_checkpoint, weights, without_dropout, write_data
 from tests.workers.forked import Runs
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or CUDA_VISIBLE_DEVICES hides it")
@@ -29,13 +28,8 @@ TEXTS = ["a", "some longer text of a key", "x y", "words and words and words", "
 def bench(tiny_bert, tmp_path_factory) -> Iterator[Bench]:
     """Runs on an encoder without dropout, so that the order of passes does not matter."""
     folder = tmp_path_factory.mktemp("grad_cache")
-    encoder = folder / "encoder"
-    shutil.copytree(tiny_bert, encoder)
-    config = json.loads((encoder / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (encoder / "config.json").write_text(json.dumps(config))
     forked = Runs(environment(), [])
-    yield Bench(write_data(folder), str(encoder), forked)
+    yield Bench(write_data(folder), without_dropout(tiny_bert, folder), forked)
     forked.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,15 @@ def make_rows(count: int, rng: random.Random) -> list[dict[str, Any]]:
         return " ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(6))
 
     return [{"query": text(), "pos": [text()], "neg": [text() for _ in range(5)]} for _ in range(count)]
+
+
+def without_dropout(encoder: str, folder: Path) -> str:
+    """A copy of an encoder below `folder` that draws no random numbers."""
+    shutil.copytree(encoder, folder / "encoder")
+    path = folder / "encoder" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
+    return str(folder / "encoder")
 
 
 def write_data(folder: Path) -> Path:
