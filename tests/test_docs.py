@@ -51,6 +51,8 @@ def entry_point(words: list[str]) -> tuple[str, list[str]] | None:
             for place, word in enumerate(rest):
                 if word.endswith(".py"):
                     return word, rest[place + 1 :]
+                if word == "-m" and rest[place + 1] == "pytest":
+                    return None
                 if word == "-m":
                     return f"{rest[place + 1].replace('.', '/')}.py", rest[place + 2 :]
     if "bash" in words:
