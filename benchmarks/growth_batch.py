@@ -25,7 +25,7 @@ def measure(args: argparse.Namespace, batch: int) -> float:
     setting = Setting(batch, 2, 64, 5, chunk=16)
     args.steps, args.warmup, args.workers = QUERIES // batch, 0, 0
     with tempfile.TemporaryDirectory() as folder:
-        return QUERIES / train_ours(args, setting, make_rows(setting, QUERIES), folder)
+        return QUERIES / train_ours(args, setting, make_rows(setting, QUERIES, args.model), folder)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModel
 
 from benchmarks.common import compare
+from src.devices import prepared
 
 DEFAULT = "default (sdpa attention, fused AdamW, fp32)"
 TEXTS, TOKENS = 32, 128
@@ -34,6 +35,7 @@ def measure(
     model = AutoModel.from_pretrained(args.model, attn_implementation=attention).to(args.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), 5e-6, fused=fused)
     forward = torch.compile(model) if compiled else model
+    prepared(torch.device(args.device))
     ids = torch.randint(1000, 20000, (TEXTS, TOKENS), device=args.device)
     mask = torch.ones_like(ids)
 

@@ -21,7 +21,7 @@ def measure(args: argparse.Namespace, processes: int) -> float:
     """Queries per second, by the trainer's own clock."""
     args.workers = 0
     setting = SETTINGS["qa"]
-    rows = make_rows(setting, setting.batch * args.steps * processes)
+    rows = make_rows(setting, setting.batch * args.steps * processes, args.model)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command += ["run_dense.py", *our_flags(args, setting, rows, folder)]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from src.io import read_json, write_json
 
+DISTRIBUTIONS = ("transformers", "numpy", "scikit-learn", "scipy", "sentence-transformers", "accelerate")
 PACKAGES = ("torch", "transformers", "numpy", "sklearn", "scipy", "sentence_transformers", "accelerate")
 
 
@@ -43,7 +44,8 @@ def passages(count: int, seed: int = 0) -> list[str]:
 
 def cache_file(count: int, seed: int) -> Path:
     """Where they are kept."""
-    made_of = json.dumps([count, seed, sys.version, importlib.metadata.version("transformers")])
+    versions = [importlib.metadata.version(name) for name in (*DISTRIBUTIONS, "torch")]
+    made_of = json.dumps([count, seed, sys.version, versions])
     return Path(tempfile.gettempdir()) / f"passages-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.json"
 
 

@@ -67,8 +67,18 @@ SETTINGS = {
 }
 
 
-def make_rows(setting: Setting, count: int) -> list[dict]:
-    """Rows of real paragraphs; of mixed lengths, as a few paragraphs in a row are joined to some keys."""
+def make_rows(setting: Setting, count: int, model: str) -> list[dict]:
+    """Rows of real paragraphs; of mixed lengths, as a few paragraphs in a row are joined to some keys.
+
+    Queries are cut to what ours takes of them, as the peer has one length for queries and keys; `model` has the
+    tokenizer.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def query() -> str:
+        ids = tokenizer(" ".join(rng.choice(texts).split()[:QUERY_WORDS]), add_special_tokens=False)["input_ids"]
+        return tokenizer.decode(ids[: QUERY_LENGTH - tokenizer.num_special_tokens_to_add()])
+
     rng = random.Random(0)
     texts = passages(4000)
 
@@ -81,8 +91,7 @@ def make_rows(setting: Setting, count: int) -> list[dict]:
 
     rows = []
     for _ in range(count):
-        query = " ".join(rng.choice(texts).split()[:QUERY_WORDS])
-        rows.append({"query": query, "pos": [key()], "neg": [key() for _ in range(setting.group - 1)]})
+        rows.append({"query": query(), "pos": [key()], "neg": [key() for _ in range(setting.group - 1)]})
     return rows
 
 
@@ -102,21 +111,26 @@ def our_flags(args: argparse.Namespace, setting: Setting, rows: list[dict], fold
 
 
 class StepClock(TrainerCallback):
-    """Seconds of the optimizer steps after the first `warmup`, the time between them included."""
+    """Seconds of the optimizer steps after the first `warmup`, with the making of their batches."""
 
     def __init__(self, warmup: int) -> None:
         self.warmup = warmup
         self.start = self.end = 0.0
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.warmup:
-            wait_for_device()
-            self.start = time.perf_counter()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.warmup == 0:
+            self.start = self._now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.warmup:
+            self.start = self._now()
         if state.global_step == state.max_steps:
-            wait_for_device()
-            self.end = time.perf_counter()
+            self.end = self._now()
+
+    @staticmethod
+    def _now() -> float:
+        wait_for_device()
+        return time.perf_counter()
 
 
 def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], folder: str) -> float:
@@ -186,8 +200,10 @@ def useful_flops(args: argparse.Namespace, setting: Setting, rows: list[dict]) -
 def measure(args: argparse.Namespace, side: str) -> Numbers:
     """Queries, each with its keys, per second; on a GPU also what share of its matrix products' rate was used."""
     torch.set_num_threads(args.threads)
+    if not 0 <= args.warmup < args.steps:
+        raise SystemExit(f"--warmup {args.warmup}: from 0 to less than --steps {args.steps}")
     setting = SETTINGS[args.setting]
-    rows = make_rows(setting, setting.batch * args.steps)
+    rows = make_rows(setting, setting.batch * args.steps, args.model)
     with tempfile.TemporaryDirectory() as folder:
         seconds = (train_ours if side == OURS else train_theirs)(args, setting, rows, folder)
     share = (args.steps - args.warmup) / args.steps

@@ -6,6 +6,7 @@ import argparse
 import atexit
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_type_hints
@@ -133,6 +134,10 @@ def run(main: Callable[[], None], memory_advice: str = "free some, or use a mach
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
+    except BrokenPipeError:
+        # Whoever read the output (head) has enough; what Python still holds back goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except Exception as error:
         if (explained := _explain(error, memory_advice)) is None:
             raise

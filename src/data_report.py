@@ -130,6 +130,8 @@ class DataReport:
             errors = prompt_task_problems(numbers["task"], self.default_task, self._prompts, self._own)
         for error in errors:
             self.errors[error].append(line)
+        if row is not None and self.kind != "corpus":
+            self._warn_of_names(line, row)
         if row is not None and not errors:
             if self.kind == "corpus":
                 self._add_passage(line, render_key(row, self.key_template))
@@ -165,18 +167,19 @@ class DataReport:
 
     def _warn_of_names(self, line: int, row: dict[str, Any]) -> None:
         """Optional fields whose name is misspelt would be passed over without a word."""
-        for name in row.keys() - ROW_FIELDS - {*TOKEN_FIELDS}:
+        known = {*ROW_FIELDS, *TOKEN_FIELDS, self.score_field}
+        for name in row:
             # Further scores have names of their own.
-            if name == self.score_field or name.startswith(TEACHER_SCORES):
+            if name in known or name.startswith(TEACHER_SCORES):
                 continue
             if name not in self._alike:
-                fields = sorted({*ROW_FIELDS, self.score_field})
-                self._alike[name] = next(iter(difflib.get_close_matches(name, fields, 1, ALIKE)), None)
+                # Names begin alike: doc_index is another field than pos_index.
+                alike = [field for field in sorted(known) if field[:2] == name.lower()[:2]]
+                self._alike[name] = next(iter(difflib.get_close_matches(name.lower(), alike, 1, ALIKE)), None)
             meant = self._alike[name]
             self._warn(line, f"field {name!r} is not read: is {meant!r} meant?", meant is not None and meant not in row)
 
     def _add_row(self, line: int, row: dict[str, Any], numbers: dict[str, Any]) -> None:
-        self._warn_of_names(line, row)
         task = numbers["task"] or self.default_task
         self.tasks[task or "none"] += 1
         known = self.known_tasks

@@ -6,6 +6,11 @@ from collections import Counter
 from collections.abc import Iterable
 
 
+def shown(value: float) -> str:
+    """A number for people: four digits, or all of a whole one."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.4g}"
+
+
 class Distribution:
     """Values counted as they come.
 
@@ -50,4 +55,4 @@ class Distribution:
     def describe(self) -> str:
         """The summary in words."""
         found = self.summary()
-        return f"median {found['median']:,.4g}, 95 % up to {found['p95']:,.4g}, max {found['max']:,.4g}"
+        return f"median {shown(found['median'])}, 95 % up to {shown(found['p95'])}, max {shown(found['max'])}"

@@ -27,7 +27,7 @@ HISTORY = [
 def write_checkpoint(folder: Path, step: int, history) -> Path:
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": history}))
     return checkpoint
 
 
@@ -79,11 +79,17 @@ def test_several_runs_are_compared_in_one_figure(tmp_path, monkeypatch):
     assert [list(line.get_ydata()) for line in first.get_lines()] == [[2.0, 1.0], [1.5, 0.5]] * 2
 
 
-@pytest.mark.parametrize("state", ["[]", "{}", '{"log_history": 5}', '{"log_history": [1]}', '{"log_history": ['])
+@pytest.mark.parametrize(
+    "state",
+    [
+        *("[]", "{}", '{"log_history": []}', '{"global_step": "four", "log_history": []}'),
+        *('{"global_step": 5}', '{"global_step": 5, "log_history": [1]}', '{"log_history": ['),
+    ],
+)
 def test_a_damaged_log_is_told(tmp_path, state):
     checkpoint = write_checkpoint(tmp_path, 5, HISTORY)
     (checkpoint / "trainer_state.json").write_text(state)
-    with pytest.raises(UserError, match=r"log_history|is not valid JSON"):
+    with pytest.raises(UserError, match=r"is damaged: it has no|is not valid JSON"):
         read_history(str(checkpoint))
 
 

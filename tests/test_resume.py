@@ -117,10 +117,10 @@ def test_resumed_by_a_fresh_launch(bench: Bench, tmp_path: Path, processes: int,
 
 
 def test_the_comparison_sees_a_lost_random_state(bench: Bench, tmp_path: Path):
-    """Dropout is on: without the saved random state the weights come out otherwise."""
+    """Dropout is on: with another random state the weights come out otherwise."""
     source = tmp_path / "source"
     shutil.copytree(bench.whole() / "checkpoint-4", source)
-    (source / "rng_state.pth").unlink()
+    shutil.copy(bench.whole() / "checkpoint-2" / "rng_state.pth", source / "rng_state.pth")
     bench.train(tmp_path / "out", 1, None, "--resume_from_checkpoint", source)
     one, other = (weights(folder / "checkpoint-6") for folder in (tmp_path / "out", bench.whole()))
     assert any(not torch.equal(one[name], other[name]) for name in one)
@@ -228,7 +228,7 @@ def fake_checkpoint(folder: Path, *files: str, age: int = 0) -> Path:
     folder.mkdir(parents=True)
     for name in files:
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("{}")
+        (folder / name).write_text('{"global_step": 1, "log_history": []}')
         os.utime(folder / name, (10**9 - age, 10**9 - age))
     return folder
 
@@ -282,6 +282,37 @@ def test_unusable_checkpoints_end_in_one_line(bench: Bench, tmp_path: Path):
         assert message in output
         assert "Traceback" not in output
     assert names(tmp_path) == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("scheduler.pt", None, "scheduler.pt, the state of the learning rate's schedule, is missing"),
+        ("rng_state.pth", None, "rng_state.pth, the state of the random numbers, is missing"),
+        ("trainer_state.json", "{", "is not valid JSON"),
+        ("trainer_state.json", '{"global_step": "four", "log_history": []}', "is damaged: it has no number of steps"),
+        ("trainer_state.json", '{"global_step": 4, "log_history": [], "of": "later"}', "is of another version"),
+        ("optimizer.pt", "junk", "the state of the optimizer or of the random numbers is damaged"),
+        ("scheduler.pt", "junk", "the state of the optimizer or of the random numbers is damaged"),
+        ("encoder/model.safetensors", "\x10\0\0\0\0\0\0\0{", "cannot load the encoder"),
+        ("encoder/config.json", "{", "cannot load the encoder"),
+    ],
+)
+def test_damaged_checkpoints_end_in_one_line(
+    bench: Bench, tmp_path: Path, name: str, content: str | None, message: str
+):
+    damaged = tmp_path / "checkpoint-4"
+    shutil.copytree(bench.whole() / "checkpoint-4", damaged)
+    if content is None:
+        (damaged / name).unlink()
+    else:
+        (damaged / name).write_text(content)
+    flags = bench.flags(tmp_path, 1, None, "--resume_from_checkpoint", damaged)
+    codes, output = bench.forked("run_dense.py", flags)
+    assert codes == [2], output
+    assert message in output
+    assert "Traceback" not in output
+    assert names(tmp_path) == ["checkpoint-4"]
 
 
 def test_the_oldest_written_go_first(tmp_path: Path):

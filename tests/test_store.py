@@ -63,9 +63,10 @@ def test_damaged_shards_are_named(tmp_path, small_shards):
         made.read(1)
     with pytest.raises(UserError, match=r"vectors\.00003\.npy is not the shard"):
         made.read(3)
-    made.write(0, np.full((3, 32), np.nan))
-    with pytest.raises(UserError, match=r"vectors\.00000\.npy holds vectors that are no numbers: remove it"):
-        made.read(0)
+    for number in (np.nan, np.inf):
+        made.write(0, np.full((3, 32), number))
+        with pytest.raises(UserError, match=r"vectors\.00000\.npy holds vectors that are no numbers: remove it"):
+            made.read(0)
 
 
 def test_interrupted_encoding_goes_on_where_it_stopped(tmp_path, small_shards, monkeypatch, tiny_bert):

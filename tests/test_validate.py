@@ -113,16 +113,34 @@ def test_warnings_name_their_lines(check, tmp_path):
 def test_names_of_fields_that_may_be_misspelt(check, tmp_path):
     row = {"query": "q", "pos": ["a"], "neg": ["b"]}
     odd = [{"teacher_score": [1, 0]}, {"answer": ["c"]}, {"title": "t"}, {"teacher_scores_b": [1, 0]}]
+    odd += [{"answer": ["c"], "answers": ["c"]}, {"doc_index": 1, "contents": "c"}, {"Task_": "qa"}]
     rows = [{**row, "query": f"q{n}", **more} for n, more in enumerate(odd)]
+    rows.append({"query": "last", "pos": ["a"], "negs": ["b"], "history": None})
     path = write_rows(tmp_path / "qa" / "rows.json", rows)
     code, _, report = check(path)
-    assert (code, messages(report, path)) == (
-        0,
-        {
-            "field 'teacher_score' is not read: is 'teacher_scores' meant?": [1],
-            "field 'answer' is not read: is 'answers' meant?": [2],
-        },
+    assert code == 1
+    assert messages(report, path) == {
+        "field 'teacher_score' is not read: is 'teacher_scores' meant?": [1],
+        "field 'answer' is not read: is 'answers' meant?": [2],
+        "field 'contents' is not read: is 'context' meant?": [6],
+        "field 'Task_' is not read: is 'task' meant?": [7],
+        "field 'negs' is not read: is 'neg' meant?": [8],
+    }
+
+
+def test_names_of_scores_and_tokens_that_may_be_misspelt(check, tmp_path):
+    row = {"query": "q", "pos": ["a"], "neg": ["b"]}
+    rows = [{**row, "query": "r", "answer_s": [1, 0]}, {**row, "answer": ["c"]}, {**row, "llm_score": [1, 0]}]
+    path = write_rows(tmp_path / "qa" / "rows.json", rows)
+    _, _, report = check(path, "--teacher_score_field", "answer_s")
+    assert "field 'answer_s' is not read: is 'answers' meant?" not in messages(report, path)
+    _, _, report = check(path, "--teacher_score_field", "llm_scores")
+    assert messages(report, path)["field 'llm_score' is not read: is 'llm_scores' meant?"] == [3]
+    tokens = write_rows(
+        tmp_path / "lm.json", [{"query": "q", "history": ["a"], "answers": ["c"], "score_input": [[1]]}]
     )
+    _, _, report = check(tokens, "--kind", "lm", "--task", "lrlm")
+    assert messages(report, tokens)["field 'score_input' is not read: is 'score_inputs' meant?"] == [1]
 
 
 def test_all_errors_are_shown(check, tmp_path):

@@ -25,6 +25,14 @@ from src.retrieval.training_args import RetrievalTrainingArgs
         ({"weight_decay": float("inf")}, "--weight_decay must be a number"),
         ({"adam_epsilon": -1.0}, "--adam_epsilon must be a number of 0 or more, found -1.0"),
         ({"max_grad_norm": float("nan")}, "--max_grad_norm must be a number of 0 or more, found nan"),
+        ({"adam_beta1": -0.1}, "--adam_beta1 must be from 0 to below 1, found -0.1"),
+        ({"matryoshka_dims": [8, 4, 8]}, "--matryoshka_dims 8 4 8: each only once"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "--lr_scheduler_type cosine_with_min_lr with .*min_lr"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay with .*num_decay_steps"),
+        ({"lr_scheduler_kwargs": {"foo": 1}}, "--lr_scheduler_type linear with --lr_scheduler_kwargs .*'foo'"),
+        ({"lr_scheduler_kwargs": '{"foo": '}, "--lr_scheduler_kwargs .* is not valid JSON"),
+        ({"optim": "adamw_bnb_8bit"}, "--optim adamw_bnb_8bit: "),
+        ({"torch_compile": True, "torch_compile_backend": "foo"}, "--torch_compile_backend .*inductor"),
         ({"adam_beta2": 1.0}, "--adam_beta2 must be from 0 to below 1, found 1.0"),
         ({"warmup_ratio": 7.0}, "--warmup_ratio is a share of the steps"),
         ({"mask_margin": float("nan")}, "--mask_margin must be a number, found nan"),
@@ -37,6 +45,21 @@ def test_flags(tmp_path, flags, said):
     with pytest.raises(UserError, match=said):
         RetrievalTrainingArgs(output_dir=str(tmp_path), use_cpu=True, **flags)
     assert RetrievalTrainingArgs(output_dir=str(tmp_path), use_cpu=True, max_steps=1, num_train_epochs=0).max_steps == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-7}},
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"power": 2.0}'},
+        {"lr_scheduler_type": "constant"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "ndcg@10", "eval_strategy": "steps"},
+        {"optim": "adafactor"},
+        {"optim": "sgd", "torch_compile": True, "torch_compile_backend": "eager"},
+    ],
+)
+def test_schedules_and_optimizers_that_work(tmp_path, flags):
+    assert RetrievalTrainingArgs(output_dir=str(tmp_path), use_cpu=True, **flags).use_cpu
 
 
 def test_margins():
@@ -90,6 +113,22 @@ def test_weights_that_are_cut_off_are_found_without_loading_them(tiny_bert, tmp_
     folder = damaged(tiny_bert, tmp_path / "model", "model.safetensors", whole[:-10])
     with pytest.raises(UserError, match=r"model\.safetensors is damaged or cut off"):
         load_dense_retriever(EncoderConfig(folder, empty=True))
+
+
+def test_vectors_beyond_half_precision(tiny_bert):
+    model = load_dense_retriever(EncoderConfig(tiny_bert)).eval()
+    config = EncodeConfig(16, torch.device("cpu"), "fp16")
+    with pytest.raises(UserError, match="or they leave the range of --dtype fp16"):
+        encode(lambda tokens: model.embed_key(tokens) * 1e7, model.key_tokenizer, ["a b"], config)
+
+
+def test_a_tokenizer_needs_something_to_pad_with(tiny_bert, tmp_path):
+    folder = damaged(tiny_bert, tmp_path / "model", "no such file", None)
+    path = Path(folder) / "tokenizer_config.json"
+    settings = {name: value for name, value in json.loads(path.read_text()).items() if name != "pad_token"}
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="has neither a token to pad with nor one that ends texts"):
+        load_dense_retriever(EncoderConfig(folder))
 
 
 def test_no_more_dimensions_than_there_are(tiny_bert):

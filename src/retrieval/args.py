@@ -1,7 +1,6 @@
-"""Every flag of the retrieval entry points, with its default, help and checks.
+"""The flags of retrieval, evaluation and data, with their defaults, help and checks (of training: training_args.py).
 
-`__post_init__` checks values and fills in names that transformers has renamed; it resolves no path and
-reads no file.
+`__post_init__` checks values; it resolves no path and reads no file.
 """
 
 from __future__ import annotations

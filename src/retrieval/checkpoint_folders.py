@@ -9,8 +9,10 @@ import logging
 import os
 import re
 import shutil
+from typing import Any
 
 from src.errors import UserError
+from src.io import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -111,23 +113,66 @@ def whole_checkpoints(output_dir: str) -> list[str]:
     return [path for _, path in sorted(found)]
 
 
+def read_state(folder: str) -> dict[str, Any]:
+    """What trainer_state.json of a checkpoint holds.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = os.path.join(folder, TRAINER_STATE)
+    state = read_json(path, "training state")
+    step, history = (state.get("global_step"), state.get("log_history")) if isinstance(state, dict) else (None, None)
+    problem = None
+    if not isinstance(step, int) or isinstance(step, bool):
+        problem = "it has no number of steps (global_step)"
+    elif not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        problem = "it has no log (log_history, a list of objects)"
+    if problem is not None:
+        raise UserError(f"{path} is damaged: {problem}; take another checkpoint")
+    return state
+
+
+def check_complete(folder: str) -> None:
+    """Refuse to resume without what transformers would do without, and not say so.
+
+    Raises:
+        UserError: there is no state of the learning rate's schedule, or none of the random numbers.
+    """
+    names = os.listdir(folder)
+    if "scheduler.pt" not in names:
+        missing = "scheduler.pt, the state of the learning rate's schedule"
+    elif not any(name.startswith("rng_state") for name in names):
+        missing = "rng_state.pth, the state of the random numbers"
+    else:
+        return
+    raise UserError(
+        f"--resume_from_checkpoint {folder}: {missing}, is missing: take another checkpoint, or start a new run from "
+        "its weights: name it as the model"
+    )
+
+
 def checkpoint_to_resume(resume: str | None, output_dir: str) -> str | None:
     """What ``--resume_from_checkpoint`` means: a folder, the last whole checkpoint for True, or None.
 
     Raises:
-        UserError: the folder is no whole checkpoint.
+        UserError: the folder is no whole checkpoint, or its state is damaged.
     """
     if resume is None or str(resume).lower() == "false":
         return None
     restore_checkpoints(output_dir)
     known = whole_checkpoints(output_dir)
     if str(resume).lower() == "true":
+        for name in sorted(os.listdir(output_dir) if os.path.isdir(output_dir) else ()):
+            if CHECKPOINT.fullmatch(name) and (path := os.path.join(output_dir, name)) not in known:
+                logger.warning("%s is passed over: it is not whole, %s is missing", path, TRAINER_STATE)
         if not known:
             logger.info("--resume_from_checkpoint: no checkpoint in %s, training starts from the beginning", output_dir)
             return None
         logger.info("resuming from %s", known[-1])
+        read_state(known[-1])
         return known[-1]
     if not is_whole(resume):
         listed = f"; whole checkpoints in {output_dir}: {', '.join(known)}" if known else ""
         raise UserError(f"--resume_from_checkpoint {resume}: no whole checkpoint (it needs a {TRAINER_STATE}){listed}")
+    read_state(resume)
     return resume

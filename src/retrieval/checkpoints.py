@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from src.errors import UserError, first_line
+from src.errors import UserError, first_line, is_out_of_memory
 
 #: Model types whose positions begin after the padding token's id.
 _SHIFTED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
@@ -142,6 +143,21 @@ def load_error(checkpoint: str, error: Exception, what: str) -> UserError:
     return UserError(f"cannot load the {what} {checkpoint!r}: {reason} ({advice})")
 
 
+@contextlib.contextmanager
+def loading(folder: str, what: str) -> Iterator[None]:
+    """Tell in one line why the weights of a checkpoint of ours cannot be loaded.
+
+    Raises:
+        UserError: in place of what transformers raises; `what` is the kind of model that was wanted.
+    """
+    try:
+        yield
+    except LOAD_ERRORS as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        raise load_error(folder, error, what) from error
+
+
 def load_tokenizer(
     checkpoint: str, cache_dir: str | None, trust_remote_code: bool, what: str
 ) -> tuple[PreTrainedTokenizerBase, bool]:
@@ -163,6 +179,11 @@ def load_tokenizer(
     borrowed = tokenizer.pad_token is None
     if borrowed:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"the tokenizer of {checkpoint!r} has neither a token to pad with nor one that ends texts: name one in its "
+            "tokenizer_config.json (pad_token)"
+        )
     return tokenizer, borrowed
 
 

@@ -33,6 +33,7 @@ from src.retrieval.checkpoints import (
     inner_folder,
     load_error,
     load_tokenizer,
+    loading,
     position_limit,
     safe_only,
 )
@@ -219,21 +220,22 @@ class DenseRetriever(TrainableModel):
         """Take the weights that `save` wrote below `folder`.
 
         Raises:
-            UserError: an encoder's folder is missing there, or of another shape.
+            UserError: an encoder's folder is missing there, damaged, or of another shape.
         """
         for name, encoder in self.encoders.items():
             source = os.path.join(folder, name)
             if not os.path.isdir(source):
                 raise UserError(f"{folder} has no {name!r} folder: was it trained with the same --tie_encoders?")
-            if has_adapters(encoder.backbone):
-                load_adapters(encoder.backbone, os.path.join(folder, ADAPTERS, name))
-            else:
-                backbone = type(encoder.backbone).from_pretrained(
-                    source, dtype=torch.float32, use_safetensors=True, **_no_pooler(type(encoder.backbone))
-                )
-                encoder.backbone.load_state_dict(backbone.state_dict())
-            if encoder.dense is not None:
-                encoder.dense.load_state_dict(DenseLayer.load(os.path.join(source, DENSE_FOLDER)).state_dict())
+            with loading(source, "encoder"):
+                if has_adapters(encoder.backbone):
+                    load_adapters(encoder.backbone, os.path.join(folder, ADAPTERS, name))
+                else:
+                    backbone = type(encoder.backbone).from_pretrained(
+                        source, dtype=torch.float32, use_safetensors=True, **_no_pooler(type(encoder.backbone))
+                    )
+                    encoder.backbone.load_state_dict(backbone.state_dict())
+                if encoder.dense is not None:
+                    encoder.dense.load_state_dict(DenseLayer.load(os.path.join(source, DENSE_FOLDER)).state_dict())
 
 
 def weights_fingerprint(encoder: nn.Module) -> str:

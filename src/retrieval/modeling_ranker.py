@@ -23,6 +23,7 @@ from src.retrieval.checkpoints import (
     inner_folder,
     load_error,
     load_tokenizer,
+    loading,
     position_limit,
     safe_only,
 )
@@ -89,13 +90,14 @@ class CrossEncoder(TrainableModel):
         """Take the weights that `save` wrote below `folder`.
 
         Raises:
-            UserError: there are none.
+            UserError: there are none, or they are damaged.
         """
         source = os.path.join(folder, FOLDER)
         if not os.path.isdir(source):
             raise UserError(f"{folder} has no {FOLDER!r} folder: it is no checkpoint of run_ranker.py")
-        saved = type(self.backbone).from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-        self.backbone.load_state_dict(saved.state_dict())
+        with loading(source, "ranker"):
+            saved = type(self.backbone).from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+            self.backbone.load_state_dict(saved.state_dict())
 
 
 def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEncoder:

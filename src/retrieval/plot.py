@@ -14,8 +14,8 @@ from typing import Any
 
 from src.cli import run
 from src.errors import UserError
-from src.io import atomic_write, read_json
-from src.retrieval.checkpoint_folders import TRAINER_STATE, is_whole, whole_checkpoints
+from src.io import atomic_write
+from src.retrieval.checkpoint_folders import is_whole, read_state, whole_checkpoints
 from src.retrieval.metrics import by_cutoff
 
 logger = logging.getLogger(__name__)
@@ -106,12 +106,7 @@ def read_history(folder: str) -> list[dict[str, Any]]:
     checkpoints = [folder] if is_whole(folder) else whole_checkpoints(folder)
     if not checkpoints:
         raise UserError(f"{folder} has no checkpoint: give the --output_dir of a training run, or a checkpoint")
-    path = os.path.join(checkpoints[-1], TRAINER_STATE)
-    state = read_json(path, "training state")
-    history = state.get("log_history") if isinstance(state, dict) else None
-    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-        raise UserError(f"{path} is damaged: it has no log (log_history, a list of objects); take another checkpoint")
-    return history
+    return read_state(checkpoints[-1])["log_history"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

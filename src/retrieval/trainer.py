@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +18,13 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from src import distributed
-from src.errors import UserError, first_line
+from src.errors import UserError, first_line, is_out_of_memory
 from src.io import write_json
 from src.retrieval.batch_scores import BatchScores, ScoreBatch
 from src.retrieval.checkpoint_folders import (
     TRAINER_STATE,
+    check_complete,
+    read_state,
     remove_oldest,
     remove_unfinished,
     replace_folder,
@@ -117,6 +118,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             if finished := self._finished(resume_from_checkpoint):
                 return finished
             check_optimizer_state(resume_from_checkpoint, self.args.optimizer_layout)
+            check_complete(resume_from_checkpoint)
         elif older := whole_checkpoints(self.args.output_dir):
             logger.warning(
                 "training starts from the beginning, but %s is there from an earlier run: "
@@ -132,7 +134,10 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         """
         *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         last = min(steps, self.args.early_exit_steps or steps)
-        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE))
+        try:
+            state = TrainerState(**read_state(checkpoint))
+        except TypeError as error:
+            raise UserError(f"{checkpoint}: its {TRAINER_STATE} is of another version ({first_line(error)})") from error
         if state.global_step < last:
             return None
         logger.info("%s is the end of this run already (step %d of %d)", checkpoint, state.global_step, last)
@@ -386,7 +391,10 @@ def _reading(folder: str | None) -> Iterator[None]:
     """Tell in one line why a checkpoint's optimizer or random state cannot be loaded; of pickles only numbers are."""
     try:
         yield
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:
+        # Of a damaged file torch's reader raises whatever its bytes happen to mean.
+        if isinstance(error, UserError | OSError) or is_out_of_memory(error):
+            raise
         raise UserError(
             f"--resume_from_checkpoint {folder}: the state of the optimizer or of the random numbers is damaged, of "
             f"another kind of run, or holds more than numbers ({first_line(error)}): resume from another checkpoint"

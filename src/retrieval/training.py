@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from transformers.trainer_utils import SchedulerType
+
 from src import distributed
 from src.errors import UserError
 from src.io import expand_data_paths
@@ -44,9 +46,18 @@ def check_flags(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArg
     best = training.metric_for_best_model
     if args.train_data and best is not None and (not args.eval_data or best.removeprefix("eval_") not in known):
         raise UserError(
-            f"--load_best_model_at_end needs --eval_data and --metric_for_best_model, one of {', '.join(known)}; "
+            f"{_who_compares(training)} needs --eval_data and --metric_for_best_model, one of {', '.join(known)}; "
             f"found {best!r}"
         )
+
+
+def _who_compares(training: RetrievalTrainingArgs) -> str:
+    """The flag that asks for a metric to compare checkpoints by."""
+    if training.load_best_model_at_end:
+        return "--load_best_model_at_end"
+    schedule = SchedulerType(training.lr_scheduler_type).value
+    by_metric = schedule in ("reduce_lr_on_plateau", "greedy")
+    return f"--lr_scheduler_type {schedule}" if by_metric else "--metric_for_best_model"
 
 
 def load_sources(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArgs) -> list[Source]:

@@ -6,16 +6,20 @@ reads no file.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from accelerate.utils import DynamoBackend
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from src import distributed
-from src.errors import UserError
+from src.errors import UserError, first_line
 from src.flags import check_choice, check_positive, flag
 from src.retrieval import engines
 
@@ -150,6 +154,8 @@ class RetrievalTrainingArgs(TrainingArguments):
         if self.contrastive_weight < 0 or self.distill_weight < 0:
             raise UserError("--contrastive_weight and --distill_weight must not be negative")
         check_positive(**{f"matryoshka_dims ({n})": width for n, width in enumerate(self.matryoshka_dims or (), 1)})
+        if len(set(self.matryoshka_dims or ())) < len(self.matryoshka_dims or ()):
+            raise UserError(f"--matryoshka_dims {' '.join(map(str, self.matryoshka_dims or ()))}: each only once")
         check_positive(lora_r=self.lora_r, lora_alpha=self.lora_alpha)
         if self.lora_r is None and (self.lora_alpha is not None or self.lora_dropout):
             raise UserError("--lora_alpha and --lora_dropout need --lora_r, the rank of the adapters")
@@ -190,10 +196,13 @@ class RetrievalTrainingArgs(TrainingArguments):
             self.eval_steps = self.save_steps
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+        self._check_json()
         try:
             super().__post_init__()
         except ValueError as error:
             raise UserError(str(error)) from error
+        self._check_schedule()
+        self._check_optimizer()
         engines.load_whole()
         if self.fsdp_plugin_args is not None and (self.fp16 or self.bf16):
             self.fsdp_plugin_args["mixed_precision_policy"] = engines.half_precision(
@@ -233,6 +242,41 @@ class RetrievalTrainingArgs(TrainingArguments):
         """See `engines.optimizer_layout`."""
         stage = engines.zero_stage(self.deepspeed) if self.deepspeed else None
         return engines.optimizer_layout(stage, bool(self.fsdp), self.world_size)
+
+    def _check_json(self) -> None:
+        """Find settings given as JSON that are none."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except ValueError as error:
+                    raise UserError(f"--{name} {value!r} is not valid JSON: {error}") from error
+
+    def _check_schedule(self) -> None:
+        """Make a schedule, as the Trainer does when the model is loaded: some need settings, and none takes any."""
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+        settings = self.lr_scheduler_kwargs if isinstance(self.lr_scheduler_kwargs, dict) else None
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, settings or None)
+        except (TypeError, ValueError) as error:
+            name = SchedulerType(self.lr_scheduler_type).value
+            raise UserError(
+                f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {settings or {}}: {first_line(error)} (the "
+                "settings are a JSON object)"
+            ) from error
+
+    def _check_optimizer(self) -> None:
+        """Look for the optimizer and its package, as the Trainer does when the model is loaded."""
+        backends = tuple(backend.value.lower() for backend in DynamoBackend)
+        if self.torch_compile_backend is not None:
+            check_choice("torch_compile_backend", self.torch_compile_backend.lower(), backends)
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(self)
+        except (ImportError, ValueError) as error:
+            # Some look into the model, which is not there yet.
+            if "model" not in str(error):
+                raise UserError(f"--optim {OptimizerNames(self.optim).value}: {first_line(error)}") from error
 
     def _check_engine(self) -> None:
         """Refuse engines that could not do their work, and what does not work with them."""
