@@ -176,14 +176,11 @@ def parse_row(body: bytes) -> tuple[dict[str, Any] | None, list[str]]:
     """The row of a line, or None and the problem."""
     try:
         row = _parse(body)
-    except UnicodeDecodeError as error:
-        return None, [f"not valid UTF-8: {error.reason} at byte {error.start + 1}"]
-    except json.JSONDecodeError as error:
-        return None, [f"not valid JSON: {error.msg} at column {error.colno}"]
+    except ValueError as error:
+        other = [what for begin, what in _OTHER_FORMATS.items() if body.startswith(begin)]
+        return None, other or [_parse_problem(error)]
     except RecursionError:
         return None, [_TOO_DEEP]
-    except ValueError:
-        return None, ["a number has too many digits"]
     if not isinstance(row, dict):
         return None, [f"a row must be a JSON object, found {type(row).__name__}"]
     # Counting signs is quick, and rows that hold so many of them are rare.
@@ -192,11 +189,27 @@ def parse_row(body: bytes) -> tuple[dict[str, Any] | None, list[str]]:
     return row, []
 
 
+def _parse_problem(error: ValueError) -> str:
+    """Why a line is no JSON."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not valid UTF-8: {error.reason} at byte {error.start + 1}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg} at column {error.colno}"
+    return "a number has too many digits"
+
+
 def _check_line(body: bytes, check: RowCheck) -> tuple[list[str], dict[str, Any]]:
     row, problems = parse_row(body)
     return (problems, {}) if row is None else check(row)
 
 
+#: How a file begins that holds no JSON lines, and what to do with it.
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "not JSON lines but compressed by gzip: unpack the file (gzip -d)",
+    b"\xff\xfe": "not UTF-8 but UTF-16: convert the file (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "not UTF-8 but UTF-16: convert the file (iconv -f UTF-16 -t UTF-8)",
+    b"[": "not JSON lines but one JSON array over several lines: write one object per line (jq -c '.[]')",
+}
 _TOO_DEEP = f"nested too deeply: lists and objects may lie within each other {MAX_DEPTH} times"
 
 

@@ -6,6 +6,7 @@ few run as a user would, with one and with two processes.
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -55,6 +56,9 @@ BAD_TRAIN_FILES = {
     "index below 0": (lines({**GOOD, "pos_index": [-1]}), ":1: field 'pos_index'[0] must be a row number"),
     "query_id is a list": (lines({**GOOD, "query_id": [1]}), ":1: field 'query_id' must be an integer or a string"),
     "history beside pos": (lines({**GOOD, "history": ["a"]}), ":1: field 'pos' stands beside 'history'"),
+    "gzip": (gzip.compress(b"{}"), ":1: not JSON lines but compressed by gzip"),
+    "UTF-16": ('{"query": "x"}\n'.encode("utf-16"), ":1: not UTF-8 but UTF-16"),
+    "a JSON array": (b'[\n{"query": "x", "pos": ["a"], "neg": ["b"]}\n]\n', ":1: not JSON lines but one JSON array"),
     "no UTF-8": (b'{"query": "caf\xe9", "pos": ["a"], "neg": ["b"]}\n', ":1: not valid UTF-8"),
     "empty file": ("", "is empty"),
     "only blank lines": ("\n\n  \n", "is empty"),
