@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import run_dense
@@ -35,9 +36,9 @@ def files_below(folder: Path) -> dict[str, int]:
 
 
 def without_weights(model: str, folder: Path) -> str:
-    """A copy of a model's folder whose file of weights is empty: reading it would fail."""
+    """A copy of a model's folder whose file holds none of its weights: with them read, it would be refused."""
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "model.safetensors").touch()
+    save_file({"other": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
     return str(folder)
 
 
