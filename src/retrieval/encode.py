@@ -170,7 +170,9 @@ def encode(
 
     windows = []
     for vectors in compute(embed, tokenize, tokenizer, texts, config, bar):
-        stored = vectors.astype(config.stored_dtype, copy=False)
+        # What becomes infinite is told below.
+        with np.errstate(over="ignore"):
+            stored = vectors.astype(config.stored_dtype, copy=False)
         if not np.isfinite(stored).all():
             raise UserError(_not_finite(config))
         windows.append(stored)
