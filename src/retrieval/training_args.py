@@ -135,6 +135,45 @@ class RetrievalTrainingArgs(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._given = {name: getattr(self, name) for name in INFERRED}
+        self._check_values()
+        # Without this a torchrun on a machine without accelerator trains unconnected copies of the model.
+        self.use_cpu = self.use_cpu or self.no_cuda or not torch.cuda.is_available()
+        if self.fp16 and (self.bf16 or self.use_cpu):
+            self.fp16 = False
+        for name in ("grad_cache_chunk_size", "length_split_tokens"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"--{name} must be 0 (off) or more, found {getattr(self, name)}")
+        self._check_engine()
+        _check_report_to(self.report_to)
+        if self.gradient_checkpointing:
+            self.activation_checkpointing, self.gradient_checkpointing = True, None
+        if self.disable_tqdm is None:
+            self.disable_tqdm = False
+        if self.warmup_steps is None:
+            self.warmup_steps = self.warmup_ratio
+        if self.eval_strategy is None:
+            self.eval_strategy = self.evaluation_strategy
+        if self.eval_steps is None:
+            self.eval_steps = self.save_steps
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+        self._check_json()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self._check_schedule()
+        self._check_optimizer()
+        engines.load_whole()
+        if self.fsdp_plugin_args is not None and (self.fp16 or self.bf16):
+            self.fsdp_plugin_args["mixed_precision_policy"] = engines.half_precision(
+                torch.float16 if self.fp16 else torch.bfloat16
+            )
+        # `python run_dense.py` on a machine with several GPUs uses the first; torchrun uses all.
+        self._n_gpu = min(self._n_gpu, 1)
+
+    def _check_values(self) -> None:
+        """Refuse values that nobody could mean."""
         check_choice("eval_method", self.eval_method, EVAL_METHODS)
         check_choice("inbatch_same_dataset", self.inbatch_same_dataset, INBATCH_POLICIES)
         check_choice("select_positive", self.select_positive, SELECT_POSITIVE)
@@ -175,41 +214,6 @@ class RetrievalTrainingArgs(TrainingArguments):
             raise UserError(f"--num_train_epochs {self.num_train_epochs}: nothing would be trained, give more than 0")
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns must stay False: the collator needs every column")
-        # Without this a torchrun on a machine without accelerator trains unconnected copies of the model.
-        self.use_cpu = self.use_cpu or self.no_cuda or not torch.cuda.is_available()
-        if self.fp16 and (self.bf16 or self.use_cpu):
-            self.fp16 = False
-        for name in ("grad_cache_chunk_size", "length_split_tokens"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"--{name} must be 0 (off) or more, found {getattr(self, name)}")
-        self._check_engine()
-        _check_report_to(self.report_to)
-        if self.gradient_checkpointing:
-            self.activation_checkpointing, self.gradient_checkpointing = True, None
-        if self.disable_tqdm is None:
-            self.disable_tqdm = False
-        if self.warmup_steps is None:
-            self.warmup_steps = self.warmup_ratio
-        if self.eval_strategy is None:
-            self.eval_strategy = self.evaluation_strategy
-        if self.eval_steps is None:
-            self.eval_steps = self.save_steps
-        if self.metric_for_best_model is not None and self.greater_is_better is None:
-            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
-        self._check_json()
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        self._check_schedule()
-        self._check_optimizer()
-        engines.load_whole()
-        if self.fsdp_plugin_args is not None and (self.fp16 or self.bf16):
-            self.fsdp_plugin_args["mixed_precision_policy"] = engines.half_precision(
-                torch.float16 if self.fp16 else torch.bfloat16
-            )
-        # `python run_dense.py` on a machine with several GPUs uses the first; torchrun uses all.
-        self._n_gpu = min(self._n_gpu, 1)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, such that a file of them can be given as --config; without tokens, which are secrets.
