@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from src import validate
 from src.cli import run as run_entry
 from src.data_report import Repeats
 from src.schema import check_train_row
-from tests.helpers import run, write_rows
+from tests.helpers import ROOT, environment, run, write_rows
 
 
 @pytest.fixture
@@ -281,3 +284,18 @@ def test_as_a_command(tmp_path):
     done = run(["-m", "src.validate", path])
     assert done.returncode == 1
     assert f"{path}:1: error: field 'query' must be a string, found int" in done.stdout
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly(tmp_path):
+    """As ``| head`` does."""
+    path = write_rows(tmp_path / "rows.json", [{"query": number} for number in range(20_000)])
+    command = [sys.executable, "-m", "src.validate", str(path), "--kind", "train"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert "checked as train" in process.stdout.readline()
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+        assert process.wait(60) == 128 + signal.SIGPIPE
