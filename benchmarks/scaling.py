@@ -20,7 +20,7 @@ from benchmarks.train import SETTINGS, make_rows, our_flags
 def measure(args: argparse.Namespace, processes: int) -> float:
     """Queries per second, by the trainer's own clock."""
     args.workers = 0
-    setting = SETTINGS["qa"]
+    setting = SETTINGS["full"]
     rows = make_rows(setting, setting.batch * args.steps * processes, args.model)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
