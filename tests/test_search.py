@@ -15,7 +15,16 @@ import torch
 from src.errors import UserError
 from src.retrieval.collate import open_hits
 from src.retrieval.data import load_eval_rows
-from src.retrieval.index import ExactIndex, FaissIndex, VectorShard, check_factory, merge_hits
+from src.retrieval.index import (
+    NO_HIT,
+    ExactIndex,
+    FaissIndex,
+    VectorShard,
+    check_factory,
+    from_ranks,
+    merge_hits,
+    to_ranks,
+)
 from tests.helpers import read_rows, run, write_rows
 
 CPU = torch.device("cpu")
@@ -72,6 +81,21 @@ def test_exact_search_gives_equal_scores_to_the_lower_row(order, monkeypatch):
         vectors = vectors[by_score if order == "rising" else by_score[::-1]]
     _, rows = ExactIndex(shards(vectors, 120, 121), "ip", CPU).search(queries, 30)
     np.testing.assert_array_equal(rows, brute_force(vectors, queries, "ip", 30))
+
+
+def test_ranks_order_by_score_and_then_by_lower_row():
+    """Against Python's sort of pairs; -0 and 0 are equal, and no hit comes after all others."""
+    rng = np.random.default_rng(3)
+    special = [0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, 1.0, np.nextafter(np.float32(1), np.float32(2)), -1.0]
+    scores = rng.choice(np.array([*special, *rng.normal(size=20)], dtype=np.float32), 500)
+    rows = rng.permutation(2**32 - 1 - np.arange(1, 501))
+    ranks = to_ranks(torch.from_numpy(scores), torch.from_numpy(rows))
+    order = sorted(range(500), key=lambda i: (-scores[i], rows[i]))
+    assert ranks.argsort(descending=True).tolist() == order
+    assert int(ranks.min()) > NO_HIT
+    back = from_ranks(torch.cat([ranks, torch.tensor([NO_HIT])]))
+    assert back[0].tolist() == [*scores.tolist(), -np.inf]
+    assert back[1].tolist() == [*rows.tolist(), -1]
 
 
 def test_more_hits_than_rows():

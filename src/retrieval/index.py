@@ -20,6 +20,9 @@ GPU_SCORES = 1 << 29
 #: Queries compared at a time by the exact search.
 CPU_QUERIES = 1024
 GPU_QUERIES = 8192
+#: Rows that the ranks of the exact search can tell apart, and the rank that comes after all others: that of no hit.
+MOST_ROWS = (1 << 32) - 1
+NO_HIT = -0x7F800001 << 32
 #: Vectors that FAISS is trained on: at least so many (or all), and so many per cell of an inverted file.
 TRAIN_ROWS = 100_000
 TRAIN_ROWS_PER_CELL = 64
@@ -66,33 +69,60 @@ class ExactIndex:
     def search(self, queries: np.ndarray, hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Index.search`."""
         all_queries = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32))
-        scores = torch.full((len(queries), hits), -torch.inf)
-        rows = torch.full((len(queries), hits), -1, dtype=torch.int64)
+        best = torch.full((len(queries), hits), NO_HIT)
         step = CPU_QUERIES if self.device.type == "cpu" else GPU_QUERIES
         for shard in self.shards:
             vectors = torch.from_numpy(shard.load()).to(self.device)
             for start in range(0, len(queries), step):
                 part = slice(start, start + step)
-                best = (scores[part].to(self.device), rows[part].to(self.device))
-                found = self._search_shard(all_queries[part].to(self.device), vectors, shard.first, best)
-                scores[part], rows[part] = found[0].cpu(), found[1].cpu()
+                wanted = all_queries[part].to(self.device)
+                best[part] = self._search_shard(wanted, vectors, shard.first, best[part].to(self.device)).cpu()
+        scores, rows = from_ranks(best)
         return scores.numpy(), rows.numpy()
 
-    def _search_shard(
-        self, queries: Tensor, vectors: Tensor, first: int, best: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """The best of `best` (all of lower rows) and of a shard.
+    def _search_shard(self, queries: Tensor, vectors: Tensor, first: int, best: Tensor) -> Tensor:
+        """Ranks of the best hits so far and those of a shard, ``(queries, hits)``, best first.
 
-        Blocks begin small and double: what beats the worst hit so far is then about as much in each block as there
-        are hits, and far cheaper to find by comparison than by a selection over the whole block.
+        What beats the worst hit is far cheaper to find by comparison than by a selection over all scores, and it is
+        collected until there is as much of it as there are hits. Blocks begin small and double, so that few scores
+        are compared before there are hits to beat.
         """
         limit = max(1, (CPU_SCORES if self.device.type == "cpu" else GPU_SCORES) // len(queries))
-        start, size = 0, 2 * best[0].shape[1]
+        start, size = 0, 2 * best.shape[1]
+        worst = from_ranks(best[:, -1])[0]
+        found: list[tuple[Tensor, Tensor]] = []
         while start < len(vectors):
             block = vectors[start : start + min(size, limit)]
-            best = keep_best(best, pair_scores(block.float(), queries, self.metric), first + start)
+            found.append(above(pair_scores(block.float(), queries, self.metric), worst, first + start))
             start, size = start + len(block), 2 * size
+            if start == len(vectors) or sum(len(query) for query, _ in found) >= best.numel():
+                best = keep_best(best, torch.cat([query for query, _ in found]), torch.cat([rank for _, rank in found]))
+                worst, found = from_ranks(best[:, -1])[0], []
         return best
+
+
+def to_ranks(scores: Tensor, rows: Tensor) -> Tensor:
+    """int64 numbers that order hits: a higher score is higher, and of equal scores the lower row.
+
+    Args:
+        scores: fp32, no NaN.
+        rows: int64, below 2^32 - 1, of the same shape.
+    """
+    # As integers, the bits of floats order like the floats, once those of negative ones are turned around. Adding 0
+    # makes -0 the same as 0.
+    bits = (scores + 0.0).view(torch.int32)
+    return _turned(bits).long() << 32 | (MOST_ROWS - rows)
+
+
+def from_ranks(ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 scores and int64 rows of `to_ranks`; -inf and -1 of `NO_HIT`."""
+    scores = _turned((ranks >> 32).int()).view(torch.float32)
+    rows = MOST_ROWS - (ranks & MOST_ROWS)
+    return scores, torch.where(ranks == NO_HIT, -1, rows)
+
+
+def _turned(bits: Tensor) -> Tensor:
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def pair_scores(vectors: Tensor, queries: Tensor, metric: str) -> Tensor:
@@ -103,32 +133,29 @@ def pair_scores(vectors: Tensor, queries: Tensor, metric: str) -> Tensor:
     return 2 * products - queries.square().sum(1) - vectors.square().sum(1, keepdim=True)
 
 
-def keep_best(best: tuple[Tensor, Tensor], scores: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Update the best hits by a block of scores; of equal scores those seen earlier stay ahead.
+def above(scores: Tensor, worst: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The scores of a block above a bound: which query each belongs to and its rank, both int64 ``(found,)``.
 
     Args:
-        best: scores and rows ``(queries, hits)``, best first, -inf and -1 where there is no hit yet.
         scores: ``(block, queries)`` of the corpus rows from `first` on. Rows lead because BLAS libraries multiply
             a tall matrix by a narrow one faster than the reverse.
-        first: row number of the block's first row; all rows in `best` are lower.
+        worst: the bound of each query.
+        first: row number of the block's first row.
     """
-    best_scores, best_rows = best
-    queries, hits = best_scores.shape
-    place = _true_positions(scores > best_scores[:, -1])
-    # By query, and for each of them by row number.
-    query, order = (place % queries).sort(stable=True)
-    place = place[order]
+    place = _true_positions(scores > worst)
+    query = place % len(worst)
+    return query, to_ranks(scores.flatten()[place], place // len(worst) + first)
+
+
+def keep_best(best: Tensor, query: Tensor, ranks: Tensor) -> Tensor:
+    """Ranks of the best hits ``(queries, hits)``, best first, after further ones `ranks` of queries number `query`."""
+    queries, hits = best.shape
     counts = torch.bincount(query, minlength=queries)
-    width = int(counts.max())
-    if width == 0:
-        return best
-    column = torch.arange(len(query), device=scores.device) - (counts.cumsum(0) - counts)[query]
-    new_scores = scores.new_full((queries, width), -torch.inf)
-    new_rows = torch.full((queries, width), -1, dtype=torch.int64, device=scores.device)
-    new_scores[query, column] = scores.flatten()[place]
-    new_rows[query, column] = place // queries + first
-    joined, order = torch.cat([best_scores, new_scores], 1).sort(dim=1, descending=True, stable=True)
-    return joined[:, :hits], torch.cat([best_rows, new_rows], 1).gather(1, order[:, :hits])
+    query, order = query.sort()
+    column = torch.arange(len(query), device=best.device) - (counts.cumsum(0) - counts)[query]
+    further = best.new_full((queries, int(counts.max())), NO_HIT)
+    further[query, column] = ranks[order]
+    return _descending(torch.cat([best, further], 1))[:, :hits]
 
 
 def _true_positions(mask: Tensor) -> Tensor:
@@ -137,6 +164,14 @@ def _true_positions(mask: Tensor) -> Tensor:
         # Several times faster than torch's on a CPU, where few are true.
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.flatten().nonzero().flatten()
+
+
+def _descending(ranks: Tensor) -> Tensor:
+    """Each row sorted."""
+    if ranks.device.type == "cpu":
+        # Four times as fast as torch's.
+        return torch.from_numpy(np.sort(ranks.numpy(), axis=1)).flip(1)
+    return ranks.sort(dim=1, descending=True).values
 
 
 def check_factory(factory: str, width: int, metric: str, rows: int) -> None:
