@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 #: A checkpoint being written or removed, or set aside for a new one; what a killed run leaves of one.
 UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old|replaced)")
+#: State of the random numbers of a process: of the only one, or of the one of that rank.
+RNG_STATE = re.compile(r"rng_state(_\d+)?\.pth")
 #: The last file of a checkpoint that is written.
 TRAINER_STATE = "trainer_state.json"
 
@@ -132,17 +134,33 @@ def read_state(folder: str) -> dict[str, Any]:
     return state
 
 
-def check_complete(folder: str) -> None:
+def check_complete(folder: str, rank: int, processes: int) -> None:
     """Refuse to resume without what transformers would do without, and not say so.
 
+    Args:
+        folder: the checkpoint.
+        rank: of this process.
+        processes: how many go on from the checkpoint. Another number than saved it is told of: each draws dropout from
+            a state of its own.
+
     Raises:
-        UserError: there is no state of the learning rate's schedule, or none of the random numbers.
+        UserError: there is no state of the learning rate's schedule, or none of this process's random numbers.
     """
     names = os.listdir(folder)
+    states = [name for name in names if RNG_STATE.fullmatch(name)]
+    own = f"rng_state_{rank}.pth" if processes > 1 else "rng_state.pth"
     if "scheduler.pt" not in names:
         missing = "scheduler.pt, the state of the learning rate's schedule"
-    elif not any(name.startswith("rng_state") for name in names):
-        missing = "rng_state.pth, the state of the random numbers"
+    elif states and len(states) != processes:
+        logger.warning(
+            "%s was saved by %d process(es) and %d go on: dropout is not what it would have been",
+            folder,
+            len(states),
+            processes,
+        )
+        return
+    elif own not in states:
+        missing = f"{own}, the state of the random numbers"
     else:
         return
     raise UserError(

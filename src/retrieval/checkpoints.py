@@ -158,6 +158,26 @@ def loading(folder: str, what: str) -> Iterator[None]:
         raise load_error(folder, error, what) from error
 
 
+def load_backbone_weights(backbone: PreTrainedModel, folder: str, **options: Any) -> None:
+    """Take the weights of a transformer that was saved to `folder`, all of them.
+
+    Args:
+        backbone: of the same kind and size.
+        folder: see `PreTrainedModel.save_pretrained`.
+        options: for the making of the model.
+
+    Raises:
+        UserError: some are missing.
+    """
+    loader: Any = type(backbone)
+    saved, info = loader.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{folder} lacks {len(missing)} weights, among them {missing[0]}: take another checkpoint")
+    backbone.load_state_dict(saved.state_dict())
+
+
 def load_tokenizer(
     checkpoint: str, cache_dir: str | None, trust_remote_code: bool, what: str
 ) -> tuple[PreTrainedTokenizerBase, bool]:

@@ -150,10 +150,11 @@ def _token_lines(batches: Sequence[Mapping[str, Any]], batches_a_step: int) -> I
 def _most_activations(
     size: ModelSize, batches: Sequence[Mapping[str, Any]], training: RetrievalTrainingArgs, half: bool
 ) -> int:
-    """Of what is in memory at a time: a batch, or with GradCache one chunk of it."""
+    """Of what is in memory at a time: a batch; with GradCache a chunk of it, or the last of queries and of keys."""
     groups = [list(_chunks(batch)) for batch in batches]
     if training.grad_cache_chunk_size:
         groups = [[chunk] for group in groups for chunk in group]
+        groups += [[part["chunks"][-1] for part in batch.values() if isinstance(part, dict)] for batch in batches]
     checkpointing = bool(training.activation_checkpointing)
     shapes = [[chunk["input_ids"].shape for chunk in group] for group in groups]
     return max(

@@ -45,13 +45,20 @@ def read_settings(given: Any, flag: str) -> dict[str, Any]:
     return settings
 
 
+def _zero_settings(given: Any) -> dict[str, Any]:
+    zero = read_settings(given, "deepspeed").get("zero_optimization") or {}
+    if not isinstance(zero, dict):
+        raise UserError(f"--deepspeed: zero_optimization must hold a JSON object with settings, found {zero!r}")
+    return zero
+
+
 def zero_stage(given: Any) -> int:
     """The ZeRO stage that ``--deepspeed`` asks for.
 
     Raises:
         UserError: the settings cannot be read, or do not fit this toolkit.
     """
-    zero = read_settings(given, "deepspeed").get("zero_optimization", {})
+    zero = _zero_settings(given)
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"--deepspeed: ZeRO stage {stage!r} is unknown, use 0, 1, 2 or 3")
@@ -66,7 +73,7 @@ def zero_stage(given: Any) -> int:
 
 def offloaded(given: Any) -> frozenset[str]:
     """What ``--deepspeed`` puts into the memory of the CPU: ``optimizer``, ``weights``."""
-    zero = read_settings(given, "deepspeed").get("zero_optimization", {})
+    zero = _zero_settings(given)
     names = {"offload_optimizer": "optimizer", "offload_param": "weights"}
     return frozenset(own for name, own in names.items() if (zero.get(name) or {}).get("device") == "cpu")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from src.errors import UserError
 from src.io import read_json
@@ -22,6 +23,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 #: Name of the adapter, which peft wants.
 NAME = "default"
 ALL_LINEAR = "all-linear"
+#: Kinds of layers whose adapters can be merged here.
+LINEAR = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def add_adapters(backbone: nn.Module, settings: LoraSettings) -> None:
     """Put adapters into a transformer, whose own weights no longer train.
 
     Raises:
-        UserError: peft is missing, or the model has none of the layers.
+        UserError: peft is missing, the model has none of the layers, or they are of another kind.
     """
     peft = _peft()
     targets: Any = list(settings.target_modules)
@@ -64,14 +67,18 @@ def add_adapters(backbone: nn.Module, settings: LoraSettings) -> None:
         lora_dropout=settings.dropout,
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
     )
-    linear = sorted({name.rpartition(".")[2] for name, part in backbone.named_modules() if isinstance(part, nn.Linear)})
+    linear = sorted({name.rpartition(".")[2] for name, part in backbone.named_modules() if isinstance(part, LINEAR)})
+    listed = f"its linear layers are {', '.join(linear)} ({ALL_LINEAR} takes all)"
     try:
         peft.inject_adapter_in_model(config, backbone, adapter_name=NAME)
     except ValueError as error:
         raise UserError(
-            f"--lora_target_modules {' '.join(settings.target_modules)}: the encoder has none; its linear layers "
-            f"are {', '.join(linear)} ({ALL_LINEAR} takes all)"
+            f"--lora_target_modules {' '.join(settings.target_modules)}: the encoder has none; {listed}"
         ) from error
+    for name, layer in _adapted(backbone).items():
+        if not isinstance(layer.base_layer, LINEAR):
+            kind = type(layer.base_layer).__name__
+            raise UserError(f"--lora_target_modules: {name} of the encoder is no linear layer ({kind}); {listed}")
 
 
 def _adapted(backbone: nn.Module) -> dict[str, Any]:
@@ -98,6 +105,9 @@ def merged_weights(backbone: nn.Module, state: Mapping[str, Tensor]) -> dict[str
                 merged[f"{name}.{part}"] = own
         down, up = (state[f"{name}.lora_{side}.{NAME}.weight"] for side in "AB")
         product = (up.float() @ down.float()) * layer.scaling[NAME]
+        if layer.fan_in_fan_out:
+            # A Conv1D, whose weight lies the other way round.
+            product = product.T
         weight = merged[f"{name}.weight"]
         merged[f"{name}.weight"] = (weight.float() + product.to(weight.device)).to(weight.dtype)
     return merged

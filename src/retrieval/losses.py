@@ -138,14 +138,15 @@ def combine(scores: Tensor, positions: Tensor, teacher: Tensor | None, config: L
         positions: int64 ``(B, N)``.
         teacher: ``(B, N)``, a row of NaN for a query without scores, or None when no query has them.
     """
-    has_teacher = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    if teacher is not None and config.distill_weight > 0:
-        has_teacher = ~teacher.isnan().any(1)
+    if teacher is None or config.distill_weight <= 0:
+        # Decided without a look at the device, which would have to be waited for.
+        total = contrastive(scores, positions)
+        return LossParts(total, total.detach(), None)
+    has_teacher = ~teacher.isnan().any(1)
     contrastive_part = distillation_part = None
     if config.contrastive_weight > 0 or not bool(has_teacher.all()):
         contrastive_part = contrastive(scores, positions)
     if bool(has_teacher.any()):
-        assert teacher is not None
         # Rows without scores are set aside by the mask; a zero keeps NaN out of their gradient.
         filled = torch.where(has_teacher[:, None], teacher, torch.zeros_like(teacher))
         if config.stable_distill:

@@ -31,6 +31,7 @@ from src.retrieval.checkpoints import (
     check_weights,
     empty_model,
     inner_folder,
+    load_backbone_weights,
     load_error,
     load_tokenizer,
     loading,
@@ -102,6 +103,11 @@ class TextEncoder(nn.Module):
         self.pooling_method = pooling_method
         self.dense = dense
 
+    @property
+    def width(self) -> int:
+        """Dimensions of the vectors."""
+        return self.dense.linear.out_features if self.dense is not None else self.backbone.config.hidden_size
+
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Token tensors ``(n, length)`` to vectors ``(n, D)``."""
         kwargs = dict(inputs)
@@ -172,9 +178,8 @@ class DenseRetriever(TrainableModel):
 
     @property
     def width(self) -> int:
-        """Dimensions of the vectors of keys, before `truncate_dim`."""
-        encoder: Any = self.encoders[self.key_name]
-        return encoder.dense.linear.out_features if encoder.dense is not None else encoder.backbone.config.hidden_size
+        """Dimensions of the vectors, before `truncate_dim`."""
+        return self.encoders[self.key_name].width
 
     @property
     def backbones(self) -> list[PreTrainedModel]:
@@ -230,10 +235,7 @@ class DenseRetriever(TrainableModel):
                 if has_adapters(encoder.backbone):
                     load_adapters(encoder.backbone, os.path.join(folder, ADAPTERS, name))
                 else:
-                    backbone = type(encoder.backbone).from_pretrained(
-                        source, dtype=torch.float32, use_safetensors=True, **_no_pooler(type(encoder.backbone))
-                    )
-                    encoder.backbone.load_state_dict(backbone.state_dict())
+                    load_backbone_weights(encoder.backbone, source, **_no_pooler(type(encoder.backbone)))
                 if encoder.dense is not None:
                     encoder.dense.load_state_dict(DenseLayer.load(os.path.join(source, DENSE_FOLDER)).state_dict())
 
@@ -379,6 +381,11 @@ def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:
     key, key_tokenizer, key_metric = _load_encoder(folders[UNTIED[1]], config)
     if metric != key_metric:
         raise UserError(f"the query encoder compares by {metric}, the key encoder by {key_metric}: give --dense_metric")
+    if query.width != key.width:
+        raise UserError(
+            f"vectors of queries have {query.width} dimensions, those of keys {key.width}: take encoders of one width, "
+            "or give both a layer of --dense_dim N (--pooling_method … dense)"
+        )
     return DenseRetriever(
         dict(zip(UNTIED, (query, key), strict=True)),
         dict(zip(UNTIED, (query_tokenizer, key_tokenizer), strict=True)),

@@ -21,6 +21,7 @@ from src.retrieval.checkpoints import (
     check_weights,
     empty_model,
     inner_folder,
+    load_backbone_weights,
     load_error,
     load_tokenizer,
     loading,
@@ -96,8 +97,7 @@ class CrossEncoder(TrainableModel):
         if not os.path.isdir(source):
             raise UserError(f"{folder} has no {FOLDER!r} folder: it is no checkpoint of run_ranker.py")
         with loading(source, "ranker"):
-            saved = type(self.backbone).from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-            self.backbone.load_state_dict(saved.state_dict())
+            load_backbone_weights(self.backbone, source)
 
 
 def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEncoder:

@@ -26,7 +26,7 @@ def pad(
         positions: which sequences, at least one.
 
     Returns:
-        int64 ``(len(positions), longest)`` for each name.
+        int64 ``(len(positions), longest)`` for each name, with room for a token where all texts are empty.
     """
     fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id, "attention_mask": 0}
     rows = {name: [values[i] for i in positions] for name, values in encoded.items()}
@@ -34,7 +34,7 @@ def pad(
         # Fields of a tokenizer of its own kind, which knows how to pad them.
         return dict(tokenizer.pad(rows, return_tensors="pt"))
     lengths = np.array([len(ids) for ids in rows["input_ids"]])
-    is_token = np.arange(lengths.max()) < lengths[:, None]
+    is_token = np.arange(max(1, lengths.max())) < lengths[:, None]
     padded = {}
     for name, values in rows.items():
         tokens = np.full(is_token.shape, fill[name], dtype=np.int64)

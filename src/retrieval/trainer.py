@@ -118,7 +118,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             if finished := self._finished(resume_from_checkpoint):
                 return finished
             check_optimizer_state(resume_from_checkpoint, self.args.optimizer_layout)
-            check_complete(resume_from_checkpoint)
+            check_complete(resume_from_checkpoint, distributed.rank(), distributed.world_size())
         elif older := whole_checkpoints(self.args.output_dir):
             logger.warning(
                 "training starts from the beginning, but %s is there from an earlier run: "
@@ -196,6 +196,13 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         for name, _ in self.model.named_parameters():
             if not torch.isfinite(weights[name]).all():
                 raise UserError(f"step {self.state.global_step}: {name} has weights that are no numbers, {DIVERGED}")
+
+    def _prepare_input(self, data: Any) -> Any:
+        # With DeepSpeed transformers rounds what is no whole number, thus teacher scores, to the precision of the
+        # weights.
+        if isinstance(data, Tensor):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
 
     def compute_loss(
         self,

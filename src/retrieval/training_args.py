@@ -22,6 +22,7 @@ from src import distributed
 from src.errors import UserError, first_line
 from src.flags import check_choice, check_positive, flag
 from src.retrieval import engines
+from src.retrieval.lora import ALL_LINEAR
 
 SELECT_POSITIVE = ("first", "random", "teacher", "teacher-pos")
 SELECT_NEGATIVE = ("random", "first", "teacher+", "teacher-")
@@ -35,6 +36,8 @@ INFERRED = (
     *("activation_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
     *("length_split_tokens", "disable_tqdm", "metric_for_best_model", "greater_is_better"),
 )
+#: Flags of transformers that act on losses, batches or models of other kinds, and the value that leaves them alone.
+WITHOUT_EFFECT = {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "train_sampling_strategy": "random"}
 #: Padding tokens that a further pass through the model is worth.
 CPU_SPLIT_TOKENS = 64
 GPU_SPLIT_TOKENS = 8192
@@ -84,11 +87,11 @@ class RetrievalTrainingArgs(TrainingArguments):
     )
     lora_alpha: float | None = flag(None, "LoRA: adapters are scaled by lora_alpha / lora_r (2 * lora_r when None).")
     lora_dropout: float = flag(0.0, "LoRA: dropout before the adapters.")
-    lora_target_modules: list[str] = flag(["all-linear"], "LoRA: names of the layers that get adapters, or all-linear.")
+    lora_target_modules: list[str] = flag([ALL_LINEAR], "LoRA: names of the layers that get adapters, or all-linear.")
     grad_cache_chunk_size: int = flag(
         0,
-        "GradCache: hold so many texts in memory at a time, whatever the batch size, at the price of a second forward "
-        "pass; gradients are those of the whole batch (0: off).",
+        "GradCache: hold so many texts in memory at a time (at the last so many queries and so many keys), whatever "
+        "the batch size, at the price of a second forward pass; gradients are those of the whole batch (0: off).",
     )
     length_split_tokens: int | None = flag(
         None,
@@ -150,7 +153,8 @@ class RetrievalTrainingArgs(TrainingArguments):
         if self.disable_tqdm is None:
             self.disable_tqdm = False
         if self.warmup_steps is None:
-            self.warmup_steps = self.warmup_ratio
+            # transformers takes 1 for a step, not for all.
+            self.warmup_steps = min(self.warmup_ratio, math.nextafter(1, 0))
         if self.eval_strategy is None:
             self.eval_strategy = self.evaluation_strategy
         if self.eval_steps is None:
@@ -162,6 +166,11 @@ class RetrievalTrainingArgs(TrainingArguments):
             super().__post_init__()
         except ValueError as error:
             raise UserError(str(error)) from error
+        if self.grad_cache_chunk_size and self.torch_compile:
+            raise UserError(
+                f"--grad_cache_chunk_size {self.grad_cache_chunk_size} does not work with --torch_compile, whose "
+                "dropout is not the same in both passes: leave one of them out"
+            )
         self._check_schedule()
         self._check_optimizer()
         engines.load_whole()
@@ -196,8 +205,10 @@ class RetrievalTrainingArgs(TrainingArguments):
         if len(set(self.matryoshka_dims or ())) < len(self.matryoshka_dims or ()):
             raise UserError(f"--matryoshka_dims {' '.join(map(str, self.matryoshka_dims or ()))}: each only once")
         check_positive(lora_r=self.lora_r, lora_alpha=self.lora_alpha)
-        if self.lora_r is None and (self.lora_alpha is not None or self.lora_dropout):
-            raise UserError("--lora_alpha and --lora_dropout need --lora_r, the rank of the adapters")
+        if self.lora_r is None and (
+            self.lora_alpha is not None or self.lora_dropout or self.lora_target_modules != [ALL_LINEAR]
+        ):
+            raise UserError("--lora_alpha, --lora_dropout and --lora_target_modules need --lora_r, the adapters' rank")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout must be from 0 to below 1, found {self.lora_dropout}")
         for name in ("learning_rate", "weight_decay", "warmup_ratio", "adam_epsilon", "max_grad_norm"):
@@ -212,6 +223,9 @@ class RetrievalTrainingArgs(TrainingArguments):
             raise UserError(f"--mask_margin must be a number, found {self.mask_margin}")
         if self.max_steps <= 0 and not self.num_train_epochs > 0:
             raise UserError(f"--num_train_epochs {self.num_train_epochs}: nothing would be trained, give more than 0")
+        for name, value in WITHOUT_EFFECT.items():
+            if getattr(self, name) != value:
+                raise UserError(f"--{name} {getattr(self, name)} would have no effect on this training: leave it out")
         if self.remove_unused_columns:
             raise UserError("--remove_unused_columns must stay False: the collator needs every column")
 
