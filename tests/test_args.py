@@ -114,3 +114,17 @@ def test_help_explains_every_flag(monkeypatch, capsys):
     text = capsys.readouterr().out
     for name in (*vars(RetrievalArgs()), "train_group_size", "stable_distill", "early_exit_steps"):
         assert f"--{name}" in text
+
+
+def test_a_warmup_of_all_steps():
+    assert RetrievalTrainingArgs(warmup_ratio=1.0).get_warmup_steps(100) == 100
+    assert RetrievalTrainingArgs(warmup_ratio=0.1).get_warmup_steps(100) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("label_smoothing_factor", 0.1), ("neftune_noise_alpha", 5.0), ("train_sampling_strategy", "group_by_length")],
+)
+def test_flags_without_an_effect_are_refused(name, value):
+    with pytest.raises(UserError, match=f"--{name} {value} would have no effect"):
+        RetrievalTrainingArgs(**{name: value})

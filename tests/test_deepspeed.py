@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
+import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from src.errors import UserError
 from src.retrieval.checkpoint_folders import whole_checkpoints
 from src.retrieval.engines import zero_stage
-from tests.helpers import ROOT, environment, run, write_rows
+from tests.helpers import ROOT, environment, read_rows, run, write_rows
 from tests.training_bench import Bench, assert_close, assert_equal, names, weights, write_data
 from tests.workers.forked import Kill, Runs
 
@@ -242,3 +246,38 @@ def test_divided_weights_that_are_no_numbers_are_not_saved(bench: Bench, tmp_pat
         "step 2: modules_by_name.encoder.backbone.embeddings.word_embeddings.weight has weights that are no" in output
     )
     assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_teacher_scores_are_not_rounded_to_half_precision(bench: Bench, tmp_path: Path):
+    """A softmax does not see what is added to all scores; bf16 would, whose numbers near 2000 are 8 apart."""
+    losses = []
+    for name, more in (("scores", 0), ("shifted", 2000)):
+        folder = tmp_path / name
+        shutil.copytree(bench.folder, folder, ignore=shutil.ignore_patterns("stage*", "whole*"))
+        for number, file in enumerate(("a.json", "b.json")):
+            rng = random.Random(number)
+            rows = read_rows(folder / file)
+            write_rows(
+                folder / file, [row | {"teacher_scores": [more + rng.random() for _ in range(6)]} for row in rows]
+            )
+        distil = (
+            "--contrastive_weight",
+            0,
+            "--teacher_temperature",
+            0.1,
+            "--early_exit_steps",
+            1,
+            "--logging_steps",
+            1,
+        )
+        replace(bench, folder=folder).train(folder / "out", 2, None, *zero(2), "--bf16", *distil)
+        state = json.loads((folder / "out" / "checkpoint-1" / "trainer_state.json").read_text())
+        losses.append(state["log_history"][0]["distillation"])
+    assert losses[0] > 0.1
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_settings_without_zero():
+    assert zero_stage('{"zero_optimization": null}') == 0
+    with pytest.raises(UserError, match="zero_optimization must hold a JSON object"):
+        zero_stage('{"zero_optimization": 2}')

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.retrieval.chunks import ChunkPolicy, cut_by_length, in_order, tokenize_chunks
+from src.retrieval.chunks import ChunkPolicy, cut_by_length, in_order, pad_chunks, tokenize_chunks
 from src.retrieval.grad_cache import GradCache
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from tests.helpers import environment, run
@@ -138,6 +138,22 @@ def test_random_numbers_go_on_as_after_the_first_pass(tiny_bert):
         cached.backpropagate()
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_texts_without_tokens_among_the_chunks(tiny_llama, pooling):
+    """As of a tokenizer that adds no special tokens."""
+    model = load_dense_retriever(EncoderConfig(tiny_llama, pooling_method=(pooling,))).train()
+    tokens = pad_chunks(model.key_tokenizer, {"input_ids": [[], [7, 8, 9], [], [7, 8]]}, ChunkPolicy(2, 1))
+    assert [chunk["input_ids"].shape[1] for chunk in tokens["chunks"]] == [3, 1]
+    cached = GradCache(model, model)
+    queries, keys = (
+        in_order(vectors, tokens["places"]) for vectors in cached(query=tokens["chunks"], key=tokens["chunks"])
+    )
+    assert torch.equal(queries[0], queries[2])
+    loss_of(queries, keys).backward()
+    cached.backpropagate()
+    assert all(torch.isfinite(value).all() for value in gradients(model).values())
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("more", [(), ("--mask_margin", 0.0, "--matryoshka_dims", 8, 16)], ids=["plain", "more losses"])
 def test_a_run_ends_with_the_weights_of_one_without(bench: Bench, tmp_path, processes, more):
@@ -177,6 +193,11 @@ def test_a_resumed_run_equals_an_undisturbed_one(tiny_bert, bench: Bench, tmp_pa
             "--grad_cache_chunk_size must be 0 (off) or more",
         ),
         ("run_dense.py", ["--grad_cache_chunk_size", "4", "--deepspeed", "data/deepspeed/stage1.json"], "leave out"),
+        (
+            "run_dense.py",
+            ["--grad_cache_chunk_size", "4", "--torch_compile", "True"],
+            "does not work with --torch_compile",
+        ),
         ("run_ranker.py", ["--grad_cache_chunk_size", "4"], "--gradient_accumulation_steps gives the same gradients"),
         ("run_dense.py", ["--matryoshka_dims", "8", "0"], "--matryoshka_dims"),
         ("run_dense.py", ["--matryoshka_dims", "32"], "the vectors have 32 dimensions"),

@@ -9,11 +9,12 @@ import pytest
 import torch
 from peft import PeftModel
 from sentence_transformers import SentenceTransformer
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 
 from src.errors import UserError
 from src.retrieval.lora import LoraSettings, add_adapters
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
+from tests.conftest import VOCABULARY, make_tokenizer
 from tests.helpers import run, write_rows
 
 FLAGS = ["--lora_r", 3, "--lora_alpha", 12, "--learning_rate", 0.01, "--use_cpu", "--add_instruction", False]
@@ -95,6 +96,25 @@ def test_adapters_find_a_base_that_was_named_by_a_relative_path(tiny_bert, tmp_p
     torch.testing.assert_close(embed("out/adapters/encoder"), embed(tiny_bert))
 
 
+def test_adapters_of_layers_that_lie_the_other_way_round(tmp_path):
+    """GPT-2 has Conv1D in place of linear layers, some of them square."""
+    torch.manual_seed(0)
+    base = GPT2Model(GPT2Config(vocab_size=len(VOCABULARY), n_positions=64, n_embd=16, n_layer=1, n_head=2))
+    base.save_pretrained(tmp_path / "gpt2")
+    make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    config = EncoderConfig(str(tmp_path / "gpt2"), pooling_method=("mean",), lora=LoraSettings(2, 4))
+    model = load_dense_retriever(config).eval()
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter)
+    model.save(str(tmp_path / "out"))
+    with torch.no_grad():
+        wanted = model.embed_key(model.key_tokenizer(TEXTS, padding=True, return_tensors="pt"))
+    assert float((wanted - embed(tmp_path / "gpt2")).abs().max()) > 0.01
+    for folder in ("encoder", "adapters/encoder"):
+        torch.testing.assert_close(embed(tmp_path / "out" / folder), wanted, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_resumed_run_equals_an_undisturbed_one(trained, tiny_llama, tmp_path, processes):
     data, flags = trained.parent / "train.json", ("--pooling_method", "last", "--lora_dropout", 0.1)
@@ -112,13 +132,16 @@ def test_what_cannot_be_is_said(trained, tiny_llama, tiny_bert, tmp_path):
     model = load_dense_retriever(EncoderConfig(tiny_bert))
     with pytest.raises(UserError, match="its linear layers are dense, key, query, value"):
         add_adapters(model.backbones[0], LoraSettings(2, 4, target_modules=("q_proj",)))
+    with pytest.raises(UserError, match=r"word_embeddings of the encoder is no linear layer \(Embedding\)"):
+        add_adapters(model.backbones[0], LoraSettings(2, 4, target_modules=("word_embeddings",)))
     data = trained.parent / "train.json"
     command = ["run_dense.py", "--train_data", data, "--query_encoder", tiny_llama, "--output_dir", tmp_path, *FLAGS]
     command += ["--pooling_method", "last", "--max_steps", 4, "--train_group_size", 3]
     done = run([*map(str, command), "--lora_r", "5", "--resume_from_checkpoint", str(trained / "checkpoint-2")])
     assert done.returncode == 2
     assert "its adapters are of another size or place" in done.stderr
-    done = run(["run_dense.py", "--train_data", str(data), "--lora_alpha", "4"])
-    assert "need --lora_r" in done.stderr
+    for flags in (["--lora_alpha", "4"], ["--lora_target_modules", "query"]):
+        done = run(["run_dense.py", "--train_data", str(data), *flags])
+        assert "need --lora_r" in done.stderr
     done = run(["run_ranker.py", "--train_data", str(data), "--lora_r", "4"])
     assert "adapters are for run_dense.py" in done.stderr

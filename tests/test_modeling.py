@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from scripts import ours2st
 from src.cli import run as run_entry
 from src.errors import UserError
+from src.retrieval.checkpoints import load_tokenizer
 from src.retrieval.encode import EncodeConfig, cut_batches, encode
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
 from src.retrieval.pooling import DenseLayer, pool
@@ -262,3 +263,11 @@ def test_leading_dimensions_are_those_of_sentence_transformers(tiny_bert, tmp_pa
         ours = model.embed_key(model.key_tokenizer(texts, padding=True, return_tensors="pt"))
     expected = theirs.encode(texts, normalize_embeddings=True, convert_to_tensor=True)
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+def test_untied_encoders_of_different_width_are_refused(tiny_bert, tmp_path):
+    config = BertConfig.from_pretrained(tiny_bert, hidden_size=16)
+    BertModel(config).save_pretrained(tmp_path)
+    load_tokenizer(tiny_bert, None, False, "encoder")[0].save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="vectors of queries have 32 dimensions, those of keys 16"):
+        load_dense_retriever(EncoderConfig(tiny_bert, str(tmp_path), tie_encoders=False))

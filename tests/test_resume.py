@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import run_dense
 from src.errors import UserError
 from src.retrieval import checkpoint_folders, training
-from src.retrieval.checkpoint_folders import checkpoint_to_resume, remove_oldest, whole_checkpoints
+from src.retrieval.checkpoint_folders import check_complete, checkpoint_to_resume, remove_oldest, whole_checkpoints
 from src.retrieval.engines import check_optimizer_state, optimizer_layout
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
 from src.retrieval.trainer import RetrievalTrainer
@@ -313,6 +314,28 @@ def test_damaged_checkpoints_end_in_one_line(
     assert message in output
     assert "Traceback" not in output
     assert names(tmp_path) == ["checkpoint-4"]
+
+
+def test_another_number_of_processes_is_told(bench: Bench, tmp_path: Path):
+    shutil.copytree(bench.whole() / "checkpoint-4", tmp_path / "checkpoint-4")
+    output = bench.train(tmp_path, 2, None, "--resume_from_checkpoint", True)
+    assert "was saved by 1 process(es) and 2 go on" in output
+    own = shutil.copytree(bench.whole(2) / "checkpoint-4", tmp_path / "two")
+    (own / "rng_state_1.pth").rename(own / "rng_state_2.pth")
+    check_complete(str(own), 0, 2)
+    with pytest.raises(UserError, match=r"rng_state_1\.pth, the state of the random numbers, is missing"):
+        check_complete(str(own), 1, 2)
+
+
+def test_checkpoints_that_lack_weights_are_refused(bench: Bench, tmp_path: Path):
+    shutil.copytree(bench.whole() / "checkpoint-4", tmp_path / "checkpoint-4")
+    path = tmp_path / "checkpoint-4" / "encoder" / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(path).items() if "layer.1.output" not in name}
+    save_file(kept, path, metadata={"format": "pt"})
+    flags = bench.flags(tmp_path, 1, None, "--resume_from_checkpoint", True)
+    codes, output = bench.forked("run_dense.py", flags)
+    assert codes == [2], output
+    assert "lacks 4 weights, among them encoder.layer.1.output" in output
 
 
 def test_the_oldest_written_go_first(tmp_path: Path):
