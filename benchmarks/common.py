@@ -56,7 +56,7 @@ def shown_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments for a result file: a model's folder says nothing to others, its shape does."""
     from transformers import AutoConfig
 
-    shown = {key: value for key, value in vars(args).items() if key != "side"}
+    shown = {key: value for key, value in vars(args).items() if key not in ("side", "output")}
     if os.path.isdir(folder := shown.get("model", "")):
         config = AutoConfig.from_pretrained(folder)
         shown["model"] = f"{config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}"
@@ -119,8 +119,13 @@ def compare(
     """
     parser.add_argument("--repeats", type=int, default=3, help="times that each side runs; the median counts")
     parser.add_argument("--threads", type=int, default=1, help="threads of each side")
+    parser.add_argument("--output", type=Path, help="result file; below benchmarks/results/ when left out")
     parser.add_argument("--side", choices=list(sides), help="run one side here and print its numbers as JSON")
     args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: at least 1")
+    if str(getattr(args, "device", "cpu")).startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: there is no GPU, or this torch cannot use it")
     if args.side:
         found = sides[args.side](args)
         numbers = found if isinstance(found, Mapping) else {"rate": found}
@@ -159,8 +164,8 @@ def compare(
         "arguments": shown_arguments(args),
         "machine": machine(),
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
     on_gpu = "_gpu" if str(getattr(args, "device", "cpu")).startswith("cuda") else ""
-    path = RESULTS / f"{result_name(args) if result_name else module}{on_gpu}.json"
+    path = args.output or RESULTS / f"{result_name(args) if result_name else module}{on_gpu}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"saved: {path}")

@@ -147,8 +147,10 @@ def check_target(source: str, target: str) -> None:
         target: absolute path of the output folder.
 
     Raises:
-        UserError: `target` holds the encoder, or files that are no converted model.
+        UserError: `target` holds the encoder, is the folder of adapters, or holds files that are no converted model.
     """
+    if is_adapter_folder(source) and os.path.realpath(target) == os.path.realpath(source):
+        raise UserError(f"--output_dir {target} holds the adapters themselves: name another folder for the whole model")
     if target != source and os.path.commonpath([target, os.path.abspath(source)]) == target:
         raise UserError(f"--output_dir {target} holds the encoder itself: name another folder, or none")
     is_foreign = os.path.isdir(target) and os.listdir(target) and not os.path.isfile(os.path.join(target, ST_FILE))

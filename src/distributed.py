@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,6 +23,8 @@ T = TypeVar("T")
 #: Seconds that a process waits for the others: one's share of a corpus or of prompts may take that much longer than
 #: another's. A process that died is noticed at once.
 TIMEOUT = 6 * 3600
+#: Seconds after which a process tells an error that the first of its host should have told.
+FIRST_TO_SAY_SECONDS = 10
 
 
 def is_launched() -> bool:
@@ -102,8 +105,12 @@ def is_first_to_say(message: str) -> bool:
     """Whether this process should show an error: an error of all processes alike is shown once, one of a single
     process by that process, whatever its rank."""
     if not is_initialized():
-        # The command line is wrong for all, something missing on a host for all of its processes.
-        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+        # The command line is wrong for all, something missing on a host for all of its processes. The first of a host
+        # tells, and the launcher then ends the others; were they to end before, it would end the first. Whoever is
+        # still there after a while has an error of its own.
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            time.sleep(FIRST_TO_SAY_SECONDS)
+        return True
     try:
         # The store through which the processes found each other is there even when the group no longer works.
         store = dist.distributed_c10d._get_default_store()

@@ -28,27 +28,32 @@ def loss_by_reference(folder: str, case: Case) -> tuple[float, dict[str, torch.T
     """
     model = load_model(folder, case.tie_encoders).double()
     examples = examples_of(case)
-    losses = []
+    losses, masked = [], 0
     for rank in range(2):
         first = sum(case.sizes[:rank])
         mine = examples[first : first + case.sizes[rank]]
         seen = examples if case.negative_cross_device else mine
         offset = first if case.negative_cross_device else 0
-        scores = reference.cosine_scores(
-            embed(model, model.query_name, [example.query for example in mine]),
-            embed(model, model.key_name, [key for example in seen for key in example.keys]),
-            TEMPERATURE,
-        )
-        losses += reference.total_loss(
-            scores,
-            [[(offset + row) * GROUP + i for i in range(GROUP)] for row in range(len(mine))],
-            [example.scores for example in mine],
-            case.loss.contrastive_weight,
-            case.loss.distill_weight,
-            case.loss.teacher_temperature,
-            case.loss.student_temperature,
-            case.loss.stable_distill,
-        )
+        queries = embed(model, model.query_name, [example.query for example in mine])
+        keys = embed(model, model.key_name, [key for example in seen for key in example.keys])
+        own = [[(offset + row) * GROUP + i for i in range(GROUP)] for row in range(len(mine))]
+        for width in (queries.shape[1], *case.widths):
+            scores = reference.cosine_scores(queries[:, :width], keys[:, :width], TEMPERATURE)
+            if case.mask_margin is not None:
+                scores = reference.without_false_negatives(scores, own, case.mask_margin / TEMPERATURE)
+                masked += int((scores < -1e30).sum())
+            losses += reference.total_loss(
+                scores,
+                own,
+                [example.scores for example in mine],
+                case.loss.contrastive_weight,
+                case.loss.distill_weight,
+                case.loss.teacher_temperature,
+                case.loss.student_temperature,
+                case.loss.stable_distill,
+            )
+    if case.mask_margin is not None:
+        assert masked, "the case masks nothing"
     loss = torch.stack(losses).mean()
     loss.backward()
     return float(loss.detach()), gradients(model)

@@ -115,6 +115,11 @@ def test_adapters_of_layers_that_lie_the_other_way_round(tmp_path):
         torch.testing.assert_close(embed(tmp_path / "out" / folder), wanted, atol=1e-5, rtol=0)
 
 
+def test_a_folder_of_adapters_can_be_trained_on(trained):
+    model = load_dense_retriever(EncoderConfig(str(trained / "checkpoint-4" / "adapters" / "encoder")))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_resumed_run_equals_an_undisturbed_one(trained, tiny_llama, tmp_path, processes):
     data, flags = trained.parent / "train.json", ("--pooling_method", "last", "--lora_dropout", 0.1)
@@ -140,6 +145,23 @@ def test_what_cannot_be_is_said(trained, tiny_llama, tiny_bert, tmp_path):
     done = run([*map(str, command), "--lora_r", "5", "--resume_from_checkpoint", str(trained / "checkpoint-2")])
     assert done.returncode == 2
     assert "its adapters are of another size or place" in done.stderr
+    command = [
+        "run_dense.py",
+        "--train_data",
+        data,
+        "--query_encoder",
+        tiny_llama,
+        "--output_dir",
+        tmp_path,
+        *FLAGS[4:],
+    ]
+    command += ["--pooling_method", "last", "--train_group_size", 3]
+    done = run([*map(str, command), "--max_steps", "6", "--resume_from_checkpoint", str(trained / "checkpoint-4")])
+    assert done.returncode == 2
+    assert "was trained with --lora_r: give the same --lora_ flags again" in done.stderr
+    adapters = str(trained / "checkpoint-4" / "adapters" / "encoder")
+    done = run(["scripts/ours2st.py", "--encoder", adapters, "--output_dir", adapters])
+    assert "holds the adapters themselves" in done.stderr
     for flags in (["--lora_alpha", "4"], ["--lora_target_modules", "query"]):
         done = run(["run_dense.py", "--train_data", str(data), *flags])
         assert "need --lora_r" in done.stderr

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from tests.helpers import ROOT, environment, free_port, read_rows, run, write_rows
@@ -22,22 +24,21 @@ def on_two_hosts(script: list[str], timeout: float = 300) -> list[subprocess.Com
         "--master_port",
         str(free_port()),
     ]
-    nodes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *meeting, "--node_rank", str(rank), *script],
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [node.communicate(timeout=timeout) for node in nodes]
-    return [
-        subprocess.CompletedProcess(node.args, node.returncode, *output)
-        for node, output in zip(nodes, outputs, strict=True)
-    ]
+    nodes = []
+    with contextlib.ExitStack() as stack:
+        for rank in (0, 1):
+            # A file never fills up, as a pipe would that nobody reads meanwhile.
+            output = stack.enter_context(tempfile.TemporaryFile("w+"))
+            command = [sys.executable, "-m", "torch.distributed.run", *meeting, "--node_rank", str(rank), *script]
+            node = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output, text=True)
+            stack.callback(node.kill)
+            nodes.append((node, output))
+        done = []
+        for node, output in nodes:
+            code = node.wait(timeout)
+            output.seek(0)
+            done.append(subprocess.CompletedProcess(node.args, code, output.read()))
+        return done
 
 
 def test_training_and_evaluation_on_two_hosts(tiny_bert, tmp_path: Path):
@@ -62,13 +63,13 @@ def test_training_and_evaluation_on_two_hosts(tiny_bert, tmp_path: Path):
     done = run(training("one"), processes=2)
     assert done.returncode == 0, done.stderr
     for node in on_two_hosts(training("two")):
-        assert node.returncode == 0, node.stderr
+        assert node.returncode == 0, node.stdout
     assert_same_checkpoint(tmp_path / "two" / "checkpoint-3", tmp_path / "one" / "checkpoint-3")
 
     done = run(evaluation("eval-one"), processes=2)
     assert done.returncode == 0, done.stderr
     for node in on_two_hosts(evaluation("eval-two")):
-        assert node.returncode == 0, node.stderr
+        assert node.returncode == 0, node.stdout
     assert read_rows(tmp_path / "eval-two" / "test.result.json") == read_rows(
         tmp_path / "eval-one" / "test.result.json"
     )

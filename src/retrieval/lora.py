@@ -180,11 +180,12 @@ def base_of(folder: str) -> str:
 
 
 def merge_into(backbone: Any, folder: str) -> Any:
-    """A transformer with the adapters of `folder` merged into its weights.
+    """A transformer with the adapters of `folder` merged into its weights, all of which can be trained.
 
     Raises:
         UserError: they are not kept as safetensors.
     """
     if not os.path.isfile(os.path.join(folder, ADAPTER_WEIGHTS)):
         raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}: save the adapters in that format (no pickle is read)")
-    return _peft().PeftModel.from_pretrained(backbone, folder).merge_and_unload()
+    # peft has frozen them.
+    return _peft().PeftModel.from_pretrained(backbone, folder).merge_and_unload().requires_grad_(True)

@@ -292,7 +292,10 @@ def _training(record: TrainingRecord, step: int, history: Sequence[Mapping[str, 
     parts = ["## Training", f"{step} steps from {base}.{_loss(history)}"]
     if record.widths:
         widths = ", ".join(map(str, record.widths))
-        parts.append(f"Vectors may be cut to their first {widths} numbers: these were trained too.")
+        parts.append(
+            f"Vectors may be cut to their first {widths} numbers: these were trained too. Cut vectors are no longer of "
+            "unit length: scale them (in sentence-transformers `truncate_dim` and `normalize_embeddings=True`)."
+        )
     files = [(_code(file.name), file.tasks, file.rows, file.in_use, _code(file.sha256)) for file in record.data]
     parts.append(_table(("file", "task", "rows", "in use", "sha256"), files))
     if record.arguments:

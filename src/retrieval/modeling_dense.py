@@ -231,9 +231,15 @@ class DenseRetriever(TrainableModel):
             source = os.path.join(folder, name)
             if not os.path.isdir(source):
                 raise UserError(f"{folder} has no {name!r} folder: was it trained with the same --tie_encoders?")
+            adapters = os.path.join(folder, ADAPTERS, name)
+            if os.path.isdir(adapters) and not has_adapters(encoder.backbone):
+                raise UserError(
+                    f"{folder} was trained with --lora_r: give the same --lora_ flags again, or start a new run from "
+                    f"the weights: name {source} as the encoder"
+                )
             with loading(source, "encoder"):
                 if has_adapters(encoder.backbone):
-                    load_adapters(encoder.backbone, os.path.join(folder, ADAPTERS, name))
+                    load_adapters(encoder.backbone, adapters)
                 else:
                     load_backbone_weights(encoder.backbone, source, **_no_pooler(type(encoder.backbone)))
                 if encoder.dense is not None:

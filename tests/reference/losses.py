@@ -95,6 +95,16 @@ def total_loss(
     return losses
 
 
+def without_false_negatives(scores: Tensor, own: Sequence[Sequence[int]], margin: float) -> Tensor:
+    """Scores that count for next to nothing where another query's key beats the query's positive by `margin`."""
+    rows = []
+    for row, columns in zip(scores, own, strict=True):
+        bound = float(row[columns[0]].detach()) + margin
+        false = [column not in columns and float(score.detach()) > bound for column, score in enumerate(row)]
+        rows.append(torch.stack([score * 0 - 1e38 if out else score for out, score in zip(false, row, strict=True)]))
+    return torch.stack(rows)
+
+
 def cosine_scores(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
     """Cosines of all pairs over the temperature, float64."""
     rows = []

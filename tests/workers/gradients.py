@@ -42,6 +42,9 @@ class Case:
     tie_encoders: bool = True
     chunks: ChunkPolicy = ChunkPolicy()
     cached: bool = False
+    widths: tuple[int, ...] = ()
+    #: In units of the cosine.
+    mask_margin: float | None = None
 
 
 _CONTRASTIVE = LossConfig(1.0, 0.0, TEMPERATURE)
@@ -78,6 +81,12 @@ CASES = {
     "both, local negatives, cached": Case(
         _BOTH, (3, 2), (1,), negative_cross_device=False, chunks=ChunkPolicy(2), cached=True
     ),
+    "contrastive, two widths": Case(_CONTRASTIVE, (3, 2), widths=(8, 3)),
+    "both graded, two widths, cached": Case(
+        _BOTH_GRADED, (3, 2), (4,), widths=(8, 3), chunks=ChunkPolicy(2), cached=True
+    ),
+    "contrastive, masked": Case(_CONTRASTIVE, (3, 2), mask_margin=-0.01),
+    "both graded, masked, a width": Case(_BOTH_GRADED, (3, 2), (4,), widths=(5,), mask_margin=0.005),
 }
 
 
@@ -114,9 +123,10 @@ def make_trainer(model: DenseRetriever, case: Case, output_dir: str) -> Retrieva
         output_dir=output_dir,
         use_cpu=True,
         evaluation_strategy="no",
+        mask_margin=case.mask_margin,
     )
     collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, 32, 32, case.chunks)
-    scores = DenseBatchScores(model.metric, case.negative_cross_device)
+    scores = DenseBatchScores(model.metric, case.negative_cross_device, case.widths)
     return RetrievalTrainer(model, args, TrainDataset([source], 0), collator, scores, None, {})
 
 
