@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 
 from src.errors import UserError
-from src.retrieval.lora import LoraSettings, add_adapters
+from src.retrieval.lora import LoraSettings, add_adapters, load_adapters
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
 from tests.conftest import VOCABULARY, make_tokenizer
 from tests.helpers import run, write_rows
@@ -131,6 +132,21 @@ def test_a_resumed_run_equals_an_undisturbed_one(trained, tiny_llama, tmp_path, 
     torch.testing.assert_close(
         embed(tmp_path / "out" / "checkpoint-4" / "encoder"), embed(whole / "checkpoint-4" / "encoder"), atol=0, rtol=0
     )
+
+
+def test_adapters_that_cannot_be_loaded(trained, tmp_path):
+    source = trained / "checkpoint-4" / "adapters" / "encoder"
+    moved = shutil.copytree(source, tmp_path / "moved")
+    config = json.loads((source / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/no/where"}))
+    with pytest.raises(UserError, match="holds adapters of another encoder, /no/where: cannot load"):
+        embed(moved)
+    damaged = shutil.copytree(source, tmp_path / "damaged")
+    (damaged / "adapter_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    with pytest.raises(UserError, match="do not fit the encoder, or are damaged"):
+        embed(damaged)
+    with pytest.raises(UserError, match=r"adapter_model.safetensors is damaged"):
+        load_adapters(torch.nn.Linear(1, 1), str(damaged))
 
 
 def test_what_cannot_be_is_said(trained, tiny_llama, tiny_bert, tmp_path):

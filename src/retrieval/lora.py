@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from src.errors import UserError
+from src.errors import UserError, first_line, is_out_of_memory
 from src.io import read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -145,16 +146,20 @@ def load_adapters(backbone: nn.Module, folder: str) -> None:
     """Take the adapters that `save_adapters` wrote.
 
     Raises:
-        UserError: there are none, or they are of another size.
+        UserError: there are none, they are damaged, or of another size.
     """
     from safetensors.torch import load_file
 
     path = os.path.join(folder, ADAPTER_WEIGHTS)
     if not os.path.isfile(path):
         raise UserError(f"{folder} has no adapters: was the checkpoint trained without --lora_r?")
+    try:
+        saved = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): take another checkpoint") from error
     found = {
         name.removeprefix("base_model.model.").replace(".weight", f".{NAME}.weight"): tensor
-        for name, tensor in load_file(path).items()
+        for name, tensor in saved.items()
     }
     own = {name: tensor for name, tensor in backbone.state_dict().items() if ".lora_" in name}
     if {name: tensor.shape for name, tensor in found.items()} != {name: tensor.shape for name, tensor in own.items()}:
@@ -183,9 +188,17 @@ def merge_into(backbone: Any, folder: str) -> Any:
     """A transformer with the adapters of `folder` merged into its weights, all of which can be trained.
 
     Raises:
-        UserError: they are not kept as safetensors.
+        UserError: they are not kept as safetensors, or do not fit.
     """
     if not os.path.isfile(os.path.join(folder, ADAPTER_WEIGHTS)):
         raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}: save the adapters in that format (no pickle is read)")
+    try:
+        merged = _peft().PeftModel.from_pretrained(backbone, folder).merge_and_unload()
+    except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{folder}: these adapters do not fit the encoder, or are damaged ({first_line(error)})"
+        ) from error
     # peft has frozen them.
-    return _peft().PeftModel.from_pretrained(backbone, folder).merge_and_unload().requires_grad_(True)
+    return merged.requires_grad_(True)

@@ -263,7 +263,11 @@ def _no_pooler(model_class: type) -> dict[str, Any]:
 
 def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> PreTrainedModel:
     if is_adapter_folder(checkpoint):
-        base = _load_backbone(base_of(checkpoint), decoder, config)
+        origin = base_of(checkpoint)
+        try:
+            base = _load_backbone(origin, decoder, config)
+        except UserError as error:
+            raise UserError(f"{checkpoint} holds adapters of another encoder, {origin}: {error}") from error
         return base if config.empty else merge_into(base, checkpoint)
     check_weights(checkpoint, config.allow_pickle)
     options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
