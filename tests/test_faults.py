@@ -21,6 +21,7 @@ import pytest
 import torch
 from transformers import BertModel, LlamaForCausalLM
 
+from src import distributed
 from src.cli import run as run_entry
 from src.errors import UserError
 from src.jsonl import open_jsonl
@@ -349,3 +350,19 @@ def test_the_flags_that_memory_advice_names_are_there(script, classes):
     known = {field.name for each in classes for field in dataclasses.fields(each)}
     assert named
     assert set(named) <= known
+
+
+def test_an_error_of_all_processes_is_told_once(tmp_path):
+    """Before they meet; the launcher ends all others as soon as one has ended."""
+    flags = ["--train_data", "none.json", "--train_group_size", "0", "--output_dir", str(tmp_path)]
+    done = run(["run_dense.py", *flags], processes=2)
+    assert done.returncode == 1
+    assert done.stderr.count("error: --train_group_size") == 1
+
+
+def test_a_process_whose_first_says_nothing_tells_an_error_itself(monkeypatch):
+    waited = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("src.distributed.time.sleep", waited.append)
+    assert distributed.is_first_to_say("an error")
+    assert waited == [distributed.FIRST_TO_SAY_SECONDS]

@@ -102,7 +102,7 @@ def test_half_precision_rounds_neither_vectors_nor_sums_of_gradients(bench: Benc
 )
 def test_what_does_not_work_is_refused(bench: Bench, tmp_path: Path, flags: tuple, message: str):
     codes, output = bench.forked(SCRIPT, bench.flags(tmp_path, 2, None, *flags), 2)
-    assert codes == [2, 2], output
+    assert (codes[0], output.count("error:")) == (2, 1), output
     assert message in output
     assert "Traceback" not in output
 
