@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 #: A checkpoint being written or removed, or set aside for a new one; what a killed run leaves of one.
 UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old|replaced)")
-#: State of the random numbers of a process: of the only one, or of the one of that rank.
-RNG_STATE = re.compile(r"rng_state(_\d+)?\.pth")
+#: State of the random numbers of a process: of the only one, or of the one of that rank among several.
+RNG_STATE = re.compile(r"rng_state(?:_(\d+))?\.pth")
 #: The last file of a checkpoint that is written.
 TRAINER_STATE = "trainer_state.json"
 
@@ -147,19 +147,21 @@ def check_complete(folder: str, rank: int, processes: int) -> None:
         UserError: there is no state of the learning rate's schedule, or none of this process's random numbers.
     """
     names = os.listdir(folder)
-    states = [name for name in names if RNG_STATE.fullmatch(name)]
+    ranks = [found.group(1) for name in names if (found := RNG_STATE.fullmatch(name))]
+    # A rank in a name tells of two processes at least, whichever file is lost.
+    saved = 1 if None in ranks else max((2, *(int(rank) + 1 for rank in ranks)))
     own = f"rng_state_{rank}.pth" if processes > 1 else "rng_state.pth"
     if "scheduler.pt" not in names:
         missing = "scheduler.pt, the state of the learning rate's schedule"
-    elif states and len(states) != processes:
+    elif ranks and saved != processes:
         logger.warning(
             "%s was saved by %d process(es) and %d go on: dropout is not what it would have been",
             folder,
-            len(states),
+            saved,
             processes,
         )
         return
-    elif own not in states:
+    elif own not in names:
         missing = f"{own}, the state of the random numbers"
     else:
         return
