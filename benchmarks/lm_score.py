@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace, side: str) -> float:
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows(args.count))
         data = ScoreData(open_jsonl(path, check_lm_row, "benchmark"), "tool", "first")
-        total = int(data.pairs().sum())
+        total = int(data.pairs.sum())
 
         def ours() -> None:
             journal = Journal(f"{folder}/parts")

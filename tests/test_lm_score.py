@@ -36,7 +36,7 @@ from src.lm.journal import UNFIT, Journal
 from src.lm.likelihood import collect_work, cut_work
 from src.lm.modeling_lm import LanguageModel
 from src.lm.prompts import LLAMA_INST, PromptEncoder, PromptTokens
-from src.lm.score import ScoreData
+from src.lm.score import ScoreData, score_units, write_scored
 from src.schema import check_lm_row
 from tests.conftest import VOCABULARY, make_tokenizer
 from tests.helpers import TASKS, TOY_ROWS, read_rows, run, write_rows
@@ -273,6 +273,47 @@ def test_work_is_collected_once_and_cut_to_the_budget():
                 count = len(batch) * answers.pop()
                 assert count * max(len(own.prompt) + own.longest for own in batch) <= 64
                 assert count * longest * 4 <= 200
+
+
+class Counted(np.ndarray):
+    """Counts the elements that arithmetic on it goes through."""
+
+    seen = 0
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        Counted.seen += self.size
+        plain = [np.asarray(value) if isinstance(value, Counted) else value for value in inputs]
+        return getattr(ufunc, method)(*plain, **kwargs)
+
+
+@pytest.mark.parametrize("answer_select", ["first", "mean"])
+def test_work_grows_with_the_rows_and_no_faster(answer_select, models, tmp_path, monkeypatch):
+    model = LanguageModel(*load(models["gpt2"]))
+    encoder = PromptEncoder(model.tokenizer, 100, 100)
+    monkeypatch.setattr("src.lm.score.UNIT_PAIRS", 8)
+    monkeypatch.setattr("src.lm.score.score_batch", lambda model, batch: instant(batch))
+
+    def instant(batch):
+        numbers = [number for work in batch for own in work.numbers for number in own]
+        return numbers, [0.0] * len(numbers)
+
+    def elements(size: int) -> int:
+        folder = tmp_path / str(size)
+        path = write_rows(folder / "rows.json", [GOOD] * size)
+        data = ScoreData(open_jsonl(str(path), check_lm_row, "x"), None, answer_select)
+        columns = data.rows.scan.columns
+        columns.update({name: values.view(Counted) for name, values in columns.items() if values.dtype.kind == "i"})
+        Counted.seen = 0
+        journal = Journal(folder / "parts")
+        journal.open({})
+        score_units(model, encoder, data, journal, 100)
+        assert write_scored(data, journal, "teacher_scores", str(folder / "out.json")) == size
+        journal.close()
+        return Counted.seen
+
+    few = elements(40)
+    assert few > 0
+    assert elements(400) <= 10 * few
 
 
 class KilledError(Exception):

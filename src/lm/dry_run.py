@@ -20,7 +20,7 @@ def scoring_lines(data: ScoreData, encoder: PromptEncoder) -> Iterator[Line]:
     """Rows, pairs, and the tokens of some rows' prompts with their answers."""
     tasks = describe_tasks(data.rows.scan.columns["task"], data.default_task)
     yield "rows", f"{data.rows.path}: {len(data.rows):,} rows ({tasks})"
-    pairs = int(data.pairs().sum())
+    pairs = int(data.pairs.sum())
     yield "pairs", f"{pairs:,} of candidate and answer to score"
     numbers = sample(len(data.rows), SAMPLED_ROWS)
     encoded = [encode_row(encoder, data, number) for number in numbers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -62,13 +63,14 @@ class ScoreData:
 
     def units(self) -> list[range]:
         """Consecutive rows with about `UNIT_PAIRS` (candidate, answer) pairs; whatever the number of processes."""
-        counts = self.pairs()
+        counts = self.pairs
         ends = np.cumsum(counts)
         # A row belongs to the unit in which its first pair lies.
         unit = (ends - counts) // UNIT_PAIRS
         bounds = [0, *(np.flatnonzero(np.diff(unit)) + 1).tolist(), len(counts)]
         return [range(first, end) for first, end in pairwise(bounds)]
 
+    @cached_property
     def pairs(self) -> np.ndarray:
         """int64 ``(rows,)``, (candidate, answer) pairs of each row."""
         columns = self.rows.scan.columns
@@ -139,7 +141,7 @@ def score_units(
         journal: opened; takes the scores.
         max_tokens: budget of a batch, padding included.
     """
-    units, pairs = data.units(), data.pairs()
+    units, pairs = data.units(), data.pairs
     sizes = [int(pairs[unit.start : unit.stop].sum()) for unit in units]
     lengths = data.rows.scan.lengths
     # The heaviest first: what is left for the end is light, and no process waits long.
@@ -183,11 +185,11 @@ def _score_unit(
     if unfit := [number for number in missing if encoded[number] is None]:
         yield unfit, [None] * len(unfit)
     work = collect_work([(number, tokens) for number in missing if (tokens := encoded[number]) is not None])
-    row_of = [number for number in rows for _ in range(int(data.pairs()[number]))]
+    row_of = np.repeat(rows, data.pairs[rows.start : rows.stop])
     for batch in cut_work(work, max_tokens, max_logits, model.vocabulary, model.padding_side):
         numbers, scores = score_batch(model, batch)
         for number, score in zip(numbers, scores, strict=True):
-            check_finite([score], data.rows.where(row_of[number]))
+            check_finite([score], data.rows.where(int(row_of[number])))
         yield numbers, scores
 
 
@@ -209,7 +211,7 @@ def write_scored(data: ScoreData, journal: Journal, field: str, path: str, partl
     Raises:
         UserError: the journal lacks scores.
     """
-    pairs = data.pairs()
+    pairs = data.pairs
     unfit: list[int] = []
     absent = 0
     replaced = 0
