@@ -136,8 +136,8 @@ def main() -> None:
     data = load_data(args)
     output = derived_path(data.rows.path, "scored", args.save_name, args.output_dir if args.save_to_output else None)
     flag = "output_dir" if args.save_to_output else "eval_data"
-    distributed.on_main(lambda: check_writable(os.path.dirname(output) or ".", flag))
-    distributed.on_main(lambda: check_output(output))
+    distributed.on_main(lambda: check_output(output, flag))
+    distributed.on_main(lambda: check_writable(f"{output}.parts", flag))
     if args.dry_run:
         show_plan(plan(args, config, data, output))
         return

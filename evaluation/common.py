@@ -20,7 +20,7 @@ from evaluation.task import Context, EvalTask, Found, Row, Values
 from src import distributed
 from src.cli import parse_args, run, show_plan
 from src.errors import UserError
-from src.io import atomic_write, json_line
+from src.io import atomic_write, check_output, check_writable, json_line
 from src.lm.ask import Answer, Asker, RequestEncoder
 from src.lm.builders import lm_config, make_decoding
 from src.lm.eval_args import GenerateArgs, LMEvalArgs
@@ -62,7 +62,11 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
     args, data = open_data(task, args, given)
     lm, encoder = lm_config(args, given, device), encoder_config(args, given)
     path = output_path(args, retriever_name(args), data.rows.path)
-    asker = make_asker(task, args, lm, path) if task.asks(args) else None
+    asker = None
+    if task.asks(args):
+        distributed.on_main(lambda: check_output(path, "output_dir"))
+        distributed.on_main(lambda: check_writable(f"{path}.parts", "output_dir"))
+        asker = make_asker(task, args, lm, path)
     context = Context(args, device, data, asker, encoder, lambda: load_dense_retriever(encoder).to(device).eval())
     if args.dry_run:
         show_plan([*task_lines(task, context, lm, encoder, path)])

@@ -24,7 +24,7 @@ import numpy as np
 
 from src.cli import run
 from src.errors import UserError
-from src.io import atomic_write
+from src.io import atomic_write, check_output
 
 logger = logging.getLogger("evaluation.report")
 
@@ -420,15 +420,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"second wins {found['wins']}, loses {found['losses']}, ties {found['ties']}")
         print(f"difference {found['difference']:+.4f}, 95 % interval {found['low']:+.4f} to {found['high']:+.4f}")
         return
-    board = leaderboard(read_results(args.folder))
-    print(to_text(board))
     folder = Path(args.output_dir or args.folder)
+    paths = {ending: folder / f"leaderboard.{ending}" for ending in ("md", "csv", "png")[: 2 if args.no_plot else 3]}
+    records = read_results(args.folder)
+    for path in paths.values():
+        check_output(str(path), "output_dir")
+    board = leaderboard(records)
+    print(to_text(board))
     for ending, text in (("md", to_markdown(board)), ("csv", to_csv(board))):
-        with atomic_write(folder / f"leaderboard.{ending}") as file:
+        with atomic_write(paths[ending]) as file:
             file.write(text)
     if not args.no_plot:
-        draw(board, folder / "leaderboard.png")
-    logger.info("leaderboard: %s", folder / ("leaderboard.{md,csv}" if args.no_plot else "leaderboard.{md,csv,png}"))
+        draw(board, paths["png"])
+    logger.info("leaderboard: %s", ", ".join(map(str, paths.values())))
 
 
 if __name__ == "__main__":

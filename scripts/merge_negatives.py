@@ -6,7 +6,6 @@ python scripts/merge_negatives.py --files train.neg.bge.json train.neg.bm25.json
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.cli import parse_args, run
 from src.errors import UserError
-from src.io import check_writable, existing_file, write_jsonl
+from src.io import check_output, existing_file, write_jsonl
 from src.jsonl import JsonLines, open_jsonl
 from src.retrieval.collate import query_id
 from src.retrieval.mining import normalize
@@ -98,7 +97,7 @@ def check_same_rows(files: Sequence[JsonLines]) -> None:
 def main() -> None:
     """Check, merge, report."""
     (args,), _ = parse_args([MergeArgs])
-    check_writable(os.path.dirname(args.output_file) or ".", "output_file")
+    check_output(args.output_file, "output_file")
     files = [open_jsonl(existing_file(path, "files"), check_train_row, TRAIN_CHECK) for path in args.files]
     check_same_rows(files)
     counts = {"negatives": 0, "given": 0, "scored": 0}

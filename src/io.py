@@ -103,12 +103,17 @@ def check_writable(folder: str, flag: str) -> None:
         ) from error
 
 
-def check_output(path: str) -> None:
-    """Find out whether a file may be put at `path`; makes nothing.
+def check_output(path: str, flag: str) -> None:
+    """Find out whether a file may be written at `path`, whose folder may not exist yet; leaves nothing.
 
     Raises:
-        UserError: there is something else than a file.
+        UserError: it may not; `flag` names the argument that the path came from.
     """
+    check_writable(os.path.dirname(path) or ".", flag)
+    _check_replaceable(path)
+
+
+def _check_replaceable(path: str) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         kind = "a folder" if os.path.isdir(path) else "no ordinary file"
         raise UserError(f"{path} is {kind}, so no file can be written there: remove it, or choose another name")
@@ -161,7 +166,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         UserError: `path` is there and no file: a folder, or a device, which a renamed file would replace.
     """
     target = Path(os.path.realpath(path))
-    check_output(str(target))
+    _check_replaceable(str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
     try:

@@ -18,6 +18,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
 
 
+def lines_path(log_path: str) -> Path:
+    """The file of JSON lines of a log, itself when it ends in ``.jsonl``."""
+    path = Path(log_path)
+    return path.with_suffix(path.suffix + "l" if path.suffix == ".json" else ".jsonl")
+
+
 def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[str, Any], **facts: Any) -> None:
     """Append a block to `log_path` and a line to the same path with the ending ``.jsonl``.
 
@@ -35,12 +41,11 @@ def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[s
     record = {"time": time, "command": command, "metrics": dict(metrics), "arguments": dict(arguments), **facts}
     record["versions"] = versions()
     line = json.dumps(record, ensure_ascii=False, default=str)
-    lines_path = path.with_suffix(path.suffix + "l" if path.suffix == ".json" else ".jsonl")
-    if lines_path != path:
+    if lines_path(log_path) != path:
         with open(path, "a", encoding="utf-8") as file:
             shown = json.dumps(record["arguments"], ensure_ascii=False, default=str)
             file.write(f"{time}\ncommand: {command}\narguments: {shown}\n")
             file.writelines(f"  {name:<16} {value:.4f}\n" for name, value in metrics.items())
             file.write("\n")
-    with open(lines_path, "a", encoding="utf-8") as file:
+    with open(lines_path(log_path), "a", encoding="utf-8") as file:
         file.write(line + "\n")

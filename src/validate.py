@@ -16,7 +16,7 @@ from tqdm import tqdm
 from src.cli import run
 from src.data_report import KINDS, REPEATS, DataReport, count, guess_kind
 from src.flags import check_choice, default_data_root
-from src.io import check_writable, expand_data_paths, write_json
+from src.io import check_output, expand_data_paths, write_json
 from src.jsonl import parse_row, read_lines
 from src.retrieval.args import DataArgs
 from src.retrieval.task_config import load_task_config
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_choice("task", args.task, tuple(dict.fromkeys((*TASKS, *own))))
     files = list(dict.fromkeys(expand_data_paths(args.files, args.data_root, "FILE")))
     if args.json:
-        check_writable(os.path.dirname(args.json) or ".", "json")
+        check_output(args.json, "json")
     reports = {}
     for path in files:
         reports[path] = check_file(path, args, own)

@@ -293,6 +293,63 @@ def test_what_stops_a_run_stops_its_dry_run(dry, files, tiny_bert, tmp_path):
     assert "holds no weights" in dry(eval_retrieval.main, *flags, "--query_encoder", bare, expect=2)
 
 
+#: Flags of evaluation.eval_retrieval, and what stands in the way of a file or folder that they ask for.
+IN_THE_WAY = {
+    "mrr": "out/test.result.json",
+    "mrr, what hits are of": "out/test.result.json.origin",
+    "mrr --save_trec": "out/test.run.trec",
+    "mrr --save_trec, judged": "out/test.qrels.trec",
+    "mrr --save_per_query": "out/test.per_query.json",
+    "collate_neg": "test.neg.json",
+    "collate_key --save_to_output": "out/test.key.json",
+    "collate_score": "test.scored.json",
+    "collate_score --save_to_output --save_name x": "out/test.scored.x.json",
+    "mrr, log": "logs/x.log",
+    "mrr, lines of the log": "logs/x.jsonl",
+    "mrr --save_encode": "out/embeddings",
+    "mrr --save_index --embedding_name wiki": "out/wiki",
+    "mrr --retrieval_method bm25 --bm25_backend bm25s": "out/bm25",
+}
+
+
+def assert_refused(dry, main, flags, monkeypatch, path: Path) -> None:
+    """The dry run and the run tell of what is in the way, the latter before a model is loaded."""
+    assert str(path) in dry(main, *flags, expect=2)
+    loaded = []
+    for name in ("run_dense.load_dense_retriever", "run_ranker.load_cross_encoder", "run_lm_score.load_lm"):
+        monkeypatch.setattr(name, lambda *args: loaded.append(args))
+    monkeypatch.setattr(eval_retrieval, "load_dense_retriever", lambda *args: loaded.append(args))
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        run_entry(main)
+    assert stop.value.code == 2
+    assert not loaded
+
+
+@pytest.mark.parametrize("case", IN_THE_WAY)
+def test_files_that_cannot_be_written_are_told_before_the_work(case, dry, files, tiny_bert, tmp_path, monkeypatch):
+    rows = [{"query": "abc", "pos_index": [n], "pos": ["p"], "neg": ["n"]} for n in range(3)]
+    data = write_rows(tmp_path / "test.json", rows)
+    path = tmp_path / IN_THE_WAY[case]
+    if path.suffix:
+        path.mkdir(parents=True)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    flags = ["--eval_data", data, "--corpus", files["corpus"], "--output_dir", files["out"], "--log_path", files["log"]]
+    flags += ["--query_encoder", tiny_bert, *LENGTHS, "--cutoffs", 1, "--metrics", *case.partition(",")[0].split()]
+    assert_refused(dry, eval_retrieval.main, flags, monkeypatch, path)
+
+
+@pytest.mark.parametrize("name", ["rows.scored.x.json", "rows.scored.x.json.parts"])
+def test_scores_that_cannot_be_written_are_told_before_the_work(name, dry, models, tmp_path, monkeypatch):  # noqa: F811
+    row = {"query": "why", "answers": ["so"], "pos": ["a"], "neg": ["b"], "task": "qa"}
+    flags = ["--eval_data", write_rows(tmp_path / "rows.json", [row]), "--model_name_or_path", models["llama"], "--cpu"]
+    path = tmp_path / name
+    path.mkdir() if path.suffix == ".json" else path.touch()
+    assert_refused(dry, run_lm_score.main, [*flags, "--save_name", "x"], monkeypatch, path)
+
+
 def test_retrieval(dry, files, tiny_bert, tmp_path):
     bare = without_weights(tiny_bert, tmp_path / "bare")
     flags = ["--eval_data", files["test"], "--corpus", files["corpus"], "--output_dir", files["out"]]

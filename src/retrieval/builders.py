@@ -14,6 +14,7 @@ from src import distributed
 from src.errors import UserError
 from src.io import check_writable, existing_file, resolve_path
 from src.jsonl import JsonLines
+from src.result_log import lines_path
 from src.retrieval.args import DataArgs, RankerArgs, RetrievalArgs
 from src.retrieval.bm25 import BM25Config
 from src.retrieval.chunks import ChunkPolicy
@@ -41,6 +42,9 @@ from src.retrieval.training_args import CPU_SPLIT_TOKENS, GPU_SPLIT_TOKENS, Retr
 from src.schema import FurtherCheck
 
 logger = logging.getLogger(__name__)
+
+#: Folder of BM25's indexes.
+BM25 = "bm25"
 
 
 def lora_settings(training: RetrievalTrainingArgs) -> LoraSettings | None:
@@ -157,8 +161,13 @@ def check_outputs(args: DataArgs, output_dir: str, log_path: str) -> None:
     """
     check_writable(output_dir, "output_dir")
     check_writable(os.path.dirname(log_path) or ".", "log_path")
-    if os.path.isdir(log_path):
-        raise UserError(f"--log_path: {log_path} is a folder, a file is needed")
+    for path in (log_path, lines_path(log_path)):
+        if os.path.isdir(path):
+            raise UserError(f"--log_path: {path} is a folder, a file is needed")
+    if isinstance(args, RetrievalArgs):
+        stored = {args.embedding_name: args.save_encode or args.save_index, BM25: args.retrieval_method == "bm25"}
+        for name in (name for name, written in stored.items() if written):
+            check_writable(os.path.join(output_dir, name), "output_dir")
     collates = any(metric.startswith("collate") for metric in args.metrics)
     if args.eval_data is not None and collates and not args.save_to_output:
         check_writable(os.path.dirname(resolve_path(args.eval_data, args.data_root)) or ".", "eval_data")
@@ -203,7 +212,7 @@ def load_eval_data(
     own = load_task_config(args.task_config)
     data = make_eval_data(rows, corpus, args.key_template, args.task, instruction_of, own)
     check_labels(data, config)
-    check_files(data, config)
+    distributed.on_main(partial(check_files, data, config))
     return data
 
 
@@ -247,7 +256,7 @@ def dense_searcher(
 def bm25_config(args: RetrievalArgs, output_dir: str) -> BM25Config:
     """How to build a BM25 searcher, with its index below `output_dir`."""
     return BM25Config(
-        os.path.join(output_dir, "bm25"),
+        os.path.join(output_dir, BM25),
         args.bm25_backend,
         args.anserini_dir,
         args.k1,

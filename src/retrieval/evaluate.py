@@ -366,13 +366,19 @@ def _outputs(data: EvalData, config: EvalConfig) -> list[Output]:
 
 
 def check_files(data: EvalData, config: EvalConfig) -> None:
-    """Find out before the work whether the files that `config` asks for can be put in their places.
+    """Find out before the work whether the files that `config` asks for can be written.
 
     Raises:
-        UserError: there is a folder or a device of the name of one.
+        UserError: one cannot.
     """
-    for output in _outputs(data, config):
-        check_output(output.path)
+    paths = [output.path for output in _outputs(data, config)] if config.ranks else []
+    if config.ranks and config.save_result and not config.load_result:
+        paths.append(origin_path(data, config))
+    if SCORE in config.metrics:
+        paths.append(scored_path(data, config))
+    for path in paths:
+        inside = os.path.dirname(path) == os.path.normpath(config.output_dir)
+        check_output(path, "output_dir" if inside else "eval_data")
 
 
 def report(data: EvalData, found: Iterable[Hits], config: EvalConfig) -> dict[str, float]:
@@ -417,3 +423,10 @@ def _write_window(
 def result_path(data: EvalData, config: EvalConfig) -> str:
     """File of the hits that ``--save_result`` writes and ``--load_result`` reads."""
     return derived_path(data.rows.path, "result", config.save_name, config.output_dir)
+
+
+def scored_path(data: EvalData, config: EvalConfig) -> str:
+    """File of the scores that ``--metrics collate_score`` writes."""
+    return derived_path(
+        data.rows.path, "scored", config.save_name, config.output_dir if config.save_to_output else None
+    )

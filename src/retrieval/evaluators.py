@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 import torch
 
 from src import distributed
-from src.io import derived_path
 from src.result_log import log_result
 from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.builders import dense_scorer, dense_searcher, ranker_scorer
 from src.retrieval.candidates import rerank, write_scores
 from src.retrieval.collate import Hits
-from src.retrieval.evaluate import SCORE, EvalConfig, EvalData, load_hits, report, retrieve
+from src.retrieval.evaluate import SCORE, EvalConfig, EvalData, load_hits, report, retrieve, scored_path
 from src.retrieval.modeling_dense import DenseRetriever
 from src.retrieval.modeling_ranker import CrossEncoder
 from src.retrieval.pair_scorers import PairScorer
@@ -41,9 +40,7 @@ def evaluate(
         Metrics by name; none without hits.
     """
     if SCORE in config.metrics:
-        folder = config.output_dir if config.save_to_output else None
-        path = derived_path(data.rows.path, "scored", config.save_name, folder)
-        write_scores(data, score(), config.score_name or "teacher_scores", path)
+        write_scores(data, score(), config.score_name or "teacher_scores", scored_path(data, config))
     return report(data, hits(), config) if config.ranks else {}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from src.cli import run
 from src.errors import UserError
-from src.io import atomic_write
+from src.io import atomic_write, check_output
 from src.retrieval.checkpoint_folders import is_whole, read_state, whole_checkpoints
 from src.retrieval.metrics import by_cutoff
 
@@ -119,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--output is needed: the file for the figure of several runs")
     names = [os.path.normpath(folder) for folder in args.folders] if len(args.folders) > 1 else [""]
     path = args.output or os.path.join(args.folders[0], FIGURE)
+    check_output(path, "output")
     draw(dict(zip(names, map(read_history, args.folders), strict=True)), path)
     logger.info("figure: %s", path)
 
