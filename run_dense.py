@@ -27,10 +27,11 @@ from src.retrieval.builders import (
 from src.retrieval.checkpoint_folders import checkpoint_to_resume
 from src.retrieval.collator import TrainCollator
 from src.retrieval.dry_run import evaluation_lines, training_lines
+from src.retrieval.evaluate import hold_outputs
 from src.retrieval.evaluators import dense_evaluator, recorded
 from src.retrieval.modeling_dense import load_dense_retriever
 from src.retrieval.records import card_writer, encoder_uses
-from src.retrieval.training import check_flags, load_sources, train
+from src.retrieval.training import check_flags, hold_checkpoints, load_sources, train
 from src.retrieval.training_args import RetrievalTrainingArgs
 
 
@@ -58,10 +59,16 @@ def check_combinations(args: RetrievalArgs, training: RetrievalTrainingArgs) -> 
 
 
 def main() -> None:
-    """Parse, load, train or evaluate."""
+    """Parse, keep other runs away, and do it."""
     (args, training), given = parse_args([RetrievalArgs, RetrievalTrainingArgs])
     check_combinations(args, training)
     distributed.on_main(lambda: check_outputs(args, training.output_dir, training.log_path))
+    with hold_checkpoints(args, training):
+        work(args, training, given)
+
+
+def work(args: RetrievalArgs, training: RetrievalTrainingArgs, given: frozenset[str]) -> None:
+    """Load, train or evaluate."""
     device = prepared(torch.device("cpu") if args.cpu else training.device)
     evaluation = eval_config(args, training.output_dir, training.seed, training.eval_method == "rerank")
     eval_data = load_eval_data(args, evaluation)
@@ -88,7 +95,8 @@ def main() -> None:
         )
         uses = encoder_uses(model, *lengths)
         cards = card_writer(uses, args, training, sources, given, arguments)
-        train(model, training, sources, collator, score_batch, evaluate_model, arguments, cards, resume)
+        with hold_outputs(eval_data, evaluation):
+            train(model, training, sources, collator, score_batch, evaluate_model, arguments, cards, resume)
     elif evaluate_model is not None:
         evaluate_model(model.to(device).eval())
 

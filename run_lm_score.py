@@ -5,7 +5,6 @@ torchrun --nproc_per_node 8 run_lm_score.py --eval_data train.json --model_name_
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from src import distributed
+from src import distributed, locks
 from src.cli import parse_args, run, show_plan
 from src.errors import UserError
 from src.flags import check_choice
@@ -141,7 +140,8 @@ def main() -> None:
     if args.dry_run:
         show_plan(plan(args, config, data, output))
         return
-    with contextlib.closing(Journal(f"{output}.parts")) as journal:
+    journal = Journal(f"{output}.parts")
+    with locks.hold(output):
         fill(args, config, data, journal)
         if distributed.is_main():
             write_scored(data, journal, args.score_name or "teacher_scores", output, partly=args.load_score)

@@ -21,10 +21,11 @@ from src.retrieval.builders import check_outputs, chunk_policy, eval_config, loa
 from src.retrieval.checkpoint_folders import checkpoint_to_resume
 from src.retrieval.collator import PairCollator
 from src.retrieval.dry_run import evaluation_lines, training_lines
+from src.retrieval.evaluate import hold_outputs
 from src.retrieval.evaluators import ranker_evaluator, recorded
 from src.retrieval.modeling_ranker import load_cross_encoder
 from src.retrieval.records import card_writer, ranker_uses
-from src.retrieval.training import check_flags, load_sources, train
+from src.retrieval.training import check_flags, hold_checkpoints, load_sources, train
 from src.retrieval.training_args import RetrievalTrainingArgs
 
 logger = logging.getLogger("run_ranker")
@@ -50,10 +51,16 @@ def check_combinations(args: RankerArgs, training: RetrievalTrainingArgs, given:
 
 
 def main() -> None:
-    """Parse, load, train or evaluate."""
+    """Parse, keep other runs away, and do it."""
     (args, training), given = parse_args([RankerArgs, RetrievalTrainingArgs])
     check_combinations(args, training, given)
     distributed.on_main(lambda: check_outputs(args, training.output_dir, training.log_path))
+    with hold_checkpoints(args, training):
+        work(args, training, given)
+
+
+def work(args: RankerArgs, training: RetrievalTrainingArgs, given: frozenset[str]) -> None:
+    """Load, train or evaluate."""
     device = prepared(torch.device("cpu") if args.cpu else training.device)
     arguments = {**asdict(args), **training.to_dict()}
     evaluation = eval_config(args, training.output_dir, training.seed, rerank=True)
@@ -74,7 +81,8 @@ def main() -> None:
         evaluate_model = recorded(ranker_evaluator(args, eval_data, evaluation, device), training.log_path, arguments)
     if sources:
         cards = card_writer(ranker_uses(model, args.ranker), args, training, sources, given, arguments)
-        train(model, training, sources, collator, ranker_batch_scores, evaluate_model, arguments, cards, resume)
+        with hold_outputs(eval_data, evaluation):
+            train(model, training, sources, collator, ranker_batch_scores, evaluate_model, arguments, cards, resume)
     elif evaluate_model is not None:
         evaluate_model(model.to(device).eval())
 

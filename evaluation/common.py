@@ -17,7 +17,7 @@ from evaluation.dry_run import task_lines
 from evaluation.outputs import Entry, gather_entries, output_line, output_path
 from evaluation.retrieval import from_corpus, retriever_name
 from evaluation.task import Context, EvalTask, Found, Row, Values
-from src import distributed
+from src import distributed, locks
 from src.cli import parse_args, run, show_plan
 from src.errors import UserError
 from src.io import atomic_write, check_output, check_writable, json_line
@@ -72,7 +72,7 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
         show_plan([*task_lines(task, context, lm, encoder, path)])
         return
     facts: dict[str, Any] = {"task": task.name, "retriever": retriever_name(args)}
-    with asker.memory if asker is not None else contextlib.nullcontext():
+    with locks.hold(path), asker.memory if asker is not None else contextlib.nullcontext():
         examples = task.examples(context)
         found, metrics = task.retrieve(context) if task.retrieve is not None else from_corpus(context, task)
         if asker is not None:

@@ -17,7 +17,7 @@ from src.retrieval.args import RetrievalArgs
 from src.retrieval.bm25 import build_bm25_searcher
 from src.retrieval.builders import bm25_config, dense_searcher, eval_config
 from src.retrieval.collate import Hits
-from src.retrieval.evaluate import WINDOW, EvalConfig, EvalData, report, retrieve
+from src.retrieval.evaluate import WINDOW, EvalConfig, EvalData, hold_outputs, report, retrieve
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, encoder_folders
 from src.retrieval.searcher import NoSearcher, RandomSearcher, Searcher
 
@@ -69,7 +69,8 @@ def from_corpus(context: Context, task: EvalTask) -> Retrieved:
         hits = chosen_hits(data, choose(context), config)
     else:
         hits = retrieve(data, config, lambda: build_searcher(args, data, context.device, context.retriever))
-    metrics = report(data, _remember(data, hits, task.keys_wanted(args), found), config)
+    with hold_outputs(data, config):
+        metrics = report(data, _remember(data, hits, task.keys_wanted(args), found), config)
     if metrics:
         # Whatever becomes of the LM's part.
         logger.info("retrieval: %s", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))

@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from src import locks
 from src.cli import parse_args, run
 from src.errors import UserError
 from src.io import check_output, existing_file, write_jsonl
@@ -95,9 +96,15 @@ def check_same_rows(files: Sequence[JsonLines]) -> None:
 
 
 def main() -> None:
-    """Check, merge, report."""
+    """Parse, keep other runs away, and merge."""
     (args,), _ = parse_args([MergeArgs])
     check_output(args.output_file, "output_file")
+    with locks.hold(args.output_file):
+        merge(args)
+
+
+def merge(args: MergeArgs) -> None:
+    """Read, merge, write and tell the counts."""
     files = [open_jsonl(existing_file(path, "files"), check_train_row, TRAIN_CHECK) for path in args.files]
     check_same_rows(files)
     counts = {"negatives": 0, "given": 0, "scored": 0}

@@ -20,6 +20,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
+from src import locks
 from src.cli import parse_args, run
 from src.errors import UserError
 from src.flags import check_choice
@@ -197,11 +198,17 @@ def write_card(source: str, model: DenseRetriever, max_length: int, folder: str)
 
 
 def main() -> None:
-    """Load, convert, compare, and only then put the result in place."""
+    """Parse, keep other runs away, and convert."""
     (args,), given = parse_args([ConvertArgs])
     source = os.path.abspath(args.encoder) if os.path.isdir(args.encoder) else args.encoder
     target = os.path.abspath(args.output_dir or args.encoder)
     check_target(source, target)
+    with locks.hold(target):
+        convert(args, given, source, target)
+
+
+def convert(args: ConvertArgs, given: frozenset[str], source: str, target: str) -> None:
+    """Load, convert, compare, and only then put the result in place."""
     model = load_dense_retriever(
         EncoderConfig(
             source,

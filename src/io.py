@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import json
@@ -13,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -186,47 +185,16 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         raise
 
 
-def lock_folder(folder: str | os.PathLike[str]) -> int:
-    """Make `folder` and keep other runs out of it until the returned descriptor is closed.
-
-    The system lets go of the lock even of a process that is killed.
-
-    Raises:
-        UserError: another run is at work there.
-    """
-    os.makedirs(folder, exist_ok=True)
-    descriptor = os.open(os.path.join(folder, "lock"), os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(
-            f"another run is at work in {folder}: wait for it, stop it, or choose another --save_name"
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        logger.warning("%s lies on a file system without locks: do not start the same run twice", folder)
-    return descriptor
-
-
-def remove_folder(folder: str | os.PathLike[str], release: Callable[[], object] = lambda: None) -> None:
+def remove_folder(folder: str | os.PathLike[str]) -> None:
     """Delete a folder; the name goes first, so that what a kill leaves is never taken for the whole.
 
     Where that fails a warning says so: what the folder was kept for is done.
-
-    Args:
-        folder: its files may still be open elsewhere, where the file system allows that.
-        release: called between the two, to let go of a lock in it.
     """
     path = Path(folder).absolute()
     try:
-        try:
-            # A name of its own: what an earlier removal left may still be in use.
-            gone = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".removed", dir=path.parent)
-            path.rename(gone)
-        finally:
-            release()
+        # A name of its own: what an earlier removal left may still be in use.
+        gone = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".removed", dir=path.parent)
+        path.rename(gone)
         shutil.rmtree(gone)
     except OSError as error:
         logger.warning("%s cannot be removed: %s", path, error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -22,7 +21,6 @@ from evaluation.text_metrics import contains_answer, exact_match, rouge_l, token
 from scripts import sample_eval, sample_lm
 from src.cli import run as run_entry
 from src.errors import UserError
-from src.io import lock_folder
 from src.lm.budget import Prompt, fit
 from src.lm.generate import Decoding, end_tokens, generate, newline_tokens
 from src.lm.modeling_lm import LanguageModel, LMConfig, load_lm
@@ -577,16 +575,6 @@ def test_a_run_that_fails_leaves_earlier_outputs_alone(evaluate):
     path = Path(record["outputs"])
     assert read_rows(path) == whole
     assert not path.with_name(f"{path.name}.parts").exists()
-
-
-def test_two_runs_do_not_write_the_same_outputs(evaluate, tmp_path):
-    flags = ("--retrieval_method", "no", "--few_shot", 0)
-    _, record, _ = evaluate("qa", *flags)
-    lock = lock_folder(record["outputs"] + ".parts")
-    assert "another run is at work in" in evaluate("qa", *flags, expect=2)
-    os.close(lock)
-    evaluate("qa", *flags)
-    assert not os.path.exists(record["outputs"] + ".parts")
 
 
 def test_rows_may_bring_their_own_keys(evaluate, data_root, tmp_path):

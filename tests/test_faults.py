@@ -13,15 +13,16 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import BertModel, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaForCausalLM
 
-from src import distributed
+from src import distributed, locks
 from src.cli import run as run_entry
 from src.errors import UserError
 from src.jsonl import open_jsonl
@@ -38,6 +39,7 @@ from tests.helpers import ROOT, run, write_rows
 from tests.workers.forked import Runs, Strike
 
 JOBS = ("training", "encoding", "mining", "scoring", "evaluation")
+OWNING_JOBS = (*JOBS, "ranker training", "indexing", "bm25", "merging", "conversion")
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,75 @@ def test_what_is_wrong_on_one_process_of_a_job_is_shown(runs, jobs, tmp_path):
     codes, output = runs(job.script, job.command(tmp_path), 2, constants=job.constants, grace=30)
     assert codes == [1, 2]
     assert output.count(f"error: {last} cannot be read") == 1
+
+
+# --- two runs at once ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(runs, jobs, tmp_path_factory) -> Callable[[str], Path]:
+    """What an undisturbed run of a job left."""
+
+    @cache
+    def made(name: str) -> Path:
+        out, job = tmp_path_factory.mktemp("whole") / "out", jobs[name]
+        codes, output = runs(job.script, job.command(out), constants=job.constants)
+        assert codes == [0], output
+        assert not list(out.rglob(".*lock")), "a lock goes with its run"
+        return out
+
+    return made
+
+
+@pytest.mark.parametrize("name", OWNING_JOBS)
+def test_of_two_runs_at_once_one_ends_well_and_the_other_in_one_line(runs, jobs, whole, tmp_path, name):
+    """Or the second comes when the first has ended, and nothing is wrong either."""
+    job = jobs[name]
+    flags = job.command(tmp_path)
+    codes, output = runs(job.script, flags, constants=job.constants, grace=60, rival=flags)
+    assert sorted(codes) in ([0, 0], [0, 2]), output
+    assert output.count("error: another run (process ") == sum(codes) / 2
+    assert "Traceback" not in output
+    job.check(whole(name), tmp_path, True)
+
+
+@pytest.mark.parametrize("name", OWNING_JOBS)
+def test_an_output_that_another_run_writes_is_refused_by_name(runs, jobs, whole, name):
+    job, out = jobs[name], whole(name)
+    owned = next(out.rglob(job.owns)) if job.owns else out
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with locks.hold(folders=[str(out)]) if owned == out else locks.hold(str(owned)):
+        codes, output = runs(job.script, job.command(out, *job.restart), constants=job.constants)
+    assert codes == [2], output
+    error = f"error: another run (process {os.getpid()} on {socket.gethostname()}) writes {owned}: wait for it"
+    assert output.count(error) == 1
+    assert output.count("error: ") == 1
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_lock_of_a_process_that_was_killed_keeps_nobody_out(runs, jobs, tmp_path):
+    job = jobs["training"]
+    strike = Strike(when=str(tmp_path / ".lock"))
+    codes, _ = runs(job.script, job.command(tmp_path), strike=strike)
+    assert codes == [-signal.SIGKILL]
+    assert (tmp_path / ".lock").exists()
+    codes, output = runs(job.script, job.command(tmp_path, "--max_steps", 1))
+    assert codes == [0], output
+
+
+def test_vectors_of_two_encoders_are_never_mixed(runs, jobs, whole, tmp_path):
+    """Of the same width, into the same folder: whichever run ends well has hits of its own encoder."""
+    job = jobs["encoding"]
+    other = tmp_path / "bert"
+    shutil.copytree(job.flags[job.flags.index("--query_encoder") + 1], other)
+    torch.manual_seed(1)
+    BertModel(BertConfig.from_pretrained(other), add_pooling_layer=False).save_pretrained(other)
+    flags = job.command(tmp_path / "out")
+    rival = job.command(tmp_path / "out", "--query_encoder", other)
+    codes, output = runs(job.script, flags, constants=job.constants, grace=60, rival=rival)
+    assert codes == [0, 2], output
+    assert output.count("writes") == 1
+    job.check(whole("encoding"), tmp_path / "out", True)
 
 
 # --- disks that fill ------------------------------------------------------------------------------------------------

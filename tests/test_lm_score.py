@@ -486,13 +486,6 @@ def test_an_answer_without_tokens_leaves_its_row_unscored(models, score, tmp_pat
         assert ["teacher_scores" in row for row in read_rows(tmp_path / "rows.scored.x.json")] == [True, False]
 
 
-def test_a_second_run_on_the_same_output_is_refused(models, score, tmp_path):
-    data = write_rows(tmp_path / "rows.json", [GOOD])
-    journal = Journal(f"{tmp_path / 'rows.scored.x.json'}.parts")
-    journal.open({})
-    assert "another run is at work" in score("--eval_data", data, "--model_name_or_path", models["llama"], expect=2)
-
-
 def test_scores_without_a_manifest_are_not_trusted(models, score, tmp_path):
     data = write_rows(tmp_path / "rows.json", [GOOD])
     parts = tmp_path / "rows.scored.x.json.parts"
@@ -540,7 +533,6 @@ def test_scores_of_another_model_are_not_mixed_in(models, score, tmp_path):
     data = write_rows(tmp_path / "rows.json", [GOOD])
     journal = Journal(f"{tmp_path / 'rows.scored.x.json'}.parts")
     journal.open({"model_name_or_path": "another"})
-    journal.close()
     printed = score("--eval_data", data, "--model_name_or_path", models["llama"], expect=2)
     assert "its model_name_or_path is 'another'" in printed
     assert "--save_name" in printed

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from src.errors import UserError
-from src.io import lock_folder, read_json, remove_folder, write_json
+from src.io import read_json, remove_folder, write_json
 
 MANIFEST = "manifest.json"
 #: Value of a number that was looked at and cannot be scored; NaN is one not looked at yet.
@@ -27,18 +27,11 @@ class Journal:
     """Scores of numbered things in units.
 
     Args:
-        folder: where it lies.
+        folder: where it lies; no other run may write there.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self._lock: int | None = None
-
-    def close(self) -> None:
-        """Let other runs in."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def exists(self) -> bool:
         """Whether an earlier run left anything."""
@@ -48,9 +41,8 @@ class Journal:
         """Begin, or go on where a run with the same `identity` stopped; by one process, before any other claims.
 
         Raises:
-            UserError: what is there is of something else, or another run is at work on it.
+            UserError: what is there is of something else.
         """
-        self._lock = self._lock or lock_folder(self.folder)
         if self.exists():
             self.check(identity)
         else:
@@ -105,8 +97,7 @@ class Journal:
 
     def remove(self) -> None:
         """Delete everything."""
-        # Not before the lock is let go of: on a shared file system what is open cannot be deleted.
-        remove_folder(self.folder, self.close)
+        remove_folder(self.folder)
 
     def _path(self, unit: int) -> Path:
         return self.folder / f"{unit:07}.jsonl"

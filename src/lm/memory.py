@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from src import distributed
-from src.io import lock_folder, remove_folder
+from src.io import remove_folder
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ResponseMemory:
     """Responses by the hash of what was asked; within a ``with`` block, which all processes enter together.
 
     Args:
-        folder: where responses are kept.
+        folder: where responses are kept; no other run may write there.
         further: files of outputs whose responses are known too.
     """
 
@@ -54,42 +54,25 @@ class ResponseMemory:
         self.folder = Path(folder)
         self.further = tuple(further)
         self._known: dict[str, Response] = {}
-        self._lock: int | None = None
         self._file: IO[str] | None = None
 
     def __enter__(self) -> ResponseMemory:
-        """Read what is kept.
-
-        Raises:
-            UserError: another run is at work in the folder.
-        """
-        distributed.on_main(self._hold)
+        """Read what is kept."""
         self._known = read_responses([*sorted(map(str, self.folder.glob("*.jsonl"))), *self.further])
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Let other runs in; a folder that nothing was kept in goes."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
-        if self._lock is not None:
-            self._remove() if not any(self.folder.glob("*.jsonl")) else os.close(self._lock)
 
     def finish(self) -> None:
         """Delete what is kept, when every process has what it needs of it; all call this together."""
         if self._file is not None:
             self._file.close()
         distributed.barrier()
-        if self._lock is not None:
-            self._remove()
-
-    def _remove(self) -> None:
-        # Not before the lock is let go of: on a shared file system what is open cannot be deleted.
-        assert self._lock is not None
-        remove_folder(self.folder, lambda: os.close(self._lock))  # type: ignore[arg-type]
-        self._lock = None
-
-    def _hold(self) -> None:
-        self._lock = lock_folder(self.folder)
+        if distributed.is_main() and self.folder.exists():
+            remove_folder(self.folder)
 
     def get(self, key: str) -> Response | None:
         """The response, if it is known."""

@@ -26,6 +26,7 @@ from src import distributed
 from src.errors import UserError
 from src.io import read_json, write_json
 from src.jsonl import available_cores
+from src.locks import check_free
 from src.retrieval.bm25_analyzer import EnglishAnalyzer, TermCounts, analyze, count_terms, first_terms
 from src.retrieval.bm25_anserini import (
     Anserini,
@@ -309,6 +310,7 @@ def _prepare_embedded(folder: str, corpus: Sequence[str], identity: CorpusIdenti
     manifest = os.path.join(folder, MANIFEST)
     wanted = {**asdict(identity), "format": 1, "language": config.language}
     if config.load_index:
+        check_free(config.folder)
         check_identity(manifest, wanted, "load_index")
         return
     partial_folder = f"{folder}.partial"

@@ -26,6 +26,7 @@ from src import distributed
 from src.errors import UserError
 from src.io import read_json, write_json, write_jsonl
 from src.jsonl import available_cores
+from src.locks import check_free
 from src.retrieval.bm25_analyzer import cut_terms
 from src.retrieval.store import differences
 
@@ -292,6 +293,7 @@ def _prepare(anserini: Anserini, corpus: Sequence[str], identity: CorpusIdentity
     made_from = asdict(identity)
     wanted = {**made_from, "language": config.language, "store_docvectors": config.store_docvectors}
     if config.load_index:
+        check_free(config.folder)
         return check_identity(str(layout.index_manifest), wanted, "load_index")["documents"]
     if config.load_collection:
         documents = check_identity(str(layout.collection_manifest), made_from, "load_collection")["documents"]

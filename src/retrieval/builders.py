@@ -150,7 +150,22 @@ def eval_config(args: RetrievalArgs | RankerArgs, output_dir: str, seed: int, re
         args.save_trec,
         rerank,
         args.score_name,
+        stores=stores_written(args, output_dir) if isinstance(args, RetrievalArgs) and not rerank else (),
     )
+
+
+def stores_written(args: RetrievalArgs, output_dir: str) -> list[str]:
+    """Folders of vectors and indexes that a run writes."""
+    if args.load_result:
+        return []
+    if args.retrieval_method == "dense" and (args.save_encode or args.save_index):
+        return [vector_folder(args, output_dir)]
+    return [os.path.join(output_dir, BM25)] if args.retrieval_method == "bm25" and not args.load_index else []
+
+
+def vector_folder(args: RetrievalArgs, output_dir: str) -> str:
+    """Where vectors and indexes of them are kept."""
+    return os.path.join(output_dir, args.embedding_name)
 
 
 def check_outputs(args: DataArgs, output_dir: str, log_path: str) -> None:
@@ -164,10 +179,8 @@ def check_outputs(args: DataArgs, output_dir: str, log_path: str) -> None:
     for path in (log_path, lines_path(log_path)):
         if os.path.isdir(path):
             raise UserError(f"--log_path: {path} is a folder, a file is needed")
-    if isinstance(args, RetrievalArgs):
-        stored = {args.embedding_name: args.save_encode or args.save_index, BM25: args.retrieval_method == "bm25"}
-        for name in (name for name, written in stored.items() if written):
-            check_writable(os.path.join(output_dir, name), "output_dir")
+    for folder in stores_written(args, output_dir) if isinstance(args, RetrievalArgs) else ():
+        check_writable(folder, "output_dir")
     collates = any(metric.startswith("collate") for metric in args.metrics)
     if args.eval_data is not None and collates and not args.save_to_output:
         check_writable(os.path.dirname(resolve_path(args.eval_data, args.data_root)) or ".", "eval_data")
@@ -246,9 +259,8 @@ def dense_searcher(
 ) -> DenseSearcher:
     """Encode and index the corpus (or load what was saved) with a model in eval mode on `device`."""
     query, key = encode_configs(args, device)
-    store = os.path.join(output_dir, args.embedding_name)
     stored = (args.load_encode, args.save_encode, args.load_index, args.save_index)
-    config = DenseSearchConfig(query, key, args.faiss_index_factory, store, *stored)
+    config = DenseSearchConfig(query, key, args.faiss_index_factory, vector_folder(args, output_dir), *stored)
     identity = distributed.on_main(lambda: _identity(args, data, model, key.dtype)) if any(stored) else None
     return build_dense_searcher(model, data.keys, config, identity)
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from src import distributed
+from src import distributed, locks
 from src.errors import UserError
 from src.io import atomic_write, check_output, derived_path, read_json, text_hash, write_json
 from src.jsonl import JsonLines
@@ -59,6 +59,7 @@ class EvalConfig:
         rerank: hits are the keys of the row itself, in a new order, and not of the corpus.
         retriever: what saved hits depend on besides rows and corpus, by name; the retriever's own comes first.
         same_retriever: load only what that one found.
+        stores: folders of vectors and indexes that the run writes.
     """
 
     metrics: Sequence[str]
@@ -76,6 +77,7 @@ class EvalConfig:
     score_name: str | None = None
     retriever: Mapping[str, Any] | None = None
     same_retriever: bool = False
+    stores: Sequence[str] = ()
 
     @property
     def ranks(self) -> bool:
@@ -365,20 +367,32 @@ def _outputs(data: EvalData, config: EvalConfig) -> list[Output]:
     return outputs
 
 
+def _written(data: EvalData, config: EvalConfig) -> list[str]:
+    """Paths of the files that `config` asks for."""
+    paths = [output.path for output in _outputs(data, config)] if config.ranks else []
+    if config.ranks and config.save_result and not config.load_result:
+        paths.append(origin_path(data, config))
+    return [*paths, scored_path(data, config)] if SCORE in config.metrics else paths
+
+
 def check_files(data: EvalData, config: EvalConfig) -> None:
     """Find out before the work whether the files that `config` asks for can be written.
 
     Raises:
         UserError: one cannot.
     """
-    paths = [output.path for output in _outputs(data, config)] if config.ranks else []
-    if config.ranks and config.save_result and not config.load_result:
-        paths.append(origin_path(data, config))
-    if SCORE in config.metrics:
-        paths.append(scored_path(data, config))
-    for path in paths:
+    for path in _written(data, config):
         inside = os.path.dirname(path) == os.path.normpath(config.output_dir)
         check_output(path, "output_dir" if inside else "eval_data")
+
+
+def hold_outputs(data: EvalData | None, config: EvalConfig) -> contextlib.AbstractContextManager[None]:
+    """Keep other runs from writing what `config` asks for; nothing without data.
+
+    Raises:
+        UserError: another one does.
+    """
+    return locks.hold(*_written(data, config), *config.stores) if data is not None else contextlib.nullcontext()
 
 
 def report(data: EvalData, found: Iterable[Hits], config: EvalConfig) -> dict[str, float]:

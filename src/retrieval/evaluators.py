@@ -15,7 +15,16 @@ from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.builders import dense_scorer, dense_searcher, ranker_scorer
 from src.retrieval.candidates import rerank, write_scores
 from src.retrieval.collate import Hits
-from src.retrieval.evaluate import SCORE, EvalConfig, EvalData, load_hits, report, retrieve, scored_path
+from src.retrieval.evaluate import (
+    SCORE,
+    EvalConfig,
+    EvalData,
+    hold_outputs,
+    load_hits,
+    report,
+    retrieve,
+    scored_path,
+)
 from src.retrieval.modeling_dense import DenseRetriever
 from src.retrieval.modeling_ranker import CrossEncoder
 from src.retrieval.pair_scorers import PairScorer
@@ -39,9 +48,10 @@ def evaluate(
     Returns:
         Metrics by name; none without hits.
     """
-    if SCORE in config.metrics:
-        write_scores(data, score(), config.score_name or "teacher_scores", scored_path(data, config))
-    return report(data, hits(), config) if config.ranks else {}
+    with hold_outputs(data, config):
+        if SCORE in config.metrics:
+            write_scores(data, score(), config.score_name or "teacher_scores", scored_path(data, config))
+        return report(data, hits(), config) if config.ranks else {}
 
 
 def record(metrics: Mapping[str, float], log_path: str, arguments: Mapping[str, Any], **facts: Any) -> None:

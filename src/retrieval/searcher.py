@@ -14,6 +14,7 @@ import numpy as np
 from src import distributed
 from src.errors import UserError
 from src.io import read_json, write_json
+from src.locks import check_free
 from src.retrieval.encode import EncodeConfig, encode, progress
 from src.retrieval.index import ExactIndex, FaissIndex, Index, VectorShard, check_factory, merge_hits
 from src.retrieval.modeling_dense import DenseRetriever
@@ -208,6 +209,7 @@ def _load_indexes(config: DenseSearchConfig, identity: IndexIdentity) -> list[Fa
         UserError: there is none, or it was made from something else.
     """
     path = os.path.join(config.folder, INDEX_MANIFEST)
+    distributed.on_main(lambda: check_free(config.folder))
     manifest = distributed.on_main(lambda: read_json(path, "--load_index: saved index"))
     wanted = {**asdict(identity), "factory": config.factory}
     if other := differences(manifest.get("identity", {}), wanted):

@@ -19,6 +19,7 @@ import numpy as np
 from src import distributed
 from src.errors import UserError
 from src.io import atomic_write, file_hash, read_json, write_json
+from src.locks import check_free
 from src.retrieval.index import VectorShard
 
 logger = logging.getLogger(__name__)
@@ -170,6 +171,7 @@ def load_store(folder: str, identity: IndexIdentity) -> VectorStore:
 
 
 def _load(folder: str, identity: IndexIdentity) -> VectorStore:
+    check_free(folder)
     path = os.path.join(folder, MANIFEST)
     manifest = read_json(path, "--load_encode: saved vectors")
     if other := differences(manifest.get("identity", {}), asdict(identity)):

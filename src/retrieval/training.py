@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 
 from transformers.trainer_utils import SchedulerType
 
-from src import distributed
+from src import distributed, locks
 from src.errors import UserError
 from src.io import expand_data_paths
 from src.retrieval.args import RankerArgs, RetrievalArgs
@@ -58,6 +59,17 @@ def _who_compares(training: RetrievalTrainingArgs) -> str:
     schedule = SchedulerType(training.lr_scheduler_type).value
     by_metric = schedule in ("reduce_lr_on_plateau", "greedy")
     return f"--lr_scheduler_type {schedule}" if by_metric else "--metric_for_best_model"
+
+
+def hold_checkpoints(
+    args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArgs
+) -> contextlib.AbstractContextManager[None]:
+    """Keep other trainings out of the output folder, where this is one.
+
+    Raises:
+        UserError: another one is there.
+    """
+    return locks.hold(folders=[training.output_dir] if args.train_data and not args.dry_run else [])
 
 
 def load_sources(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArgs) -> list[Source]:

@@ -34,6 +34,8 @@ class Job:
         constants: see `Runs`.
         restart: further flags of a second start.
         logs: whether it takes ``--log_path``.
+        writes_to: the flag of what it writes, and that below the output folder.
+        owns: glob pattern below the output folder, of what no other run may write meanwhile.
     """
 
     name: str
@@ -44,11 +46,14 @@ class Job:
     constants: Mapping[str, int] = field(default_factory=dict)
     restart: Sequence[Any] = ()
     logs: bool = True
+    writes_to: tuple[str, str] = ("--output_dir", "")
+    owns: str = ""
 
     def command(self, out: Path, *more: Any) -> list[Any]:
         """The flags of a run into `out`."""
         log = ("--log_path", out / "run.log") if self.logs else ()
-        return [*self.flags, "--output_dir", out, *log, *more]
+        flag, name = self.writes_to
+        return [*self.flags, flag, out / name, *log, *more]
 
 
 def check_checkpoints(whole: Path, out: Path, ended: bool) -> None:
@@ -127,7 +132,7 @@ def make_jobs(folder: Path) -> dict[str, Job]:
     retrieval = (*("--eval_data", queries, "--corpus", corpus, "--key_template", "{text}", "--cpu", *lengths),)
     retrieval = (*retrieval, "--query_encoder", encoder, "--pooling_method", "mean", "--hits", 100)
     lm = ("--eval_data", queries, "--model_name_or_path", folder / "llama", "--cpu")
-    training = ("--train_data", train, "--query_encoder", encoder, "--use_cpu", "--max_steps", 12, "--save_steps", 1)
+    training = ("--train_data", train, "--use_cpu", "--max_steps", 12, "--save_steps", 1)
     training = (*training, "--per_device_train_batch_size", 4, "--train_group_size", 3, "--learning_rate", 1e-3)
     mined = check_files("*.neg.json", same_bytes)
     hits = check_files("*.result.json", same_bytes)
@@ -135,7 +140,15 @@ def make_jobs(folder: Path) -> dict[str, Job]:
         Job(
             "training",
             "run_dense.py",
-            (*training, *lengths),
+            (*training, *lengths, "--query_encoder", encoder),
+            check_checkpoints,
+            "checkpoint-2",
+            restart=("--resume_from_checkpoint", True),
+        ),
+        Job(
+            "ranker training",
+            "run_ranker.py",
+            (*training, *lengths, "--ranker", encoder, "--negative_cross_device", False),
             check_checkpoints,
             "checkpoint-2",
             restart=("--resume_from_checkpoint", True),
@@ -147,6 +160,23 @@ def make_jobs(folder: Path) -> dict[str, Job]:
             check_all(check_files("*.npy", same_bytes), hits, check_log),
             "embeddings/vectors.00002.npy",
             {"src.retrieval.store.SHARD_BYTES": 16 * 32 * 4},
+            owns="embeddings",
+        ),
+        Job(
+            "indexing",
+            "evaluation/eval_retrieval.py",
+            (*retrieval, "--save_index", "--metrics", "mrr", "--cutoffs", 10),
+            check_all(check_files("index.*.faiss", same_bytes), hits, check_log),
+            "embeddings",
+            owns="embeddings",
+        ),
+        Job(
+            "bm25",
+            "evaluation/eval_retrieval.py",
+            (*retrieval, "--retrieval_method", "bm25", "--bm25_backend", "bm25s", "--metrics", "mrr", "--cutoffs", 10),
+            check_all(check_files("*.npy", same_bytes), hits, check_log),
+            "bm25",
+            owns="bm25",
         ),
         Job(
             "mining",
@@ -155,6 +185,7 @@ def make_jobs(folder: Path) -> dict[str, Job]:
             check_all(mined, hits, check_log),
             ".test.neg.json.*",
             {"src.retrieval.evaluate.WINDOW": 2},
+            owns="test.neg.json",
         ),
         Job(
             "scoring",
@@ -164,6 +195,7 @@ def make_jobs(folder: Path) -> dict[str, Job]:
             "*.parts/*.jsonl",
             {"src.lm.score.UNIT_PAIRS": 12},
             logs=False,
+            owns="test.scored.*.json",
         ),
         Job(
             "evaluation",
@@ -172,6 +204,27 @@ def make_jobs(folder: Path) -> dict[str, Job]:
             check_all(check_files("*.output.*.json", same_values), check_log),
             "*.parts",
             {"evaluation.common.ROWS_A_TIME": 2},
+            owns="*.output.*.json",
+        ),
+        Job(
+            "merging",
+            "scripts/merge_negatives.py",
+            ("--files", train, train),
+            check_files("both.json", same_bytes),
+            ".both.json.*",
+            logs=False,
+            writes_to=("--output_file", "both.json"),
+            owns="both.json",
+        ),
+        Job(
+            "conversion",
+            "scripts/ours2st.py",
+            ("--encoder", encoder, "--pooling_method", "mean"),
+            check_files("model.safetensors", same_bytes),
+            ".ours2st.*",
+            logs=False,
+            writes_to=("--output_dir", "converted"),
+            owns="converted",
         ),
     ]
     return {job.name: job for job in jobs}

@@ -77,6 +77,7 @@ class Runs:
         strike: Strike | None = None,
         constants: Mapping[str, int] | None = None,
         grace: float = 1,
+        rival: Sequence[Any] | None = None,
     ) -> tuple[list[int], str]:
         """Run to the end: exit code of each process (negative: the signal that killed it) and their joined output.
 
@@ -88,6 +89,7 @@ class Runs:
             strike: what hits from outside.
             constants: values for constants of modules, by ``module.NAME``: small ones make short runs go a long way.
             grace: seconds after the first failure until the others are killed, as torchrun does.
+            rival: arguments of a run of the same script by itself, started 0.2 seconds later; its exit code comes last.
         """
         from tests.helpers import free_port
 
@@ -100,6 +102,7 @@ class Runs:
             "strike": None if strike is None else vars(strike),
             "constants": dict(constants or {}),
             "grace": grace,
+            "rival": None if rival is None else [script, *map(str, rival)],
         }
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -237,6 +240,12 @@ def _serve(preload: Sequence[str]) -> None:
                 if pid == 0:
                     _child(request, rank, log)
                 running[pid] = rank
+            if request["rival"] is not None:
+                time.sleep(0.2)
+                pid = os.fork()
+                if pid == 0:
+                    _child({**request, "argv": request["rival"], "processes": 1, "kill": None}, 0, log)
+                running[pid] = request["processes"]
             answer = {"codes": _wait(running, request), "output": log.read_text(errors="replace")}
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
