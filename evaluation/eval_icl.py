@@ -12,16 +12,19 @@ import numpy as np
 
 from evaluation.common import start
 from evaluation.few_shot import same_task
-from evaluation.icl_tasks import FAMILY_OF, problems, score, summarize
+from evaluation.icl_tasks import FAMILY_OF, chooses, problems, score, single_blanks, summarize
 from evaluation.task import Context, EvalTask, Found, Row
 from src.errors import UserError
 from src.flags import check_choice
 from src.lm.ask import Request
-from src.lm.budget import Prompt
+from src.lm.budget import Layout, Prompt
 from src.lm.eval_args import SAME_TASK, ICLArgs
 from src.retrieval.builders import load_eval_data
 from src.retrieval.evaluate import EvalConfig, EvalData
 from src.schema import FurtherCheck
+
+#: Examples and query in lines of their own.
+LAYOUT = Layout(between_parts="\n")
 
 
 def load(args: ICLArgs, config: EvalConfig, check: FurtherCheck | None) -> EvalData | None:
@@ -39,8 +42,10 @@ def load(args: ICLArgs, config: EvalConfig, check: FurtherCheck | None) -> EvalD
 
 def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request:
     """Retrieved examples, the nearest last, and the query; options to choose from, or an answer to generate."""
-    prompt = Prompt(f"{row['query']}\n", examples=tuple(reversed(found.texts)))
-    return Request(prompt, tuple(row.get("options") or ()))
+    examples = tuple(single_blanks(text) for text in reversed(found.texts))
+    options = tuple(row["options"]) if chooses(row["task_name"]) else ()
+    # The blank before an option keeps its first token apart from the newline, whatever the tokenizer.
+    return Request(Prompt(f"{single_blanks(row['query'])}\n ", examples=examples, layout=LAYOUT), options)
 
 
 TASK = EvalTask(
@@ -59,7 +64,7 @@ TASK = EvalTask(
         "output_dir": "data/results/icl/",
         "log_path": "data/results/icl/icl.log",
     },
-    check=FurtherCheck("icl-2", problems),
+    check=FurtherCheck("icl-3", problems),
     load=load,
     hits={SAME_TASK: same_task},
     keys_wanted=lambda args: args.few_shot,

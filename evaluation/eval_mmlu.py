@@ -35,22 +35,27 @@ def problems(row: Row) -> list[str]:
 CHECK = FurtherCheck("mmlu-1", problems)
 
 
-def question(row: Row, answer: str = "") -> str:
+def question(query: str, choices: Sequence[str], answer: str = "") -> str:
     """Question and options, with the letter of the right one as an example."""
-    options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True))
-    return f"{row['query']}{options}\nAnswer: {answer}"
+    options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
+    return f"{query}{options}\nAnswer: {answer}"
 
 
 def examples(context: Context) -> Callable[[Row], Sequence[str]]:
     """The first questions of the same subject."""
-    return from_train_data(context, CHECK, lambda row: question(row, LETTERS[row["answer"]]), subject_of)
+
+    def show(row: Row) -> str:
+        return question(row["query"], row["choices"], LETTERS[row["answer"]])
+
+    return from_train_data(context, CHECK, show, subject_of)
 
 
 def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request:
     """Knowledge, a line naming the subject, examples, question; the letters are the answers to choose from."""
     subject = subject_of(row).replace("_", " ")
     header = f"The following are multiple choice questions (with answers) about {subject}."
-    return Request(Prompt(question(row), found.texts, tuple(shots), header, LAYOUT), LETTERS)
+    asked = question(row["query"].strip(), row["choices"])
+    return Request(Prompt(asked, found.texts, tuple(shots), header, LAYOUT), LETTERS)
 
 
 TASK = EvalTask(

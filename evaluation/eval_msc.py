@@ -19,7 +19,7 @@ from src.lm.selfret_history import Case, in_order
 from src.retrieval.bm25_analyzer import EnglishAnalyzer, first_terms
 from src.schema import FurtherCheck, blank_problems, text_list_problems
 
-LAYOUT = Layout(before_knowledge="", between_parts="\n")
+LAYOUT = Layout(before_knowledge="", after_knowledge="\n")
 
 
 def problems(row: Row) -> list[str]:
@@ -33,8 +33,9 @@ def problems(row: Row) -> list[str]:
 
 def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request:
     """How likely is the reply after past turns, of which the last stay longest, and the speaker's words?"""
-    question = f"Speaker 1: {row['query']}\nSpeaker 2: "
-    return Request(Prompt(question, found.texts, layout=LAYOUT, cut_first=True), (row["answers"][0],))
+    question = f"Speaker 1: {row['query'].strip()}\nSpeaker 2: "
+    turns = tuple(turn.strip() for turn in found.texts)
+    return Request(Prompt(question, turns, layout=LAYOUT, cut_first=True), (row["answers"][0].strip(),))
 
 
 def retrieve(context: Context) -> Retrieved:
@@ -44,12 +45,12 @@ def retrieve(context: Context) -> Retrieved:
 
     def cases(number: int) -> list[Case]:
         row = rows[number]
-        turns = row["history"]
+        query, turns = row["query"].strip(), [turn.strip() for turn in row["history"]]
         if args.add_key_continuation:
             turns = ["\n".join(turns[place : place + 2]) for place in range(len(turns))]
         if analyzer is None:
-            return [Case(number, 0, row["query"], turns)]
-        return [Case(number, 0, row["query"], turns, first_terms(analyzer(row["query"])), [*map(analyzer, turns)])]
+            return [Case(number, 0, query, turns)]
+        return [Case(number, 0, query, turns, first_terms(analyzer(query)), [*map(analyzer, turns)])]
 
     def oracle(own: Sequence[Case]) -> list[np.ndarray]:
         """The reply's likelihood after each turn alone."""

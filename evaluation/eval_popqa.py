@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from evaluation.common import start
-from evaluation.few_shot import one_per_group
+from evaluation.few_shot import from_each_group
 from evaluation.task import Context, EvalTask, Found, Row
 from evaluation.text_metrics import contains_answer, mean
 from src.lm.ask import Request
@@ -18,7 +18,7 @@ from src.lm.eval_args import KNOWLEDGE_DEFAULTS, QuestionArgs
 from src.lm.memory import Response
 from src.schema import FurtherCheck, blank_problems, text_list_problems
 
-#: Relations that examples are taken of, one each.
+#: Relations that examples are taken of.
 RELATIONS = (22, 91, 97, 106, 164, 182, 218, 257, 292, 422, 472, 484, 526, 533, 560, 639)
 
 
@@ -40,19 +40,22 @@ def problems(row: Row) -> list[str]:
     return found
 
 
-def question(row: Row, answer: str = "") -> str:
+def question(query: str, answer: str = "") -> str:
     """A question, with its answer as an example."""
-    return f"Q: {row['query']} A: {answer}"
+    return f"Q: {query} A: {answer}"
 
 
-def one_per_relation(context: Context) -> Callable[[Row], Sequence[str]]:
+def of_other_relations(context: Context) -> Callable[[Row], Sequence[str]]:
     """Examples of the relations other than the row's own."""
-    return one_per_group(context, "prop_id", RELATIONS, lambda row: question(row, row.get("obj") or answers(row)[0]))
+    return from_each_group(
+        context, "prop_id", RELATIONS, lambda row: question(row["query"], row.get("obj") or answers(row)[0])
+    )
 
 
 def request(context: Context, row: Row, found: Found, examples: Sequence[str]) -> Request:
     """Knowledge, examples, question."""
-    return Request(Prompt(question(row), found.texts, tuple(examples)))
+    asked = question(row["query"].strip())
+    return Request(Prompt(asked, found.texts, tuple(examples), layout=context.ask.encoder.passages))
 
 
 def score(row: Row, response: Response) -> dict[str, float]:
@@ -76,7 +79,7 @@ TASK = EvalTask(
         "log_path": "data/results/popqa/popqa.log",
     },
     check=FurtherCheck("popqa-2", problems),
-    examples=one_per_relation,
+    examples=of_other_relations,
     request=request,
     score=score,
     gold=answers,

@@ -26,19 +26,20 @@ def problems(row: Row) -> list[str]:
 CHECK = FurtherCheck("qa-1", problems)
 
 
-def question(row: Row, answer: str = "") -> str:
+def question(query: str, answer: str = "") -> str:
     """A question, with its answer as an example."""
-    return f"Question: {row['query']}\nAnswer: {answer}"
+    return f"Question: {query}\nAnswer: {answer}"
 
 
 def examples(context: Context) -> Callable[[Row], Sequence[str]]:
     """Questions with their first answers, the same for all rows."""
-    return from_train_data(context, CHECK, lambda row: question(row, row["answers"][0]))
+    return from_train_data(context, CHECK, lambda row: question(row["query"], row["answers"][0]))
 
 
 def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request:
     """Knowledge, examples, question."""
-    return Request(Prompt(question(row), found.texts, tuple(shots)))
+    asked = question(row["query"].strip())
+    return Request(Prompt(asked, found.texts, tuple(shots), layout=context.ask.encoder.passages))
 
 
 def score(row: Row, response: Response) -> dict[str, float]:

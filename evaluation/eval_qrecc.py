@@ -31,12 +31,13 @@ def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> R
     """Knowledge, conversation, question; None for a question without an answer to compare with."""
     if not gold(row):
         return None
-    return Request(Prompt(f"Question: {row['query']}\n\nAnswer: ", found.texts))
+    question = f"Context and Question: {row['query'].strip()}\nAnswer: "
+    return Request(Prompt(question, found.texts, layout=context.ask.encoder.passages))
 
 
 def score(row: Row, response: Response) -> dict[str, float]:
-    """ROUGE-L of the texts."""
-    return {"rouge_l": mean([rouge_l(text, gold(row)) for text in response.texts])}
+    """ROUGE-L of the texts with the first answer."""
+    return {"rouge_l": mean([rouge_l(text, gold(row)[0]) for text in response.texts])}
 
 
 TASK = EvalTask(

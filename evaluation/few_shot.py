@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.icl_tasks import example_task
 from evaluation.task import ChooseHits, Context, Row
 from src import distributed
 from src.errors import UserError
@@ -17,6 +19,8 @@ from src.jsonl import open_jsonl
 from src.lm.eval_args import SAME_TASK
 from src.retrieval.searcher import query_rng
 from src.schema import EVAL_CHECK, FurtherCheck, check_eval_row, check_further
+
+logger = logging.getLogger(__name__)
 
 
 def from_train_data(
@@ -55,10 +59,12 @@ def from_train_data(
     return lambda row: groups.get(group(row), [])
 
 
-def one_per_group(
+def from_each_group(
     context: Context, field: str, groups: Sequence[Any], show: Callable[[Row], str]
 ) -> Callable[[Row], Sequence[str]]:
-    """``--few_shot`` examples out of the evaluation's rows: one, drawn by ``--seed``, of each group but the row's own.
+    """``--few_shot`` examples out of the evaluation's rows, by ``--seed``: as many of each group but the row's own.
+
+    Of a number that is smaller than the other groups, one of each of the first groups.
 
     Args:
         context: flags and rows.
@@ -71,15 +77,22 @@ def one_per_group(
     members: dict[Any, list[Row]] = {group: [] for group in groups}
     for row in context.data.rows if few_shot else ():
         members.get(row[field], []).append(row)
-    chosen = {group: show(rows[int(rng.integers(len(rows)))]) for group, rows in members.items() if rows}
-    return lambda row: [text for group, text in chosen.items() if group != row[field]][:few_shot]
+    each = max(1, few_shot // (len(groups) - 1))
+    chosen = {
+        group: [show(rows[place]) for place in rng.permutation(len(rows))[:each]] for group, rows in members.items()
+    }
+
+    def choose(row: Row) -> list[str]:
+        return [text for group, own in chosen.items() if group != row[field] for text in own][:few_shot]
+
+    return choose
 
 
 def same_task(context: Context) -> ChooseHits:
-    """Random examples out of the corpus, of the row's own ``task_name``.
+    """Random examples out of the corpus, of the row's own ``task_name``; both parts of MNLI have those of ``mnli``.
 
     Raises:
-        UserError: an example has none, or a row's task has no example.
+        UserError: an example has none, or no row's task has an example.
     """
     corpus, rows, args = context.data.corpus, context.data.rows, context.args
     assert corpus is not None
@@ -88,13 +101,15 @@ def same_task(context: Context) -> ChooseHits:
         if not isinstance(row.get("task_name"), str):
             raise UserError(f"{corpus.where(number)}: no 'task_name', which --retrieval_method {SAME_TASK} goes by")
         of_task[row["task_name"]].append(number)
+    wanted = {example_task(row["task_name"]) for row in rows}
+    if not wanted.intersection(of_task):
+        raise UserError(f"{corpus.path} has no example of any task of {rows.path}: {', '.join(sorted(wanted))}")
+    if missing := sorted(wanted.difference(of_task)):
+        logger.warning("%s has no example of %s: asked without examples", corpus.path, ", ".join(missing))
     places = {name: np.array(own) for name, own in of_task.items()}
-    for number, row in enumerate(rows):
-        if row["task_name"] not in places:
-            raise UserError(f"{rows.where(number)}: {corpus.path} has no example of its task {row['task_name']!r}")
 
     def choose(row: Row, number: int) -> list[int]:
-        own = places[row["task_name"]]
+        own = places.get(example_task(row["task_name"]), ())
         return query_rng(args.seed, row["query"]).choice(own, min(args.few_shot, len(own)), replace=False).tolist()
 
     return choose

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-import torch
-from torchmetrics.functional.classification import binary_f1_score
-
 from evaluation.task import Row, Values
-from evaluation.text_metrics import exact_match, mean, rouge_l
+from evaluation.text_metrics import binary_f1, exact_match, mean, rouge_l
 from src.lm.memory import Response
 from src.schema import blank_problems, text_list_problems, text_problems
 
@@ -41,6 +39,30 @@ def metric_of(task: str) -> str:
     return _METRICS.get(task, ACCURACY)
 
 
+def chooses(task: str) -> bool:
+    """Whether the task's answers are chosen among options, not generated."""
+    return metric_of(task) in (ACCURACY, BINARY_F1)
+
+
+def example_task(task: str) -> str:
+    """The task of a corpus whose examples serve a task: those of MNLI serve both of its parts."""
+    return "mnli" if task in ("mnli_m", "mnli_mm") else task
+
+
+def single_blanks(text: str) -> str:
+    """The text with one blank wherever there are several."""
+    return re.sub(" {2,}", " ", text)
+
+
+def right_option(row: Row) -> int | None:
+    """The option that ``answers`` names, by its text or else by its number; None if it is no option."""
+    answer, options = row["answers"][0], row["options"]
+    if answer in options:
+        return options.index(answer)
+    number = int(answer) if re.fullmatch("[0-9]+", answer.strip()) else len(options)
+    return number if number < len(options) else None
+
+
 def problems(row: Row) -> list[str]:
     """Of the fields that the evaluation needs."""
     found = text_problems(row, "task_name") + text_list_problems(row, "answers", 1) + text_list_problems(row, "options")
@@ -48,28 +70,33 @@ def problems(row: Row) -> list[str]:
         return found
     if row["task_name"] not in FAMILY_OF:
         found.append(f"task_name {row['task_name']!r} is unknown: choose from {', '.join(FAMILY_OF)}")
-    options, metric = row.get("options") or [], metric_of(row["task_name"])
+    if not chooses(row["task_name"]):
+        return found
+    options = row.get("options") or []
     found += blank_problems(row, "options")
-    if metric == BINARY_F1 and len(options) not in (0, 2):
-        found.append(f"field 'options' needs two, of which the second is the positive class, found {len(options)}")
-    if options and row["answers"][0] not in options:
-        found.append(f"answers[0] {row['answers'][0]!r} is none of the options {options!r}")
-    if not options and metric in (ACCURACY, BINARY_F1):
+    if not options:
         found.append(f"field 'options' is missing: task {row['task_name']!r} chooses between some")
+    elif metric_of(row["task_name"]) == BINARY_F1 and len(options) != 2:
+        found.append(f"field 'options' needs two, of which the second is the positive class, found {len(options)}")
+    elif right_option(row) is None:
+        found.append(f"answers[0] {row['answers'][0]!r} is none of the options {options!r}, by text or number from 0")
     return found
 
 
 def score(row: Row, response: Response) -> Values:
     """The value of the task's metric; for F1, which a single row has not, whether it is right, and both options."""
-    metric, answers = metric_of(row["task_name"]), row["answers"]
+    metric = metric_of(row["task_name"])
     if response.log_likelihoods:
-        right = row["options"].index(answers[0])
+        right = right_option(row)
+        assert right is not None
         correct = float(response.choice == right)
         if metric == BINARY_F1:
             return {"correct": correct, "chosen": float(response.choice), "right": float(right)}
         return {metric: correct}
-    measure = exact_match if metric == EXACT_MATCH else rouge_l
-    return {metric: mean([measure(text, answers) for text in response.texts])}
+    answers = [single_blanks(answer) for answer in row["answers"]]
+    if metric == ROUGE_L:
+        return {metric: mean([rouge_l(text, answers[0]) for text in response.texts])}
+    return {metric: mean([exact_match(text, answers, articles=False) for text in response.texts])}
 
 
 def summarize(rows: Sequence[tuple[Row, Values]]) -> Values:
@@ -81,8 +108,7 @@ def summarize(rows: Sequence[tuple[Row, Values]]) -> Values:
     for task in (task for task in FAMILY_OF if task in by_task):
         own = by_task[task]
         if metric_of(task) == BINARY_F1:
-            chosen, right = (torch.tensor([int(values[name]) for values in own]) for name in ("chosen", "right"))
-            tasks[task] = float(binary_f1_score(chosen, right))
+            tasks[task] = binary_f1([values["chosen"] for values in own], [values["right"] for values in own])
         else:
             tasks[task] = mean([next(iter(values.values())) for values in own])
     present = {family: [tasks[name] for name in names if name in tasks] for family, names in FAMILIES.items()}

@@ -14,7 +14,7 @@ from evaluation.task import Context, Found, Retrieved, Row
 from src.errors import UserError
 from src.lm.ask import Request, RequestEncoder
 from src.lm.eval_args import ORACLE
-from src.lm.prompts import PromptTokens, special_prefix
+from src.lm.prompts import PromptTokens
 from src.lm.selfret_chunk import ChunkPlan, Integration, plan_chunks, windows
 from src.lm.selfret_history import Case
 
@@ -26,7 +26,8 @@ def read_text(args: Any, encoder: RequestEncoder, row: Row) -> tuple[list[int], 
     """Tokens of a text, no more than --context_max_length from its end, and its plan."""
     tokens = encoder.tokenizer(row["text"][: args.anchor_length], add_special_tokens=False)["input_ids"]
     tokens = tokens[-args.context_max_length :]
-    return tokens, plan_chunks(len(tokens), args.target_length, args.context_window_size, args.chunk_size)
+    replaces = args.integrate_method == "replace"
+    return tokens, plan_chunks(len(tokens), args.target_length, args.context_window_size, args.chunk_size, replaces)
 
 
 def integration(args: Any, encoder: RequestEncoder) -> Integration:
@@ -38,8 +39,7 @@ def integration(args: Any, encoder: RequestEncoder) -> Integration:
     size = len(encoder.tokenizer)
     if beyond := [token for token in args.add_sep or () if not 0 <= token < size]:
         raise UserError(f"--add_sep {beyond[0]}: the LM's tokenizer has the tokens 0 to {size - 1}")
-    before, separator = tuple(special_prefix(encoder.tokenizer)), tuple(args.add_sep or ())
-    return Integration(args.order_method, args.integrate_method == "replace", separator, before, encoder.max_length)
+    return Integration(args.order_method, args.integrate_method == "replace", tuple(args.add_sep or ()))
 
 
 def window_limit(args: Any, encoder: RequestEncoder) -> int:
@@ -50,14 +50,13 @@ def window_limit(args: Any, encoder: RequestEncoder) -> int:
     """
     retrieved = args.retrieval_method != "no" and args.integrate_method == "concat"
     size = args.context_window_size
-    size += args.key_num * (2 * args.chunk_size + len(args.add_sep or ())) * retrieved
+    size += args.key_num * 2 * args.chunk_size * retrieved
     if size > encoder.max_length:
         raise UserError(
             f"the LM takes {encoder.max_length} tokens, and windows need {size}: lower --context_window_size, "
             "--key_num or --chunk_size, or use --integrate_method replace"
         )
-    # Tokens that begin a text need no room of their own: the most distant context makes it, see `windows`.
-    return min(size + len(integration(args, encoder).before), encoder.max_length)
+    return size
 
 
 def text_windows(context: Context, row: Row, retrieved: Sequence[Sequence[int]]) -> list[PromptTokens]:
@@ -69,7 +68,9 @@ def text_windows(context: Context, row: Row, retrieved: Sequence[Sequence[int]])
 def from_past(context: Context) -> Retrieved:
     """Chunks of each text's own past, for each of its target chunks."""
     args, rows, encoder = context.args, context.data.rows, context.ask.encoder
-    tokenizer = encoder.tokenizer
+
+    def decoded(tokens: Sequence[int]) -> str:
+        return str(encoder.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     @lru_cache(maxsize=TEXTS_A_TIME)
     def read(number: int) -> tuple[list[int], ChunkPlan | None]:
@@ -81,9 +82,9 @@ def from_past(context: Context) -> Retrieved:
             return []
         spans = plan.values if args.add_key_continuation else plan.keys
         terms = [tokens[span.start : span.stop] for span in spans]
-        texts = [str(tokenizer.decode(own)) for own in terms] if args.retrieval_method == "dense" else [""] * len(terms)
+        texts = list(map(decoded, terms)) if args.retrieval_method == "dense" else [""] * len(terms)
         queries = [tokens[span.start : span.stop] for span in plan.queries]
-        return [Case(number, place, str(tokenizer.decode(own)), texts, own, terms) for place, own in enumerate(queries)]
+        return [Case(number, place, decoded(own), texts, own, terms) for place, own in enumerate(queries)]
 
     def oracle(own: Sequence[Case]) -> list[np.ndarray]:
         """The target chunk's likelihood after each key alone."""
@@ -103,7 +104,7 @@ def from_past(context: Context) -> Retrieved:
     def texts(number: int, chosen: Sequence[Sequence[int]]) -> tuple[str, ...]:
         tokens, plan = read_text(args, encoder, rows[number])
         spans = [plan.values[key] for keys in chosen for key in keys] if plan is not None else []
-        return tuple(str(tokenizer.decode(tokens[span.start : span.stop])) for span in spans)
+        return tuple(decoded(tokens[span.start : span.stop]) for span in spans)
 
     return [
         Found(tuple(tuple(keys) for keys in own), texts(number, own) if args.debug_retrieval else ())

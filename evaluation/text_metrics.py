@@ -1,31 +1,84 @@
-"""Metrics of generated texts: each takes one output and all acceptable answers, and gives a number from 0 to 1."""
+"""Metrics of generated texts: each takes one output and what is right, and gives a number from 0 to 1."""
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
-from torchmetrics.functional.text import rouge_score, squad
-
-
-def _squad(output: str, answers: Sequence[str], which: str) -> float:
-    target: Any = {"answers": {"answer_start": [0] * len(answers), "text": list(answers)}, "id": "0"}
-    return float(squad([{"prediction_text": output, "id": "0"}], [target])[which]) / 100
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def exact_match(output: str, answers: Sequence[str]) -> float:
-    """1 if the output is one of the answers after SQuAD's normalisation (case, punctuation, articles, blanks)."""
-    return _squad(output, answers, "exact_match")
+def _words(text: str, articles: bool) -> list[str]:
+    """Lower-cased words without ASCII punctuation, and without `articles` unless these count."""
+    text = text.lower().translate(_NO_PUNCTUATION)
+    return (text if articles else re.sub(r"\b(a|an|the)\b", " ", text)).split()
+
+
+def exact_match(output: str, answers: Sequence[str], articles: bool = True) -> float:
+    """1 if the output is one of the answers, whatever their case, punctuation and blanks.
+
+    Args:
+        output: text.
+        answers: all that are right.
+        articles: whether a, an and the count; SQuAD's own normalisation (Rajpurkar et al. 2016) leaves them out.
+    """
+    return float(any(_words(output, articles) == _words(answer, articles) for answer in answers))
 
 
 def token_f1(output: str, answers: Sequence[str]) -> float:
     """F1 of the words shared with the best-fitting answer, normalised as SQuAD does (Rajpurkar et al. 2016)."""
-    return _squad(output, answers, "f1")
+    return max(_f1(_words(output, False), _words(answer, False)) for answer in answers)
 
 
-def rouge_l(output: str, answers: Sequence[str]) -> float:
-    """ROUGE-L F1 (Lin 2004) with the best-fitting answer, lower-cased, letters and digits only, no stemming."""
-    return max(float(rouge_score(output, answer, rouge_keys="rougeL")["rougeL_fmeasure"]) for answer in answers)
+def _f1(words: Sequence[str], right: Sequence[str]) -> float:
+    if not words or not right:
+        return float(words == right)
+    return 2 * sum((Counter(words) & Counter(right)).values()) / (len(words) + len(right))
+
+
+def binary_f1(chosen: Sequence[float], right: Sequence[float]) -> float:
+    """F1 of the class 1 among classes 0 and 1; 0 if it neither is right nor was chosen anywhere."""
+    both = sum(one * other for one, other in zip(chosen, right, strict=True))
+    return 2 * both / max(sum(chosen) + sum(right), 1)
+
+
+def rouge_l(output: str, answer: str) -> float:
+    """ROUGE-L F1 of summaries (Lin 2004): sentences end at full stops, words are what stands between blanks.
+
+    The words that any sentence shares with any of the answer's, in a longest common subsequence, over the distinct
+    words of each, as the package rouge counts them.
+    """
+    written, wanted = _sentences(output), _sentences(answer)
+    shared = {word for one in wanted for other in written for word in _common_subsequence(one, other)}
+    precision, recall = (len(shared) / len({word for own in side for word in own}) for side in (written, wanted))
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def _sentences(text: str) -> list[list[str]]:
+    """Words of each sentence; of one without words an empty word, as there always is behind the last full stop."""
+    return [part.split() or [""] for part in (text if "\n" in text else f"{text}\n").split(".") if part]
+
+
+def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> list[str]:
+    """A longest common subsequence, backwards; where two are as long the one that ends earlier in `second`."""
+    sizes = [[0] * (len(second) + 1)]
+    for word in first:
+        above, row = sizes[-1], [0]
+        for place, other in enumerate(second):
+            row.append(above[place] + 1 if word == other else max(above[place + 1], row[place]))
+        sizes.append(row)
+    i, j, found = len(first), len(second), []
+    while i and j:
+        if first[i - 1] == second[j - 1]:
+            i, j = i - 1, j - 1
+            found.append(first[i])
+        elif sizes[i - 1][j] > sizes[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return found
 
 
 def contains_answer(output: str, answers: Sequence[str]) -> float:

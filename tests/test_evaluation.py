@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from evaluation.common import run_task
 from evaluation.mmlu_subjects import GROUP_OF, GROUPS
-from evaluation.text_metrics import contains_answer, exact_match, rouge_l, token_f1
+from evaluation.text_metrics import binary_f1, contains_answer, exact_match, rouge_l, token_f1
 from scripts import sample_eval, sample_lm
 from src.cli import run as run_entry
 from src.errors import UserError
@@ -181,7 +181,7 @@ def test_icl(evaluate, data_root, models):  # noqa: F811
     for output, row in list(zip(outputs, rows, strict=True))[:4]:
         examples = [corpus[index] for index in output["retrieved"]]
         assert [example["task_name"] for example in examples] == [row["task_name"]] * 2
-        text = f"{examples[1]['contents']}\n\n{examples[0]['contents']}\n\n{row['query']}\n"
+        text = f"{examples[1]['contents']}\n{examples[0]['contents']}\n{row['query']}\n "
         if row["options"]:
             wanted = [reference.option_likelihood(model, tokenizer, text, option)[0] for option in row["options"]]
             np.testing.assert_allclose(output["response"]["log_likelihoods"], wanted, atol=1e-5)
@@ -227,10 +227,10 @@ def test_qrecc(evaluate, data_root, models):  # noqa: F811
         read_rows(data_root / "convsearch/qrecc/test.concat.json")[0],
         read_rows(data_root / "qa/nq/corpus.json"),
     )
-    text = f"Knowledge: {corpus[row['pos_index'][0]]['text']}\n\nQuestion: {row['query']}\n\nAnswer: "
+    text = f"Knowledge: {corpus[row['pos_index'][0]]['text']}\n\nContext and Question: {row['query']}\nAnswer: "
     model, tokenizer = loaded(models["llama"])
     assert outputs[0]["output"] == [reference.greedy(model, tokenizer, text, 8)]
-    values = [rouge_l(output["output"][0], output["gold"]) for output in outputs]
+    values = [rouge_l(output["output"][0], output["gold"][0]) for output in outputs]
     assert record["metrics"]["rouge_l"] == pytest.approx(np.mean(values))
 
 
@@ -288,23 +288,13 @@ def test_lrlm(evaluate, data_root, models, method, flags):  # noqa: F811
         parts = reference.chunk_windows(ids, 48, 96, 16, keys, order, "replace" in flags, separator)
         total = 0.0
         for prompt, target in parts:
-            whole = [tokenizer.cls_token_id, *prompt, *target]
+            whole = [*prompt, *target]
             total -= reference.likelihood_of(model, whole, len(whole) - len(target)) * len(target)
         assert output["values"]["nll"] == pytest.approx(total, rel=1e-5)
         nll, tokens = nll + total, tokens + 48
     assert record["metrics"]["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
     assert record["skipped"] == 1
     assert "1 of 3 rows are left out, since they are not longer than --target_length" in printed
-
-
-def test_a_window_of_just_what_the_model_takes_makes_room_for_what_begins_a_text():
-    plan, tokens = plan_chunks(40, 8, 16, 4), range(100, 140)
-    none = [[]] * len(plan.targets)
-    (whole,) = windows(plan, none, tokens, Integration("sequential", False, (), (1,)))
-    assert whole.prompt == (1, *tokens[24:32])
-    (cut,) = windows(plan, none, tokens, Integration("sequential", False, (), (1,), 16))
-    assert cut.prompt == (1, *tokens[25:32])
-    assert cut.answer == whole.answer == tuple(tokens[32:])
 
 
 def test_questions_without_answers_are_left_out_of_rouge(evaluate, data_root, tmp_path):
@@ -355,21 +345,27 @@ def test_plan_of_the_paper_and_of_tiny_texts():
     assert len(plan.targets) == len(plan.queries) == 8
     assert plan.targets[0] == range(31744, 31872)
     assert plan.queries[0] == range(31616, 31744)
-    assert len(plan.keys) == 240
+    assert len(plan.keys) == 239
     assert (plan.keys[0], plan.values[0]) == (range(128), range(256))
     # Nothing that is retrieved reaches into the window.
-    assert plan.values[-1] == plan.keys[-1] == range(30592, 30720)
-    tiny = plan_chunks(10, 5, 8, 2)
-    assert tiny.targets == (range(5, 7), range(7, 9), range(9, 10))
-    assert tiny.keys == (range(0, 2),)
+    assert (plan.keys[-1], plan.values[-1]) == (range(30464, 30592), range(30464, 30720))
+    # What is to be replaced may stay instead.
+    replaced = plan_chunks(32768, 1024, 2048, 128, replace=True)
+    assert len(replaced.keys) == 241
+    assert (replaced.keys[-1], replaced.values[-1]) == (range(30720, 30848), range(30720, 30976))
+    tiny = plan_chunks(15, 5, 8, 2)
+    assert tiny.targets == (range(10, 12), range(12, 14), range(14, 15))
+    # Chunks are counted from the window, so that the first one may be short.
+    assert tiny.keys == (range(0, 1), range(1, 3), range(3, 5))
+    assert tiny.values[0] == range(0, 3)
     assert plan_chunks(5, 5, 8, 2) is None
-    assert plan_chunks(6, 5, 8, 2).keys == ()
+    assert plan_chunks(6, 5, 8, 2).keys == plan_chunks(6, 5, 8, 2, replace=True).keys == ()
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(2, 300), st.integers(1, 60), st.integers(1, 60), st.integers(1, 20), st.booleans(), st.randoms())
 def test_windows_hold_every_target_once_and_stay_in_their_budget(length, target, more, chunk, replace, random):
-    plan = plan_chunks(length, target, target + more, chunk)
+    plan = plan_chunks(length, target, target + more, chunk, replace)
     if plan is None:
         assert length <= target
         return
@@ -381,7 +377,6 @@ def test_windows_hold_every_target_once_and_stay_in_their_budget(length, target,
     for each in found:
         assert each.prompt
         assert each.prompt[-1] == each.answer[0] - 1
-        assert len(set(each.prompt)) == len(each.prompt)
         assert len(each) <= target + more + (0 if replace else wanted * 2 * chunk)
 
 
@@ -426,12 +421,36 @@ def test_prompts_stay_in_their_budget_and_keep_the_question(knowledge, examples,
 
 
 def test_text_metrics_by_hand():
-    assert exact_match("The  Eiffel-Tower!", ["eiffeltower"]) == 1
+    assert exact_match("  Eiffel-Tower!", ["x", "eiffeltower"]) == 1
+    # The authors' own normalisation keeps articles, SQuAD's does not.
+    assert exact_match("The Tower", ["tower"]) == 0
+    assert exact_match("The Tower", ["tower"], articles=False) == 1
     assert token_f1("the big red house", ["red house", "x"]) == pytest.approx(2 * (2 / 3) / (2 / 3 + 1))
+    assert token_f1("x", ["y"]) == 0
+    assert token_f1("the", ["a"]) == 1
+    assert binary_f1([0, 0], [0, 0]) == 0
     # Longest common subsequence a c d of 4 and 3 words.
-    assert rouge_l("a b c d", ["a c d"]) == pytest.approx(2 * (3 / 4) / (3 / 4 + 1))
+    assert rouge_l("a b c d", "a c d") == pytest.approx(2 * (3 / 4) / (3 / 4 + 1))
     assert contains_answer("It is PARIS, paris.", ["Paris"]) == 1
     assert contains_answer("It is PARIS.", ["Paris"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("output", "answer", "wanted"),
+    [
+        ("北京", "北京", 1),
+        ("the cat sat", "The cat sat on it", 0.5),
+        ("a b. c d", "a b. d c.", 0.666667),
+        ("a a a b", "a b b", 1),
+        ("", "x", 0),
+        ("x.y z", "z x.y.", 0.857143),
+        ("b a c. a b", "a b c. b. a", 1),
+        ("one\ntwo three", "one two. three", 1),
+    ],
+)
+def test_rouge_l_is_that_of_the_package_rouge(output, answer, wanted):
+    """Recorded from rouge 1.0.1, a newline put behind either text that has none, as the authors do."""
+    assert rouge_l(output, answer) == pytest.approx(wanted, abs=1e-6)
 
 
 # --- the runner -----------------------------------------------------------------------------------------------------

@@ -215,6 +215,14 @@ def test_examples_of_popqa_are_of_all_other_relations(evaluate, asked, writer, t
     assert examples("--save_name", "again") == found
     assert examples("--seed", 7) != found
     assert all(own == found[question][:2] for question, own in examples("--few_shot", 2).items())
+    # As many of each as go into the number.
+    for number, each in ((29, 1), (30, 2), (45, 3)):
+        many = examples("--few_shot", number, "--context_max_length", 4000)
+        for row in rows:
+            own = many[f"Q: {row['query']} A:"]
+            assert len(set(own)) == len(own)
+            others = [relation for relation in RELATIONS if relation != row["prop_id"] for _ in range(each)]
+            assert [shown[example]["prop_id"] for example in own] == others[:number]
 
 
 # --- processes ------------------------------------------------------------------------------------------------------

@@ -159,10 +159,10 @@ def test_chunks_of_a_text(evaluate, models, bert, tmp_path, method, flags):
     wanted = []
     for row in TEXTS:
         tokens = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
-        window, targets = max(0, len(tokens) - WINDOW), range(len(tokens) - TARGET, len(tokens), CHUNK)
-        starts = reference.key_starts(len(tokens), WINDOW, CHUNK)
+        targets = range(len(tokens) - TARGET, len(tokens), CHUNK)
+        starts = reference.key_starts(len(tokens), WINDOW, CHUNK, "replace" in flags)
         size = 2 * CHUNK if "--add_key_continuation" in flags else CHUNK
-        keys = [tokens[start : min(start + size, window)] for start in starts]
+        keys = [tokens[max(0, start) : start + size] for start in starts]
         wanted.append([])
         for number, target in enumerate(targets if targets.start > 0 else ()):
             query = tokens[max(0, target - CHUNK) : target]
@@ -179,7 +179,7 @@ def test_chunks_of_a_text(evaluate, models, bert, tmp_path, method, flags):
                         tokens, TARGET, WINDOW, CHUNK, alone, "sequential", "replace" in flags, []
                     )
                     prompt, answer = windows[number]
-                    whole = [tokenizer.cls_token_id, *prompt, *answer]
+                    whole = [*prompt, *answer]
                     scores.append(likelihood_of(model, whole, len(whole) - len(answer)))
             wanted[-1].append(reference.best(scores, 3))
     assert [output["retrieved"] for output in outputs] == wanted

@@ -7,12 +7,12 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from src.lm.budget import Prompt, fit
+from src.lm.budget import Layout, Prompt, fit, passages_layout
 from src.lm.generate import Decoding, generate
 from src.lm.likelihood import score_prompts
 from src.lm.memory import Response, ResponseMemory
@@ -83,6 +83,11 @@ class RequestEncoder:
     frame: Frame = PLAIN
     encoder_decoder: bool = False
     truncation_side: str = "right"
+
+    @cached_property
+    def passages(self) -> Layout:
+        """See `passages_layout`."""
+        return passages_layout(self.tokenizer)
 
     def encode(self, request: Request) -> Tokens | None:
         """None when the question does not fit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,15 +18,28 @@ class Layout:
     Attributes:
         before_knowledge: before the first key.
         between_keys: between two keys.
-        between_parts: between knowledge, header, examples and question.
+        after_knowledge: between knowledge and the rest.
+        between_parts: between header, examples and question.
     """
 
     before_knowledge: str = "Knowledge: "
     between_keys: str = "\n"
+    after_knowledge: str = "\n\n"
     between_parts: str = "\n\n"
 
 
 DEFAULT_LAYOUT = Layout()
+
+
+def passages_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """Passages before a question: the two encoded apart and decoded as one, as the original does.
+
+    Tokenizers that begin every text with a blank (Llama's) leave it between them.
+    """
+    parts = tokenizer(["a", "\n\na"], add_special_tokens=False)["input_ids"]
+    decoded = cast(str, tokenizer.decode([token for part in parts for token in part]))
+    blank, newline, _ = decoded.removeprefix("a").partition("\n")
+    return Layout(after_knowledge=f"{blank}\n\n") if newline else DEFAULT_LAYOUT
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,8 @@ class Prompt:
         keys = [key for key in self.knowledge if key]
         knowledge = [layout.before_knowledge + layout.between_keys.join(keys)] if keys else []
         header = [self.header] if self.header else []
-        return layout.between_parts.join([*knowledge, *header, *self.examples, self.question])
+        rest = layout.between_parts.join([*header, *self.examples, self.question])
+        return layout.after_knowledge.join([*knowledge, rest])
 
 
 def fit(

@@ -133,7 +133,9 @@ class SelfRetrievalArgs:
         "concat",
         f"{' or '.join(INTEGRATE_METHODS)}: retrieved keys go before the context, or replace its most distant part.",
     )
-    add_sep: list[int] | None = flag(None, "Tokens to put behind each retrieved key.")
+    add_sep: list[int] | None = flag(
+        None, "Tokens that take the place of the last ones of each retrieved key; fewer than --chunk_size."
+    )
 
     def __post_init__(self) -> None:
         check_choice("order_method", self.order_method, ORDER_METHODS)
@@ -145,6 +147,10 @@ class SelfRetrievalArgs:
             key_num=self.key_num,
             chunk_batch_size=self.chunk_batch_size,
         )
+        if len(self.add_sep or ()) >= self.chunk_size:
+            raise UserError(
+                f"--add_sep: its {len(self.add_sep or ())} tokens must be fewer than --chunk_size {self.chunk_size}"
+            )
 
 
 @dataclass

@@ -78,7 +78,7 @@ class Frame:
         """The prompt within its frame; the answer follows as it stands."""
         if not self.before and not self.after:
             return prompt
-        return f"{self.before}{prompt.rstrip(' ')}{self.after}"
+        return f"{self.before}{prompt.rstrip()}{self.after}"
 
 
 #: What part of a character decodes to.

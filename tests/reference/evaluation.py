@@ -94,11 +94,15 @@ def option_likelihood(model: Any, tokenizer: Any, text: str, option: str) -> tup
     return likelihood_of(model, whole, len(head)), len(whole) - len(head)
 
 
-def key_starts(length: int, window_size: int, chunk_size: int) -> list[int]:
-    """Where the chunks before a text's window begin."""
+def key_starts(length: int, window_size: int, chunk_size: int, replace: bool = False) -> list[int]:
+    """Where the chunks before a text's window begin, counted from its start backwards; with `replace` also its first.
+
+    The last of them only continues the one before it, so it is no key; the first may have begun before the text.
+    """
+    window = max(0, length - window_size)
     starts: list[int] = []
-    first = max(0, length - window_size) - chunk_size
-    while first >= 0:
+    first = window if replace and window else window - 2 * chunk_size
+    while first > -chunk_size:
         starts.insert(0, first)
         first -= chunk_size
     return starts
@@ -117,33 +121,19 @@ def chunk_windows(
     """For each target chunk (prompt, target): retrieved chunks with what follows them, then the text's own window."""
     start = len(tokens) - target_length
     window = max(0, len(tokens) - window_size)
-    starts = key_starts(len(tokens), window_size, chunk_size)
+    starts = key_starts(len(tokens), window_size, chunk_size, replace)
     found = []
     for number, begin in enumerate(range(start, len(tokens), chunk_size)):
         keys = list(retrieved[number])
-        if replace:
-            room = max(0, start - chunk_size) - window if start - chunk_size > window else 0
-            kept = []
-            for key in keys:
-                size = len(tokens[starts[key] : min(starts[key] + 2 * chunk_size, window)]) + len(separator)
-                if size > room:
-                    break
-                room -= size
-                kept.append(key)
-            keys = kept
-        keys = sorted(keys) if order == "sequential" else keys[::-1]
-        prefix: list[int] = []
-        used: list[int] = []
-        for key in keys:
-            new = []
-            for position in range(starts[key], min(starts[key] + 2 * chunk_size, window)):
-                if position not in used:
-                    used.append(position)
-                    new.append(tokens[position])
-            if new:
-                prefix += new + separator
         context = tokens[window:begin]
         if replace:
-            context = context[len(prefix) :]
+            # Two chunks of the window make room for a key, up to the first query.
+            keys = keys[: max(0, start - chunk_size - window) // (2 * chunk_size)]
+            context = context[2 * chunk_size * len(keys) :]
+        keys = sorted(keys) if order == "sequential" else keys[::-1]
+        prefix: list[int] = []
+        for key in keys:
+            value = tokens[max(0, starts[key]) : starts[key] + 2 * chunk_size]
+            prefix += value[: len(value) - len(separator)] + separator
         found.append((prefix + context, tokens[begin : min(begin + chunk_size, len(tokens))]))
     return found
