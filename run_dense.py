@@ -21,6 +21,7 @@ from src.retrieval.builders import (
     encoder_config,
     eval_config,
     load_eval_data,
+    log_file,
     lora_settings,
     resolved_arguments,
 )
@@ -88,7 +89,8 @@ def work(args: RetrievalArgs, training: RetrievalTrainingArgs, given: frozenset[
     arguments = resolved_arguments(args, training, model)
     evaluate_model = None
     if eval_data is not None:
-        evaluate_model = recorded(dense_evaluator(args, eval_data, evaluation, device), training.log_path, arguments)
+        log = log_file(args, training.log_path)
+        evaluate_model = recorded(dense_evaluator(args, eval_data, evaluation, device), log, arguments)
     if sources:
         score_batch = DenseBatchScores(
             model.metric, training.negative_cross_device, tuple(training.matryoshka_dims or ())

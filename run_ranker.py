@@ -17,7 +17,7 @@ from src.devices import prepared
 from src.errors import UserError
 from src.retrieval.args import RankerArgs
 from src.retrieval.batch_scores import ranker_batch_scores
-from src.retrieval.builders import check_outputs, chunk_policy, eval_config, load_eval_data, ranker_config
+from src.retrieval.builders import check_outputs, chunk_policy, eval_config, load_eval_data, log_file, ranker_config
 from src.retrieval.checkpoint_folders import checkpoint_to_resume
 from src.retrieval.collator import PairCollator
 from src.retrieval.dry_run import evaluation_lines, training_lines
@@ -78,7 +78,8 @@ def work(args: RankerArgs, training: RetrievalTrainingArgs, given: frozenset[str
         return
     evaluate_model = None
     if eval_data is not None:
-        evaluate_model = recorded(ranker_evaluator(args, eval_data, evaluation, device), training.log_path, arguments)
+        log = log_file(args, training.log_path)
+        evaluate_model = recorded(ranker_evaluator(args, eval_data, evaluation, device), log, arguments)
     if sources:
         cards = card_writer(ranker_uses(model, args.ranker), args, training, sources, given, arguments)
         with hold_outputs(eval_data, evaluation):

@@ -27,7 +27,7 @@ from src.lm.eval_args import GenerateArgs, LMEvalArgs
 from src.lm.memory import ResponseMemory
 from src.lm.modeling_lm import LMConfig, lm_max_length, load_lm, load_lm_tokenizer, model_identity
 from src.lm.prompts import make_frame
-from src.retrieval.builders import check_outputs, encoder_config, eval_config
+from src.retrieval.builders import check_outputs, encoder_config, eval_config, log_file
 from src.retrieval.collate import query_id
 from src.retrieval.encode import progress
 from src.retrieval.evaluate import LABEL_METRICS, EvalData
@@ -79,7 +79,8 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
             answered, skipped = ask(context, task, found, examples, path)
             metrics |= answered
             facts |= {"model": args.model_name_or_path, "outputs": path, "rows": len(data.rows), "skipped": skipped}
-        record(metrics, args.log_path, asdict(args), seconds=round(time.monotonic() - started, 1), **facts)
+        log = log_file(args, args.log_path)
+        record(metrics, log, asdict(args), seconds=round(time.monotonic() - started, 1), **facts)
         if asker is not None:
             asker.memory.finish()
 

@@ -22,6 +22,7 @@ from src.retrieval.builders import (
     encoder_config,
     eval_config,
     load_eval_data,
+    log_file,
 )
 from src.retrieval.dry_run import evaluation_lines
 from src.retrieval.evaluate import retrieve
@@ -74,7 +75,8 @@ def main(name: str = "retrieval", **defaults: Any) -> None:
         data, config, lambda: dense_scorer(args, device, load_model()), lambda: retrieve(data, config, searcher)
     )
     facts = {"task": name, "retriever": retriever_name(args)}
-    record(metrics, args.log_path, asdict(args), seconds=round(time.monotonic() - started, 1), **facts)
+    log = log_file(args, args.log_path)
+    record(metrics, log, asdict(args), seconds=round(time.monotonic() - started, 1), **facts)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@
 #   NPROC LM_NPROC     processes of training and retrieval; of evaluations with the LM
 #   BATCH STEPS        rows per process and step; steps
 #   TRAIN              0: evaluate only, MODEL (a folder or hub name)
+#   LRLM_SETS          kinds of long texts to evaluate on
 #   METHODS TASKS      retrieval methods to evaluate (dense is the retriever; say "no bm25 dense" for the baselines); tasks
 #   TRAIN_FLAGS EVAL_FLAGS   further flags of training; of every evaluation
 #   LM_FLAGS LRLM_FLAGS      of the evaluations with the LM but lrlm; of lrlm
@@ -34,6 +35,7 @@ if [ -n "$SAMPLE" ]; then
     LM=${LM:-data/sample/lm}
     OUTPUT=${OUTPUT:-data/outputs/llm-embedder-sample}
     RESULTS=${RESULTS:-data/results/sample}
+    LRLM_SETS=${LRLM_SETS:-books3}
     TRAIN_DATA=${TRAIN_DATA:-llm-embedder:qa/nq/train.json llm-embedder:tool/toolbench/train.json}
     NPROC=${NPROC:-1} BATCH=${BATCH:-16} STEPS=${STEPS:-30}
     TRAIN_FLAGS=${TRAIN_FLAGS:---train_group_size 4 --query_max_length 64 --key_max_length 128 --learning_rate 5e-5}
@@ -59,6 +61,7 @@ TRAIN=${TRAIN:-1}
 MODEL=${MODEL:-$OUTPUT/checkpoint-$STEPS}
 METHODS=${METHODS:-dense}
 TASKS=${TASKS:-mmlu popqa qa icl msc lrlm tool qrecc}
+LRLM_SETS=${LRLM_SETS:-books3 arxiv codeparrot pg19}
 LRLM=${LRLM:-llm-embedder:lrlm/books3/train.json llm-embedder:lrlm/arxiv/train.json llm-embedder:lrlm/codeparrot/train.json}
 TRAIN_DATA=${TRAIN_DATA:-llm-embedder:qa/msmarco/train.json llm-embedder:qa/nq/train.json \
 llm-embedder:convsearch/qrecc/train.concat.json llm-embedder:tool/toolbench/train.json \
@@ -84,21 +87,32 @@ elif [ "$TRAIN" = 1 ]; then
 fi
 
 failed=()
+# evaluate PROCESSES TASK FLAGS…, with the method at hand
+# shellcheck disable=SC2086
+evaluate() {
+    local processes=$1 task=$2; shift 2
+    launch "$processes" -m "evaluation.eval_$task" --data_root "$DATA_ROOT" --retrieval_method "$method" \
+        --query_encoder "$MODEL" --version llm-embedder --output_dir "$RESULTS/$task" "$@" $EVAL_FLAGS ||
+        failed+=("$task/$method")
+}
+lm=(--model_name_or_path "$LM")
+# shellcheck disable=SC2086
 for method in $METHODS; do
     for task in $TASKS; do
-        # Without retrieval there is nothing to measure of it.
-        case $method/$task in no/tool | no/qrecc) continue ;; esac
-        processes=$LM_NPROC flags=(--model_name_or_path "$LM" $LM_FLAGS)
-        case $task in
-            tool) processes=$NPROC flags=() ;;
-            qrecc) processes=$NPROC ;;
-            # shellcheck disable=SC2206
-            lrlm) flags=(--model_name_or_path "$LM" $LRLM_FLAGS) ;;
+        log=(--log_path "$RESULTS/$task/$task.log")
+        case $method/$task in
+            # Without retrieval there is nothing to measure of it.
+            no/tool | no/qrecc) ;;
+            */tool) evaluate "$NPROC" tool "${log[@]}" ;;
+            */qrecc) evaluate "$NPROC" qrecc "${log[@]}" "${lm[@]}" $LM_FLAGS ;;
+            */lrlm)
+                for set in $LRLM_SETS; do
+                    evaluate "$LM_NPROC" lrlm --eval_data "llm-embedder:lrlm/$set/test.json" --log_path "$RESULTS/lrlm" \
+                        "${lm[@]}" $LRLM_FLAGS
+                done
+                ;;
+            *) evaluate "$LM_NPROC" "$task" "${log[@]}" "${lm[@]}" $LM_FLAGS ;;
         esac
-        # shellcheck disable=SC2086
-        launch "$processes" -m "evaluation.eval_$task" --data_root "$DATA_ROOT" --retrieval_method "$method" \
-            --query_encoder "$MODEL" --version llm-embedder --output_dir "$RESULTS/$task" \
-            --log_path "$RESULTS/$task/$task.log" "${flags[@]}" $EVAL_FLAGS || failed+=("$task/$method")
     done
 done
 do_ python -m evaluation.report "$RESULTS"

@@ -19,13 +19,13 @@ def versions() -> dict[str, str]:
 
 
 def lines_path(log_path: str) -> Path:
-    """The file of JSON lines of a log, itself when it ends in ``.jsonl``."""
+    """The file of JSON lines of a log: of its name, with ``.jsonl`` in place of ``.log`` or behind any other ending."""
     path = Path(log_path)
-    return path.with_suffix(path.suffix + "l" if path.suffix == ".json" else ".jsonl")
+    return path if path.suffix == ".jsonl" else path.with_name(f"{path.name.removesuffix('.log')}.jsonl")
 
 
 def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[str, Any], **facts: Any) -> None:
-    """Append a block to `log_path` and a line to the same path with the ending ``.jsonl``.
+    """Append a block to `log_path` and a line to the file of JSON lines beside it.
 
     Args:
         log_path: created with its folder when missing; one that ends in ``.jsonl`` gets the lines only.

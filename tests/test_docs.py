@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from src.retrieval import engines
 from src.retrieval import training_args as args_module
 from src.retrieval.task_config import load_task_config
 from src.schema import check_lm_row, check_train_row
-from tests.helpers import ROOT
+from tests.helpers import ROOT, environment
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FINE_TUNE = ROOT / "docs" / "fine-tune.md"
@@ -161,3 +162,23 @@ def test_example_of_own_tasks_is_accepted(tmp_path):
     found = load_task_config(str(tmp_path / "tasks.yaml"))
     assert found["claims"].lm_prompt == "qa"
     assert found["qa"].training == {"contrastive_weight": 0.5}
+
+
+def run_script(**settings: str) -> list[list[str]]:
+    """Words of the commands that scripts/llm-embedder.sh runs."""
+    script = ["bash", ROOT / "scripts/llm-embedder.sh"]
+    done = subprocess.run(script, env=environment(**settings), capture_output=True, text=True, check=True)
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def test_the_script_evaluates_on_all_kinds_of_long_texts():
+    commands = run_script(DRY_RUN="1", METHODS="no dense", TASKS="lrlm qrecc tool", RESULTS="results")
+    long_texts = [words for words in commands if "evaluation.eval_lrlm" in words]
+    for method in ("no", "dense"):
+        own = [words for words in long_texts if words[words.index("--retrieval_method") + 1] == method]
+        sets = [f"llm-embedder:lrlm/{name}/test.json" for name in ("books3", "arxiv", "codeparrot", "pg19")]
+        assert [words[words.index("--eval_data") + 1] for words in own] == sets
+        # A folder, in which each set has a log of its own.
+        assert {words[words.index("--log_path") + 1] for words in own} == {"results/lrlm"}
+    others = [words for words in commands if {"evaluation.eval_qrecc", "evaluation.eval_tool"}.intersection(words)]
+    assert [words[words.index("--retrieval_method") + 1] for words in others] == ["dense", "dense"]

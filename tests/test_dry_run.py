@@ -304,7 +304,7 @@ IN_THE_WAY = {
     "collate_key --save_to_output": "out/test.key.json",
     "collate_score": "test.scored.json",
     "collate_score --save_to_output --save_name x": "out/test.scored.x.json",
-    "mrr, log": "logs/x.log",
+    "mrr, log": "logs",
     "mrr, lines of the log": "logs/x.jsonl",
     "mrr --save_encode": "out/embeddings",
     "mrr --save_index --embedding_name wiki": "out/wiki",

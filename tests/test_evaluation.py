@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
+from evaluation import eval_lrlm, eval_tool
 from evaluation.common import run_task
 from evaluation.mmlu_subjects import GROUP_OF, GROUPS
+from evaluation.report import read_results
 from evaluation.text_metrics import binary_f1, contains_answer, exact_match, rouge_l, token_f1
 from scripts import sample_eval, sample_lm
 from src.cli import run as run_entry
@@ -334,6 +336,26 @@ def test_tool_is_retrieval_with_its_own_defaults(evaluate):
     _, record, _ = evaluate("tool", "--retrieval_method", "bm25", "--hits", 20)
     assert set(record["metrics"]) == {f"{name}@{cutoff}" for name in ("mrr", "recall", "ndcg") for cutoff in (1, 3, 5)}
     assert record["task"] == "tool"
+
+
+def test_logs_have_a_place_of_their_own(data_root, models, tmp_path, monkeypatch):  # noqa: F811
+    """Each of several data sets in a folder, and each log beside the others; a folder is good for any evaluation."""
+    monkeypatch.chdir(tmp_path)
+    common = ["--data_root", str(data_root), "--cpu", "--output_dir", "out"]
+    lrlm = [*map(str, LRLM), "--model_name_or_path", models["llama"], "--retrieval_method", "no"]
+    for log in ((), ("logs/lrlm.no",), ("logs/lrlm.bm25",), ("logs/lrlm.log",), ("logs",), ("new/lrlm",)):
+        run_task(eval_lrlm.TASK, [*common, *lrlm, *(("--log_path", *log) if log else ())])
+    for log in ("logs", "tools/"):
+        flags = [*common, "--retrieval_method", "bm25", "--hits", "20", "--log_path", log]
+        monkeypatch.setattr(sys, "argv", ["eval_tool", *flags])
+        eval_tool.main()
+    logs = ["data/results/lrlm/books3.log", "logs/lrlm.no", "logs/lrlm.bm25", "logs/lrlm.log", "logs/books3.log"]
+    logs += ["new/lrlm/books3.log", "logs/toolbench.log", "tools/toolbench.log"]
+    lines = [f"{name.removesuffix('.log')}.jsonl" for name in logs]
+    assert all(len(read_rows(tmp_path / name)) == 1 for name in lines)
+    made = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {name for name in made if not name.startswith("out/")} == {*logs, *lines}
+    assert len(read_results(".")) == len(logs)
 
 
 # --- the parts ------------------------------------------------------------------------------------------------------

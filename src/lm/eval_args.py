@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -224,6 +225,9 @@ class LRLMArgs(HistoryArgs):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(anchor_length=self.anchor_length)
+        # Each data set has a log of its own in the folder that the default names.
+        if not os.path.splitext(self.log_path)[1] and not os.path.isfile(self.log_path):
+            self.log_path = os.path.join(self.log_path, "")
         if self.context_window_size <= self.target_length:
             raise UserError(
                 f"--context_window_size {self.context_window_size} must be above --target_length {self.target_length}: "

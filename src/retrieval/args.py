@@ -283,6 +283,9 @@ class EvalOutputArgs:
     """Where an evaluation writes, and its seed."""
 
     output_dir: str = flag("data/outputs/", "Folder for results, saved vectors and indexes.")
-    log_path: str = flag("data/results/performance.log", "Metrics are appended here, and as JSON lines beside it.")
+    log_path: str = flag(
+        "data/results/performance.log",
+        "Metrics are appended here, and as JSON lines beside it; in a folder to <folder of eval_data>.log.",
+    )
     seed: int = flag(42, "Seed of whatever is drawn at random.")
     ddp_timeout: int = flag(TIMEOUT, "Seconds that a process waits for another before it gives up.")

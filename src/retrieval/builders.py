@@ -6,6 +6,7 @@ import logging
 import os
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -168,6 +169,14 @@ def vector_folder(args: RetrievalArgs, output_dir: str) -> str:
     return os.path.join(output_dir, args.embedding_name)
 
 
+def log_file(args: DataArgs, log_path: str) -> str:
+    """The file that ``--log_path`` means: in a folder, or with a slash at its end, ``<folder of eval_data>.log``."""
+    if not log_path.endswith("/") and not os.path.isdir(log_path):
+        return log_path
+    data = Path(resolve_path(args.eval_data or "", args.data_root)).absolute()
+    return os.path.join(log_path, f"{data.parent.name or data.stem}.log")
+
+
 def check_outputs(args: DataArgs, output_dir: str, log_path: str) -> None:
     """Find out before the work whether its results can be written.
 
@@ -175,8 +184,9 @@ def check_outputs(args: DataArgs, output_dir: str, log_path: str) -> None:
         UserError: they cannot.
     """
     check_writable(output_dir, "output_dir")
-    check_writable(os.path.dirname(log_path) or ".", "log_path")
-    for path in (log_path, lines_path(log_path)):
+    log = log_file(args, log_path)
+    check_writable(os.path.dirname(log) or ".", "log_path")
+    for path in (log, lines_path(log)):
         if os.path.isdir(path):
             raise UserError(f"--log_path: {path} is a folder, a file is needed")
     for folder in stores_written(args, output_dir) if isinstance(args, RetrievalArgs) else ():

@@ -134,7 +134,10 @@ class RetrievalTrainingArgs(TrainingArguments):
     )
     no_cuda: bool = flag(False, "Older name of --use_cpu.")
     early_exit_steps: int | None = flag(None, "Stop (and save) after so many steps of the same schedule.")
-    log_path: str = flag("data/results/performance.log", "Metrics are appended here, and as JSON lines beside it.")
+    log_path: str = flag(
+        "data/results/performance.log",
+        "Metrics are appended here, and as JSON lines beside it; in a folder to <folder of eval_data>.log.",
+    )
 
     def __post_init__(self) -> None:
         self._given = {name: getattr(self, name) for name in INFERRED}
