@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.common import RESULTS, ROOT, machine, shown_arguments
+from src.io import path_name
 
 DATA = ROOT / "data" / "sample" / "tool"
 OUTPUT = ROOT / "data" / "outputs" / "mined_negatives"
@@ -47,7 +48,8 @@ def mine(model: str, margin: float, ranks: list[int]) -> Path:
     python(*entry, *common, *log, "--query_encoder", model, "--neg_margin_relative", margin, "--save_name", "dense")
     bm25 = ["--retrieval_method", "bm25", "--bm25_backend", "bm25s", "--save_name", "bm25"]
     python(*entry, *common, *log, *bm25)
-    mined, files = OUTPUT / "train.mined.json", [OUTPUT / f"train.neg.{name}.json" for name in ("dense", "bm25")]
+    mined = OUTPUT / "train.mined.json"
+    files = [OUTPUT / path_name(name) / f"train.neg.{kind}.json" for name, kind in ((model, "dense"), ("bm25", "bm25"))]
     python("scripts/merge_negatives.py", "--files", *files, "--output_file", mined)
     return mined
 

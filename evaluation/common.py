@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from evaluation.dry_run import task_lines
 from evaluation.outputs import Entry, gather_entries, output_line, output_path
-from evaluation.retrieval import from_corpus, retriever_name
+from evaluation.retrieval import from_corpus, results_config, results_folder, retriever_name
 from evaluation.task import Context, EvalTask, Found, Row, Values
 from src import distributed, locks
 from src.cli import parse_args, run, show_plan
@@ -27,7 +27,7 @@ from src.lm.eval_args import GenerateArgs, LMEvalArgs
 from src.lm.memory import ResponseMemory
 from src.lm.modeling_lm import LMConfig, lm_max_length, load_lm, load_lm_tokenizer, model_identity
 from src.lm.prompts import make_frame
-from src.retrieval.builders import check_outputs, encoder_config, eval_config, log_file
+from src.retrieval.builders import check_outputs, encoder_config, log_file
 from src.retrieval.collate import query_id
 from src.retrieval.encode import progress
 from src.retrieval.evaluate import LABEL_METRICS, EvalData
@@ -58,10 +58,10 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
     for name in sorted(given.intersection(task.no_effect)):
         logger.warning("--%s has no effect on this evaluation", name)
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)
-    distributed.on_main(lambda: check_outputs(args, args.output_dir, args.log_path))
+    distributed.on_main(lambda: check_outputs(args, results_folder(args), args.log_path))
     args, data = open_data(task, args, given)
     lm, encoder = lm_config(args, given, device), encoder_config(args, given)
-    path = output_path(args, retriever_name(args), data.rows.path)
+    path = output_path(args, data.rows.path)
     asker = None
     if task.asks(args):
         distributed.on_main(lambda: check_output(path, "output_dir"))
@@ -100,7 +100,7 @@ def open_data(task: EvalTask, args: Any, given: frozenset[str]) -> tuple[Any, Ev
         if "metrics" in given and not from_past:
             logger.warning("--metrics %s: left out, nothing is retrieved from a corpus", " ".join(args.metrics))
         args = replace(args, corpus=None, metrics=[])
-    data = task.load(args, eval_config(args, args.output_dir, args.seed), task.check)
+    data = task.load(args, results_config(args), task.check)
     assert data is not None
     if data.corpus is None and not from_past and args.retrieval_method != "no":
         keys = data.rows.scan.columns["keys"]

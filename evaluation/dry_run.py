@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from evaluation.retrieval import from_corpus
+from evaluation.retrieval import from_corpus, results_config
 from evaluation.task import Context, EvalTask
 from src.distribution import Distribution
 from src.lm.dry_run import SAMPLED_ROWS, lm_lines
 from src.lm.modeling_lm import LMConfig, empty_lm, load_lm_tokenizer
 from src.plan import Line, sample
-from src.retrieval.builders import eval_config
 from src.retrieval.dry_run import evaluation_lines
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
 
@@ -27,7 +26,7 @@ def task_lines(task: EvalTask, context: Context, lm: LMConfig, encoder: EncoderC
         output: file of outputs.
     """
     args, data = context.args, context.data
-    config = eval_config(args, args.output_dir, args.seed)
+    config = results_config(args)
     model = load_dense_retriever(encoder) if args.retrieval_method == "dense" else None
     if data.corpus is not None:
         yield from evaluation_lines(args, data, config, context.device, model)

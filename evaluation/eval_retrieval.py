@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from evaluation.retrieval import build_searcher, retriever_identity, retriever_name
+from evaluation.retrieval import build_searcher, results_config, results_folder, retriever_identity, retriever_name
 from src import distributed
 from src.cli import parse_args, run, show_plan
 from src.errors import UserError
@@ -20,7 +20,6 @@ from src.retrieval.builders import (
     check_outputs,
     dense_scorer,
     encoder_config,
-    eval_config,
     load_eval_data,
     log_file,
 )
@@ -55,8 +54,8 @@ def main(name: str = "retrieval", **defaults: Any) -> None:
     started = time.monotonic()
     (args,), given = parse_args([EvalRetrievalArgs], **defaults)
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)
-    distributed.on_main(lambda: check_outputs(args, args.output_dir, args.log_path))
-    config, encoder = eval_config(args, args.output_dir, args.seed), encoder_config(args, given)
+    distributed.on_main(lambda: check_outputs(args, results_folder(args), args.log_path))
+    config, encoder = results_config(args), encoder_config(args, given)
     data = load_eval_data(args, config)
     assert data is not None
 

@@ -2,43 +2,34 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from evaluation.retrieval import results_folder
 from evaluation.task import Found
 from src import distributed
-from src.io import derived_path
+from src.io import derived_path, path_name
 from src.lm.ask import Answer
 from src.lm.eval_args import LMEvalArgs
 from src.lm.memory import Response, to_response
 
-CHECKPOINT = re.compile(r"checkpoint-\d+")
+#: A file's name holds more than that of the LM.
+LM_NAME_BYTES = 80
 
 #: Number of the row, and what became of its request.
 Entry = tuple[int, Answer]
 
 
-def tail(name: str) -> str:
-    """The last two parts of a path, and those before up to the folder of the run when they are of a checkpoint."""
-    parts = Path(name).parts
-    size = 2
-    while size < len(parts) and CHECKPOINT.fullmatch(parts[-size]):
-        size += 1
-    return "/".join(parts[-size:])
-
-
-def output_path(args: LMEvalArgs, retriever: str, rows_path: str) -> str:
-    """File of the outputs: another one for another retriever or LM."""
-    names = [retriever, args.model_name_or_path, *(getattr(args, "task_names", None) or ())]
-    names += [args.save_name] if args.save_name else []
-    short = [re.sub(r"[^\w.-]+", "-", tail(name)).strip("-") for name in names]
+def output_path(args: LMEvalArgs, rows_path: str) -> str:
+    """File of the outputs in the retriever's folder: another one for another LM or other tasks."""
+    names = [args.model_name_or_path, "+".join(getattr(args, "task_names", None) or ())]
+    short = [path_name(name, LM_NAME_BYTES) for name in names if name] + ([args.save_name] if args.save_name else [])
     # Most files of rows are called test, in a folder that tells the data.
     path = Path(rows_path)
     named = path.with_name("-".join(filter(None, (path.parent.name, path.name))))
-    return derived_path(str(named), "output", ".".join(short), args.output_dir)
+    return derived_path(str(named), "output", ".".join(short), results_folder(args))
 
 
 def output_line(

@@ -1,7 +1,7 @@
 """One leaderboard out of the logs of all evaluations, and a comparison of two runs example by example.
 
 python -m evaluation.report data/results
-python -m evaluation.report --compare data/results/qa/nq-test.output.{no,bm25}.lm.json
+python -m evaluation.report --compare data/results/qa/{no,bm25}/nq-test.output.lm.json
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from evaluation.task import ChooseHits, Context, EvalTask, Found, Retrieved
+from src.io import path_name
 from src.lm.eval_args import ORACLE, HistoryArgs
 from src.lm.modeling_lm import model_identity
 from src.retrieval.args import RetrievalArgs
@@ -32,6 +34,19 @@ def retriever_name(args: RetrievalArgs) -> str:
     if not args.corpus and args.retrieval_method != "no" and not isinstance(args, HistoryArgs):
         return GIVEN_KEYS
     return args.query_encoder if args.retrieval_method == "dense" else args.retrieval_method
+
+
+def results_folder(args: Any) -> str:
+    """The folder below --output_dir of what a retriever finds and stores."""
+    name = retriever_name(args)
+    if name == args.query_encoder and not args.tie_encoders:
+        name = f"{name}+{args.key_encoder}"
+    return os.path.join(args.output_dir, path_name(name))
+
+
+def results_config(args: Any) -> EvalConfig:
+    """What an evaluation computes, and where it writes."""
+    return eval_config(args, results_folder(args), args.seed)
 
 
 def retriever_identity(args: RetrievalArgs, data: EvalData, encoder: EncoderConfig) -> dict[str, Any]:
@@ -63,7 +78,7 @@ def from_corpus(context: Context, task: EvalTask) -> Retrieved:
         wanted = task.keys_wanted(args)
         return [Found(tuple(row.get("key_index") or ())[:wanted], tuple(row["key"][:wanted])) for row in data.rows], {}
     identity = retriever_identity(args, data, context.encoder)
-    config = replace(eval_config(args, args.output_dir, args.seed), retriever=identity, same_retriever=True)
+    config = replace(results_config(args), retriever=identity, same_retriever=True)
     choose = {ORACLE: oracle_hits, **task.hits}.get(args.retrieval_method)
     if choose is not None and not config.load_result:
         hits = chosen_hits(data, choose(context), config)
@@ -107,7 +122,7 @@ def build_searcher(
 ) -> Searcher:
     """The searcher that --retrieval_method names, ready to search; `args` are those of an evaluation."""
     assert data.corpus is not None
-    folder = args.output_dir  # type: ignore[attr-defined]
+    folder = results_folder(args)
     if args.retrieval_method == "dense":
         return dense_searcher(args, data, folder, device, load_model())
     if args.retrieval_method == "bm25":

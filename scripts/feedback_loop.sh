@@ -84,7 +84,7 @@ for ROUND in $(seq 1 "$ROUNDS"); do
             --log_path "$DIR/mine.log"
         launch "${MINE[@]}" --retrieval_method bm25 --save_name bm25 --output_dir "$DIR" --log_path "$DIR/mine.log"
         python scripts/merge_negatives.py --output_file "$DIR/mined.json" \
-            --files "$DIR/$STEM.neg.dense.$EXTENSION" "$DIR/$STEM.neg.bm25.$EXTENSION"
+            --files "$DIR"/*/"$STEM.neg.dense.$EXTENSION" "$DIR/bm25/$STEM.neg.bm25.$EXTENSION"
     fi
     SCORED=$DIR/mined.scored.lm.json
     if [ ! -s "$SCORED" ]; then

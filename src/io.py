@@ -267,3 +267,19 @@ def derived_path(
     parts = [path.stem, field] + ([save_name] if save_name else [])
     name = ".".join(parts) + (extension if extension is not None else path.suffix)
     return str((Path(output_dir) if output_dir else path.parent) / name)
+
+
+def path_name(path: str, most: int = 200) -> str:
+    """A name for files about the model that `path` (or a hub name) leads to: ``--`` stands for each separator.
+
+    A name above `most` bytes, or one that another path could have too, ends in a hash of the whole path.
+    """
+    plain = os.path.normpath(path)
+    # What begins with a dot leads upwards or is hidden; a folder's bare name may be that of another one elsewhere.
+    if plain.startswith(os.curdir) or (os.sep not in plain and os.path.isdir(plain)):
+        plain = os.path.abspath(plain)
+    plain = plain.strip(os.sep)
+    name = plain.replace(os.sep, "--")
+    if "--" not in plain and len(name.encode()) <= most:
+        return name
+    return f"{name.encode()[-most:].decode(errors='ignore').lstrip('-.')}-{text_hash([plain])[:8]}"

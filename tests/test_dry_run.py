@@ -20,6 +20,7 @@ from evaluation import eval_retrieval
 from evaluation.common import run_task
 from src.cli import run as run_entry
 from src.distribution import Distribution
+from src.io import path_name
 from src.lm.modeling_lm import LMConfig, empty_lm
 from src.plan import Memory, ModelSize, Sharing, activation_bytes, human_bytes, sample, step_counts, training_memory
 from src.retrieval.dry_run import count_parameters, model_size
@@ -293,22 +294,23 @@ def test_what_stops_a_run_stops_its_dry_run(dry, files, tiny_bert, tmp_path):
     assert "holds no weights" in dry(eval_retrieval.main, *flags, "--query_encoder", bare, expect=2)
 
 
-#: Flags of evaluation.eval_retrieval, and what stands in the way of a file or folder that they ask for.
+#: Flags of evaluation.eval_retrieval, and what stands in the way of a file or folder that they ask for (OWN: of the
+#: encoder).
 IN_THE_WAY = {
-    "mrr": "out/test.result.json",
-    "mrr, what hits are of": "out/test.result.json.origin",
-    "mrr --save_trec": "out/test.run.trec",
-    "mrr --save_trec, judged": "out/test.qrels.trec",
-    "mrr --save_per_query": "out/test.per_query.json",
+    "mrr": "out/OWN/test.result.json",
+    "mrr, what hits are of": "out/OWN/test.result.json.origin",
+    "mrr --save_trec": "out/OWN/test.run.trec",
+    "mrr --save_trec, judged": "out/OWN/test.qrels.trec",
+    "mrr --save_per_query": "out/OWN/test.per_query.json",
     "collate_neg": "test.neg.json",
-    "collate_key --save_to_output": "out/test.key.json",
+    "collate_key --save_to_output": "out/OWN/test.key.json",
     "collate_score": "test.scored.json",
-    "collate_score --save_to_output --save_name x": "out/test.scored.x.json",
+    "collate_score --save_to_output --save_name x": "out/OWN/test.scored.x.json",
     "mrr, log": "logs",
     "mrr, lines of the log": "logs/x.jsonl",
-    "mrr --save_encode": "out/embeddings",
-    "mrr --save_index --embedding_name wiki": "out/wiki",
-    "mrr --retrieval_method bm25 --bm25_backend bm25s": "out/bm25",
+    "mrr --save_encode": "out/OWN/embeddings",
+    "mrr --save_index --embedding_name wiki": "out/OWN/wiki",
+    "mrr --retrieval_method bm25 --bm25_backend bm25s": "out/bm25/bm25",
 }
 
 
@@ -330,7 +332,7 @@ def assert_refused(dry, main, flags, monkeypatch, path: Path) -> None:
 def test_files_that_cannot_be_written_are_told_before_the_work(case, dry, files, tiny_bert, tmp_path, monkeypatch):
     rows = [{"query": "abc", "pos_index": [n], "pos": ["p"], "neg": ["n"]} for n in range(3)]
     data = write_rows(tmp_path / "test.json", rows)
-    path = tmp_path / IN_THE_WAY[case]
+    path = tmp_path / IN_THE_WAY[case].replace("OWN", path_name(tiny_bert))
     if path.suffix:
         path.mkdir(parents=True)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from sentence_transformers.models import Pooling, Transformer
 from evaluation import eval_retrieval
 from src.cli import parse_args
 from src.cli import run as run_entry
+from src.io import path_name
 from src.retrieval.trec import strictly_falling
 from tests.helpers import ROOT, read_rows, run, write_rows
 
@@ -83,25 +85,27 @@ def dense(encoder: str) -> list[str]:
     ]
 
 
-def test_exports_agree_with_ir_measures(evaluate, tiny_bert, tmp_path):
+def test_exports_agree_with_ir_measures(evaluate, tiny_bert, tmp_path, monkeypatch):
     """Metrics, values per query and the TREC files tell the same story, which another library confirms."""
     evaluate(tmp_path, *dense(tiny_bert), "--save_trec", "--save_per_query")
     metrics = read_rows(tmp_path / "log.jsonl")[-1]["metrics"]
-    qrels = list(ir_measures.read_trec_qrels(str(tmp_path / "test.qrels.trec")))
-    found = list(ir_measures.read_trec_run(str(tmp_path / "test.run.trec")))
+    own = tmp_path / path_name(tiny_bert)
+    qrels = list(ir_measures.read_trec_qrels(str(own / "test.qrels.trec")))
+    found = list(ir_measures.read_trec_run(str(own / "test.run.trec")))
     measures = {
         f"{name}@{k}": kind @ k for name, kind in (("mrr", RR), ("recall", R), ("ndcg", nDCG)) for k in (1, 5, 20)
     }
     theirs = ir_measures.calc_aggregate(measures.values(), qrels, found)
     for name, measure in measures.items():
         assert metrics[name] == pytest.approx(theirs[measure], abs=1e-9), name
-    per_query = {row.pop("query_id"): row for row in read_rows(tmp_path / "test.per_query.json")}
+    per_query = {row.pop("query_id"): row for row in read_rows(own / "test.per_query.json")}
     assert per_query.pop("none") == per_query.pop("empty") == dict.fromkeys(measures)
     for value in ir_measures.iter_calc(measures.values(), qrels, found):
         name = next(name for name, measure in measures.items() if measure == value.measure)
         assert per_query[value.query_id][name] == pytest.approx(value.value, abs=1e-9)
     # The saved hits give the same numbers without a model.
-    evaluate(tmp_path, "--query_encoder", "none/such", "--retrieval_method", "no", "--load_result")
+    monkeypatch.setattr(eval_retrieval, "load_dense_retriever", None)
+    evaluate(tmp_path, *dense(tiny_bert), "--load_result")
     assert read_rows(tmp_path / "log.jsonl")[-1]["metrics"] == pytest.approx(metrics)
 
 
@@ -109,7 +113,7 @@ def test_exports_agree_with_ir_measures(evaluate, tiny_bert, tmp_path):
 def test_two_processes_find_what_one_finds(evaluate, tiny_bert, tmp_path, saved):
     for processes in (1, 2):
         evaluate(tmp_path / str(processes), *dense(tiny_bert), *saved, processes=processes)
-    one, two = (read_rows(tmp_path / str(processes) / "test.result.json") for processes in (1, 2))
+    one, two = (read_rows(tmp_path / str(n) / path_name(tiny_bert) / "test.result.json") for n in (1, 2))
     for first, second in zip(one, two, strict=True):
         assert first["pred"] == second["pred"]
         assert first["score"] == pytest.approx(second["score"], abs=1e-6)
@@ -118,7 +122,7 @@ def test_two_processes_find_what_one_finds(evaluate, tiny_bert, tmp_path, saved)
 def test_random_and_no_retrieval(evaluate, tmp_path):
     for folder in ("a", "b"):
         evaluate(tmp_path / folder, "--retrieval_method", "random", "--hits", "100")
-    first, second = (read_rows(tmp_path / folder / "test.result.json") for folder in ("a", "b"))
+    first, second = (read_rows(tmp_path / folder / "random" / "test.result.json") for folder in ("a", "b"))
     assert first == second
     assert all(sorted(row["pred"]) == list(range(60)) for row in first), "distinct, never more than the corpus has"
     evaluate(tmp_path, "--retrieval_method", "no")
@@ -210,8 +214,40 @@ def test_bm25_with_two_processes(evaluate, tmp_path):
     flags = ["--retrieval_method", "bm25", "--bm25_backend", "bm25s"]
     evaluate(tmp_path / "one", *flags)
     evaluate(tmp_path / "two", *flags, processes=2)
-    assert read_rows(tmp_path / "one" / "test.result.json") == read_rows(tmp_path / "two" / "test.result.json")
-    assert any(row["pred"] for row in read_rows(tmp_path / "one" / "test.result.json"))
+    one, two = (read_rows(tmp_path / name / "bm25" / "test.result.json") for name in ("one", "two"))
+    assert one == two
+    assert any(row["pred"] for row in one)
+
+
+def test_each_retriever_has_a_folder_of_its_own(evaluate, files, tiny_bert, tmp_path):
+    """What one saves is found again by the same flags, whatever others did meanwhile."""
+    other = shutil.copytree(tiny_bert, tmp_path / "other")
+    shutil.copytree(tiny_bert, tmp_path / "keys")
+    saved = ["--save_encode", "--save_index", "--save_to_output", "--metrics", "mrr", "collate_key", "collate_neg"]
+    bm25 = ["--retrieval_method", "bm25", "--bm25_backend", "bm25s"]
+    untied = [*dense(other), "--tie_encoders", "False", "--key_encoder", tmp_path / "keys"]
+    retrievers = {
+        tiny_bert.strip("/").replace("/", "--"): dense(tiny_bert),
+        str(other).strip("/").replace("/", "--"): dense(str(other)),
+        f"{other}+{tmp_path}/keys".strip("/").replace("/", "--"): untied,
+        "bm25": bm25,
+        "random": ["--retrieval_method", "random"],
+        "no": ["--retrieval_method", "no"],
+    }
+    out, metrics = tmp_path / "out", {}
+    for name, flags in retrievers.items():
+        evaluate(out, *flags, *saved)
+        metrics[name] = read_rows(out / "log.jsonl")[-1]["metrics"]
+    assert {path.name for path in out.iterdir()} == {*retrievers, "log.txt", "log.jsonl"}
+    files_of = {name: {path.name for path in (out / name).iterdir()} for name in retrievers}
+    common = {"test.result.json", "test.result.json.origin", "test.key.json", "test.neg.json"}
+    for name, found in files_of.items():
+        assert found == common | ({"embeddings"} if "--" in name else {"bm25"} if name == "bm25" else set())
+    for name, flags in retrievers.items():
+        again = ["--load_result"] if "--query_encoder" not in flags else ["--load_index"]
+        for load in (again, ["--load_encode"] if again == ["--load_index"] else again):
+            evaluate(out, *flags, *load, "--metrics", "mrr")
+            assert read_rows(out / "log.jsonl")[-1]["metrics"] == pytest.approx(metrics[name])
 
 
 @pytest.mark.skipif(not FLAGS.is_file(), reason="the list of flags lies beside the development checkout only")

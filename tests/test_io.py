@@ -16,6 +16,7 @@ from src.io import (
     derived_path,
     existing_file,
     expand_data_paths,
+    path_name,
     read_json,
     remove_folder,
     resolve_path,
@@ -288,3 +289,38 @@ def test_existing_file(data_root):
         existing_file(str(data_root), "eval_data")
     with pytest.raises(UserError, match=r"--eval_data.*no such file"):
         existing_file(str(data_root / "none.json"), "eval_data")
+
+
+# ---------------------------------------------------------------------------------------------------------- path_name
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("BAAI/bge-base-en", "BAAI--bge-base-en"),
+        ("data/outputs/nq/checkpoint-2000/encoder/", "data--outputs--nq--checkpoint-2000--encoder"),
+        ("/models//bge/./base", "models--bge--base"),
+        ("bert-base-uncased", "bert-base-uncased"),
+        ("größe/模型", "größe--模型"),
+    ],
+)
+def test_names_of_models(path, name):
+    assert path_name(path) == name
+
+
+def test_names_of_models_are_no_others_nor_too_long(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bm25").mkdir()
+    (tmp_path / "checkpoint-20").mkdir()
+    long = "/".join(["模型" * 20] * 9)
+    paths = ["a/b", "a--b", "a--b/c", "a/b--c", ".", "..", "../a/b", ".a/b", "bm25", "checkpoint-20", long, f"{long}/x"]
+    names = [path_name(path) for path in paths]
+    assert len(set(names)) == len(paths)
+    for name in names:
+        assert name not in ("bm25", "checkpoint-20")
+        assert not name.startswith((".", "-"))
+        assert os.sep not in name
+        assert len(name.encode()) <= 209
+        (tmp_path / name).mkdir()
+    assert path_name("./a/b/") == path_name("a/b")
+    assert len(path_name(long, 80).encode()) <= 89

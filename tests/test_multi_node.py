@@ -70,8 +70,7 @@ def test_training_and_evaluation_on_two_hosts(tiny_bert, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     for node in on_two_hosts(evaluation("eval-two")):
         assert node.returncode == 0, node.stdout
-    assert read_rows(tmp_path / "eval-two" / "test.result.json") == read_rows(
-        tmp_path / "eval-one" / "test.result.json"
-    )
+    (one,), (two,) = ([*(tmp_path / f"eval-{name}").rglob("test.result.json")] for name in ("one", "two"))
+    assert read_rows(one) == read_rows(two)
     metrics = [read_rows(tmp_path / f"eval-{name}.jsonl")[-1]["metrics"] for name in ("one", "two")]
     assert metrics[0] == metrics[1]

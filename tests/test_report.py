@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 
-from evaluation.outputs import tail
 from evaluation.report import compare, leaderboard, main, read_results, to_csv, to_markdown, to_text
 from src.errors import UserError
 from src.result_log import log_result
@@ -174,10 +173,3 @@ def test_outputs_of_different_evaluations_are_not_compared(tmp_path, caplog):
     assert "2 rows have a value in one of the files only" in caplog.text
     with pytest.raises(UserError, match="has no values"):
         main(["--compare", one, outputs("d.json")])
-
-
-def test_outputs_of_two_runs_have_names_of_their_own():
-    assert tail("data/outputs/mine/checkpoint-20/encoder") == "mine/checkpoint-20/encoder"
-    assert tail("mine/checkpoint-20") == "mine/checkpoint-20"
-    assert tail("org/model") == "org/model"
-    assert tail("bm25") == "bm25"

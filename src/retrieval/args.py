@@ -282,7 +282,11 @@ class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
 class EvalOutputArgs:
     """Where an evaluation writes, and its seed."""
 
-    output_dir: str = flag("data/outputs/", "Folder for results, saved vectors and indexes.")
+    output_dir: str = flag(
+        "data/outputs/",
+        "Folder for results, saved vectors and indexes, each retriever's in one named after it (-- for each / of an "
+        "encoder's path).",
+    )
     log_path: str = flag(
         "data/results/performance.log",
         "Metrics are appended here, and as JSON lines beside it; in a folder to <folder of eval_data>.log.",

@@ -15,7 +15,7 @@ import numpy as np
 
 from src import distributed, locks
 from src.errors import UserError
-from src.io import atomic_write, check_output, derived_path, read_json, text_hash, write_json
+from src.io import atomic_write, check_output, derived_path, existing_file, read_json, text_hash, write_json
 from src.jsonl import JsonLines
 from src.plan import sample
 from src.retrieval import trec
@@ -271,6 +271,7 @@ def _origin(data: EvalData, config: EvalConfig) -> dict[str, Any]:
 def _check_origin(data: EvalData, config: EvalConfig) -> None:
     """Refuse saved hits of something else, whose numbers would mean other texts."""
     path = origin_path(data, config)
+    existing_file(result_path(data, config), "load_result")
     if not os.path.isfile(path):
         if config.same_retriever:
             raise UserError(
