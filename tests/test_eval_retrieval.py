@@ -55,7 +55,7 @@ def evaluate(files, monkeypatch, capsys, caplog):
             "--output_dir",
             output,
             "--log_path",
-            output / "log.txt",
+            output / "log",
         ]
         command += ["--hits", "20", "--cutoffs", "1", "5", "20", *flags]
         if processes > 1:

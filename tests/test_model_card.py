@@ -119,7 +119,7 @@ def trained(tiny_bert, tmp_path_factory):
         *("--train_data", "llm-embedder:qa/a.json", files[1], files[1], "--data_root", folder / "root"),
         *("--eval_data", folder / "qa" / "eval.json", "--corpus", folder / "corpus.json", "--key_template", "{text}"),
         *("--query_encoder", tiny_bert, "--pooling_method", "mean", "--version", "llm-embedder", "--metrics", "mrr"),
-        *("--cutoffs", 1, 5, "--output_dir", folder / "out", "--log_path", folder / "log.txt", "--use_cpu"),
+        *("--cutoffs", 1, 5, "--output_dir", folder / "out", "--log_path", folder / "log", "--use_cpu"),
         *("--query_max_length", 100, "--key_max_length", 90, "--train_group_size", 3, "--logging_steps", 1),
         *("--max_steps", 4, "--save_steps", 2, "--per_device_train_batch_size", 4, "--matryoshka_dims", 16, 8),
     ]

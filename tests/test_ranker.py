@@ -68,7 +68,7 @@ def train(encoder: str, folder, *flags, processes: int = 1):
     data = write_rows(folder / "train.json", train_rows())
     command = ["run_ranker.py", "--train_data", data, "--ranker", encoder, "--output_dir", folder / "out", "--use_cpu"]
     command += ["--train_group_size", "4", "--max_steps", "3", "--learning_rate", "1e-3", *flags]
-    command += ["--query_max_length", "16", "--key_max_length", "16", "--log_path", folder / "log.txt"]
+    command += ["--query_max_length", "16", "--key_max_length", "16", "--log_path", folder / "log"]
     done = run([str(part) for part in command], processes)
     assert done.returncode == 0, done.stderr
     return folder / "out" / "checkpoint-3"
@@ -86,7 +86,7 @@ def rank(monkeypatch, capsys, caplog, tmp_path):
     caplog.set_level("INFO")
 
     def call(*flags, expect: int = 0) -> str:
-        common = ["--cpu", "--output_dir", tmp_path / "out", "--log_path", tmp_path / "log.txt"]
+        common = ["--cpu", "--output_dir", tmp_path / "out", "--log_path", tmp_path / "log"]
         common += ["--query_max_length", 16, "--key_max_length", 16]
         monkeypatch.setattr(sys, "argv", ["run_ranker", *map(str, [*common, *flags])])
         with pytest.raises(SystemExit) as stop:
@@ -164,7 +164,7 @@ def test_reranked_keys_and_their_metrics(checkpoint, rank, tmp_path):
     assert f"mrr@6 {wanted:.4f}" in printed
     assert f"recall@1 {sum(place == 1 for place in ranks) / len(ranks):.4f}" in printed
     command = ["run_ranker.py", "--cpu", *flags, "--output_dir", tmp_path / "two", "--save_name", "two"]
-    command += ["--log_path", tmp_path / "two.txt", "--query_max_length", 16, "--key_max_length", 16]
+    command += ["--log_path", tmp_path / "two.log", "--query_max_length", 16, "--key_max_length", 16]
     two = run([str(part) for part in command], processes=2)
     assert two.returncode == 0, two.stderr
     result = read_rows(tmp_path / "two" / "eval.result.two.json")
