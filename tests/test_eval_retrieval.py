@@ -238,7 +238,7 @@ def test_each_retriever_has_a_folder_of_its_own(evaluate, files, tiny_bert, tmp_
     for name, flags in retrievers.items():
         evaluate(out, *flags, *saved)
         metrics[name] = read_rows(out / "log.jsonl")[-1]["metrics"]
-    assert {path.name for path in out.iterdir()} == {*retrievers, "log.txt", "log.jsonl"}
+    assert {path.name for path in out.iterdir()} == {*retrievers, "log", "log.jsonl"}
     files_of = {name: {path.name for path in (out / name).iterdir()} for name in retrievers}
     common = {"test.result.json", "test.result.json.origin", "test.key.json", "test.neg.json"}
     for name, found in files_of.items():
