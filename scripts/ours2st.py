@@ -223,7 +223,7 @@ def convert(args: ConvertArgs, given: frozenset[str], source: str, target: str) 
     positions = getattr(model.encoders["encoder"].backbone.config, "max_position_embeddings", None)
     max_length = args.max_length or min(limit, positions or limit, 512)
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    staging = tempfile.mkdtemp(prefix=".ours2st.", dir=Path(target).parent)
+    staging = tempfile.mkdtemp(prefix=f".{Path(target).name}.", suffix=".partial", dir=Path(target).parent)
     # mkdtemp makes it for the owner alone; the result shall be as readable as any other folder.
     umask = os.umask(0)
     os.umask(umask)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_type_hints
 
+import tqdm.auto
 import transformers
 from transformers import HfArgumentParser
 
@@ -20,6 +24,9 @@ from src.errors import UserError, describe_os_error, first_line, is_out_of_memor
 from src.plan import Line, render
 
 logger = logging.getLogger(__name__)
+
+#: A signal that comes again within this time is the same one.
+SAME_SIGNAL_SECONDS = 2
 
 
 class _Parser(HfArgumentParser):
@@ -114,8 +121,53 @@ def _explain(error: Exception, memory_advice: str) -> tuple[str, int] | None:
     return None
 
 
+@contextlib.contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Within the block SIGINT and SIGTERM raise KeyboardInterrupt in the main thread; yields those received.
+
+    A second one ends the process at once. What is ignored (nohup, a job in the background) stays so.
+    """
+    received: list[int] = []
+    owner, since = os.getpid(), 0.0
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal since
+        if os.getpid() != owner:
+            # A process that was forked off: this is not its entry point.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not received:
+            since = time.monotonic()
+            received.append(number)
+            raise KeyboardInterrupt
+        # Some launchers send the same one twice.
+        if time.monotonic() - since > SAME_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in handled}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(message: str) -> None:
+    """Show an error on a line of its own, below any progress bar."""
+    for kind in {tqdm.std.tqdm, tqdm.auto.tqdm}:
+        for bar in list(getattr(kind, "_instances", ())):
+            bar.close()
+    # The bar of the main process is not this one's to close.
+    start = "\n" if distributed.launched_rank() > 0 else ""
+    sys.stderr.write(f"{start}error: {message}\n")
+    sys.stderr.flush()
+
+
 def run(main: Callable[[], None], memory_advice: str = "free some, or use a machine that has more") -> NoReturn:
     """Run an entry point and exit: 0 when done, 2 after an error that the user can mend, shown as one message.
+
+    A run that is stopped says so and exits with 130 (SIGINT, Ctrl-C) or 143 (SIGTERM).
 
     Args:
         main: the entry point.
@@ -128,23 +180,35 @@ def run(main: Callable[[], None], memory_advice: str = "free some, or use a mach
     if distributed.launched_processes() > 1:
         # The first to be registered is the last to be called.
         atexit.register(lambda: _leave(code))
-    try:
-        main()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        raise
-    except BrokenPipeError:
-        # Whoever read the output (head) has enough; what Python still holds back goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
-    except Exception as error:
-        if (explained := _explain(error, memory_advice)) is None:
-            raise
-        message, code = explained
-        if distributed.is_first_to_say(message):
-            sys.stderr.write(f"error: {message}\n")
-            sys.stderr.flush()
-    finally:
-        distributed.destroy_process_group()
+    with _stoppable() as received:
+        try:
+            try:
+                main()
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+                raise
+            except BrokenPipeError:
+                # Whoever read the output (head) has enough; what Python still holds back goes nowhere.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                code = 128 + signal.SIGPIPE
+            except Exception as error:
+                if received:
+                    # What a library, or a process that was stopped too, made of it.
+                    raise KeyboardInterrupt from error
+                if (explained := _explain(error, memory_advice)) is None:
+                    raise
+                message, code = explained
+                if distributed.is_first_to_say(message):
+                    _say(message)
+            finally:
+                if not received:
+                    distributed.destroy_process_group()
+        except KeyboardInterrupt:
+            number = signal.Signals(received[0] if received else signal.SIGINT)
+            code = 128 + number
+            for child in multiprocessing.active_children():
+                child.kill()
+            if distributed.is_first_to_stop():
+                _say(f"stopped by {number.name}")
     sys.exit(code)

@@ -25,6 +25,8 @@ T = TypeVar("T")
 TIMEOUT = 6 * 3600
 #: Seconds after which a process tells an error that the first of its host should have told.
 FIRST_TO_SAY_SECONDS = 10
+#: Counter of what processes said of their end.
+SAID = "said"
 
 
 def is_launched() -> bool:
@@ -114,10 +116,22 @@ def is_first_to_say(message: str) -> bool:
     try:
         # The store through which the processes found each other is there even when the group no longer works.
         store = dist.distributed_c10d._get_default_store()
+        store.add(SAID, 1)
         return store.add(f"said/{hashlib.sha256(message.encode(errors='replace')).hexdigest()}", 1) == 1
     except RuntimeError:
         # It went with the process that kept it.
         return True
+
+
+def is_first_to_stop() -> bool:
+    """Whether this process should say that it was stopped: one says so, and none when another told an error before,
+    for which the launcher stops the others."""
+    if not is_initialized():
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add(SAID, 1) == 1
+    except RuntimeError:
+        return False
 
 
 def describe_lost_process(error: BaseException) -> str | None:

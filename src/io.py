@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -198,6 +199,16 @@ def remove_folder(folder: str | os.PathLike[str]) -> None:
         shutil.rmtree(gone)
     except OSError as error:
         logger.warning("%s cannot be removed: %s", path, error)
+
+
+def remove_leftovers(output: str | os.PathLike[str]) -> None:
+    """Delete what killed runs left of `output` under other names; nobody may be writing it."""
+    path = Path(os.path.realpath(output))
+    left = re.compile(rf"\.{re.escape(path.name)}(\.parts)?(\.\w{{8}}\.(partial|removed)|\.old)")
+    for entry in list(os.scandir(path.parent)):
+        if left.fullmatch(entry.name):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

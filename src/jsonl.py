@@ -7,11 +7,15 @@ A file that changes after it was checked is an error, never other rows.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
+import multiprocessing
 import os
+import signal
 import socket
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -259,6 +263,26 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextlib.contextmanager
+def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """As many processes, which leave Ctrl-C to this one; when the block ends by an exception they are ended."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        try:
+            # What is ignored when a process starts stays so; a pool starts them one by one as work comes.
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
+            for _ in range(workers):
+                pool.submit(int)
+            if in_main_thread:
+                signal.signal(signal.SIGINT, before)
+            yield pool
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.kill()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
 def scan_file(path: str, check: RowCheck) -> Scan:
     """Scan a whole file, over all cores when it is large."""
     size = os.path.getsize(path)
@@ -266,7 +290,7 @@ def scan_file(path: str, check: RowCheck) -> Scan:
     workers = min(available_cores(), len(chunks))
     if workers == 1:
         return _merge([_scan_range(path, start, end, check) for start, end in chunks])
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with process_pool(workers) as pool:
         futures = [pool.submit(_scan_range, path, start, end, check) for start, end in chunks]
         bar = tqdm(futures, desc=f"checking {os.path.basename(path)}", unit="chunk")
         return _merge([future.result() for future in bar])

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from src import distributed
 from src.errors import UserError
+from src.io import remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,10 @@ def check_free(output: str) -> None:
 
 @contextlib.contextmanager
 def _held(file: str, output: str) -> Iterator[None]:
-    """Hold one lock; its file goes when it is let go of, as does a folder that was made for it and stayed empty."""
+    """Hold one lock, and remove what a killed run left of the output.
+
+    The lock's file goes when it is let go of, as does a folder that was made for it and stayed empty.
+    """
     lock = FileLock(file, PATIENCE, thread_local=False, is_singleton=True, fallback_to_soft=False, on_acquired=_sign)
     if lock.is_locked:
         yield
@@ -91,6 +95,7 @@ def _held(file: str, output: str) -> Iterator[None]:
             raise
         logger.warning("%s lies on a file system without locks: do not start the same run twice", output)
     try:
+        remove_leftovers(output)
         yield
     finally:
         with contextlib.suppress(OSError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -14,6 +15,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -26,7 +28,7 @@ from transformers import BertModel, LlamaForCausalLM
 from src import distributed, locks
 from src.cli import run as run_entry
 from src.errors import UserError
-from src.jsonl import open_jsonl
+from src.jsonl import open_jsonl, process_pool
 from src.lm.args import LMScoreArgs
 from src.lm.eval_args import LMEvalArgs
 from src.retrieval.args import RankerArgs, RetrievalArgs
@@ -36,7 +38,7 @@ from src.schema import check_train_row
 from tests.conftest import VOCABULARY
 from tests.faults.jobs import Job, make_jobs, start_runs
 from tests.faults.kill import run_killed
-from tests.helpers import ROOT, run, write_rows
+from tests.helpers import ROOT, environment, launch, read_rows, run, write_rows
 from tests.workers.forked import Runs, Strike
 
 JOBS = ("training", "encoding", "mining", "scoring", "evaluation")
@@ -198,6 +200,62 @@ def test_vectors_of_two_runs_are_never_mixed(runs, jobs, tmp_path):
     pooling = json.loads(next(out.rglob("vectors.json")).read_text())["identity"]["pooling_method"]
     runs(job.script, job.command(tmp_path / "alone", "--pooling_method", pooling), constants=job.constants)
     job.check(tmp_path / "alone", out, True)
+
+
+# --- runs that are stopped -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "number"),
+    [
+        *((name, 1, signal.SIGINT) for name in JOBS),
+        ("training", 1, signal.SIGTERM),
+        ("training", 2, signal.SIGTERM),
+        ("encoding", 2, signal.SIGINT),
+    ],
+)
+def test_a_run_that_is_stopped_says_so_in_one_line_and_goes_on_later(
+    runs, jobs, whole, tmp_path, name, processes, number
+):
+    job = jobs[name]
+    strike = Strike(when=str(tmp_path / job.progress), signal=number)
+    flags = job.command(tmp_path)
+    codes, output = runs(job.script, flags, processes, strike=strike, constants=job.constants, grace=30)
+    assert codes == [128 + number] * processes, output
+    assert "Traceback" not in output
+    told = [line for line in re.split("[\r\n]", output) if "error" in line]
+    assert told == [f"error: stopped by {number.name}"], "on a line of its own, below the progress bar"
+    left = [str(path) for path in tmp_path.rglob(".*") if not path.name.startswith(".checkpoint-")]
+    assert left == []
+    if processes == 1:
+        codes, output = runs(job.script, [*flags, *job.restart], constants=job.constants)
+        assert codes == [0], output
+        job.check(whole(name), tmp_path, True)
+
+
+def test_torchrun_stops_its_processes(jobs, tmp_path):
+    job = jobs["scoring"]
+    more = ("--eval_data", write_rows(tmp_path / "rows.json", read_rows(Path(job.flags[1])) * 100))
+    command = launch([job.script, *job.command(tmp_path, *more)], 2)
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) as running:
+        while running.poll() is None and not list(tmp_path.glob("*.parts/*.jsonl")):
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        said = running.communicate(timeout=60)[1]
+    assert said.count("error: stopped by SIGTERM\n") == 1
+    assert said.count("Traceback") == 1, "of torchrun itself"
+    with locks.hold(str(tmp_path / "rows.scored.llama2-7b-chat.json")):
+        pass
+
+
+def test_processes_of_a_pool_end_with_the_work_that_asked_for_them():
+    started = time.monotonic()
+    with contextlib.suppress(KeyboardInterrupt), process_pool(2) as pool:
+        pool.submit(time.sleep, 300)
+        raise KeyboardInterrupt
+    assert time.monotonic() - started < 60
+    assert multiprocessing.active_children() == []
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
 
 
 # --- disks that fill ------------------------------------------------------------------------------------------------

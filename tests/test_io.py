@@ -19,6 +19,7 @@ from src.io import (
     path_name,
     read_json,
     remove_folder,
+    remove_leftovers,
     resolve_path,
     write_json,
     write_jsonl,
@@ -240,6 +241,16 @@ def test_a_folder_that_cannot_be_removed_is_only_reported(tmp_path, caplog, monk
         remove_folder(tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
     assert "not yours" in caplog.text
+
+
+def test_what_killed_runs_left_of_an_output_goes_and_nothing_else(tmp_path):
+    left = [".a.json.abcd_123.partial", ".a.json.parts.abcdefgh.removed", ".a.json.old"]
+    kept = ["a.json", ".a.json.lock", ".a.json.neg.abcdefgh.partial", ".b.json.abcdefgh.partial", ".a.json.replaced"]
+    for name in (*left[::2], *kept):
+        (tmp_path / name).touch()
+    (tmp_path / left[1] / "deep").mkdir(parents=True)
+    remove_leftovers(tmp_path / "a.json")
+    assert sorted(os.listdir(tmp_path)) == sorted(kept)
 
 
 # ------------------------------------------------------------------------------------------------- expand_data_paths

@@ -18,14 +18,13 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import get_context
 
 import numpy as np
 
 from src import distributed
 from src.errors import UserError
 from src.io import read_json, write_json
-from src.jsonl import available_cores
+from src.jsonl import available_cores, process_pool
 from src.locks import check_free
 from src.retrieval.bm25_analyzer import EnglishAnalyzer, TermCounts, analyze, count_terms, first_terms
 from src.retrieval.bm25_anserini import (
@@ -217,7 +216,7 @@ def index_texts(corpus: Sequence[str], processes: int) -> Postings:
     processes = min(processes, len(corpus) // WORTH_A_PROCESS)
     if processes <= 1:
         return _join(map(analyze, texts))
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with process_pool(processes) as pool:
         return _join(_in_order(pool, texts, 2 * processes))
 
 

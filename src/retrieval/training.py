@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from src.retrieval.batch_scores import ScoreBatch
 from src.retrieval.builders import instructions, metric_names
 from src.retrieval.data import Source, TrainDataset, TrainExample, check_mixable, load_train_sources
 from src.retrieval.evaluate import SCORE
+from src.retrieval.plot import FIGURE
 from src.retrieval.records import WriteCards, draw_training
 from src.retrieval.settings import settings_for
 from src.retrieval.task_config import load_task_config
@@ -69,7 +71,9 @@ def hold_checkpoints(
     Raises:
         UserError: another one is there.
     """
-    return locks.hold(folders=[training.output_dir] if args.train_data and not args.dry_run else [])
+    if not args.train_data or args.dry_run:
+        return contextlib.nullcontext()
+    return locks.hold(os.path.join(training.output_dir, FIGURE), folders=[training.output_dir])
 
 
 def load_sources(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArgs) -> list[Source]:
