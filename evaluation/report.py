@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,10 @@ COLUMNS: tuple[Column, ...] = (
     ("ToolBench ndcg@5", "tool", "ndcg@5", False),
     ("QReCC ndcg@3", "qrecc", "ndcg@3", False),
 )
-RETRIEVAL_METRIC = re.compile(r"(ndcg|recall)@(\d+)$")
+RETRIEVAL_METRIC = re.compile(r"(\w+)@(\d+)$")
+#: Under which evaluation.eval_retrieval reports, and the usual cutoff of each metric it may have.
+RETRIEVAL = "retrieval"
+USUAL_CUTOFFS = {"ndcg": 10, "mrr": 10, "recall": 100, "nq_recall": 20}
 #: Values of single rows of which less is better.
 LOWER_IS_BETTER = ("nll",)
 RESAMPLES = 10_000
@@ -57,7 +60,8 @@ class Leaderboard:
 
     Attributes:
         results: row name → task (with the data's name, where a task was run on several) → metrics.
-        columns: those of `COLUMNS`, once for each of a task's data, and one for each further task.
+        columns: those of `COLUMNS`, once for each of a task's data, where any of these tasks was run; those of
+            evaluation.eval_retrieval; one for each further task.
         notes: what keeps results of one column from being compared.
     """
 
@@ -123,18 +127,33 @@ def leaderboard(records: Sequence[dict[str, Any]]) -> Leaderboard:
             row = f"{name} · {models[model]}" if len(models) > 1 else name
             results.setdefault(row, {})[key] = record["metrics"]
             shown.setdefault(key, {})[row] = record
+    usual = COLUMNS if any(task in tasks for _, task, *_ in COLUMNS) else ()
     columns = [
         (f"{heading} {data}".strip(), _key(task, data), metric, lower)
-        for heading, task, metric, lower in (*COLUMNS, *_further(records))
+        for heading, task, metric, lower in (*usual, *_of_retrieval(records), *_further(records))
         for data in (tasks.get(task) or {"": ""}).values()
     ]
     notes = [note for key, of_row in shown.items() for note in _differences(key, list(of_row.values()))]
     return Leaderboard({name: results[name] for name in sorted(results, key=_rank)}, tuple(columns), tuple(notes))
 
 
+def _of_retrieval(records: Sequence[dict[str, Any]]) -> list[Column]:
+    """Columns of evaluation.eval_retrieval: each metric at the cutoff that most runs have, the nearest to the usual."""
+    found: dict[str, Counter[int]] = defaultdict(Counter)
+    for record in records:
+        for metric in record["metrics"] if record["task"] == RETRIEVAL else ():
+            if (matched := RETRIEVAL_METRIC.match(metric)) and matched[1] in USUAL_CUTOFFS:
+                found[matched[1]][int(matched[2])] += 1
+    columns: list[Column] = []
+    for name, usual in USUAL_CUTOFFS.items():
+        cutoffs = sorted(found[name], key=lambda k: (-found[name][k], abs(math.log(k / usual)), k))
+        columns += [(f"{name}@{cutoff}", RETRIEVAL, f"{name}@{cutoff}", False) for cutoff in cutoffs[:1]]
+    return columns
+
+
 def _further(records: Sequence[dict[str, Any]]) -> list[Column]:
     """Columns of tasks that somebody added: their first metric."""
-    known = {task for _, task, *_ in COLUMNS} | {"retrieval"}
+    known = {task for _, task, *_ in COLUMNS} | {RETRIEVAL}
     firsts = {str(record["task"]): next(iter(record["metrics"]), "") for record in records}
     return [
         (f"{task} {metric}", task, metric, False) for task, metric in firsts.items() if task not in known and metric

@@ -41,6 +41,33 @@ def test_newest_results_in_columns_with_blanks():
     assert "0.4000" in to_text(board)
 
 
+def retrieved(retriever, eval_data="data/nq/test.json", **metrics):
+    arguments = {"arguments": {"eval_data": eval_data}}
+    return record("retrieval", retriever, "2026", None, **metrics) | arguments
+
+
+def at(cutoffs, **values):
+    return {f"{name}@{cutoff}": value + cutoff / 1000 for name, value in values.items() for cutoff in cutoffs}
+
+
+def test_metrics_of_retrieval_have_columns():
+    dense = at([1, 5, 10, 100], mrr=0.3, ndcg=0.4, recall=0.5, nq_recall=0.6)
+    runs = [retrieved("bm25", **at([1, 5, 10, 100], mrr=0.1, ndcg=0.2)), retrieved("some/where/model", **dense)]
+    lines = to_csv(leaderboard(runs)).splitlines()
+    assert lines[0] == "retriever,ndcg@10,mrr@10,recall@100,nq_recall@10"
+    assert lines[1] == "bm25,0.21000000000000002,0.11,,"
+    assert [float(value) for value in lines[2].split(",")[1:]] == pytest.approx([0.41, 0.31, 0.6, 0.61])
+    # Beside other evaluations, of several data, and at the cutoffs that most runs have.
+    more = [*RECORDS, *runs, retrieved("bm25", **at([3, 7], ndcg=0.2)), retrieved("no", **at([7], ndcg=0.0))]
+    more += [retrieved("random", "data/msmarco/test.json", **at([7, 50], ndcg=0.1))]
+    header, *lines = (line.split(",") for line in to_csv(leaderboard(more)).splitlines())
+    assert header[:3] == ["retriever", "MMLU", "PopQA"]
+    assert header[9:11] == ["ndcg@7 nq/test.json", "ndcg@7 msmarco/test.json"]
+    of = {line[0]: line for line in lines}
+    assert [of[name][9][:5] for name in ("no", "random", "bm25")] == ["0.007", "", "0.207"]
+    assert of["random"][10][:5] == "0.107"
+
+
 def test_several_language_models_have_rows_of_their_own():
     board = leaderboard([*RECORDS, record("mmlu", "no", "2026-01-03", "b/other", accuracy=0.1)])
     assert list(board.results) == ["no · b/other", "no · lm", "where/model · b/other", "where/model · lm"]
