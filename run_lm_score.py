@@ -54,8 +54,8 @@ def load_data(args: LMScoreArgs) -> ScoreData:
     return ScoreData(rows, default, args.answer_select, args.seed, prompts)
 
 
-def identity(args: LMScoreArgs, dtype: str, data: ScoreData) -> dict[str, Any]:
-    """What scores depend on: scores of anything else must not mix with these."""
+def identity(args: LMScoreArgs, dtype: str, data: ScoreData, limit: int | None) -> dict[str, Any]:
+    """What scores depend on: scores of anything else must not mix with these; `limit` as of `prompt_encoder`."""
     rows = data.rows
     file = os.stat(rows.path)
     return {
@@ -64,10 +64,10 @@ def identity(args: LMScoreArgs, dtype: str, data: ScoreData) -> dict[str, Any]:
         "lm_dtype": dtype,
         "prompts": dict(data.prompts),
         "format": FORMAT,
+        "context_max_length": limit,
         **{
             flag: getattr(args, flag)
             for flag in (
-                "context_max_length",
                 "key_max_length",
                 "truncation_side",
                 "add_llama_inst",
@@ -80,11 +80,13 @@ def identity(args: LMScoreArgs, dtype: str, data: ScoreData) -> dict[str, Any]:
     }
 
 
-def prompt_encoder(args: LMScoreArgs, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> PromptEncoder:
-    """How texts become prompts of an LM."""
+def prompt_encoder(
+    args: LMScoreArgs, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, limit: int | None
+) -> PromptEncoder:
+    """How texts become prompts of an LM, of at most `limit` tokens (None: as many as it takes)."""
     return PromptEncoder(
         tokenizer,
-        lm_max_length(config, args.context_max_length),
+        lm_max_length(config, limit),
         args.key_max_length,
         args.truncation_side,
         make_frame(tokenizer, args.add_llama_inst, args.use_chat_template),
@@ -92,24 +94,24 @@ def prompt_encoder(args: LMScoreArgs, tokenizer: PreTrainedTokenizerBase, config
     )
 
 
-def plan(args: LMScoreArgs, config: LMConfig, data: ScoreData, output: str) -> list[Line]:
+def plan(args: LMScoreArgs, config: LMConfig, data: ScoreData, output: str, limit: int | None) -> list[Line]:
     """For ``--dry_run``: pairs, their tokens, and the size of the LM."""
     tokenizer, model_config = load_lm_tokenizer(config)
     model = empty_lm(config, model_config)
     check_tokens(data, model.get_output_embeddings().weight.shape[0])
-    encoder = prompt_encoder(args, tokenizer, model_config)
+    encoder = prompt_encoder(args, tokenizer, model_config, limit)
     if args.strict:
         check_all_fit(encoder, data)
     return [*scoring_lines(data, encoder), *lm_lines(model, config), ("output", output)]
 
 
-def fill(args: LMScoreArgs, config: LMConfig, data: ScoreData, journal: Journal) -> None:
+def fill(args: LMScoreArgs, config: LMConfig, data: ScoreData, journal: Journal, limit: int | None) -> None:
     """Score what the journal lacks; with ``--load_score`` only find out whether it is of these rows and settings.
 
     Raises:
         UserError: it is of others, or rows do not fit.
     """
-    whose = identity(args, config.dtype, data)
+    whose = identity(args, config.dtype, data, limit)
     if args.load_score:
         if not distributed.on_main(journal.exists):
             raise UserError(f"--load_score: there are no scores of an interrupted run in {journal.folder}")
@@ -117,7 +119,7 @@ def fill(args: LMScoreArgs, config: LMConfig, data: ScoreData, journal: Journal)
         return
     model = load_lm(config)
     check_tokens(data, model.vocabulary)
-    encoder = prompt_encoder(args, model.tokenizer, model.model.config)
+    encoder = prompt_encoder(args, model.tokenizer, model.model.config, limit)
     if args.strict:
         check_all_fit(encoder, data)
     distributed.on_main(lambda: journal.open(whose))
@@ -132,17 +134,18 @@ def main() -> None:
         logger.warning("--%s has no effect on scoring", name)
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)
     config = lm_config(args, given, device)
+    limit = args.context_max_length if "context_max_length" in given else None
     data = load_data(args)
     output = derived_path(data.rows.path, "scored", args.save_name, args.output_dir if args.save_to_output else None)
     flag = "output_dir" if args.save_to_output else "eval_data"
     distributed.on_main(lambda: check_output(output, flag))
     distributed.on_main(lambda: check_writable(f"{output}.parts", flag))
     if args.dry_run:
-        show_plan(plan(args, config, data, output))
+        show_plan(plan(args, config, data, output, limit))
         return
     journal = Journal(f"{output}.parts")
     with locks.hold(output):
-        fill(args, config, data, journal)
+        fill(args, config, data, journal, limit)
         if distributed.is_main():
             write_scored(data, journal, args.score_name or "teacher_scores", output, partly=args.load_score)
             if not args.load_score:

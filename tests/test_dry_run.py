@@ -386,7 +386,7 @@ def test_scoring(dry, tmp_path, models):  # noqa: F811
     plan = dry(run_lm_score.main, *flags, "--context_max_length", 25, "--lm_dtype", "bf16")
     assert plan["tokens"][-1] == "2 of these rows do not fit into 25 tokens and stay unscored"
     assert human_bytes(2 * parameters) in plan["LM"][0]
-    assert "do not fit into --context_max_length 25" in dry(
+    assert "do not fit into 25 tokens (--context_max_length" in dry(
         run_lm_score.main, *flags, "--context_max_length", 25, "--strict", expect=2
     )
 

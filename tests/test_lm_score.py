@@ -204,7 +204,9 @@ def test_rows_with_tokens_are_scored_by_them(models, score, tmp_path):
     }
     flags = ["--eval_data", write_rows(tmp_path / "rows.json", [row]), "--model_name_or_path", models["gpt2"]]
     score(*flags, "--key_max_length", 3)
-    found = read_rows(tmp_path / "rows.scored.x.json")[0]["teacher_scores"]
+    (scored,) = read_rows(tmp_path / "rows.scored.x.json")
+    assert scored.keys() == {"query", "pos", "neg", "task", "answers", "teacher_scores"}
+    found = scored["teacher_scores"]
     wanted = [
         reference.likelihood_of(model, [9, 8, 7, 11, 12, 13, 14, 15], 6),
         reference.likelihood_of(model, [5, 11, 12, 13, 14, 15], 4),
@@ -213,6 +215,8 @@ def test_rows_with_tokens_are_scored_by_them(models, score, tmp_path):
     score(*flags, "--key_max_length", 3, "--truncation_side", "left")
     found = read_rows(tmp_path / "rows.scored.x.json")[0]["teacher_scores"]
     assert found[0] == pytest.approx(reference.likelihood_of(model, [8, 7, 6, 11, 12, 13, 14, 15], 6), abs=1e-5)
+    score(*flags, "--context_max_length", 4)
+    assert read_rows(tmp_path / "rows.scored.x.json") == [row], "what is not scored can be scored anew"
 
 
 def test_a_long_key_is_cut_and_nothing_else():
@@ -392,6 +396,24 @@ def test_rows_that_do_not_fit_are_kept_unscored_or_stop_the_run(models, score, t
     assert "--context_max_length" in printed
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_long_row_is_scored_as_it_is_unless_told_otherwise(kind, models, score, tmp_path):
+    """As many tokens as the LM takes: 4,096, or any number where positions are relative."""
+    model, tokenizer = load(models[kind])
+    rows = [{**GOOD, "query": "q w " * 300, "pos": ["k " * 400]}, {**GOOD, "query": "q w " * 2500}]
+    flags = ["--eval_data", write_rows(tmp_path / "rows.json", rows), "--model_name_or_path", models[kind]]
+    score(*flags)
+    found = read_rows(tmp_path / "rows.scored.x.json")
+    wanted = [reference.score(model, tokenizer, "qa", rows[0], key, "c") for key in own_candidates(rows[0])]
+    np.testing.assert_allclose(found[0]["teacher_scores"], wanted, atol=1e-5)
+    assert ("teacher_scores" in found[1]) == (kind == "t5")
+    score(*flags, "--context_max_length", 1024)
+    cut, unfit = read_rows(tmp_path / "rows.scored.x.json")
+    assert "teacher_scores" not in unfit
+    assert abs(cut["teacher_scores"][0] - wanted[0]) > 1e-4
+    assert cut["teacher_scores"][1] == pytest.approx(wanted[1], abs=1e-5)
+
+
 TOKENS = {"score_inputs": [[1], [2]], "context_inputs": [], "query_inputs": [], "answer_inputs": [1]}
 GOOD = {"query": "q", "pos": ["a"], "neg": ["b"], "answers": ["c"], "task": "qa"}
 
@@ -516,7 +538,8 @@ def test_scores_made_with_other_settings_are_not_mixed_in(other, models, tmp_pat
 
     def made(**changed) -> dict:
         args = LMScoreArgs(eval_data=str(data), model_name_or_path=str(folder), **changed)
-        return run_lm_score.identity(args, args.lm_dtype, ScoreData(open_jsonl(str(data), check_lm_row, "x"), None))
+        rows = ScoreData(open_jsonl(str(data), check_lm_row, "x"), None)
+        return run_lm_score.identity(args, args.lm_dtype, rows, args.context_max_length)
 
     changed = dict(other)
     journal = Journal(str(tmp_path / "parts"))

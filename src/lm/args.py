@@ -92,6 +92,11 @@ class LMScoreArgs(LMArgs):
     task_config: str | None = flag(
         None, "File (YAML or JSON) with tasks of your own, whose lm_prompt names the task of ours with their prompt."
     )
+    context_max_length: int = flag(
+        1024,
+        "Most tokens of a prompt with its answer (when not given what the LM takes); a batch holds lm_batch_size times "
+        "so many, or a single longer prompt.",
+    )
     key_max_length: int = flag(512, "Most tokens of a key; more are cut off.")
     answer_select: str = flag(
         "random",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,9 +280,11 @@ def model_identity(name: str, cache_dir: str | None = None) -> dict[str, Any]:
     }
 
 
-def lm_max_length(config: PretrainedConfig, wanted: int) -> int:
-    """`wanted` tokens, or what the model takes when that is fewer."""
+def lm_max_length(config: PretrainedConfig, wanted: int | None) -> int:
+    """`wanted` tokens, or what the model takes when that is fewer or `wanted` None."""
     limit = position_limit(config)
+    if wanted is None:
+        return sys.maxsize if limit is None else limit
     if limit is not None and limit < wanted:
         logger.info("--context_max_length %d: the model takes %d tokens at a time", wanted, limit)
         return limit

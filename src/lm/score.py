@@ -21,7 +21,7 @@ from src.lm.likelihood import budgets, check_finite, collect_work, cut_work, sco
 from src.lm.modeling_lm import LanguageModel
 from src.lm.prompts import PromptEncoder, PromptTokens
 from src.retrieval.collate import shortest
-from src.schema import candidates, has_tokens
+from src.schema import TOKEN_FIELDS, candidates, has_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +123,9 @@ def check_all_fit(encoder: PromptEncoder, data: ScoreData) -> None:
     """
     if unfit := unfit_rows(encoder, data):
         raise UserError(
-            f"{data.rows.where(unfit[0])}: query and answer do not fit into --context_max_length "
-            f"{encoder.max_length}, nor do those of {len(unfit) - 1} more rows: raise it, shorten them, or leave out "
-            "--strict to keep such rows unscored"
+            f"{data.rows.where(unfit[0])}: query and answer do not fit into {encoder.max_length} tokens "
+            f"(--context_max_length, or what the LM takes), nor do those of {len(unfit) - 1} more rows: raise it, "
+            "shorten them, or leave out --strict to keep such rows unscored"
         )
 
 
@@ -196,7 +196,8 @@ def _score_unit(
 def write_scored(data: ScoreData, journal: Journal, field: str, path: str, partly: bool = False) -> int:
     """Write all rows with the scores of their candidates; by one process.
 
-    Rows that do not fit or were not reached lose a `field` they had: it would be of another model.
+    Rows that do not fit or were not reached lose a `field` they had: it would be of another model. Rows that were
+    scored by their tokens lose these.
 
     Args:
         data: rows.
@@ -231,6 +232,9 @@ def write_scored(data: ScoreData, journal: Journal, field: str, path: str, partl
                     unfit.append(number)
                 else:
                     row[field] = reduce_answers(own, data.answers(number), data.answer_select)
+                    # The texts are what is trained on.
+                    for name in TOKEN_FIELDS if has_tokens(row) else ():
+                        del row[name]
                 file.write(json_line(row))
         if absent and not partly:
             raise UserError(f"{journal.folder} lacks the scores of {absent} rows: start again to score them")
