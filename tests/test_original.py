@@ -22,6 +22,8 @@ from evaluation.icl_tasks import FAMILY_OF, problems, score
 from src.errors import UserError
 from src.lm.ask import Asker
 from src.lm.budget import Layout, Prompt, passages_layout
+from src.lm.builders import make_decoding
+from src.lm.eval_args import ICLArgs
 from src.lm.memory import Response
 from tests.conftest import make_tokenizer
 from tests.helpers import read_rows, write_rows
@@ -198,6 +200,29 @@ def test_generated_answers_of_icl():
     row = {"task_name": "gigaword", "answers": ["a b", "c d"]}
     assert score(row, Response(("a  b",)))["rouge_l"] == pytest.approx(1)
     assert score(row, Response(("c d",))) == {"rouge_l": 0}
+
+
+def test_marks_around_prompts_of_icl(ask, lm, tmp_path):
+    """Text between the marks, two blanks before an option, and a generated answer that only the text's end ends."""
+    tokenizer = AutoTokenizer.from_pretrained(lm)
+    rows = [
+        {"task_name": task, "query": query, "answers": ["39"], "options": ["39", "Mike Tolbert"]}
+        for task, query in (("boolq", "How many? "), ("gigaword", "What?"))
+    ]
+    path = write_rows(tmp_path / "rows.json", rows)
+    flags = (
+        f"--eval_data {path} --retrieval_method no --cpu --model_name_or_path LM --max_new_tokens 4 --add_llama_inst"
+    )
+    *scored, generated = ask("evaluation.eval_icl", flags)[0]
+    for own, option in zip(scored, rows[0]["options"], strict=True):
+        ids = tokenizer(f"[INST] How many?  [/INST]  {option}")["input_ids"]
+        size = len(tokenizer(option, add_special_tokens=False)["input_ids"])
+        assert (own["prompt"], own["n"]) == (tokenizer.decode(ids[:-size]), size)
+        assert own["answer"] == tokenizer.decode(ids[-size:])
+    assert generated["prompt"] == "<s> [INST] What? [/INST]"
+    for flag, first_line, stops in ((None, False, ()), (13, True, (13,)), (5, False, (5,))):
+        made = make_decoding(ICLArgs(eval_data="x", add_llama_inst=True, eos_token_id=flag, few_shot=0), tokenizer)
+        assert (made.first_line, made.stop_tokens) == (first_line, stops)
 
 
 def test_examples_of_the_same_task(ask, tmp_path, caplog):

@@ -44,14 +44,16 @@ def make_decoding(args: GenerateArgs, tokenizer: PreTrainedTokenizerBase) -> Dec
         raise UserError(
             f"--eos_token_id {args.eos_token_id}: the LM's tokenizer has the tokens 0 to {len(tokenizer) - 1}"
         )
-    newline = args.eos_token_id in (None, NEWLINE_ID)
+    inst = args.add_llama_inst  # type: ignore[attr-defined]
+    newline = args.eos_token_id == NEWLINE_ID or (args.eos_token_id is None and not inst)
+    own = () if args.eos_token_id is None else (args.eos_token_id,)
     return Decoding(
         args.max_new_tokens,
         args.do_sample,
         args.num_return_sequences,
         args.temperature,
         args.top_p,
-        tuple(newline_tokens(tokenizer)) if newline else (int(args.eos_token_id or 0),),
+        tuple(newline_tokens(tokenizer)) if newline else own,
         newline,
         args.seed,  # type: ignore[attr-defined]
     )

@@ -98,7 +98,7 @@ class GenerateArgs:
     eos_token_id: int | None = flag(
         None,
         f"Token that ends an answer, besides the end of a text. None and {NEWLINE_ID} (the newline of Llama 2) "
-        "stand for the newline of any tokenizer.",
+        "stand for the newline of any tokenizer, but None with --add_llama_inst for the end of a text alone.",
     )
 
     def __post_init__(self) -> None:

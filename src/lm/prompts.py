@@ -78,14 +78,14 @@ class Frame:
         """The prompt within its frame; the answer follows as it stands."""
         if not self.before and not self.after:
             return prompt
-        return f"{self.before}{prompt.rstrip()}{self.after}"
+        return f"{self.before}{prompt.rstrip(' ').removesuffix(chr(10))}{self.after}"
 
 
 #: What part of a character decodes to.
 HALF = "\ufffd"
 
 PLAIN = Frame()
-LLAMA_INST = Frame("[INST] ", " [/INST] ")
+LLAMA_INST = Frame("[INST] ", " [/INST]  ")
 _PLACE = "<the prompt stands here>"
 
 
@@ -195,7 +195,8 @@ def tokenize_pairs(
 ) -> list[PromptTokens]:
     """Tokens of prompts with their answers, told apart exactly: tokenized with and without the answer.
 
-    A space at the end of a prompt belongs to the answer's first token, as tokenizers of LMs have it.
+    A space at the end of a prompt belongs to the answer's first token, as tokenizers of LMs have it; of several at
+    least the first belongs to the prompt.
 
     Args:
         tokenizer: of the LM.
@@ -209,11 +210,15 @@ def tokenize_pairs(
         prompts = tokenizer(short)["input_ids"]
         answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
         return [PromptTokens(tuple(own), tuple(ids)) for own, ids in zip(prompts, answers, strict=True)]
-    without = tokenizer(short, add_special_tokens=False)["input_ids"]
+    variants = [short]
+    if any(head.endswith("  ") for head in heads):
+        # Whether several spaces are one token, or the last one goes with the answer, differs by tokenizer.
+        variants += [[head.removesuffix(" ") for head in heads], heads]
+    without = [tokenizer(own, add_special_tokens=False)["input_ids"] for own in variants]
     texts = [head + answer for head, (_, answer) in zip(heads, pairs, strict=True)]
     whole = tokenizer(texts, add_special_tokens=False)["input_ids"]
     prefix = special_prefix(tokenizer) if frame.special else []
-    split = [_common_length(head, full) for head, full in zip(without, whole, strict=True)]
+    split = [max(_common_length(own[number], full) for own in without) for number, full in enumerate(whole)]
     return [
         PromptTokens((*prefix, *full[:start]), tuple(full[start:])) for full, start in zip(whole, split, strict=True)
     ]
