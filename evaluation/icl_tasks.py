@@ -59,21 +59,20 @@ def right_option(row: Row) -> int | None:
     answer, options = row["answers"][0], row["options"]
     if answer in options:
         return options.index(answer)
-    number = int(answer) if re.fullmatch("[0-9]+", answer.strip()) else len(options)
+    number = int(answer) if re.fullmatch("[0-9]{1,9}", answer.strip()) else len(options)
     return number if number < len(options) else None
 
 
 def problems(row: Row) -> list[str]:
     """Of the fields that the evaluation needs."""
-    found = text_problems(row, "task_name") + text_list_problems(row, "answers", 1) + text_list_problems(row, "options")
-    if found:
-        return found
-    if row["task_name"] not in FAMILY_OF:
+    found = text_problems(row, "task_name") + text_list_problems(row, "answers", 1)
+    if not found and row["task_name"] not in FAMILY_OF:
         found.append(f"task_name {row['task_name']!r} is unknown: choose from {', '.join(FAMILY_OF)}")
-    if not chooses(row["task_name"]):
+    if not found and chooses(row["task_name"]):
+        found += text_list_problems(row, "options") or blank_problems(row, "options")
+    if found or not chooses(row["task_name"]):
         return found
     options = row.get("options") or []
-    found += blank_problems(row, "options")
     if not options:
         found.append(f"field 'options' is missing: task {row['task_name']!r} chooses between some")
     elif metric_of(row["task_name"]) == BINARY_F1 and len(options) != 2:

@@ -182,6 +182,7 @@ def test_every_task_of_icl(ask, tmp_path):
         (["No", "Yes"], "2", None),
         (["No", "Yes"], "-1", None),
         (["No", "Yes"], "²", None),
+        (["No", "Yes"], "1" * 5000, None),
         (["No", "Yes"], "yes", None),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -219,15 +218,13 @@ class LRLMArgs(HistoryArgs):
     """The end of a long text, given chunks of its past."""
 
     methods: ClassVar[tuple[str, ...]] = ("no", "random", "dense", "bm25", ORACLE)
+    log_folder: ClassVar[bool] = True
 
     anchor_length: int = flag(160000, "Characters of a text that are read, so that all tokenizers see the same end.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(anchor_length=self.anchor_length)
-        # Each data set has a log of its own in the folder that the default names.
-        if not os.path.splitext(self.log_path)[1] and not os.path.isfile(self.log_path):
-            self.log_path = os.path.join(self.log_path, "")
         if self.context_window_size <= self.target_length:
             raise UserError(
                 f"--context_window_size {self.context_window_size} must be above --target_length {self.target_length}: "

@@ -26,6 +26,8 @@ BM25_BACKENDS = ("auto", "anserini", "bm25s")
 class DataArgs:
     """Files to read, what to compute from them and where results go."""
 
+    #: Whether a --log_path without an extension names a folder.
+    log_folder: ClassVar[bool] = False
     model_cache_dir: str | None = flag(None, "Folder where models from the hub are kept.")
     dataset_cache_dir: str | None = flag(
         None, "Folder where the scans of data files are kept, so that a restart on unchanged files is quick."

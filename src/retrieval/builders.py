@@ -171,7 +171,8 @@ def vector_folder(args: RetrievalArgs, output_dir: str) -> str:
 
 def log_file(args: DataArgs, log_path: str) -> str:
     """The file that ``--log_path`` means: in a folder, or with a slash at its end, ``<folder of eval_data>.log``."""
-    if not log_path.endswith("/") and not os.path.isdir(log_path):
+    named = args.log_folder and not os.path.splitext(log_path)[1] and not os.path.isfile(log_path)
+    if not (named or log_path.endswith("/") or os.path.isdir(log_path)):
         return log_path
     data = Path(resolve_path(args.eval_data or "", args.data_root)).absolute()
     return os.path.join(log_path, f"{data.parent.name or data.stem}.log")
