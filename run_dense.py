@@ -22,7 +22,6 @@ from src.retrieval.builders import (
     eval_config,
     load_eval_data,
     log_file,
-    lora_settings,
     resolved_arguments,
 )
 from src.retrieval.checkpoint_folders import checkpoint_to_resume
@@ -76,7 +75,7 @@ def work(args: RetrievalArgs, training: RetrievalTrainingArgs, given: frozenset[
     sources = load_sources(args, training)
     resume = distributed.on_main(lambda: checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir))
     set_seed(training.seed)
-    model = load_dense_retriever(encoder_config(args, given, lora_settings(training) if sources else None))
+    model = load_dense_retriever(encoder_config(args, given, training if sources else None))
     check_widths(model, training)
     lengths = (args.query_max_length, args.key_max_length)
     collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, chunk_policy(training))

@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules.transformer import ModalityConfig
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+from transformers import PreTrainedTokenizerBase
 
 from src import locks
 from src.cli import parse_args, run
@@ -27,7 +29,9 @@ from src.flags import check_choice
 from src.io import atomic_write
 from src.retrieval.args import DENSE_METRICS, POOLING_METHODS
 from src.retrieval.checkpoint_folders import beside, replace_folder, whole_checkpoints
+from src.retrieval.checkpoints import position_limit
 from src.retrieval.encode import EncodeConfig, encode
+from src.retrieval.loading import loading
 from src.retrieval.lora import is_adapter_folder
 from src.retrieval.model_card import CARD_FILE, converted_card, model_card
 from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, TextEncoder, load_dense_retriever
@@ -40,6 +44,8 @@ TOLERANCE = 1e-5
 ST_FILE = "modules.json"
 ST_POOLING = {"cls": "cls", "mean": "mean", "last": "lasttoken"}
 ST_SIMILARITY = {"cos": "cosine", "ip": "dot", "l2": "euclidean"}
+#: Without this, texts of models that were tuned to chat are put into their template.
+PLAIN_TEXTS: ModalityConfig = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
 SENTENCES = (
     "Which function converts a temperature from Celsius to Fahrenheit?",
     "a",
@@ -105,9 +111,14 @@ def _hint(encoder: str) -> str:
 
 
 def st_modules(
-    folder: str, encoder: TextEncoder, metric: str, max_length: int, trust_remote_code: bool
+    folder: str,
+    encoder: TextEncoder,
+    tokenizer: PreTrainedTokenizerBase,
+    metric: str,
+    max_length: int,
+    trust_remote_code: bool,
 ) -> list[torch.nn.Module]:
-    """The sentence-transformers modules that do what `encoder` does.
+    """The sentence-transformers modules that do what `encoder` does with texts of its `tokenizer`.
 
     Raises:
         UserError: sentence-transformers has no such pooling.
@@ -116,13 +127,19 @@ def st_modules(
     if method not in ST_POOLING:
         raise UserError(f"--encoder {folder}: sentence-transformers cannot express the pooling {method!r}")
     options = {"trust_remote_code": trust_remote_code}
-    transformer = Transformer(
-        folder, max_seq_length=max_length, model_kwargs=options, processor_kwargs=options, config_kwargs=options
-    )
-    modules: list[torch.nn.Module] = [
-        transformer,
-        Pooling(encoder.backbone.config.hidden_size, pooling_mode=ST_POOLING[method]),
-    ]
+    with loading(folder, "encoder"):
+        transformer = Transformer(
+            folder,
+            model_kwargs=options,
+            processor_kwargs=options,
+            config_kwargs=options,
+            modality_config=dict(PLAIN_TEXTS),
+            module_output_name="token_embeddings",
+        )
+    # Not the one in the folder, which may have nothing to pad with.
+    transformer.processor = tokenizer
+    transformer.max_seq_length = max_length
+    modules: list[torch.nn.Module] = [transformer, Pooling(encoder.pooled_width, pooling_mode=ST_POOLING[method])]
     if encoder.dense is not None:
         linear = encoder.dense.linear
         dense = Dense(linear.in_features, linear.out_features, linear.bias is not None, encoder.dense.activation)
@@ -219,9 +236,11 @@ def convert(args: ConvertArgs, given: frozenset[str], source: str, target: str) 
             allow_pickle=args.allow_pickle,
         )
     ).eval()
-    limit = model.query_tokenizer.model_max_length
-    positions = getattr(model.encoders["encoder"].backbone.config, "max_position_embeddings", None)
-    max_length = args.max_length or min(limit, positions or limit, 512)
+    encoder, tokenizer = model.encoders["encoder"], model.query_tokenizer
+    limit = position_limit(encoder.backbone.config, encoder.backbone) or sys.maxsize
+    if args.max_length is not None and args.max_length > limit:
+        raise UserError(f"--max_length {args.max_length}: {source!r} takes {limit} tokens at most")
+    max_length = args.max_length or min(tokenizer.model_max_length, limit, 512)
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     staging = tempfile.mkdtemp(prefix=f".{Path(target).name}.", suffix=".partial", dir=Path(target).parent)
     # mkdtemp makes it for the owner alone; the result shall be as readable as any other folder.
@@ -230,7 +249,7 @@ def convert(args: ConvertArgs, given: frozenset[str], source: str, target: str) 
     os.chmod(staging, 0o777 & ~umask)
     try:
         folder = _whole(source, model, os.path.join(staging, "merged"))
-        modules = st_modules(folder, model.encoders["encoder"], model.metric, max_length, args.trust_remote_code)
+        modules = st_modules(folder, encoder, tokenizer, model.metric, max_length, args.trust_remote_code)
         converted = SentenceTransformer(modules=modules, similarity_fn_name=ST_SIMILARITY[model.metric], device="cpu")
         shutil.rmtree(os.path.join(staging, "merged"), ignore_errors=True)
         converted.save(staging)

@@ -267,6 +267,18 @@ def read_json(path: str | os.PathLike[str], what: str, unique_names: bool = Fals
         raise UserError(f"{what}: {path} is not valid JSON: {error}") from error
 
 
+def read_object(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """Read one JSON file that holds an object; see `read_json`.
+
+    Raises:
+        UserError: it is missing or broken, or holds something else.
+    """
+    value = read_json(path, what)
+    if not isinstance(value, dict):
+        raise UserError(f"{what}: {path} must hold an object, found {json.dumps(value)[:40]}")
+    return value
+
+
 def derived_path(
     source: str, field: str, save_name: str | None = None, output_dir: str | None = None, extension: str | None = None
 ) -> str:

@@ -219,9 +219,9 @@ BAD_ARGUMENTS = {
     ),
     "encoder folder without weights": ("--train_data {train} --query_encoder {folder}", "cannot load the encoder"),
     "dense with a missing layer": (
-        "--train_data {train} --query_encoder {model} --query_max_length 64 --key_max_length 64 "
+        "--eval_data {eval} --corpus {corpus} --query_encoder {model} --query_max_length 64 --key_max_length 64 "
         "--pooling_method mean dense",
-        "has no dense layer: give --dense_dim N",
+        "has no dense layer, and one that nobody has trained is of no use",
     ),
     "more tokens than positions": (
         "--train_data {train} --query_encoder {model} --query_max_length 64 --key_max_length 4096",

@@ -196,7 +196,7 @@ def test_models_without_weights_have_the_size_of_those_with(tiny_bert, tiny_t5, 
     for settings in (
         {},
         {"lora": LoraSettings(2, 4)},
-        {"tie_encoders": False, "pooling_method": ("mean", "dense"), "dense_dim": 5},
+        {"tie_encoders": False, "pooling_method": ("mean", "dense"), "new_dense": True},
     ):
         sizes = [
             count_parameters(load_dense_retriever(EncoderConfig(path, path, **settings, empty=empty)))

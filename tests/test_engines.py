@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 def test_a_filled_copy_embeds_like_the_model(tiny_llama):
     """Llama has buffers that no state dictionary holds, and the dense layer is no part of the transformer."""
-    config = EncoderConfig(tiny_llama, tie_encoders=False, pooling_method=("last", "dense"), dense_dim=8)
+    config = EncoderConfig(tiny_llama, tie_encoders=False, pooling_method=("last", "dense"), new_dense=True)
     model = load_dense_retriever(config).eval()
     hollow = hollow_copy(model)
     assert all(weight.is_meta for weight in hollow.parameters())

@@ -143,9 +143,9 @@ def test_adapters_that_cannot_be_loaded(trained, tmp_path):
         embed(moved)
     damaged = shutil.copytree(source, tmp_path / "damaged")
     (damaged / "adapter_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    with pytest.raises(UserError, match="do not fit the encoder, or are damaged"):
+    with pytest.raises(UserError, match="cannot load the adapters"):
         embed(damaged)
-    with pytest.raises(UserError, match=r"adapter_model.safetensors is damaged"):
+    with pytest.raises(UserError, match="cannot load the adapters"):
         load_adapters(torch.nn.Linear(1, 1), str(damaged))
 
 

@@ -63,7 +63,7 @@ def expected(model: DenseRetriever, instruction: Instruction, lengths=LENGTHS) -
     ("kind", "settings"),
     [
         ("bert", {"pooling_method": ("cls",), "dense_metric": "ip"}),
-        ("bert", {"pooling_method": ("mean", "dense"), "dense_dim": 5}),
+        ("bert", {"pooling_method": ("mean", "dense"), "dense_dim": 5, "new_dense": True}),
         ("bert", {"pooling_method": ("mean",), "dense_metric": "l2", "tie_encoders": False}),
         ("llama", {"pooling_method": ("last",)}),
         ("llama", {"pooling_method": ("last",), "lora": LoraSettings(2, 4.0)}),

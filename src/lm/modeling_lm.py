@@ -31,7 +31,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from src.errors import UserError
-from src.retrieval.checkpoints import LOAD_ERRORS, check_weights, empty_model, load_error, position_limit, safe_only
+from src.retrieval.checkpoints import check_vocabulary, empty_model, position_limit
+from src.retrieval.loading import check_weights, loading, safe_only
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,8 @@ class LanguageModel:
         known = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in known and (padding_side == "left" or add_position_ids)
         self._keeps_logits = "logits_to_keep" in known
+        #: How many tokens it can read.
+        self.embeddings = model.get_input_embeddings().weight.size(0)  # type: ignore[operator]
 
     @property
     def vocabulary(self) -> int:
@@ -245,6 +248,11 @@ class LanguageModel:
     def _pad(self, rows: Sequence[Sequence[int]], width: int, side: str) -> tuple[Tensor, Tensor]:
         """Token ids and mask, int64 ``(n, width)``."""
         # What stands under the mask is never looked at; a padding token may be missing, or beyond the vocabulary.
+        if (largest := max(max(row, default=0) for row in rows)) >= self.embeddings:
+            raise UserError(
+                f"a prompt spells out {self.tokenizer.convert_ids_to_tokens(largest)!r}, a token of the tokenizer that "
+                "the language model does not know: take it out of the data"
+            )
         ids = torch.zeros((len(rows), width), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for number, row in enumerate(rows):
@@ -320,12 +328,10 @@ def load_lm_tokenizer(config: LMConfig) -> tuple[PreTrainedTokenizerBase, Pretra
         UserError: they cannot be loaded.
     """
     name, options = config.model_name_or_path, _options(config)
-    try:
-        return AutoTokenizer.from_pretrained(name, **options), AutoConfig.from_pretrained(name, **options)
-    except ImportError as error:
-        raise UserError(f"cannot load the {WHAT} {name!r}: {str(error).strip().splitlines()[0]}") from error
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise load_error(name, error, WHAT) from error
+    with loading(name, WHAT):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer("a")
+        return tokenizer, AutoConfig.from_pretrained(name, **options)
 
 
 def _auto_class(config: PretrainedConfig) -> Any:
@@ -341,13 +347,9 @@ def empty_lm(config: LMConfig, model_config: PretrainedConfig) -> PreTrainedMode
     name = config.model_name_or_path
     # Weights in a .gguf file were found by that name.
     checkpoint = "" if _gguf_file(name) else name
-    try:
-        code = {"trust_remote_code": config.trust_remote_code}
-        return empty_model(_auto_class(model_config), model_config, checkpoint, **code)
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise load_error(name, error, WHAT) from error
+    check_weights(checkpoint, model_config, config.allow_pickle, config.cache_dir)
+    code = {"trust_remote_code": config.trust_remote_code}
+    return empty_model(_auto_class(model_config), model_config, checkpoint, WHAT, **code)
 
 
 def load_lm(config: LMConfig) -> LanguageModel:
@@ -357,19 +359,16 @@ def load_lm(config: LMConfig) -> LanguageModel:
         UserError: it cannot be loaded, is no LM, or lacks weights.
     """
     name, options = config.model_name_or_path, _options(config)
-    check_weights(name, config.allow_pickle)
     tokenizer, model_config = load_lm_tokenizer(config)
+    check_weights(name, model_config, config.allow_pickle, config.cache_dir)
     options["use_safetensors"] = safe_only(config.allow_pickle)
-    try:
+    with loading(name, WHAT):
         model, info = _auto_class(model_config).from_pretrained(
             name, dtype=TORCH_DTYPES[config.dtype], device_map=config.device_map, output_loading_info=True, **options
         )
-    except ImportError as error:
-        raise UserError(f"cannot load the {WHAT} {name!r}: {str(error).strip().splitlines()[0]}") from error
-    except LOAD_ERRORS as error:
-        raise load_error(name, error, WHAT) from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name!r} lacks {len(missing)} weights of a {WHAT}, among them {missing[0]}: it cannot score")
+    check_vocabulary(tokenizer, model, name, WHAT)
     if config.device_map is None:
         model = model.to(config.device)
     # How a model likes to sample (temperature, penalties) is no part of an evaluation; where its texts end is.
@@ -377,8 +376,9 @@ def load_lm(config: LMConfig) -> LanguageModel:
     model.eval()
     side, pads_left = config.padding_side, True
     if not model_config.is_encoder_decoder:
-        check_causal(model, name)
-        pads_left = honours_left_padding(model)
+        with loading(name, WHAT):
+            check_causal(model, name)
+            pads_left = honours_left_padding(model)
         if side == "left" and not pads_left:
             side = "right"
             logger.info("%s takes no notice of padding on the left: it is padded on the right", name)

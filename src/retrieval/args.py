@@ -162,10 +162,10 @@ class DenseArgs:
     pooling_method: list[str] = flag(
         ["cls"],
         "cls, mean, last (last token, for decoder-only models) or decoder (T5 start token), optionally followed by "
-        "dense. Taken from the checkpoint when it tells and the flag is not given.",
+        "dense. When not given: what the checkpoint tells, else last for decoder-only models.",
     )
     dense_dim: int | None = flag(
-        None, "Width of a new dense layer, when pooling_method names dense and the checkpoint has none."
+        None, "Width of a new dense layer, when pooling_method names dense and the checkpoint has none (training only)."
     )
     truncate_dim: int | None = flag(
         None, "Search with the first so many dimensions of the vectors (of an encoder trained with --matryoshka_dims)."

@@ -56,8 +56,10 @@ def lora_settings(training: RetrievalTrainingArgs) -> LoraSettings | None:
     return LoraSettings(training.lora_r, alpha, training.lora_dropout, tuple(training.lora_target_modules))
 
 
-def encoder_config(args: RetrievalArgs, given: frozenset[str], lora: LoraSettings | None = None) -> EncoderConfig:
-    """How to load the encoder; pooling and similarity count only when the command line set them (`given`)."""
+def encoder_config(
+    args: RetrievalArgs, given: frozenset[str], training: RetrievalTrainingArgs | None = None
+) -> EncoderConfig:
+    """How to load the encoder, maybe for training; pooling and similarity count only when they were `given`."""
     return EncoderConfig(
         args.query_encoder,
         args.key_encoder,
@@ -70,10 +72,12 @@ def encoder_config(args: RetrievalArgs, given: frozenset[str], lora: LoraSetting
         args.key_max_length,
         args.model_cache_dir,
         args.trust_remote_code,
-        lora,
+        lora_settings(training) if training is not None else None,
         args.truncate_dim,
         args.dry_run,
         args.allow_pickle,
+        new_dense=training is not None,
+        instructed=args.add_instruction,
     )
 
 

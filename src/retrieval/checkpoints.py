@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
-from src.errors import UserError, first_line, is_out_of_memory
-
-#: Model types whose positions begin after the padding token's id.
-_SHIFTED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet")
-
+from src.errors import UserError, first_line
+from src.retrieval.loading import loading
 
 #: The files that weights may be in, or that name them.
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -97,85 +98,27 @@ def inner_folder(path: str, names: Sequence[str]) -> str:
     return path
 
 
-#: What transformers raises when a model cannot be loaded.
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, RecursionError, SafetensorError, pickle.UnpicklingError)
-
-
-def safe_only(allow_pickle: bool) -> bool | None:
-    """What transformers is told of the formats of weights: safetensors only, or whatever there is."""
-    return None if allow_pickle else True
-
-
-def check_weights(checkpoint: str, allow_pickle: bool) -> None:
-    """Look for weights that only a pickle holds.
-
-    Raises:
-        UserError: a folder holds no others, and nobody asked for them.
-    """
-    if allow_pickle or not os.path.isdir(checkpoint):
-        return
-    names = sorted(os.listdir(checkpoint))
-    pickles = [name for name in names if name.startswith("pytorch_model")]
-    if pickles and not any(name.endswith((".safetensors", ".gguf")) for name in names):
-        raise UserError(
-            f"{checkpoint!r} keeps its weights in a pickle ({pickles[0]}), a format that can carry code: convert it to "
-            "model.safetensors, or give --allow_pickle if you trust where it comes from"
-        )
-
-
-def load_error(checkpoint: str, error: Exception, what: str) -> UserError:
-    """One line about an exception of transformers; `what` is the kind of model that was wanted."""
-    if "trust_remote_code" in str(error):
-        return UserError(
-            f"the {what} {checkpoint!r} brings Python code of its own, which is not run unasked: read it, and give "
-            "--trust_remote_code if you trust it"
-        )
-    if isinstance(error, pickle.UnpicklingError):
-        return UserError(f"cannot load the {what} {checkpoint!r}: its pickle holds more than weights")
-    advice = (
-        "the folder must hold config.json, model.safetensors and the tokenizer's files"
-        if os.path.isdir(checkpoint)
-        else "no such folder here; as a hub name it must be in the cache already when there is no network, "
-        "see --model_cache_dir; weights in another format than safetensors need --allow_pickle"
-    )
-    # What the hub's client says of a path is about names of repositories.
-    reason = "no such folder" if os.path.isabs(checkpoint) and not os.path.exists(checkpoint) else first_line(error)
-    return UserError(f"cannot load the {what} {checkpoint!r}: {reason} ({advice})")
-
-
-@contextlib.contextmanager
-def loading(folder: str, what: str) -> Iterator[None]:
-    """Tell in one line why the weights of a checkpoint of ours cannot be loaded.
-
-    Raises:
-        UserError: in place of what transformers raises; `what` is the kind of model that was wanted.
-    """
-    try:
-        yield
-    except LOAD_ERRORS as error:
-        if isinstance(error, UserError) or is_out_of_memory(error):
-            raise
-        raise load_error(folder, error, what) from error
-
-
-def load_backbone_weights(backbone: PreTrainedModel, folder: str, **options: Any) -> None:
+def load_backbone_weights(backbone: PreTrainedModel, folder: str, what: str, **options: Any) -> None:
     """Take the weights of a transformer that was saved to `folder`, all of them.
 
     Args:
         backbone: of the same kind and size.
         folder: see `PreTrainedModel.save_pretrained`.
+        what: kind of model, for messages.
         options: for the making of the model.
 
     Raises:
-        UserError: some are missing.
+        UserError: some are missing or damaged, or there are those of another shape.
     """
     loader: Any = type(backbone)
-    saved, info = loader.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-    )
+    with loading(folder, what):
+        saved, info = loader.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
+        )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{folder} lacks {len(missing)} weights, among them {missing[0]}: take another checkpoint")
-    backbone.load_state_dict(saved.state_dict())
+    with loading(folder, what):
+        backbone.load_state_dict(saved.state_dict())
 
 
 def load_tokenizer(
@@ -188,14 +131,15 @@ def load_tokenizer(
     Raises:
         UserError: it cannot be loaded; `what` is the kind of model it belongs to.
     """
-    try:
+    with loading(checkpoint, what):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    except LOAD_ERRORS as error:
-        raise load_error(checkpoint, error, what) from error
+        tokenizer("a")
     # Without its files transformers makes one up that knows the special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"{checkpoint!r} has no files of a tokenizer: copy them there from where the {what} comes from")
     tokenizer.padding_side = "right"
+    # sentence-transformers would put every text into it.
+    tokenizer.chat_template = None
     borrowed = tokenizer.pad_token is None
     if borrowed:
         tokenizer.pad_token = tokenizer.eos_token
@@ -207,18 +151,21 @@ def load_tokenizer(
     return tokenizer, borrowed
 
 
-def empty_model(auto_class: Any, config: PretrainedConfig, checkpoint: str, **options: Any) -> PreTrainedModel:
+def empty_model(
+    auto_class: Any, config: PretrainedConfig, checkpoint: str, what: str, **options: Any
+) -> PreTrainedModel:
     """A model as its configuration describes it, on the meta device: shapes, but no weights and no memory.
 
     Args:
         auto_class: of transformers, such as AutoModel.
         config: of the model.
         checkpoint: where it comes from.
+        what: kind of model, for messages.
         options: passed on.
 
     Raises:
-        UserError: the checkpoint is a folder without weights or with damaged ones, so that the model could not be
-            loaded.
+        UserError: the configuration describes no model, or the checkpoint is a folder without weights or with damaged
+            ones, so that the model could not be loaded.
     """
     if os.path.isdir(checkpoint) and not any(os.path.isfile(os.path.join(checkpoint, name)) for name in _WEIGHTS):
         raise UserError(f"{checkpoint!r} holds no weights: one of {', '.join(_WEIGHTS)} is needed")
@@ -231,16 +178,87 @@ def empty_model(auto_class: Any, config: PretrainedConfig, checkpoint: str, **op
             raise UserError(
                 f"{path} is damaged or cut off ({first_line(error)}): fetch or save the model anew"
             ) from error
-    with torch.device("meta"):
+    with loading(checkpoint, what), torch.device("meta"):
+        if quantization := getattr(config, "quantization_config", None):
+            AutoHfQuantizer.from_config(quantization).validate_environment()
         return auto_class.from_config(config, dtype=torch.float32, **options)
 
 
-def position_limit(config: PretrainedConfig) -> int | None:
-    """Most tokens that a model takes; None when its configuration sets no limit."""
+def counted_positions(model: nn.Module) -> nn.Embedding | None:
+    """The table of positions that are counted from the padding token's id on, as RoBERTa's are; None without such."""
+    for name, table in model.named_modules():
+        if "position" in name and isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return table
+    return None
+
+
+def position_limit(config: PretrainedConfig, model: nn.Module | None = None) -> int | None:
+    """Most tokens that a model takes; None when its configuration sets no limit.
+
+    Args:
+        config: of the model.
+        model: maybe without weights; not every limit shows in a configuration.
+    """
+    if model is not None and (table := counted_positions(model)) is not None and table.padding_idx is not None:
+        return table.num_embeddings - table.padding_idx - 1
     limit = getattr(config, "max_position_embeddings", None)
-    if config.model_type in _SHIFTED_POSITIONS and limit:
-        limit -= config.pad_token_id + 1
-    return limit
+    # XLNet says -1 for none.
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, checkpoint: str, what: str) -> bool:
+    """Compare a tokenizer with the table of embeddings that its tokens are looked up in.
+
+    Returns:
+        Whether it has special tokens beyond the table that only a text which spells them out would need.
+
+    Raises:
+        UserError: it has other tokens beyond the table.
+    """
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        # Models that hash characters have none.
+        return False
+    if not isinstance(table, nn.Embedding):
+        return False
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= table.num_embeddings}
+    added: Any = getattr(tokenizer, "added_tokens_decoder", {})
+    needed = {number for number in beyond if number not in added or not added[number].special}
+    needed |= beyond.keys() & {tokenizer.pad_token_id, *tokenizer("a")["input_ids"]}
+    if needed:
+        raise UserError(
+            f"the {what} {checkpoint!r} does not fit its tokenizer: tokenizer {len(tokenizer)} tokens, model "
+            f"{table.num_embeddings}, without {beyond[min(needed)]!r}: resize the model (resize_token_embeddings) and "
+            "save both, or take the tokenizer that belongs to it"
+        )
+    return bool(beyond)
+
+
+def trial_run(
+    compute: Callable[[Mapping[str, Tensor]], Tensor], tokens: Mapping[str, Tensor], checkpoint: str, what: str
+) -> Tensor | None:
+    """What a model makes of a few tokens: whatever its settings break shows here.
+
+    Args:
+        compute: the model, in eval mode.
+        tokens: where its weights are.
+        checkpoint: where it comes from.
+        what: kind of model, for messages.
+
+    Returns:
+        What it computes; None where a model without weights, or one that needs a GPU, cannot tell.
+
+    Raises:
+        UserError: it fails.
+    """
+    try:
+        with loading(checkpoint, what), torch.no_grad():
+            return compute(tokens)
+    except UserError:
+        if tokens["input_ids"].is_meta or torch.cuda.is_available():
+            return None
+        raise
 
 
 def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

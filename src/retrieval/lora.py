@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from src.errors import UserError, first_line, is_out_of_memory
-from src.io import read_json
+from src.errors import UserError
+from src.io import read_object
+from src.retrieval.loading import loading
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -153,10 +153,8 @@ def load_adapters(backbone: nn.Module, folder: str) -> None:
     path = os.path.join(folder, ADAPTER_WEIGHTS)
     if not os.path.isfile(path):
         raise UserError(f"{folder} has no adapters: was the checkpoint trained without --lora_r?")
-    try:
+    with loading(folder, "adapters"):
         saved = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}): take another checkpoint") from error
     found = {
         name.removeprefix("base_model.model.").replace(".weight", f".{NAME}.weight"): tensor
         for name, tensor in saved.items()
@@ -178,7 +176,7 @@ def base_of(folder: str) -> str:
     Raises:
         UserError: its settings do not tell.
     """
-    base = read_json(os.path.join(folder, ADAPTER_CONFIG), "settings of adapters").get("base_model_name_or_path")
+    base = read_object(os.path.join(folder, ADAPTER_CONFIG), "settings of adapters").get("base_model_name_or_path")
     if not isinstance(base, str):
         raise UserError(f"{folder}/{ADAPTER_CONFIG} names no base_model_name_or_path: the encoder it belongs to")
     return base
@@ -192,13 +190,7 @@ def merge_into(backbone: Any, folder: str) -> Any:
     """
     if not os.path.isfile(os.path.join(folder, ADAPTER_WEIGHTS)):
         raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}: save the adapters in that format (no pickle is read)")
-    try:
+    with loading(folder, "adapters"):
         merged = _peft().PeftModel.from_pretrained(backbone, folder).merge_and_unload()
-    except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, UserError) or is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"{folder}: these adapters do not fit the encoder, or are damaged ({first_line(error)})"
-        ) from error
     # peft has frozen them.
     return merged.requires_grad_(True)

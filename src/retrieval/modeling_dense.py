@@ -8,36 +8,39 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from tokenizers import normalizers
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForTextEncoding,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from src.errors import UserError
 from src.retrieval.checkpoints import (
-    LOAD_ERRORS,
     TrainableModel,
     below,
-    check_weights,
+    check_vocabulary,
     empty_model,
     inner_folder,
     load_backbone_weights,
-    load_error,
     load_tokenizer,
-    loading,
     position_limit,
-    safe_only,
+    trial_run,
 )
+from src.retrieval.loading import check_weights, loading, safe_only
 from src.retrieval.lora import (
     LoraSettings,
     add_adapters,
@@ -49,6 +52,7 @@ from src.retrieval.lora import (
     merged_weights,
     save_adapters,
 )
+from src.retrieval.padding import pad
 from src.retrieval.pooling import (
     DENSE_FOLDER,
     DenseLayer,
@@ -92,31 +96,53 @@ class EncoderConfig:
     #: Load all but the weights: what is left tells sizes, and cannot embed.
     empty: bool = False
     allow_pickle: bool = False
+    #: A dense layer that the encoder lacks is made, to be trained.
+    new_dense: bool = False
+    #: Instructions go before texts.
+    instructed: bool = False
 
 
 class TextEncoder(nn.Module):
-    """A transformer, a pooling method and possibly a dense layer."""
+    """A transformer, a pooling method and possibly a dense layer.
 
-    def __init__(self, backbone: PreTrainedModel, pooling_method: tuple[str, ...], dense: DenseLayer | None) -> None:
+    Args:
+        backbone: the transformer.
+        pooling_method: see `pooling.pool`; ``dense`` may follow.
+        pooled_width: dimensions of pooled vectors.
+        dense: layer over them.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        pooling_method: tuple[str, ...],
+        pooled_width: int,
+        dense: DenseLayer | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.pooling_method = pooling_method
+        self.pooled_width = pooled_width
         self.dense = dense
 
     @property
     def width(self) -> int:
         """Dimensions of the vectors."""
-        return self.dense.linear.out_features if self.dense is not None else self.backbone.config.hidden_size
+        return self.dense.linear.out_features if self.dense is not None else self.pooled_width
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Token tensors ``(n, length)`` to vectors ``(n, D)``."""
-        kwargs = dict(inputs)
-        if self.pooling_method[0] == "decoder":
-            start = self.backbone.config.decoder_start_token_id
-            kwargs["decoder_input_ids"] = torch.full_like(inputs["input_ids"][:, :1], start)
-        states = self.backbone(**kwargs).last_hidden_state
+        states = _states(self.backbone, self.pooling_method[0], inputs)
         pooled = pool(states, inputs["attention_mask"], self.pooling_method[0])
         return pooled if self.dense is None else self.dense(pooled)
+
+
+def _states(backbone: PreTrainedModel, method: str, inputs: Mapping[str, Tensor]) -> Tensor:
+    kwargs = dict(inputs)
+    if method == "decoder":
+        start = backbone.config.decoder_start_token_id
+        kwargs["decoder_input_ids"] = torch.full_like(inputs["input_ids"][:, :1], start)
+    return backbone(**kwargs).last_hidden_state
 
 
 class DenseRetriever(TrainableModel):
@@ -237,13 +263,14 @@ class DenseRetriever(TrainableModel):
                     f"{folder} was trained with --lora_r: give the same --lora_ flags again, or start a new run from "
                     f"the weights: name {source} as the encoder"
                 )
-            with loading(source, "encoder"):
-                if has_adapters(encoder.backbone):
-                    load_adapters(encoder.backbone, adapters)
-                else:
-                    load_backbone_weights(encoder.backbone, source, **_no_pooler(type(encoder.backbone)))
-                if encoder.dense is not None:
-                    encoder.dense.load_state_dict(DenseLayer.load(os.path.join(source, DENSE_FOLDER)).state_dict())
+            if has_adapters(encoder.backbone):
+                load_adapters(encoder.backbone, adapters)
+            else:
+                load_backbone_weights(encoder.backbone, source, "encoder", **_no_pooler(type(encoder.backbone)))
+            if encoder.dense is not None:
+                saved = DenseLayer.load(os.path.join(source, DENSE_FOLDER))
+                with loading(source, "encoder"):
+                    encoder.dense.load_state_dict(saved.state_dict())
 
 
 def weights_fingerprint(encoder: nn.Module) -> str:
@@ -269,44 +296,59 @@ def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> Pre
         except UserError as error:
             raise UserError(f"{checkpoint} holds adapters of another encoder, {origin}: {error}") from error
         return base if config.empty else merge_into(base, checkpoint)
-    check_weights(checkpoint, config.allow_pickle)
     options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
-    try:
+    with loading(checkpoint, "encoder"):
         model_config = AutoConfig.from_pretrained(checkpoint, **options)
-        if decoder and not model_config.is_encoder_decoder:
-            raise UserError(f"--pooling_method decoder needs an encoder-decoder model such as T5, not {checkpoint!r}")
-        if model_config.is_encoder_decoder and not decoder:
-            if type(model_config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
-                raise UserError(f"{checkpoint!r}: the encoder of this model type cannot be used alone, T5's can")
-            auto_class: Any = AutoModelForTextEncoding
-            pooler: dict[str, Any] = {}
-        else:
-            auto_class = AutoModel
-            pooler = _no_pooler(MODEL_MAPPING[type(model_config)]) if type(model_config) in MODEL_MAPPING else {}  # type: ignore[arg-type]
-        if config.empty:
-            code = {"trust_remote_code": config.trust_remote_code}
-            return empty_model(auto_class, model_config, checkpoint, **code, **pooler)
+        family_decodes = model_config.is_encoder_decoder or type(model_config)().is_encoder_decoder
+    check_weights(checkpoint, model_config, config.allow_pickle, config.cache_dir)
+    auto_class: Any = AutoModel
+    pooler: dict[str, Any] = {}
+    if family_decodes and not decoder:
+        # Also for an encoder that was saved alone: its settings no longer tell of a decoder.
+        if type(model_config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
+            raise UserError(f"{checkpoint!r}: the encoder of this model type cannot be used alone, T5's can")
+        auto_class = AutoModelForTextEncoding
+        model_config.is_encoder_decoder = False
+    elif family_decodes and not model_config.is_encoder_decoder:
+        raise UserError(f"--pooling_method decoder: {checkpoint!r} is an encoder that was saved without its decoder")
+    elif type(model_config) in MODEL_MAPPING:
+        pooler = _no_pooler(MODEL_MAPPING[type(model_config)])  # type: ignore[arg-type]
+    if config.empty:
+        code = {"trust_remote_code": config.trust_remote_code}
+        return empty_model(auto_class, model_config, checkpoint, "encoder", **code, **pooler)
+    with loading(checkpoint, "encoder"):
         model, info = auto_class.from_pretrained(
             checkpoint,
+            config=model_config,
             dtype=torch.float32,
             use_safetensors=safe_only(config.allow_pickle),
             output_loading_info=True,
             **options,
             **pooler,
         )
-    except LOAD_ERRORS as error:
-        if isinstance(error, UserError):
-            raise
-        raise load_error(checkpoint, error, "encoder") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"{checkpoint!r} lacks {len(missing)} weights of the encoder, among them {missing[0]}")
     return model
 
 
-def _load_tokenizer(checkpoint: str, config: EncoderConfig) -> PreTrainedTokenizerBase:
+def _reads_backwards(config: PretrainedConfig) -> bool:
+    """Whether each token of a model sees those before it alone, so that only the last one has read the text."""
+    kind = type(config)
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
+    both_ways = getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False
+    return causal and not both_ways
+
+
+def _load_tokenizer(checkpoint: str, config: EncoderConfig, lower_case: bool) -> PreTrainedTokenizerBase:
     tokenizer, borrowed = load_tokenizer(checkpoint, config.cache_dir, config.trust_remote_code, "encoder")
     tokenizer.truncation_side = config.truncation_side
+    if lower_case:
+        # As sentence-transformers does it.
+        own = tokenizer.backend_tokenizer.normalizer
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Lowercase(), *([own] if own else [])]
+        )
     if borrowed:
         logger.info("%s: the tokenizer has no padding token, its end token is used (and masked)", checkpoint)
     return tokenizer
@@ -316,7 +358,7 @@ def _check_lengths(
     backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint: str, config: EncoderConfig
 ) -> None:
     special = tokenizer.num_special_tokens_to_add()
-    limit = position_limit(backbone.config)
+    limit = position_limit(backbone.config, backbone)
     for flag, length in (("query_max_length", config.query_max_length), ("key_max_length", config.key_max_length)):
         if length is not None and length <= special:
             raise UserError(f"--{flag} {length} leaves no room for text: {checkpoint!r} adds {special} special tokens")
@@ -324,47 +366,86 @@ def _check_lengths(
             raise UserError(f"--{flag} {length}: {checkpoint!r} takes {limit} tokens at most")
 
 
-def _load_dense(spec: PoolingSpec, width: int, dense_dim: int | None, checkpoint: str) -> DenseLayer:
-    if spec.dense_folder is not None:
-        layer = DenseLayer.load(spec.dense_folder)
-        if dense_dim not in (None, layer.linear.out_features):
+def _load_dense(spec: PoolingSpec, width: int, checkpoint: str, config: EncoderConfig) -> DenseLayer:
+    if spec.dense is not None:
+        layer = DenseLayer.load(spec.dense, config.allow_pickle)
+        if layer.linear.in_features != width:
             raise UserError(
-                f"--dense_dim {dense_dim}: {checkpoint!r} brings a dense layer of {layer.linear.out_features} "
+                f"{spec.dense}: a dense layer for vectors of {layer.linear.in_features} dimensions, {checkpoint!r} "
+                f"gives {width}"
+            )
+        if config.dense_dim not in (None, layer.linear.out_features):
+            raise UserError(
+                f"--dense_dim {config.dense_dim}: {checkpoint!r} brings a dense layer of {layer.linear.out_features} "
                 "dimensions: leave the flag out"
             )
         return layer
-    if dense_dim is None:
+    if not config.new_dense:
         raise UserError(
-            f"--pooling_method names dense, but {checkpoint!r} has no dense layer: give --dense_dim N for a new one"
+            f"--pooling_method names dense, but {checkpoint!r} has no dense layer, and one that nobody has trained is "
+            "of no use: train it with --train_data, or leave dense out"
         )
-    return DenseLayer(width, dense_dim)
+    return DenseLayer(width, config.dense_dim or width, bias=False)
+
+
+def _chosen_pooling(
+    spec: PoolingSpec, checkpoint: str, model: PretrainedConfig, config: EncoderConfig
+) -> tuple[tuple[str, ...], str | None]:
+    """The pooling that a flag names, else the checkpoint, else that of the kind of model; and which of them."""
+    if config.pooling_method is not None:
+        return config.pooling_method, "flag"
+    if spec.pooling_method is None:
+        if _reads_backwards(model):
+            return ("last",), "default of decoder-only models"
+        return DEFAULT_POOLING, "default"
+    if spec.without_prompt and config.instructed:
+        raise UserError(
+            f"{checkpoint!r} pools without the tokens of an instruction (include_prompt false), which is not "
+            "supported: give --add_instruction False, or --pooling_method to pool all tokens"
+        )
+    return spec.pooling_method, spec.origin
 
 
 def _load_encoder(checkpoint: str, config: EncoderConfig) -> tuple[TextEncoder, PreTrainedTokenizerBase, str]:
     """One encoder, its tokenizer and the metric."""
-    spec = read_pooling_spec(checkpoint, config.cache_dir)
-    methods = config.pooling_method or spec.pooling_method or DEFAULT_POOLING
+    spec = read_pooling_spec(checkpoint, config.cache_dir, config.pooling_method is not None)
     metric = config.dense_metric or spec.dense_metric or DEFAULT_METRIC
-    tokenizer = _load_tokenizer(checkpoint, config)
-    backbone = _load_backbone(checkpoint, methods[0] == "decoder", config)
+    tokenizer = _load_tokenizer(checkpoint, config, spec.lower_case)
+    backbone = _load_backbone(checkpoint, "decoder" in (config.pooling_method or spec.pooling_method or ()), config)
     backbone.config.use_cache = False
+    if check_vocabulary(tokenizer, backbone, checkpoint, "encoder"):
+        tokenizer.split_special_tokens = True
     _check_lengths(backbone, tokenizer, checkpoint, config)
+    longest = max(config.query_max_length or 0, config.key_max_length or 0)
+    if spec.max_length is not None and spec.max_length < longest:
+        logger.info(
+            "%s: sentence-transformers cuts texts to %d tokens (max_seq_length), here they are cut to %d as flags say",
+            checkpoint,
+            spec.max_length,
+            longest,
+        )
+    methods, origin = _chosen_pooling(spec, checkpoint, backbone.config, config)
+    if methods[0] == "decoder" and not backbone.config.is_encoder_decoder:
+        # What the original takes of the states of a model without a decoder.
+        methods = ("cls", *methods[1:])
+    # Without a mask, which transformers looks into: models without weights have none.
+    tokens = {"input_ids": pad(tokenizer, tokenizer(["a"]), [0])["input_ids"].to(backbone.device)}
+    states = trial_run(partial(_states, backbone, methods[0]), tokens, checkpoint, "encoder")
+    width = backbone.config.hidden_size if states is None else states.shape[-1]
     if config.lora is not None:
         add_adapters(backbone, config.lora)
-    dense = None
     if "dense" not in methods and config.dense_dim is not None:
         raise UserError(f"--dense_dim {config.dense_dim} needs a dense layer: --pooling_method {methods[0]} dense")
-    if "dense" in methods:
-        dense = _load_dense(spec, backbone.config.hidden_size, config.dense_dim, checkpoint)
+    dense = _load_dense(spec, width, checkpoint, config) if "dense" in methods else None
     logger.info(
         "%s: pooling %s (%s), similarity %s (%s)",
         checkpoint,
         "+".join(methods),
-        "flag" if config.pooling_method else spec.origin if spec.pooling_method else "default",
+        origin,
         metric,
         "flag" if config.dense_metric else spec.origin if spec.dense_metric else "default",
     )
-    return TextEncoder(backbone, methods, dense), tokenizer, metric
+    return TextEncoder(backbone, methods, width, dense), tokenizer, metric
 
 
 def encoder_folders(config: EncoderConfig) -> dict[str, str]:

@@ -13,23 +13,23 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from src.errors import UserError
-from src.io import read_json
+from src.io import read_object
 from src.retrieval.checkpoints import (
-    LOAD_ERRORS,
     TrainableModel,
     below,
-    check_weights,
+    check_vocabulary,
+    counted_positions,
     empty_model,
     inner_folder,
     load_backbone_weights,
-    load_error,
     load_tokenizer,
-    loading,
     position_limit,
-    safe_only,
+    trial_run,
 )
+from src.retrieval.loading import check_weights, find_file, loading, safe_only
+from src.retrieval.padding import pad
 from src.retrieval.pairs import PairTokenizer, read_layout
-from src.retrieval.pooling import find_file
+from src.retrieval.pooling import read_module_list
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +96,7 @@ class CrossEncoder(TrainableModel):
         source = os.path.join(folder, FOLDER)
         if not os.path.isdir(source):
             raise UserError(f"{folder} has no {FOLDER!r} folder: it is no checkpoint of run_ranker.py")
-        with loading(source, "ranker"):
-            load_backbone_weights(self.backbone, source)
+        load_backbone_weights(self.backbone, source, "ranker")
 
 
 def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEncoder:
@@ -110,32 +109,38 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
         UserError: it cannot be loaded, has another kind of head, or does not take texts of these lengths.
     """
     checkpoint = inner_folder(config.ranker, (FOLDER,))
-    check_weights(checkpoint, config.allow_pickle)
     options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     tokenizer, _ = load_tokenizer(checkpoint, config.cache_dir, config.trust_remote_code, "ranker")
-    try:
+    with loading(checkpoint, "ranker"):
         model_config = AutoConfig.from_pretrained(checkpoint, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise load_error(checkpoint, error, "ranker") from error
+    check_weights(checkpoint, model_config, config.allow_pickle, config.cache_dir)
     _check_kind(checkpoint, model_config, config.cache_dir)
-    pairs = _pair_tokenizer(checkpoint, tokenizer, model_config, config)
     model_config.num_labels = 1
     model_config.sentence_transformers = dict(ST_SETTINGS)
-    if getattr(model_config, "pad_token_id", None) is None:
-        model_config.pad_token_id = tokenizer.pad_token_id
     if config.empty:
         code = {"trust_remote_code": config.trust_remote_code}
-        return CrossEncoder(empty_model(AutoModelForSequenceClassification, model_config, checkpoint, **code), pairs)
-    options["use_safetensors"] = safe_only(config.allow_pickle)
-    backbone = _load_backbone(checkpoint, model_config, options, new_head)
+        backbone = empty_model(AutoModelForSequenceClassification, model_config, checkpoint, "ranker", **code)
+    else:
+        options["use_safetensors"] = safe_only(config.allow_pickle)
+        backbone = _load_backbone(checkpoint, model_config, options, new_head)
+    if check_vocabulary(tokenizer, backbone, checkpoint, "ranker"):
+        tokenizer.split_special_tokens = True
+    ranker = CrossEncoder(backbone, _pair_tokenizer(checkpoint, tokenizer, backbone, config))
+    text_config = backbone.config.get_text_config()
+    if counted_positions(backbone) is None:
+        # Decoders read the score at the last token that is not this one.
+        text_config.pad_token_id = tokenizer.pad_token_id
     if hasattr(backbone.config, "use_cache"):
         backbone.config.use_cache = False
-    return CrossEncoder(backbone, pairs)
+    tokens = pad(tokenizer, ranker.pairs([("a", "b")]), [0])
+    trial_run(ranker.score, {name: part.to(ranker.device) for name, part in tokens.items()}, checkpoint, "ranker")
+    return ranker
 
 
 def _check_kind(checkpoint: str, config: PretrainedConfig, cache_dir: str | None) -> None:
     """Refuse heads that give more than one number, and sentence-transformers pipelines beyond a plain transformer."""
-    architecture = (config.architectures or [""])[0]
+    with loading(checkpoint, "ranker"):
+        architecture = (config.architectures or [""])[0]
     if architecture.endswith("ForSequenceClassification") and config.num_labels != 1:
         raise UserError(
             f"{checkpoint!r} is a classifier with {config.num_labels} labels: a ranker has one, start from its encoder"
@@ -145,33 +150,34 @@ def _check_kind(checkpoint: str, config: PretrainedConfig, cache_dir: str | None
     if modules is None or settings is None:
         return
     # The folder of a bi-encoder is an encoder like any other: its pooling is not used.
-    if read_json(settings, "sentence-transformers settings").get("model_type") == "CrossEncoder":
-        kinds = [module["type"].rpartition(".")[2] for module in read_json(modules, "sentence-transformers modules")]
+    if read_object(settings, "sentence-transformers settings").get("model_type") == "CrossEncoder":
+        kinds = [kind for kind, _ in read_module_list(modules)]
         if kinds != ["Transformer"]:
             raise UserError(f"{checkpoint!r}: a CrossEncoder of the modules {', '.join(kinds)} is not supported")
 
 
-def _pair_tokenizer(checkpoint: str, tokenizer: Any, model: PretrainedConfig, config: RankerConfig) -> PairTokenizer:
-    layout = read_layout(tokenizer, checkpoint)
+def _pair_tokenizer(checkpoint: str, tokenizer: Any, model: PreTrainedModel, config: RankerConfig) -> PairTokenizer:
+    with loading(checkpoint, "ranker"):
+        layout = read_layout(tokenizer, checkpoint)
     wanted = config.query_max_length + config.key_max_length + layout.special
-    limit = position_limit(model) or wanted
+    limit = position_limit(model.config, model) or wanted
     if config.query_max_length + layout.special >= limit:
         raise UserError(
             f"--query_max_length {config.query_max_length} leaves no room for a key: {checkpoint!r} takes {limit} "
             "tokens at most"
         )
-    return PairTokenizer(tokenizer, layout, config.query_max_length, config.key_max_length, min(wanted, limit))
+    # Encoders with a decoder read the score where texts end, and count the tokens that say so.
+    plain = model.config.is_encoder_decoder
+    return PairTokenizer(tokenizer, layout, config.query_max_length, config.key_max_length, min(wanted, limit), plain)
 
 
 def _load_backbone(
     checkpoint: str, config: PretrainedConfig, options: dict[str, Any], new_head: bool
 ) -> PreTrainedModel:
-    try:
+    with loading(checkpoint, "ranker"):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
         )
-    except LOAD_ERRORS as error:
-        raise load_error(checkpoint, error, "ranker") from error
     missing = sorted(info["missing_keys"])
     body = f"{model.base_model_prefix}."
     lost = [name for name in missing if name.startswith(body) and ".pooler." not in name]

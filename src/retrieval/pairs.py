@@ -74,6 +74,7 @@ class PairTokenizer:
         layout: how it joins two texts.
         query_max_length, key_max_length: most tokens of each text, special tokens not counted.
         max_length: most tokens of a pair in all; what a pair has too many comes off the key's end.
+        plain: special tokens that are spelt out in a text are text like any other.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -81,6 +82,7 @@ class PairTokenizer:
     query_max_length: int
     key_max_length: int
     max_length: int
+    plain: bool = False
 
     def __call__(self, pairs: Sequence[Pair]) -> dict[str, list[list[int]]]:
         """``input_ids`` (and ``token_type_ids``, where the model knows them) of each pair, not padded."""
@@ -96,5 +98,12 @@ class PairTokenizer:
     def _text_ids(self, texts: Iterable[str], max_length: int) -> dict[str, list[int]]:
         """Token ids by text; one that occurs in many pairs is tokenized once."""
         distinct = list(dict.fromkeys(texts))
-        encoded = self.tokenizer(distinct, add_special_tokens=False, truncation=True, max_length=max_length)
-        return dict(zip(distinct, encoded["input_ids"], strict=True))
+        options = {"split_special_tokens": True} if self.plain else {}
+        encoded = self.tokenizer(distinct, add_special_tokens=False, truncation=True, max_length=max_length, **options)
+        ids = encoded["input_ids"]
+        unknown = self.tokenizer.unk_token_id
+        if self.plain and unknown is not None:
+            # Vocabularies of SentencePiece hold special tokens as pieces of text, too.
+            special = set(self.tokenizer.all_special_ids)
+            ids = [[unknown if number in special else number for number in own] for own in ids]
+        return dict(zip(distinct, ids, strict=True))
