@@ -249,8 +249,10 @@ def test_passages_are_read_apart_from_the_question(lm, writer):  # noqa: F811
     """As the original does: both encoded, the tokens decoded together, and that read anew."""
     for folder, blank in ((lm, " "), (writer, "")):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        ids = tokenizer.encode("Knowledge: a b", "\n\nQuestion: c", add_special_tokens=False)
         layout = passages_layout(tokenizer)
-        assert tokenizer.decode(ids) == Prompt("Question: c", ("a b",), layout=layout).text
+        for keys in ((" a b",), ("", "a  b", "")):
+            head = "Knowledge: " + "\n".join(keys)
+            ids = tokenizer.encode(head, "\n\nQuestion: c", add_special_tokens=False)
+            assert tokenizer.decode(ids) == Prompt("Question: c", keys, layout=layout).text
         assert layout.after_knowledge == f"{blank}\n\n"
     assert passages_layout(make_tokenizer()) == Layout()

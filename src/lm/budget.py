@@ -65,8 +65,8 @@ class Prompt:
     def text(self) -> str:
         """The whole prompt."""
         layout = self.layout
-        keys = [key for key in self.knowledge if key]
-        knowledge = [layout.before_knowledge + layout.between_keys.join(keys)] if keys else []
+        keys = layout.between_keys.join(self.knowledge)
+        knowledge = [layout.before_knowledge + keys] if self.knowledge else []
         header = [self.header] if self.header else []
         rest = layout.between_parts.join([*header, *self.examples, self.question])
         return layout.after_knowledge.join([*knowledge, rest])
