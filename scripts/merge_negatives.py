@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from src import locks
 from src.cli import parse_args, run
 from src.errors import UserError
-from src.io import check_output, existing_file, write_jsonl
+from src.flags import check_positive, default_data_root, flag
+from src.io import check_output, expand_data_paths, resolve_path, write_jsonl
 from src.jsonl import JsonLines, open_jsonl
 from src.retrieval.collate import query_id
 from src.retrieval.mining import normalize
@@ -32,18 +33,20 @@ class MergeArgs:
     """Settings of the merge."""
 
     files: list[str] = field(
-        default_factory=list, metadata={"help": "Files of mined negatives of the same rows; the first one's rows stay."}
+        default_factory=list,
+        metadata={"help": "Files of mined negatives of the same rows, globs allowed; the first one's rows stay."},
     )
-    output_file: str | None = field(default=None, metadata={"help": "File to write."})
-    max_neg_num: int | None = field(default=None, metadata={"help": "Most negatives per row; all when None."})
+    output_file: str | None = flag(None, "File to write.")
+    data_root: str = field(
+        default_factory=default_data_root,
+        metadata={"help": "What the path prefix llm-embedder: stands for (LLM_EMBEDDER_DATA sets the default)."},
+    )
+    max_neg_num: int | None = flag(None, "Most negatives per row; all when None.")
 
     def __post_init__(self) -> None:
-        if len(self.files) < 2:
-            raise UserError(f"--files: two files or more are needed, found {len(self.files)}")
         if not self.output_file:
             raise UserError("--output_file is needed: the file to write")
-        if self.max_neg_num is not None and self.max_neg_num < 1:
-            raise UserError(f"--max_neg_num must be above 0, found {self.max_neg_num}")
+        check_positive(max_neg_num=self.max_neg_num)
 
 
 def merge_rows(rows: Sequence[dict[str, Any]], max_neg_num: int | None) -> dict[str, Any]:
@@ -98,27 +101,31 @@ def check_same_rows(files: Sequence[JsonLines]) -> None:
 def main() -> None:
     """Parse, keep other runs away, and merge."""
     (args,), _ = parse_args([MergeArgs])
-    check_output(args.output_file, "output_file")
-    with locks.hold(args.output_file):
-        merge(args)
+    paths = expand_data_paths(args.files, args.data_root, "files")
+    if len(paths) < 2:
+        raise UserError(f"--files: two files or more are needed, found {len(paths)}")
+    output = resolve_path(args.output_file, args.data_root)
+    check_output(output, "output_file")
+    with locks.hold(output):
+        merge(paths, output, args.max_neg_num)
 
 
-def merge(args: MergeArgs) -> None:
+def merge(paths: Sequence[str], output: str, max_neg_num: int | None) -> None:
     """Read, merge, write and tell the counts."""
-    files = [open_jsonl(existing_file(path, "files"), check_train_row, TRAIN_CHECK) for path in args.files]
+    files = [open_jsonl(path, check_train_row, TRAIN_CHECK) for path in paths]
     check_same_rows(files)
     counts = {"negatives": 0, "given": 0, "scored": 0}
 
     def merged() -> Iterator[dict[str, Any]]:
         for rows in zip(*files, strict=True):
-            row = merge_rows(rows, args.max_neg_num)
+            row = merge_rows(rows, max_neg_num)
             counts["given"] += sum(len(each["neg"]) for each in rows)
             counts["negatives"] += len(row["neg"])
             counts["scored"] += any(each.get("teacher_scores") for each in rows)
             yield row
 
-    count = write_jsonl(args.output_file, merged())
-    logger.info("%d rows, %d negatives of %d given: %s", count, counts["negatives"], counts["given"], args.output_file)
+    count = write_jsonl(output, merged())
+    logger.info("%d rows, %d negatives of %d given: %s", count, counts["negatives"], counts["given"], output)
     if counts["scored"]:
         logger.info("teacher_scores of %d rows left out: they belong to the candidates of one file", counts["scored"])
 

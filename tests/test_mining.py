@@ -150,6 +150,20 @@ def test_merged_files_take_turns_and_repeat_nothing(tmp_path):
     assert "teacher_scores of 1 rows left out" in done.stderr
 
 
+def test_files_to_merge_are_named_as_those_to_train_on(tmp_path):
+    for name, numbers in (("a", (3, 5)), ("b", (6,))):
+        write_rows(tmp_path / f"data/train.neg.{name}.json", [mined(*numbers)])
+    merging = ["scripts/merge_negatives.py", "--output_file", "llm-embedder:both.json"]
+    merging += ["--data_root", tmp_path / "data"]
+    done = run([*merging, "--files", "llm-embedder:train.neg.*.json"])
+    assert done.returncode == 0, done.stderr
+    assert read_rows(tmp_path / "data/both.json")[0]["neg_index"] == [3, 6, 5]
+    done = run([*merging, "--files", "llm-embedder:train.neg.b.json"])
+    assert "--files: two files or more are needed, found 1" in done.stderr
+    done = run([*merging, "--files", "llm-embedder:none.json"])
+    assert f"--files: no such file: {tmp_path}/data/none.json" in done.stderr
+
+
 def test_merged_without_indexes_and_cut(tmp_path):
     plain = {name: value for name, value in mined(3, 5).items() if name != "neg_index"}
     assert merge(tmp_path, [plain], [mined(4, 6)], flags=("--max_neg_num", "2")).returncode == 0
@@ -190,7 +204,7 @@ def test_mining_through_the_entry_point(tmp_path):
         assert "6 rows mined" in done.stderr
         results.append((tmp_path / "train.neg.random.json").read_text())
     assert results[0] == results[1]
-    hits = [row["pred"] for row in read_rows(tmp_path / "train.result.random.json")]
+    hits = [row["pred"] for row in read_rows(tmp_path / "random/train.result.random.json")]
     for line, found in zip(results[0].splitlines(), hits, strict=True):
         row = json.loads(line)
         assert row["neg_index"]

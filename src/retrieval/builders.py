@@ -230,7 +230,7 @@ def load_eval_data(
         corpus = load_corpus(corpus_path, args.key_template, args.dataset_cache_dir)
     elif config.ranks and not config.rerank:
         raise UserError(
-            "--eval_data needs --corpus to retrieve from (or --eval_method rerank, to order each row's keys)"
+            "--eval_data needs --corpus to retrieve from (run_dense.py --eval_method rerank orders each row's keys)"
         )
     size = len(corpus) if corpus is not None else None
     rows = load_eval_rows(path, size, args.dataset_cache_dir, SCORE in config.metrics, further)

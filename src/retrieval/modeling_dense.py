@@ -383,7 +383,7 @@ def _load_dense(spec: PoolingSpec, width: int, checkpoint: str, config: EncoderC
     if not config.new_dense:
         raise UserError(
             f"--pooling_method names dense, but {checkpoint!r} has no dense layer, and one that nobody has trained is "
-            "of no use: train it with --train_data, or leave dense out"
+            "of no use: train it with run_dense.py, or leave dense out"
         )
     return DenseLayer(width, config.dense_dim or width, bias=False)
 

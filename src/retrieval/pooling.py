@@ -264,7 +264,7 @@ def _read_modules(checkpoint: str, modules_file: str, cache_dir: str | None, poo
     if default is not None and not pooling_given and (not isinstance(prompts, dict) or prompts.get(str(default)) != ""):
         raise UserError(
             f"{settings_file}: default_prompt_name {default!r} puts a text before each that is embedded, which is not "
-            "supported: remove it there, and give instructions by --version or --task_config"
+            "supported: remove it there (run_dense.py and evaluations take instructions: --version, --task_config)"
         )
     text_files = (find_file(checkpoint, f"sentence_{name}_config.json", cache_dir) for name in _ST_FAMILIES)
     text_file = next(filter(None, text_files), None)
