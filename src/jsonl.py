@@ -181,10 +181,12 @@ def parse_row(body: bytes) -> tuple[dict[str, Any] | None, list[str]]:
     try:
         row = _parse(body)
     except ValueError as error:
-        other = [what for begin, what in _OTHER_FORMATS.items() if body.startswith(begin)]
+        other = [what for begin, what in _OTHER_FORMATS.items() if body.lstrip().startswith(begin)]
         return None, other or [_parse_problem(error)]
     except RecursionError:
         return None, [_TOO_DEEP]
+    if isinstance(row, list) and row and isinstance(row[0], dict):
+        return None, [_OTHER_FORMATS[b"["]]
     if not isinstance(row, dict):
         return None, [f"a row must be a JSON object, found {type(row).__name__}"]
     # Counting signs is quick, and rows that hold so many of them are rare.
@@ -198,6 +200,8 @@ def _parse_problem(error: ValueError) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"not valid UTF-8: {error.reason} at byte {error.start + 1}"
     if isinstance(error, json.JSONDecodeError):
+        if error.pos >= len(error.doc.rstrip()):
+            return "not valid JSON: the line ends within an object, which must stand in one line (jq -c .)"
         return f"not valid JSON: {error.msg} at column {error.colno}"
     return "a number has too many digits"
 
@@ -212,7 +216,7 @@ _OTHER_FORMATS = {
     b"\x1f\x8b": "not JSON lines but compressed by gzip: unpack the file (gzip -d)",
     b"\xff\xfe": "not UTF-8 but UTF-16: convert the file (iconv -f UTF-16 -t UTF-8)",
     b"\xfe\xff": "not UTF-8 but UTF-16: convert the file (iconv -f UTF-16 -t UTF-8)",
-    b"[": "not JSON lines but one JSON array over several lines: write one object per line (jq -c '.[]')",
+    b"[": "not JSON lines but a JSON array: write one object per line (jq -c '.[]')",
 }
 _TOO_DEEP = f"nested too deeply: lists and objects may lie within each other {MAX_DEPTH} times"
 

@@ -58,7 +58,15 @@ BAD_TRAIN_FILES = {
     "history beside pos": (lines({**GOOD, "history": ["a"]}), ":1: field 'pos' stands beside 'history'"),
     "gzip": (gzip.compress(b"{}"), ":1: not JSON lines but compressed by gzip"),
     "UTF-16": ('{"query": "x"}\n'.encode("utf-16"), ":1: not UTF-8 but UTF-16"),
-    "a JSON array": (b'[\n{"query": "x", "pos": ["a"], "neg": ["b"]}\n]\n', ":1: not JSON lines but one JSON array"),
+    "a JSON array": (b'[\n{"query": "x", "pos": ["a"], "neg": ["b"]}\n]\n', ":1: not JSON lines but a JSON array"),
+    "a JSON array in one line": (
+        b' [{"query": "x", "pos": ["a"], "neg": ["b"]}]',
+        ":1: not JSON lines but a JSON array: write one object per line (jq -c '.[]')",
+    ),
+    "a JSON object over several lines": (
+        b'{\n  "query": "x",\n  "pos": ["a"]}\n',
+        ":1: not valid JSON: the line ends within an object, which must stand in one line",
+    ),
     "no UTF-8": (b'{"query": "caf\xe9", "pos": ["a"], "neg": ["b"]}\n', ":1: not valid UTF-8"),
     "empty file": ("", "is empty"),
     "only blank lines": ("\n\n  \n", "is empty"),

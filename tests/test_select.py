@@ -88,7 +88,9 @@ def is_dropped(row: dict, policy: SelectionPolicy) -> bool:
         (ROW, "first", "first", 7, False, ["p0", "n0", "n1", "n2", "n3", "n0", "n1"]),  # repeated
         (ROW, "first", "first", 7, True, ["p0", "n1", "n1", "n3", "n0", "n0", "n2"]),
         (CHAT, "teacher", "first", 3, False, ["h1", "h0", "h2"]),
-        (CHAT, "teacher", "teacher+", 5, False, ["h1", "h2", "h0", "h2", "h0"]),
+        # Of 3 negatives for 7 places the original gives a, a, a, b, b, b, c.
+        (CHAT, "teacher", "teacher+", 5, False, ["h1", "h2", "h2", "h0", "h0"]),
+        (CHAT, "teacher", "teacher-", 6, False, ["h1", "h0", "h0", "h0", "h2", "h2"]),
         (ROW, "first", "random", 1, False, ["p0"]),
         (LRLM, "teacher", "first", 2, False, ["n1", "n0"]),
     ],

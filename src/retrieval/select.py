@@ -34,7 +34,8 @@ def select_group(row: TrainRow, policy: SelectionPolicy, rng: np.random.Generato
         row: a checked row that `has_group` accepts.
         policy: positives ``first``, ``random``, ``teacher`` (best score of all candidates; a negative that
             wins leaves the negatives) or ``teacher-pos`` (best positive); negatives ``random``, ``first``,
-            ``teacher+`` (best first) or ``teacher-`` (worst first). Too few negatives are repeated.
+            ``teacher+`` (best first) or ``teacher-`` (worst first). Too few negatives are repeated: in turn, or by
+            teacher score each as often as it takes before the next.
         rng: source of all randomness.
     """
     positives, negatives = candidates(row)
@@ -62,19 +63,19 @@ def _pick_positive(positives: int, scores: list[float] | None, policy: str, rng:
 def _pick_negatives(
     pool: np.ndarray, scores: list[float] | None, policy: SelectionPolicy, rng: np.random.Generator
 ) -> list[int]:
-    """``group_size - 1`` positions out of `pool`, whole rounds of it before any is repeated more often."""
+    """``group_size - 1`` positions out of `pool`, taken several times when it has too few."""
     wanted = policy.group_size - 1
     if wanted == 0:
         return []
-    rounds, rest = divmod(wanted, len(pool))
     if policy.negative == "random":
+        rounds, rest = divmod(wanted, len(pool))
         drawn = [rng.permutation(pool) for _ in range(rounds)] + [rng.choice(pool, rest, replace=False)]
         return np.concatenate(drawn).tolist()
+    copies = np.tile(pool, -(-wanted // len(pool))).tolist()
     if policy.negative.startswith("teacher"):
         assert scores is not None
-        sign = -1 if policy.negative == "teacher+" else 1
-        pool = np.array(sorted(pool.tolist(), key=lambda i: sign * scores[i]), dtype=np.int64)
-    return np.concatenate([np.tile(pool, rounds), pool[:rest]]).tolist()
+        copies.sort(key=scores.__getitem__, reverse=policy.negative == "teacher+")
+    return copies[:wanted]
 
 
 def unusable(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -59,15 +60,9 @@ def expected_negatives(row: dict[str, Any], positive: int, policy: str, wanted: 
     if policy == "first":
         return in_turn(pool, wanted)
     assert scores is not None
-    ranked = []
-    while pool:
-        best = pool[0]
-        for i in pool:
-            if (scores[i] > scores[best]) if policy == "teacher+" else (scores[i] < scores[best]):
-                best = i
-        ranked.append(best)
-        pool = [i for i in pool if i != best]
-    return in_turn(ranked, wanted)
+    # As the original does it: all copies that may be needed are sorted together.
+    copies = [i for _ in range(math.ceil(wanted / len(pool))) for i in pool]
+    return sorted(copies, key=lambda i: -scores[i] if policy == "teacher+" else scores[i])[:wanted]
 
 
 def is_fair_draw(drawn: Sequence[int], pool: Sequence[int]) -> bool:
