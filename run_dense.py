@@ -54,8 +54,9 @@ def check_combinations(args: RetrievalArgs, training: RetrievalTrainingArgs) -> 
             f"--truncate_dim {args.truncate_dim} is for searching; --matryoshka_dims trains encoders for it, and an "
             "evaluation in a run of its own, without --train_data, takes it"
         )
-    if args.load_result and training.eval_method == "rerank":
-        raise UserError("--load_result loads what retrieval found: leave it out with --eval_method rerank")
+    for flag in ("load_result", "drop_query_from_hits"):
+        if getattr(args, flag) and training.eval_method == "rerank":
+            raise UserError(f"--{flag} is for what retrieval finds: leave it out with --eval_method rerank")
 
 
 def main() -> None:

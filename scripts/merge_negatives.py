@@ -52,12 +52,13 @@ class MergeArgs:
 def merge_rows(rows: Sequence[dict[str, Any]], max_neg_num: int | None) -> dict[str, Any]:
     """The first row, with the negatives of all rows in turn, best first, each text and corpus row once.
 
+    Neither a positive nor the query itself is among them.
     ``neg_index`` is kept when every row has one; ``teacher_scores`` are left out, as they belong to the candidates of
     one file.
     """
     indexed = all(len(row.get("neg_index") or []) == len(row["neg"]) for row in rows)
     lists = [list(zip(row["neg"], row["neg_index"] if indexed else row["neg"], strict=True)) for row in rows]
-    texts = {normalize(text) for row in rows for text in row["pos"]}
+    texts = {normalize(text) for row in rows for text in (row["query"], *row["pos"])}
     indexes = {index for row in rows for index in row.get("pos_index") or []}
     negatives = []
     for place in zip_longest(*lists):

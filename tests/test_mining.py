@@ -85,6 +85,72 @@ def test_normalize():
     assert normalize("?!") == "?!"
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["I write C", "I write C++", "I write C#", "I write C+"],
+        ["NET 8", ".NET 8"],
+        ["the A search", "the A* search"],
+        ["it is 5 degrees", "it is -5 degrees", "it is +5 degrees", "it is 5° degrees"],
+        ["5", "$5", "€5", "5%", "5‰", "§5", ".5"],
+        ["x = y", "x < y", "x > y", "x ≠ y", "x y"],
+        ["3:2", "3/2", "3.2", "3 2", "32"],
+        ["I am 😀", "I am 😢", "I am"],
+        ["R&D", "R D"],
+    ],
+)
+def test_signs_that_carry_meaning_make_other_texts(texts):
+    assert len({normalize(text) for text in texts}) == len(texts)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("It costs 5%, they say.", "it costs 5 % they say"),
+        ("the year 2015-2016", "the year 2015–2016"),
+        ("“quoted” (text)", '"quoted" text'),
+        ("U.S. president; e.g. Obama…", "U S president e g Obama"),
+        ("Windows® 10", "windows 10"),
+        ("a well-known node.js/JavaScript fact", "a well known node js JavaScript fact"),
+        ("1,000 items: ok?", "1 000 items ok"),
+        ("# Title\n- item", "Title item"),
+        ("C++ !", "C ++"),
+    ],
+)
+def test_punctuation_and_case_make_no_other_texts(one, other):
+    assert normalize(one) == normalize(other)
+
+
+def test_positives_known_by_text_count_like_those_known_by_index():
+    """Rows 1 and 2 have the positive's words; the best of them scores 0.85."""
+    by_text = {"query": "q", "pos": ["A positive"]}
+    by_index = {**by_text, "pos_index": [1]}
+    for row in (by_text, by_index):
+        assert indexes(row, margin_absolute=0.1) == [4, 5, 6, 7]
+        assert indexes(row, margin_relative=0.2) == [5, 6, 7]
+    mined = mine_negatives(by_text, 0, HITS, SCORES, CORPUS.__getitem__, MiningConfig())
+    assert mined.positive_found
+
+
+def test_the_query_itself_is_never_mined():
+    row = {"query": "Far, away!", "pos": ["a positive"]}
+    assert indexes(row) == [0, 3, 5, 7]
+    mined = mine_negatives(row, 0, HITS, SCORES, CORPUS.__getitem__, MiningConfig(near_duplicate=1.0))
+    assert mined.dropped["the query itself"] == 1
+    # The text of a corpus row whose key has a title, too.
+    texts, titled = ["text one", "text two"], ["title text one", "title text two"]
+    mined = mine_negatives(
+        {"query": "text two", "pos": ["x"]},
+        0,
+        HITS[:2],
+        SCORES[:2],
+        titled.__getitem__,
+        MiningConfig(),
+        texts.__getitem__,
+    )
+    assert mined.row["neg_index"] == [0]
+
+
 def test_summary_counts_rows_and_reasons():
     summary = MiningSummary(wanted=5)
     for hits, scores in ((HITS, SCORES), (HITS[:2], SCORES[:2]), (HITS[:0], SCORES[:0])):
@@ -97,14 +163,16 @@ def test_summary_counts_rows_and_reasons():
 
 def test_against_the_reference():
     rng = random.Random(0)
-    words = ["red", "Red", "green", "blue!", "blue", "42"]
+    words = ["red", "Red", "green", "blue!", "blue", "42", "c#", "-42", "(+"]
     for case in range(400):
         corpus = [" ".join(rng.choices(words, k=rng.randint(1, 3))) for _ in range(12)]
         row = {
-            "query": "q",
+            "query": rng.choice(["q", *corpus]),
             "pos_index": rng.sample(range(12), rng.randint(0, 2)),
             "answers": rng.sample(words, rng.randint(0, 1)),
         }
+        if rng.random() < 0.5:
+            row["pos"] = rng.sample(corpus, rng.randint(1, 2))
         hits = rng.sample(range(12), rng.randint(0, 12))
         scores = sorted((rng.choice([-1.0, -0.5, 0.0, 0.25, 0.5, 1.0]) for _ in hits), reverse=True)
         first = rng.randint(1, 5)

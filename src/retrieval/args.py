@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ DTYPES = ("fp32", "fp16", "bf16")
 RANKER_METHODS = ("cross-encoder",)
 RETRIEVAL_METHODS = ("dense", "bm25", "random", "no")
 BM25_BACKENDS = ("auto", "anserini", "bm25s")
+SEARCH_PARAMETERS = re.compile(r"\w+=[1-9]\d{0,8}(,\w+=[1-9]\d{0,8})*")
 
 
 @dataclass
@@ -173,6 +175,11 @@ class DenseArgs:
     tie_encoders: bool = flag(True, "One encoder (query_encoder) for queries and keys.")
     dense_metric: str = flag("cos", "Similarity: cos, ip or l2 (taken from the checkpoint like pooling_method).")
     faiss_index_factory: str = flag("Flat", "FAISS index factory string.")
+    faiss_search_params: str | None = flag(
+        None,
+        "How FAISS searches, such as nprobe=32 (cells of an IVF index), efSearch=400 (HNSW) or nprobe=32,k_factor_rf=4 "
+        "(refined); when None as much as finds nearly what Flat finds (docs/retrieval.md).",
+    )
     batch_size: int = flag(1000, "Most texts encoded in one batch.")
     load_encode: bool = flag(False, "Load saved corpus embeddings instead of encoding.")
     save_encode: bool = flag(False, "Save corpus embeddings to output_dir.")
@@ -192,6 +199,11 @@ class DenseArgs:
             raise UserError(
                 f"--pooling_method {' '.join(self.pooling_method)}: give one of {', '.join(POOLING_METHODS[:4])}, "
                 "optionally followed by dense"
+            )
+        if self.faiss_search_params is not None and not SEARCH_PARAMETERS.fullmatch(self.faiss_search_params):
+            raise UserError(
+                f"--faiss_search_params {self.faiss_search_params!r}: give names with whole numbers above 0, such as "
+                "nprobe=32 or nprobe=32,k_factor_rf=4"
             )
         check_positive(
             query_max_length=self.query_max_length,
@@ -250,6 +262,11 @@ class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
     methods: ClassVar[tuple[str, ...]] = RETRIEVAL_METHODS
 
     retrieval_method: str = flag("dense", f"How to retrieve: {', '.join(RETRIEVAL_METHODS)}.")
+    drop_query_from_hits: bool = flag(
+        False,
+        "Leave corpus rows with the words of the query itself out of its hits (duplicate questions, ArguAna, pools of "
+        "examples), unless its pos_index names them.",
+    )
 
     def __post_init__(self) -> None:
         CandidateArgs.__post_init__(self)

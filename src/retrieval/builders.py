@@ -156,6 +156,7 @@ def eval_config(args: RetrievalArgs | RankerArgs, output_dir: str, seed: int, re
         rerank,
         args.score_name,
         stores=stores_written(args, output_dir) if isinstance(args, RetrievalArgs) and not rerank else (),
+        drop_query=isinstance(args, RetrievalArgs) and args.drop_query_from_hits,
     )
 
 
@@ -275,7 +276,8 @@ def dense_searcher(
     """Encode and index the corpus (or load what was saved) with a model in eval mode on `device`."""
     query, key = encode_configs(args, device)
     stored = (args.load_encode, args.save_encode, args.load_index, args.save_index)
-    config = DenseSearchConfig(query, key, args.faiss_index_factory, vector_folder(args, output_dir), *stored)
+    index = (args.hits, args.faiss_index_factory, args.faiss_search_params)
+    config = DenseSearchConfig(query, key, *index, vector_folder(args, output_dir), *stored)
     identity = distributed.on_main(lambda: _identity(args, data, model, key.dtype)) if any(stored) else None
     return build_dense_searcher(model, data.keys, config, identity)
 

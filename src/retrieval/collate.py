@@ -119,10 +119,13 @@ def read_hits(saved: JsonLines, first: int, end: int) -> Hits:
 
 
 def mined_lines(
-    window: Window, text_of: Callable[[int], str], config: MiningConfig, summary: MiningSummary
+    window: Window,
+    texts: tuple[Callable[[int], str], Callable[[int], str]],
+    config: MiningConfig,
+    summary: MiningSummary,
 ) -> Iterator[str]:
-    """Every row with its mined negatives, see `mine_negatives`; `summary` counts them."""
+    """Every row with its mined negatives, counted by `summary`; `texts` are text_of and body_of of `mine_negatives`."""
     for number, row, found, scores in window:
-        mined = mine_negatives(row, number, found, scores, text_of, config)
+        mined = mine_negatives(row, number, found, scores, texts[0], config, texts[1])
         summary.add(mined)
         yield json_line(mined.row)

@@ -34,7 +34,9 @@ from src.retrieval.encode import progress
 from src.retrieval.metrics import retrieval_metrics
 from src.retrieval.metrics_nq import nq_recall
 from src.retrieval.mining import MiningConfig, MiningSummary
-from src.retrieval.searcher import Searcher
+from src.retrieval.own_rows import find_own_rows, without_own_rows
+from src.retrieval.searcher import NoSearcher, Searcher
+from src.schema import template_columns
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class EvalConfig:
         retriever: what saved hits depend on besides rows and corpus, by name; the retriever's own comes first.
         same_retriever: load only what that one found.
         stores: folders of vectors and indexes that the run writes.
+        drop_query: as ``--drop_query_from_hits``.
     """
 
     metrics: Sequence[str]
@@ -78,6 +81,7 @@ class EvalConfig:
     retriever: Mapping[str, Any] | None = None
     same_retriever: bool = False
     stores: Sequence[str] = ()
+    drop_query: bool = False
 
     @property
     def ranks(self) -> bool:
@@ -123,6 +127,20 @@ class EvalData:
         """A corpus row's text without instruction."""
         assert self.corpus is not None
         return render_key(self.corpus[index], self.key_template)
+
+    def key_body(self, index: int) -> str:
+        """The last of the columns that make a corpus row's text: its text without the title before it."""
+        assert self.corpus is not None
+        return str(self.corpus[index][template_columns(self.key_template)[-1]] or "")
+
+    def own_rows(self) -> dict[int, set[int]]:
+        """Query number to the corpus rows that are the query itself; never one that ``pos_index`` names."""
+        assert self.corpus is not None
+        found = find_own_rows(
+            (row["query"] for row in self.rows), lambda n: (self.key_text(n), self.key_body(n)), len(self.corpus)
+        )
+        found = {number: own - set(self.rows[number].get("pos_index") or ()) for number, own in found.items()}
+        return {number: own for number, own in found.items() if own}
 
     def corpus_texts(self, row: dict[str, Any], found: Sequence[int]) -> list[str]:
         """The texts of corpus rows, whatever evaluation row they were found for."""
@@ -263,8 +281,9 @@ def _origin(data: EvalData, config: EvalConfig) -> dict[str, Any]:
     rows, corpus = data.rows, data.corpus
     queries = (str(rows[number].get("query")) for number in sample(len(rows), ORIGIN_TEXTS))
     keys = map(data.key_text, sample(len(corpus), ORIGIN_TEXTS)) if corpus is not None else ()
-    made = {"queries": [len(rows), text_hash(queries)]}
+    made: dict[str, Any] = {"queries": [len(rows), text_hash(queries)]}
     made |= {"corpus": [len(corpus), text_hash(keys)]} if corpus is not None else {}
+    made |= {"without the query": True} if config.drop_query else {}
     return {**made, "hits": config.hits, "retriever": config.retriever}
 
 
@@ -289,6 +308,8 @@ def _check_origin(data: EvalData, config: EvalConfig) -> None:
         problem = "another corpus"
     elif most is not None and (config.hits is None or config.hits > most):
         problem = f"--hits {most}, and {config.hits or 'all'} are asked for"
+    elif found.get("without the query", False) and not config.drop_query:
+        problem = "--drop_query_from_hits"
     elif config.same_retriever and (difference := _difference(found.get("retriever"), config.retriever or {})):
         problem = f"another retriever ({difference})"
     if problem is not None:
@@ -320,18 +341,35 @@ def retrieve(data: EvalData, config: EvalConfig, searcher: Callable[[], Searcher
         config: see there.
         searcher: builds the searcher; not called when results are loaded.
     """
+    own = data.own_rows() if config.drop_query else {}
+    if config.drop_query:
+        logger.info(
+            "%d of %d queries are in the corpus themselves, and left out of their hits", len(own), len(data.rows)
+        )
     if config.load_result:
-        yield from load_hits(data, config)
+        for hits in load_hits(data, config):
+            yield Hits(hits.first, *without_own_rows(hits.rows, hits.scores, hits.first, own, hits.rows.shape[1]))
         return
     total = len(data.rows)
     assert data.corpus is not None
     ready = searcher()
     most = len(data.corpus) if config.hits is None else min(config.hits, len(data.corpus))
+    asked = min(most + max(map(len, own.values()), default=0), len(data.corpus))
+    short = 0
     with progress(total, "searching", distributed.is_main(), "query") as bar:
         for first, end in _bounds(total):
-            scores, found = ready.search(data.queries[first:end], most)
+            scores, rows = ready.search(data.queries[first:end], asked)
             bar.update(end - first)
-            yield Hits(first, found, scores)
+            short += int(((rows >= 0).sum(1) < asked).sum())
+            yield Hits(first, *without_own_rows(rows, scores, first, own, most))
+    if short and not isinstance(ready, NoSearcher):
+        logger.warning(
+            "%d of %d queries got fewer than the %d hits asked for: BM25 finds only what shares a word with the query, "
+            "an approximate index only what it looks at (--faiss_search_params)",
+            short,
+            total,
+            asked,
+        )
 
 
 @dataclass(frozen=True)
@@ -360,7 +398,8 @@ def _outputs(data: EvalData, config: EvalConfig) -> list[Output]:
         outputs += [Output("TREC run", run, trec.run_lines), Output("TREC qrels", qrels, trec.qrels_lines)]
     if "collate_neg" in config.metrics:
         summary = MiningSummary(config.mining.max_neg_num)
-        lines = partial(mined_lines, text_of=data.key_text, config=config.mining, summary=summary)
+        texts = (data.key_text, data.key_body)
+        lines = partial(mined_lines, texts=texts, config=config.mining, summary=summary)
         outputs.append(Output("mined negatives", derived("neg", output_dir=folder), lines, summary.describe))
     if "collate_key" in config.metrics:
         lines = partial(key_lines, texts_of=own_texts if config.rerank else data.corpus_texts)

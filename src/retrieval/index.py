@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import re
+import json
+import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import faiss
@@ -13,6 +17,9 @@ import torch
 from torch import Tensor
 
 from src.errors import UserError
+from src.retrieval import faiss_trial
+
+ROOT = Path(__file__).resolve().parents[2]
 
 #: Scores computed at a time by the exact search: queries x corpus rows.
 CPU_SCORES = 1 << 23
@@ -26,6 +33,8 @@ NO_HIT = -0x7F800001 << 32
 #: Vectors that FAISS is trained on: at least so many (or all), and so many per cell of an inverted file.
 TRAIN_ROWS = 100_000
 TRAIN_ROWS_PER_CELL = 64
+#: Seconds after which an index being tried out counts as slow to train, and not as impossible.
+TRIAL_SECONDS = 30
 
 
 @dataclass(frozen=True)
@@ -174,85 +183,129 @@ def _descending(ranks: Tensor) -> Tensor:
     return ranks.sort(dim=1, descending=True).values
 
 
-def check_factory(factory: str, width: int, metric: str, rows: int) -> None:
-    """Find out before anything is encoded whether FAISS can make such an index.
+def check_factory(factory: str, width: int, metric: str, rows: int, parameters: str | None = None) -> None:
+    """Find out before anything is encoded whether FAISS can build such an index and search it.
 
     Args:
         factory: FAISS factory string.
         width: of the vectors.
         metric: ``cos``, ``ip`` or ``l2``.
         rows: vectors of the smallest index.
+        parameters: of the search, as `FaissIndex.build` takes them.
 
     Raises:
         UserError: it cannot.
     """
-    inverted_file = faiss.try_extract_index_ivf(_make_index(factory, width, metric, rows))
-    if inverted_file is not None and inverted_file.nlist > rows:
-        raise UserError(
-            f"--faiss_index_factory {factory!r} cannot index {rows} vectors: it has {inverted_file.nlist} cells, "
-            "use fewer (or Flat)"
-        )
-
-
-def _make_index(factory: str, width: int, metric: str, rows: int) -> faiss.Index:
-    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    if factory == "Flat" and not parameters:
+        return
+    request = json.dumps([factory, width, metric, rows, TRAIN_ROWS, parameters or ""])
+    command = [sys.executable, "-m", faiss_trial.__name__, request]
     try:
-        return faiss.index_factory(width, factory, kind)
-    except RuntimeError as error:
-        raise _cannot_index(factory, rows, error) from error
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=TRIAL_SECONDS, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        # Slow to train, but nothing is known to be wrong with it.
+        return
+    lines = done.stdout.splitlines()
+    problem = json.loads(lines[-1]) if done.returncode == 0 and lines else "FAISS itself breaks down on it"
+    if problem is not None:
+        with_them = f" with --faiss_search_params {parameters!r}" if parameters else ""
+        raise UserError(
+            f"--faiss_index_factory {factory!r}{with_them} cannot index {rows} vectors of {width} dimensions: {problem}"
+        )
 
 
 def bytes_per_vector(factory: str, width: int, metric: str) -> int | None:
     """What a FAISS index holds for each vector, row numbers apart; None for kinds that do not tell, such as HNSW."""
     try:
-        return _make_index(factory, width, metric, 0).sa_code_size()
+        return faiss.index_factory(width, factory, faiss_trial.faiss_metric(metric)).sa_code_size()
     except RuntimeError:
         return None
 
 
-def _cannot_index(factory: str, rows: int, error: RuntimeError) -> UserError:
-    # FAISS tells function and source file before the reason.
-    reason = re.sub(r"^.*\.(cpp|h):\d+: (Error: )?", "", str(error).strip().splitlines()[-1])
-    return UserError(f"--faiss_index_factory {factory!r} cannot index {rows} vectors of this width: {reason}")
+def default_search_parameters(index: faiss.Index, rows: int, hits: int) -> str:
+    """Set what makes an approximate index find nearly what an exact one does (measured: docs/retrieval.md); return it.
+
+    Args:
+        index: trained.
+        rows: vectors in it.
+        hits: per query.
+
+    Returns:
+        Parameters as FAISS reads them, empty for an index without any: ``nprobe`` cells of an inverted file, as many
+        as four times the square root of their number, and as hold four times the hits; ``efSearch`` candidates of a
+        graph, twice the hits; and of an index that scores the best again four times the hits (``k_factor_rf``).
+    """
+    inverted_file = faiss.try_extract_index_ivf(index)
+    found = {}
+    if inverted_file is not None:
+        cells = inverted_file.nlist
+        found["nprobe"] = min(cells, math.ceil(max(4 * math.sqrt(cells), 4 * hits * cells / rows)))
+    found |= {"efSearch": max(64, 2 * hits), "k_factor_rf": 4}
+    return ",".join(f"{name}={value}" for name, value in found.items() if _takes(index, f"{name}={value}"))
+
+
+def _takes(index: faiss.Index, parameters: str) -> bool:
+    """Set search parameters; whether the index has them."""
+    try:
+        faiss.ParameterSpace().set_index_parameters(index, parameters)  # type: ignore[arg-type]
+    except RuntimeError:
+        return False
+    return True
 
 
 class FaissIndex:
     """Any FAISS index over consecutive corpus rows; scores of l2 are negative squared distances."""
 
-    def __init__(self, index: faiss.Index, first: int) -> None:
+    def __init__(self, index: faiss.Index, first: int, parameters: str) -> None:
         self.index = index
         self.first = first
+        #: Of the search, as FAISS reads them.
+        self.parameters = parameters
 
     @classmethod
-    def build(cls, shards: Sequence[VectorShard], factory: str, metric: str, device: torch.device) -> FaissIndex:
+    def build(
+        cls,
+        shards: Sequence[VectorShard],
+        factory: str,
+        metric: str,
+        device: torch.device,
+        hits: int,
+        parameters: str | None = None,
+    ) -> FaissIndex:
         """Train on a sample of the vectors where the kind of index needs it, and add them shard by shard.
 
         Args:
             shards: at least one, of consecutive rows.
-            factory: FAISS factory string.
+            factory: FAISS factory string that `check_factory` has found fit.
             metric: ``cos``, ``ip`` or ``l2``.
             device: with a GPU the index is moved there, when the installed FAISS can.
+            hits: that a query will ask for.
+            parameters: of the search (``nprobe=32,k_factor_rf=4``); `default_search_parameters` when None.
 
         Raises:
-            UserError: FAISS does not know the factory string, or has too few vectors to train on.
+            UserError: FAISS cannot train it on these vectors.
         """
         shards = sorted(shards, key=lambda shard: shard.first)
-        total = sum(shard.rows for shard in shards)
-        index = _make_index(factory, shards[0].load().shape[1], metric, total)
+        index = faiss.index_factory(shards[0].load().shape[1], factory, faiss_trial.faiss_metric(metric))
         try:
             if not index.is_trained:
                 index.train(_sample(shards, _training_rows(index)))
         except RuntimeError as error:
-            raise _cannot_index(factory, total, error) from error
+            raise UserError(f"--faiss_index_factory {factory!r}: {faiss_trial.reason(error)}") from error
+        used = _set_parameters(index, sum(shard.rows for shard in shards), hits, parameters)
         index = _on_device(index, device)
         for shard in shards:
             index.add(np.ascontiguousarray(shard.load(), dtype=np.float32))
-        return cls(index, shards[0].first)
+        return cls(index, shards[0].first, used)
 
     @classmethod
-    def load(cls, path: str, first: int, device: torch.device) -> FaissIndex:
+    def load(cls, path: str, first: int, device: torch.device, hits: int, parameters: str | None = None) -> FaissIndex:
         """Read what `save` wrote; `first` is the corpus row number of its first vector."""
-        return cls(_on_device(faiss.read_index(path), device), first)
+        index = faiss.read_index(path)
+        used = _set_parameters(index, index.ntotal, hits, parameters)
+        return cls(_on_device(index, device), first, used)
 
     def save(self, path: str) -> None:
         """Write the index to a file."""
@@ -266,6 +319,19 @@ class FaissIndex:
             scores = -scores
         scores[rows < 0] = -np.inf
         return scores, np.where(rows < 0, -1, rows + self.first)
+
+
+def _set_parameters(index: faiss.Index, rows: int, hits: int, parameters: str | None) -> str:
+    """Set the search parameters asked for, or the default ones, and return them.
+
+    Raises:
+        UserError: the index has no such parameters.
+    """
+    if parameters is None:
+        return default_search_parameters(index, rows, hits)
+    if not _takes(index, parameters):
+        raise UserError(f"--faiss_search_params {parameters!r}: a {type(index).__name__} has no such parameters")
+    return parameters
 
 
 def _training_rows(index: faiss.Index) -> int:

@@ -6,6 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,13 @@ import regex
 
 from src.retrieval.metrics_nq import has_answer, token_string
 
-_NO_WORD = regex.compile(r"[^\p{L}\p{N}\p{M}]+")
+#: A word, or a sign that words differ by: of mathematics, money or feeling ("C++"); those of "C#", "A*", "5 %", "R&D",
+#: "§ 5"; those within numbers ("3:2", "1/2", "1.5"), before a number ("-5") and before a name (".NET").
+_WORD = regex.compile(
+    r"[\p{L}\p{N}\p{M}]+|[\p{Sc}\p{Sm}\p{So}--[|©®]]|[%‰&§]|(?<=[\p{L}\p{N}])[#*]"
+    r"|(?<=\p{N})[.:/](?=\p{N})|(?<![^\s(])[-.](?=\p{N})|(?<!\S)\.(?=\p{L})",
+    regex.VERSION1,
+)
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,9 @@ class Mined:
 
 
 def normalize(text: str) -> str:
-    """The words of a text: NFKC, case folded, all between them one blank; the bare text when it has no word."""
-    return _NO_WORD.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip() or text.strip()
+    """The words of a text and the signs that matter (see `_WORD`): NFKC, case folded, a blank between them; the bare
+    text when it has none."""
+    return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold())) or text.strip()
 
 
 def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
@@ -114,12 +122,14 @@ def mine_negatives(
     scores: np.ndarray,
     text_of: Callable[[int], str],
     config: MiningConfig,
+    body_of: Callable[[int], str] | None = None,
 ) -> Mined:
     """The row with the hits that are no positives as ``neg`` and ``neg_index``, in the order of rank.
 
-    A positive is never a negative: neither by index nor by text; nor are texts listed twice, where texts with the same
-    words are the same (see `normalize`). With a margin, the positive's score is that of the row's best-ranked
-    positive; when none was retrieved, every hit scores at least as high as the positives, so that none passes.
+    A positive is never a negative: neither by index nor by text; nor is the query itself, nor are texts listed twice,
+    where texts with the same words are the same (see `normalize`). With a margin, the positive's score is that of the
+    row's best-ranked positive, known by index or by text; when none was retrieved, every hit scores at least as high as
+    the positives, so that none passes.
     ``teacher_scores`` are left out: they belong to the candidates of before.
 
     Args:
@@ -129,13 +139,18 @@ def mine_negatives(
         scores: fp32 ``(hits,)``.
         text_of: text of a corpus row, without instruction.
         config: see there.
+        body_of: text of a corpus row without its title, by which the query may be known too; None for `text_of`.
     """
+    words_of = cache(lambda index: normalize(text_of(index)))
     positive_index = set(row.get("pos_index") or [])
     positives = list(row["pos"]) if row.get("pos") else [text_of(index) for index in row.get("pos_index") or []]
     seen = _Texts([*positives, *map(text_of, positive_index)], config.near_duplicate)
+    positive_words = {*map(normalize, positives), *map(words_of, positive_index)}
+    query = normalize(row["query"])
     answers = row.get("answers") or []
-    is_positive = np.isin(hits, list(positive_index))
-    best = float(scores[is_positive.argmax()]) if is_positive.any() else -np.inf
+    ranked = enumerate(hits.tolist())
+    first_positive = next((n for n, hit in ranked if hit in positive_index or words_of(hit) in positive_words), None)
+    best = -np.inf if first_positive is None else float(scores[first_positive])
     limit = score_limit(best, config) if config.has_margin else np.inf
     first, last = config.ranks or (1, len(hits))
 
@@ -153,10 +168,12 @@ def mine_negatives(
         if score > limit:
             dropped["too close to the positive's score"] += 1
             continue
-        text = text_of(index)
-        words = normalize(text)
+        text, words = text_of(index), words_of(index)
         if seen.has(words):
             dropped["same text as a positive or an earlier negative"] += 1
+            continue
+        if query == words or (body_of is not None and query == normalize(body_of(index))):
+            dropped["the query itself"] += 1
             continue
         if config.filter_answers and has_answer(token_string(text), answers):
             dropped["contains an answer"] += 1
@@ -168,7 +185,7 @@ def mine_negatives(
         negatives = [negatives[place] for place in sorted(drawn.tolist())]
     kept = {name: value for name, value in row.items() if name != "teacher_scores"}
     kept |= {"pos": positives, "neg": [text for _, text in negatives], "neg_index": [index for index, _ in negatives]}
-    return Mined(kept, dropped, bool(is_positive.any()))
+    return Mined(kept, dropped, first_positive is not None)
 
 
 @dataclass

@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,14 +42,18 @@ class DenseSearchConfig:
 
     Attributes:
         query, key: encoding settings.
+        hits: that a query asks for.
         factory: FAISS factory string; ``Flat`` is searched exactly without FAISS unless the index is to be saved.
+        parameters: of the search by FAISS; None for `default_search_parameters`.
         store: folder of saved vectors and index, None for neither.
         load_encode, save_encode, load_index, save_index: as the flags.
     """
 
     query: EncodeConfig
     key: EncodeConfig
+    hits: int
     factory: str = "Flat"
+    parameters: str | None = None
     store: str | None = None
     load_encode: bool = False
     save_encode: bool = False
@@ -111,16 +116,27 @@ def build_dense_searcher(
     """
     if config.load_index:
         assert identity is not None
-        return DenseSearcher(model, config.query, _load_indexes(config, identity))
-    check_factory(config.factory, vector_width(model), model.metric, len(corpus) // distributed.world_size())
+        indexes = _load_indexes(config, identity)
+        _tell_parameters(indexes)
+        return DenseSearcher(model, config.query, indexes)
+    rows = len(corpus) // distributed.world_size()
+    trial = partial(check_factory, config.factory, vector_width(model), model.metric, rows, config.parameters)
+    distributed.on_main(trial)
     shards = _shards(model, corpus, config, identity)
     if config.factory == "Flat" and not config.save_index:
         return DenseSearcher(model, config.query, [ExactIndex(shards, model.metric, config.key.device)])
-    indexes = [FaissIndex.build(shards, config.factory, model.metric, config.key.device)] if shards else []
+    how = (config.key.device, config.hits, config.parameters)
+    indexes = [FaissIndex.build(shards, config.factory, model.metric, *how)] if shards else []
+    _tell_parameters(indexes)
     if config.save_index:
         assert identity is not None
         _save_indexes(indexes, config, identity)
     return DenseSearcher(model, config.query, indexes)
+
+
+def _tell_parameters(indexes: Sequence[FaissIndex]) -> None:
+    for index in indexes[:1]:
+        logger.info("FAISS searches with %s (--faiss_search_params)", index.parameters or "no parameters of its own")
 
 
 def _shards(
@@ -182,9 +198,8 @@ def _save_indexes(indexes: Sequence[FaissIndex], config: DenseSearchConfig, iden
     for index in indexes:
         first, rows = index.first, index.index.ntotal
         path = os.path.join(config.folder, _index_name(distributed.rank()))
-        partial = f"{path}.partial"
-        index.save(partial)
-        os.replace(partial, path)
+        index.save(f"{path}.partial")
+        os.replace(f"{path}.partial", path)
     parts = np.concatenate(distributed.all_gather_array(np.array([[first, rows]], dtype=np.int64))).tolist()
     saved = [{"file": _index_name(n), "first": first, "rows": rows} for n, (first, rows) in enumerate(parts) if rows]
     made_from = {**asdict(identity), "factory": config.factory}
@@ -219,7 +234,8 @@ def _load_indexes(config: DenseSearchConfig, identity: IndexIdentity) -> list[Fa
         )
     mine = manifest["indexes"][distributed.rank() :: distributed.world_size()]
     files = [(os.path.join(config.folder, part["file"]), part["first"]) for part in mine]
-    return [FaissIndex.load(file, first, config.key.device) for file, first in files]
+    how = (config.key.device, config.hits, config.parameters)
+    return [FaissIndex.load(file, first, *how) for file, first in files]
 
 
 def query_rng(seed: int, query: str) -> np.random.Generator:
