@@ -59,6 +59,8 @@ def retriever_identity(args: RetrievalArgs, data: EvalData, encoder: EncoderConf
         made |= {"truncate_dim": args.truncate_dim, "dense_metric": encoder.dense_metric}
         # None where the encoder tells; lists, as JSON has them.
         made["pooling_method"] = list(encoder.pooling_method) if encoder.pooling_method else None
+        if args.faiss_index_factory != "Flat":
+            made |= {"index": args.faiss_index_factory, "faiss_search_params": args.faiss_search_params}
         folders = encoder_folders(encoder)
         made |= {f"files of the {name}": model_identity(path, encoder.cache_dir) for name, path in folders.items()}
     elif args.retrieval_method == "bm25":
