@@ -4,12 +4,14 @@
 # Uses the active virtual or conda environment; makes .venv when there is none. Installing is skipped
 # when the same requirements were installed there before.
 
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
+active="${VIRTUAL_ENV:-}${CONDA_PREFIX:-}"
+python=$([ -n "$active" ] && echo python || echo python3)
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+    echo "error: Python 3.10 or newer is needed, found $("$python" --version 2>&1)" >&2
+    exit 2
+}
+if [ -z "$active" ]; then
     if [ ! -x .venv/bin/python ]; then
-        python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-            echo "error: Python 3.10 or newer is needed, found $(python3 --version 2>&1)" >&2
-            exit 2
-        }
         echo "making the virtual environment .venv"
         python3 -m venv .venv || {
             echo "error: cannot make .venv (on Debian and Ubuntu: apt install python3-venv)" >&2
