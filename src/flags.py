@@ -27,9 +27,10 @@ def check_choice(flag: str, value: str | None, choices: tuple[str, ...]) -> None
         raise UserError(f"--{flag} {value!r} is unknown: choose from {', '.join(choices)}")
 
 
-def check_name(flag: str, value: str | None) -> None:
-    """Raise a UserError for a name that would put a file into another folder."""
-    if value and (os.sep in value or value.isspace()):
+def check_name(flag: str, value: str | None, needed: bool = False) -> None:
+    """Raise a UserError for a name that would put a file into another folder, or for none where one is `needed`."""
+    elsewhere = value and (os.sep in value or "\0" in value or value in (os.curdir, os.pardir))
+    if elsewhere or (value and value.isspace()) or (needed and not value):
         raise UserError(f"--{flag} {value!r} becomes a part of file names: it must not be blank, nor hold {os.sep!r}")
 
 

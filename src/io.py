@@ -156,8 +156,8 @@ def text_hash(texts: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path` and rename it to `path` when the block ends without an error.
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Give a temporary name beside `path`, and rename what is written there when the block ends without an error.
 
     A crash or an exception leaves an existing `path` as it was and no temporary file behind. Where `path` is a symbolic
     link, the file that it points to is replaced and the link stays.
@@ -170,10 +170,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
     try:
-        with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        os.fsync(descriptor)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -183,7 +181,22 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
             os.unlink(temporary)
         if isinstance(error, OSError) and error.filename is None and error.errno in DISK_ERRORS:
             raise OSError(error.errno, error.strerror, str(target)) from error
+        if isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+            # NumPy tells no more of a full disk.
+            raise OSError(errno.EIO, "cannot be written: is the disk full?", str(target)) from error
         raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that is put at `path` when the block ends without an error; see `atomic_path`."""
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file,
+    ):
+        yield file
 
 
 def remove_folder(folder: str | os.PathLike[str]) -> None:

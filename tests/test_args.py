@@ -128,3 +128,15 @@ def test_a_warmup_of_all_steps():
 def test_flags_without_an_effect_are_refused(name, value):
     with pytest.raises(UserError, match=f"--{name} {value} would have no effect"):
         RetrievalTrainingArgs(**{name: value})
+
+
+@pytest.mark.parametrize("flag", ["save_name", "embedding_name"])
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".", " ", "a\0b"])
+def test_a_name_does_not_lead_into_another_folder(flag, name):
+    with pytest.raises(UserError, match=f"--{flag} .* becomes a part of file names"):
+        RetrievalArgs(**{flag: name})
+
+
+def test_vectors_are_not_kept_without_a_name():
+    with pytest.raises(UserError, match="--embedding_name ''"):
+        RetrievalArgs(embedding_name="")

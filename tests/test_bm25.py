@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -154,11 +153,11 @@ def test_damaged_index_is_refused(corpus):
     build(corpus)
     folder = corpus.parent / "bm25" / bm25.INDEX_FOLDER
     (folder / "documents.npy").write_bytes(b"")
-    with pytest.raises(UserError, match=r"documents\.npy cannot be read"):
+    with pytest.raises(UserError, match=r"documents\.npy is damaged.*leave --load_index out to make it anew"):
         build(corpus, load_index=True)
     build(corpus)
-    (folder / "terms.json").write_text(json.dumps(["cat"]))
-    with pytest.raises(UserError, match="do not belong together"):
+    (folder / "terms.json").unlink()
+    with pytest.raises(UserError, match=r"terms\.json is missing: leave --load_index out"):
         build(corpus, load_index=True)
 
 

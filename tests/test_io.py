@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from src.errors import UserError
@@ -99,6 +101,22 @@ def test_permissions_are_those_of_an_ordinary_file(tmp_path):
     with atomic_write(tmp_path / "file.txt") as file:
         file.write("text")
     assert (tmp_path / "file.txt").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_there_is_no_room_for_is_named_and_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        for size in (1 << 14, 1 << 20):
+            with (
+                pytest.raises(OSError, match=r"too large|is the disk full") as told,
+                atomic_write(tmp_path / "rows.npy", "wb") as file,
+            ):
+                np.save(file, np.zeros(size))
+            assert told.value.filename == str(tmp_path / "rows.npy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == []
 
 
 def test_write_jsonl(tmp_path):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from src.errors import UserError
 from src.retrieval import searcher, store
 from src.retrieval.encode import EncodeConfig, encode
 from src.retrieval.searcher import DenseSearchConfig, build_dense_searcher
-from src.retrieval.store import IndexIdentity, create_store, load_store
+from src.retrieval.store import IndexIdentity, VectorStore, create_store, finish_store, load_store
 from tests.helpers import ROOT, environment
 
 IDENTITY = IndexIdentity("w1", "c1", 10, "{text}", "", 32, "right", "mean", "cos", "fp32")
@@ -26,6 +28,13 @@ TEXTS = [f"text number {i} of {'many ' * (i % 7)}" for i in range(10)]
 def small_shards(monkeypatch):
     """Three rows of 32 fp32 dimensions in a shard."""
     monkeypatch.setattr(store, "SHARD_BYTES", 3 * 32 * 4)
+
+
+def fill(folder, identity) -> VectorStore:
+    """A store whose missing shards are made of ones."""
+    made = create_store(str(folder), identity, 32, "float32")
+    sizes = {number: len(made.range_of(number)) for number in made.missing()}
+    return finish_store(made, {made.name(n): made.write(n, np.ones((size, 32))) for n, size in sizes.items()})
 
 
 def test_shards_cover_the_rows(tmp_path, small_shards):
@@ -43,30 +52,52 @@ def test_shards_cover_the_rows(tmp_path, small_shards):
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(IndexIdentity)])
 def test_whatever_differs_is_refused_by_name(tmp_path, small_shards, field):
-    made = create_store(str(tmp_path), IDENTITY, 32, "float32")
-    for number in range(made.count):
-        made.write(number, np.zeros((len(made.range_of(number)), 32)))
+    fill(tmp_path, IDENTITY)
     load_store(str(tmp_path), IDENTITY)
     other = dataclasses.replace(IDENTITY, **{field: 11 if isinstance(getattr(IDENTITY, field), int) else "other"})
     with pytest.raises(UserError, match=f"was made with {field} "):
         load_store(str(tmp_path), other)
-    # Saving anew replaces all of it.
+    # They stay until others are whole.
     assert create_store(str(tmp_path), other, 32, "float32").missing() != []
+    load_store(str(tmp_path), IDENTITY).read(0)
+    fill(tmp_path, other)
+    load_store(str(tmp_path), other).read(0)
+    with pytest.raises(UserError, match=f"was made with {field} "):
+        load_store(str(tmp_path), IDENTITY)
+    assert len(list(tmp_path.iterdir())) == 1 + load_store(str(tmp_path), other).count
 
 
 def test_damaged_shards_are_named(tmp_path, small_shards):
+    made = fill(tmp_path, IDENTITY)
+    paths = [Path(made.path(number)) for number in range(4)]
+    paths[1].write_bytes(paths[0].read_bytes()[:-5])
+    shutil.copy(paths[0], paths[3])
+    with open(paths[0], "r+b") as file:
+        file.seek(200)
+        file.write(bytes(20))
+    shutil.copy(paths[0], paths[2])
+    for number, what in ((0, "is damaged"), (1, "cannot be read"), (2, "is damaged"), (3, "is not the shard")):
+        with pytest.raises(UserError, match=f"{paths[number].name} {what}.*remove it, and encode again"):
+            made.read(number)
+    # What was removed is encoded again, and the rest is not.
+    for number in (0, 1, 3):
+        paths[number].unlink()
+    with pytest.raises(UserError, match="3 of 4 shards are missing"):
+        load_store(str(tmp_path), IDENTITY)
+    assert create_store(str(tmp_path), IDENTITY, 32, "float32").missing() == [0, 1, 3]
+    with pytest.raises(UserError, match="continue it with --save_encode"):
+        load_store(str(tmp_path), IDENTITY)
+
+
+def test_of_an_interrupted_run_the_shards_are_known_by_what_they_hold(tmp_path, small_shards):
     made = create_store(str(tmp_path), IDENTITY, 32, "float32")
     made.write(0, np.zeros((3, 32)))
-    (tmp_path / "vectors.00001.npy").write_bytes((tmp_path / "vectors.00000.npy").read_bytes()[:-5])
-    made.write(3, np.zeros((3, 32)))
-    with pytest.raises(UserError, match=r"vectors\.00001\.npy cannot be read"):
-        made.read(1)
-    with pytest.raises(UserError, match=r"vectors\.00003\.npy is not the shard"):
-        made.read(3)
-    for number in (np.nan, np.inf):
-        made.write(0, np.full((3, 32), number))
-        with pytest.raises(UserError, match=r"vectors\.00000\.npy holds vectors that are no numbers: remove it"):
-            made.read(0)
+    again = create_store(str(tmp_path), IDENTITY, 32, "float32")
+    assert (again.missing(), again.checksums) == ([1, 2, 3], {})
+    done = fill(tmp_path, IDENTITY)
+    assert load_store(str(tmp_path), IDENTITY).checksums == done.checksums
+    assert len(done.checksums) == 4
+    assert (done.read(0) == 0).all()
 
 
 def test_interrupted_encoding_goes_on_where_it_stopped(tmp_path, small_shards, monkeypatch, tiny_bert):
@@ -75,7 +106,7 @@ def test_interrupted_encoding_goes_on_where_it_stopped(tmp_path, small_shards, m
 
     model = load(tiny_bert, pooling_method=("mean",)).eval()
     key = EncodeConfig(32, torch.device("cpu"))
-    config = DenseSearchConfig(key, key, store=str(tmp_path), save_encode=True)
+    config = DenseSearchConfig(key, key, hits=1, store=str(tmp_path), save_encode=True)
     seen: list[str] = []
 
     def counting(embed, tokenizer, texts, *rest):

@@ -189,6 +189,7 @@ class DenseArgs:
     cpu: bool = flag(False, "Use the CPU even when there is a GPU.")
 
     def __post_init__(self) -> None:
+        check_name("embedding_name", self.embedding_name, needed=True)
         check_choice("version", self.version, VERSIONS)
         check_choice("dense_metric", self.dense_metric, DENSE_METRICS)
         check_choice("dtype", self.dtype, DTYPES)

@@ -9,7 +9,6 @@ here, as NumPy arrays.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -23,18 +22,20 @@ import numpy as np
 
 from src import distributed
 from src.errors import UserError
-from src.io import read_json, write_json
+from src.io import atomic_write, read_json, write_json
 from src.jsonl import available_cores, process_pool
 from src.locks import check_free
+from src.manifest import Manifest, folder_checksums
 from src.retrieval.bm25_analyzer import EnglishAnalyzer, TermCounts, analyze, count_terms, first_terms
 from src.retrieval.bm25_anserini import (
     Anserini,
     BM25Config,
     CorpusIdentity,
     build_anserini_searcher,
-    check_identity,
+    check_saved,
     find_anserini,
 )
+from src.retrieval.checkpoint_folders import beside, replace_folder
 from src.retrieval.searcher import Searcher
 from src.retrieval.store import file_fingerprint
 
@@ -83,27 +84,16 @@ class Postings:
     def save(self, folder: str) -> None:
         """Write to a new folder."""
         for name in ARRAYS:
-            np.save(os.path.join(folder, f"{name}.npy"), getattr(self, name), allow_pickle=False)
-        with open(os.path.join(folder, "terms.json"), "w", encoding="utf-8") as file:
-            json.dump(list(self.terms), file)
+            with atomic_write(os.path.join(folder, f"{name}.npy"), "wb") as file:
+                np.save(file, getattr(self, name), allow_pickle=False)
+        write_json(os.path.join(folder, "terms.json"), list(self.terms))
 
     @classmethod
     def load(cls, folder: str) -> Postings:
-        """Read what `save` wrote; the arrays stay on the disk until they are used.
-
-        Raises:
-            UserError: a file is missing or damaged.
-        """
-        arrays = {}
-        for name in ARRAYS:
-            path = os.path.join(folder, f"{name}.npy")
-            try:
-                arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"{path} cannot be read ({error}): leave --load_index out to make it anew") from error
+        """Read what `save` wrote, and `check_saved` compared; the arrays stay on the disk until they are used."""
+        paths = {name: os.path.join(folder, f"{name}.npy") for name in ARRAYS}
+        arrays = {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items()}
         terms = read_json(os.path.join(folder, "terms.json"), "BM25 index")
-        if len(terms) + 1 != len(arrays["starts"]) or arrays["starts"][-1] != len(arrays["documents"]):
-            raise UserError(f"{folder}: its files do not belong together, leave --load_index out to make it anew")
         return cls({term: number for number, term in enumerate(terms)}, **arrays)
 
 
@@ -310,12 +300,13 @@ def _prepare_embedded(folder: str, corpus: Sequence[str], identity: CorpusIdenti
     wanted = {**asdict(identity), "format": 1, "language": config.language}
     if config.load_index:
         check_free(config.folder)
-        check_identity(manifest, wanted, "load_index")
+        check_saved(manifest, folder, wanted, "load_index")
         return
-    partial_folder = f"{folder}.partial"
+    partial_folder = beside(folder, "partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
-    os.makedirs(partial_folder)
-    index_texts(corpus, min(config.threads, available_cores())).save(partial_folder)
-    write_json(os.path.join(partial_folder, MANIFEST), wanted)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial_folder, folder)
+    try:
+        index_texts(corpus, min(config.threads, available_cores())).save(partial_folder)
+        Manifest(wanted, folder_checksums(partial_folder)).write(os.path.join(partial_folder, MANIFEST))
+        replace_folder(partial_folder, folder)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)

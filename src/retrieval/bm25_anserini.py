@@ -24,11 +24,11 @@ import numpy as np
 
 from src import distributed
 from src.errors import UserError
-from src.io import read_json, write_json, write_jsonl
+from src.io import write_jsonl
 from src.jsonl import available_cores
 from src.locks import check_free
+from src.manifest import Manifest, check_files, check_identity, folder_checksums, read_manifest
 from src.retrieval.bm25_analyzer import cut_terms
-from src.retrieval.store import differences
 
 logger = logging.getLogger(__name__)
 
@@ -233,16 +233,17 @@ def java_version(java: str) -> int | None:
     return int(found.group(1)) if found and done.returncode == 0 else None
 
 
-def check_identity(manifest: str, wanted: dict[str, Any], flag: str) -> dict[str, Any]:
-    """Read a manifest and see that what it describes was made from the same.
+def check_saved(path: str | Path, folder: str | Path, wanted: dict[str, Any], flag: str) -> Manifest:
+    """Read a manifest, and see that what it describes lies whole in `folder` and was made from what is `wanted`.
 
     Raises:
-        UserError: it is missing or tells of something else.
+        UserError: it is missing, damaged, or made from something else.
     """
-    found = read_json(manifest, f"--{flag}: nothing was saved, leave the flag out once")
-    if other := differences(found, wanted):
-        raise UserError(f"--{flag}: {manifest} was made with {'; '.join(other)}: leave the flag out to make it anew")
-    return found
+    remedy = f"leave --{flag} out to make it anew"
+    manifest = read_manifest(path, f"--{flag}", remedy)
+    check_identity(manifest, wanted, str(path), f"--{flag}", remedy)
+    check_files(folder, manifest.files, remedy)
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -294,17 +295,22 @@ def _prepare(anserini: Anserini, corpus: Sequence[str], identity: CorpusIdentity
     wanted = {**made_from, "language": config.language, "store_docvectors": config.store_docvectors}
     if config.load_index:
         check_free(config.folder)
-        return check_identity(str(layout.index_manifest), wanted, "load_index")["documents"]
+        saved = check_saved(layout.index_manifest, layout.index, wanted, "load_index")
+        return saved.facts["documents"]
     if config.load_collection:
-        documents = check_identity(str(layout.collection_manifest), made_from, "load_collection")["documents"]
+        saved = check_saved(layout.collection_manifest, layout.collection, made_from, "load_collection")
+        documents = saved.facts["documents"]
     else:
         layout.collection_manifest.unlink(missing_ok=True)
         documents = write_collection(corpus, layout.collection, config.threads)
-        write_json(layout.collection_manifest, {**made_from, "documents": documents})
+        Manifest(made_from, folder_checksums(layout.collection), {"documents": documents}).write(
+            layout.collection_manifest
+        )
     layout.index_manifest.unlink(missing_ok=True)
     if documents:
         make_index(anserini, layout, documents, config)
-    write_json(layout.index_manifest, {**wanted, "documents": documents})
+    files = folder_checksums(layout.index) if documents else {}
+    Manifest(wanted, files, {"documents": documents}).write(layout.index_manifest)
     return documents
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import subprocess
@@ -302,15 +303,31 @@ class FaissIndex:
 
     @classmethod
     def load(cls, path: str, first: int, device: torch.device, hits: int, parameters: str | None = None) -> FaissIndex:
-        """Read what `save` wrote; `first` is the corpus row number of its first vector."""
-        index = faiss.read_index(path)
+        """Read what `save` wrote; `first` is the corpus row number of its first vector.
+
+        Raises:
+            UserError: the file is damaged, or the index has no such parameters.
+        """
+        try:
+            index = faiss.read_index(path)
+        except RuntimeError as error:
+            raise UserError(f"--load_index: {path} cannot be read ({faiss_trial.reason(error)})") from error
         used = _set_parameters(index, index.ntotal, hits, parameters)
         return cls(_on_device(index, device), first, used)
 
     def save(self, path: str) -> None:
-        """Write the index to a file."""
+        """Write the index to a file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         on_gpu = hasattr(faiss, "GpuIndex") and isinstance(self.index, faiss.GpuIndex)
-        faiss.write_index(faiss.index_gpu_to_cpu(self.index) if on_gpu else self.index, path)
+        try:
+            faiss.write_index(faiss.index_gpu_to_cpu(self.index) if on_gpu else self.index, path)
+        except RuntimeError as error:
+            raise OSError(
+                errno.EIO, f"FAISS cannot write the index: is the disk full? ({faiss_trial.reason(error)})"
+            ) from error
 
     def search(self, queries: np.ndarray, hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Index.search`."""

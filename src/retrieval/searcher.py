@@ -13,17 +13,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from src import distributed
-from src.errors import UserError
-from src.io import read_json, write_json
+from src.io import atomic_path
 from src.locks import check_free
+from src.manifest import Manifest, check_files, check_identity, file_checksum, read_manifest
 from src.retrieval.encode import EncodeConfig, encode, progress
 from src.retrieval.index import ExactIndex, FaissIndex, Index, VectorShard, check_factory, merge_hits
 from src.retrieval.modeling_dense import DenseRetriever
-from src.retrieval.store import IndexIdentity, VectorStore, create_store, differences, load_store
+from src.retrieval.store import IndexIdentity, VectorStore, create_store, finish_store, load_store
 
 logger = logging.getLogger(__name__)
 
 INDEX_MANIFEST = "index.json"
+REMEDY = "leave the flag out, or use --save_index to make it anew"
 
 
 class Searcher(Protocol):
@@ -156,21 +157,24 @@ def _shards(
         store = load_store(config.folder, identity)
     else:
         store = create_store(config.folder, identity, vector_width(model), config.key.stored_dtype)
-        _encode_into(store, model, corpus, config.key)
+        store = _encode_into(store, model, corpus, config.key)
     return store.shards(distributed.part_of(store.count))
 
 
-def _encode_into(store: VectorStore, model: DenseRetriever, corpus: Sequence[str], config: EncodeConfig) -> None:
-    """Write the shards that are missing, each by one process."""
+def _encode_into(store: VectorStore, model: DenseRetriever, corpus: Sequence[str], config: EncodeConfig) -> VectorStore:
+    """Write the shards that are missing, each by one process, and return the whole store."""
     missing = distributed.on_main(store.missing)
     mine = missing[distributed.rank() :: distributed.world_size()]
     total = sum(len(store.range_of(number)) for number in mine)
+    written: dict[str, str] = {}
     with progress(total, "encoding the corpus", distributed.is_main() and total > 0) as bar:
         for number in mine:
             texts = _Slice(corpus, store.range_of(number))
-            store.write(number, encode(model.embed_key, model.key_tokenizer, texts, config, bar))
+            vectors = encode(model.embed_key, model.key_tokenizer, texts, config, bar)
+            written[store.name(number)] = store.write(number, vectors)
     distributed.barrier()
     logger.info("saved vectors: %s", store.folder)
+    return finish_store(store, written)
 
 
 class _Slice(Sequence[str]):
@@ -194,16 +198,16 @@ def _save_indexes(indexes: Sequence[FaissIndex], config: DenseSearchConfig, iden
     """Each process writes its index; the manifest comes last, so that half-saved ones have none."""
     manifest = os.path.join(config.folder, INDEX_MANIFEST)
     distributed.on_main(lambda: _prepare_folder(config.folder, manifest))
-    first, rows = 0, 0
+    own: list[Any] = []
     for index in indexes:
-        first, rows = index.first, index.index.ntotal
-        path = os.path.join(config.folder, _index_name(distributed.rank()))
-        index.save(f"{path}.partial")
-        os.replace(f"{path}.partial", path)
-    parts = np.concatenate(distributed.all_gather_array(np.array([[first, rows]], dtype=np.int64))).tolist()
-    saved = [{"file": _index_name(n), "first": first, "rows": rows} for n, (first, rows) in enumerate(parts) if rows]
+        name = f"index.{distributed.rank():05d}.faiss"
+        with atomic_path(os.path.join(config.folder, name)) as path:
+            index.save(path)
+            own = [name, file_checksum(path), index.first]
+    parts = [part for part in distributed.all_gather_json(own) if part]
     made_from = {**asdict(identity), "factory": config.factory}
-    distributed.on_main(lambda: write_json(manifest, {"identity": made_from, "indexes": saved}))
+    files, firsts = {name: found for name, found, _ in parts}, [first for *_, first in parts]
+    distributed.on_main(lambda: Manifest(made_from, files, {"first_rows": firsts}).write(manifest))
     logger.info("saved index: %s", manifest)
 
 
@@ -213,10 +217,6 @@ def _prepare_folder(folder: str, manifest: str) -> None:
         os.unlink(manifest)
 
 
-def _index_name(number: int) -> str:
-    return f"index.{number:05d}.faiss"
-
-
 def _load_indexes(config: DenseSearchConfig, identity: IndexIdentity) -> list[FaissIndex]:
     """This process's share of the saved indexes.
 
@@ -224,18 +224,20 @@ def _load_indexes(config: DenseSearchConfig, identity: IndexIdentity) -> list[Fa
         UserError: there is none, or it was made from something else.
     """
     path = os.path.join(config.folder, INDEX_MANIFEST)
-    distributed.on_main(lambda: check_free(config.folder))
-    manifest = distributed.on_main(lambda: read_json(path, "--load_index: saved index"))
     wanted = {**asdict(identity), "factory": config.factory}
-    if other := differences(manifest.get("identity", {}), wanted):
-        raise UserError(
-            f"--load_index: {path} was made with {'; '.join(other)}: leave the flag out, or use "
-            "--save_index to make it anew"
-        )
-    mine = manifest["indexes"][distributed.rank() :: distributed.world_size()]
-    files = [(os.path.join(config.folder, part["file"]), part["first"]) for part in mine]
+
+    def read() -> Manifest:
+        check_free(config.folder)
+        manifest = read_manifest(path, "--load_index", REMEDY)
+        check_identity(manifest, wanted, path, "--load_index", REMEDY)
+        return manifest
+
+    manifest = distributed.on_main(read)
+    saved = list(zip(manifest.files.items(), manifest.facts["first_rows"], strict=True))
+    mine = saved[distributed.rank() :: distributed.world_size()]
+    check_files(config.folder, dict(part for part, _ in mine), REMEDY)
     how = (config.key.device, config.hits, config.parameters)
-    return [FaissIndex.load(file, first, *how) for file, first in files]
+    return [FaissIndex.load(os.path.join(config.folder, name), first, *how) for (name, _), first in mine]
 
 
 def query_rng(seed: int, query: str) -> np.random.Generator:

@@ -1,31 +1,38 @@
 """Vectors on the disk: shards of consecutive rows, and a manifest that says what they were made from.
 
-The manifest comes first and every shard is renamed into place, so that an interrupted encoding goes on with the
-shards that are missing, whatever the number of processes then or now.
+Every shard is renamed into place, so that an interrupted encoding goes on with the shards that are missing, whatever
+the number of processes then or now. Its manifest has another name until all are there: then it takes the place of the
+manifest of earlier vectors, which stay until that moment.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from src import distributed
-from src.errors import UserError
-from src.io import atomic_write, file_hash, read_json, write_json
+from src.errors import UserError, first_line
+from src.io import atomic_write, file_hash, text_hash
 from src.locks import check_free
+from src.manifest import Manifest, check_identity, checksum, differences, read_manifest
 from src.retrieval.index import VectorShard
 
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 128 << 20
-MANIFEST = "vectors.json"
+#: Of the vectors to be read, and of those that are being made.
+MANIFEST, UNFINISHED = "vectors.json", "vectors.partial.json"
+REMEDY = "leave the flag out, or use --save_encode to make them anew"
+SHARD_REMEDY = "remove it, and encode again with --save_encode"
 
 
 @dataclass(frozen=True)
@@ -60,15 +67,6 @@ def file_fingerprint(path: str) -> str:
     return file_hash(path, hashlib.blake2b(digest_size=8))
 
 
-def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What differs, as ``name 'a' (this run: 'b')``."""
-    return [
-        f"{name} {found.get(name)!r} (this run: {value!r})"
-        for name, value in wanted.items()
-        if found.get(name) != value
-    ]
-
-
 @dataclass(frozen=True)
 class VectorStore:
     """The shards of one corpus below `folder`.
@@ -79,6 +77,8 @@ class VectorStore:
         width: dimensions D.
         dtype: NumPy name of the type kept.
         shard_rows: rows of each shard, but for the last.
+        identity: what the vectors are made from, width and type included.
+        checksums: of shards, by their names; those that are known.
     """
 
     folder: str
@@ -86,6 +86,13 @@ class VectorStore:
     width: int
     dtype: str
     shard_rows: int
+    identity: Mapping[str, Any]
+    checksums: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def key(self) -> str:
+        """Part of the shards' names: other vectors in the same folder have another."""
+        return text_hash([json.dumps([dict(self.identity), self.shard_rows], sort_keys=True)])[:8]
 
     @property
     def count(self) -> int:
@@ -96,18 +103,24 @@ class VectorStore:
         """The corpus rows of a shard."""
         return range(number * self.shard_rows, min((number + 1) * self.shard_rows, self.rows))
 
+    def name(self, number: int) -> str:
+        """File name of a shard."""
+        return f"vectors.{self.key}.{number:05d}.npy"
+
     def path(self, number: int) -> str:
         """File of a shard."""
-        return os.path.join(self.folder, f"vectors.{number:05d}.npy")
+        return os.path.join(self.folder, self.name(number))
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there yet."""
         return [number for number in range(self.count) if not os.path.isfile(self.path(number))]
 
-    def write(self, number: int, vectors: np.ndarray) -> None:
-        """Put a shard in place, whole."""
+    def write(self, number: int, vectors: np.ndarray) -> str:
+        """Put a shard in place, whole, and return its checksum."""
+        stored = np.ascontiguousarray(vectors, dtype=self.dtype)
         with atomic_write(self.path(number), "wb") as file:
-            np.save(file, vectors.astype(self.dtype, copy=False), allow_pickle=False)
+            np.save(file, stored, allow_pickle=False)
+        return checksum(stored)
 
     def read(self, number: int) -> np.ndarray:
         """The vectors of a shard.
@@ -115,14 +128,16 @@ class VectorStore:
         Raises:
             UserError: the file is damaged.
         """
+        path = self.path(number)
         try:
-            vectors = np.load(self.path(number), allow_pickle=False)
+            vectors = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{self.path(number)} cannot be read ({error}): remove it and encode again") from error
+            raise UserError(f"{path} cannot be read ({first_line(error)}): {SHARD_REMEDY}") from error
         if vectors.shape != (len(self.range_of(number)), self.width) or str(vectors.dtype) != self.dtype:
-            raise UserError(f"{self.path(number)} is not the shard that {MANIFEST} tells of: remove it, encode again")
-        if not np.isfinite(vectors).all():
-            raise UserError(f"{self.path(number)} holds vectors that are no numbers: remove it, encode again")
+            raise UserError(f"{path} is not the shard that {MANIFEST} tells of: {SHARD_REMEDY}")
+        found = checksum(vectors)
+        if self.checksums.get(self.name(number), found) != found:
+            raise UserError(f"{path} is damaged: it does not hold what was written: {SHARD_REMEDY}")
         return vectors
 
     def shards(self, numbers: Sequence[int]) -> list[VectorShard]:
@@ -133,32 +148,89 @@ class VectorStore:
         ]
 
 
+def _open(folder: str, manifest: Manifest) -> VectorStore:
+    """The store that a manifest tells of."""
+    made = manifest.identity
+    return VectorStore(
+        folder, made["rows"], made["width"], made["stored_dtype"], manifest.facts["shard_rows"], made, manifest.files
+    )
+
+
 def create_store(folder: str, identity: IndexIdentity, width: int, dtype: str) -> VectorStore:
-    """The store to write to: an interrupted one of the same identity, else a new one in its place."""
+    """The store to write to: an interrupted one of the same identity, else a new one.
+
+    Vectors of another identity stay beside it until `finish_store`.
+    """
     return distributed.on_main(lambda: _create(folder, identity, width, dtype, distributed.world_size()))
 
 
 def _create(folder: str, identity: IndexIdentity, width: int, dtype: str, processes: int) -> VectorStore:
-    path = os.path.join(folder, MANIFEST)
-    for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        if name.startswith(".vectors.") and name.endswith(".partial"):
-            os.unlink(os.path.join(folder, name))
     wanted = {**asdict(identity), "width": width, "stored_dtype": dtype}
-    if os.path.isfile(path):
-        manifest = read_json(path, "saved vectors")
-        other = differences(manifest.get("identity", {}), wanted)
-        if not other:
-            store = VectorStore(folder, identity.rows, width, dtype, manifest["shard_rows"])
+    whole, unfinished = (os.path.join(folder, name) for name in (MANIFEST, UNFINISHED))
+    found = {path: _read(path) for path in (whole, unfinished) if os.path.isfile(path)}
+    for path, manifest in found.items():
+        if manifest is not None and not differences(manifest.identity, wanted):
+            store = _open(folder, manifest)
             logger.info("%s: %d of %d shards are there", folder, store.count - len(store.missing()), store.count)
+            if path == whole and store.missing():
+                os.replace(whole, unfinished)
             return store
-        logger.warning("%s is of %s: its vectors are replaced", path, "; ".join(other))
-        for name in os.listdir(folder):
-            if name.startswith("vectors.") and name != MANIFEST:
-                os.unlink(os.path.join(folder, name))
+    if (kept := found.get(whole)) is not None:
+        other = "; ".join(differences(kept.identity, wanted))
+        logger.warning("%s is of %s: its vectors stay until all new ones are there", whole, other)
+    _remove_shards(folder, kept.files if kept is not None else ())
     by_size = max(1, SHARD_BYTES // (width * np.dtype(dtype).itemsize))
     shard_rows = min(by_size, -(-identity.rows // processes))
-    write_json(path, {"identity": wanted, "shard_rows": shard_rows})
-    return VectorStore(folder, identity.rows, width, dtype, shard_rows)
+    manifest = Manifest(wanted, {}, {"shard_rows": shard_rows})
+    manifest.write(unfinished)
+    return _open(folder, manifest)
+
+
+def _read(path: str) -> Manifest | None:
+    """A manifest of vectors; None, and a warning, when it is damaged: they are made anew."""
+    try:
+        return read_manifest(path, "--save_encode", "its vectors are made anew")
+    except UserError as error:
+        logger.warning("%s", error)
+        return None
+
+
+def _remove_shards(folder: str, kept: Collection[str]) -> None:
+    """Delete all shards but the `kept` ones, and what killed runs left of any."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if name.lstrip(".").startswith("vectors.") and name.endswith((".npy", ".partial")) and name not in kept:
+            os.unlink(os.path.join(folder, name))
+
+
+def finish_store(store: VectorStore, written: Mapping[str, str]) -> VectorStore:
+    """Make a store whose shards are all there the one of its folder, and delete others; all processes together.
+
+    Args:
+        store: see `create_store`.
+        written: checksums of the shards that this process wrote.
+
+    Returns:
+        The store, with all checksums.
+    """
+    present = [number for number in range(store.count) if store.name(number) not in store.checksums]
+    own = dict(written)
+    for number in present[distributed.rank() :: distributed.world_size()]:
+        # Of an interrupted run.
+        own.setdefault(store.name(number), checksum(store.read(number)))
+    checksums = {**store.checksums}
+    for part in distributed.all_gather_json(own):
+        checksums |= part
+    done = replace(store, checksums=checksums)
+    distributed.on_main(lambda: _finish(done))
+    return done
+
+
+def _finish(store: VectorStore) -> None:
+    manifest = Manifest(store.identity, store.checksums, {"shard_rows": store.shard_rows})
+    manifest.write(os.path.join(store.folder, MANIFEST))
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(store.folder, UNFINISHED))
+    _remove_shards(store.folder, store.checksums)
 
 
 def load_store(folder: str, identity: IndexIdentity) -> VectorStore:
@@ -172,18 +244,15 @@ def load_store(folder: str, identity: IndexIdentity) -> VectorStore:
 
 def _load(folder: str, identity: IndexIdentity) -> VectorStore:
     check_free(folder)
-    path = os.path.join(folder, MANIFEST)
-    manifest = read_json(path, "--load_encode: saved vectors")
-    if other := differences(manifest.get("identity", {}), asdict(identity)):
+    whole, unfinished = (os.path.join(folder, name) for name in (MANIFEST, UNFINISHED))
+    path = unfinished if os.path.isfile(unfinished) and not os.path.isfile(whole) else whole
+    manifest = read_manifest(path, "--load_encode", REMEDY)
+    check_identity(manifest, asdict(identity), path, "--load_encode", REMEDY)
+    store = _open(folder, manifest)
+    missing = len(store.missing())
+    if missing or path == unfinished:
         raise UserError(
-            f"--load_encode: {path} was made with {'; '.join(other)}: leave the flag out, or use "
-            "--save_encode to make them anew"
-        )
-    made_from = manifest["identity"]
-    store = VectorStore(folder, identity.rows, made_from["width"], made_from["stored_dtype"], manifest["shard_rows"])
-    if missing := store.missing():
-        raise UserError(
-            f"--load_encode: {len(missing)} of {store.count} shards are missing in {folder}: the encoding was "
+            f"--load_encode: {missing} of {store.count} shards are missing in {folder}: the encoding was "
             "interrupted, continue it with --save_encode"
         )
     return store

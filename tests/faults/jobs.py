@@ -158,7 +158,7 @@ def make_jobs(folder: Path) -> dict[str, Job]:
             "evaluation/eval_retrieval.py",
             (*retrieval, "--save_encode", "--metrics", "mrr", "--cutoffs", 10),
             check_all(check_files("*.npy", same_bytes), hits, check_log),
-            "*/embeddings/vectors.00002.npy",
+            "*/embeddings/vectors.*.00002.npy",
             {"src.retrieval.store.SHARD_BYTES": 16 * 32 * 4},
             owns="embeddings",
         ),

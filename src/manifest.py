@@ -1,0 +1,113 @@
+"""What files on the disk were made from, and their checksums: kept beside them, and compared when they are read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from src.errors import UserError
+from src.io import file_hash, read_json, write_json
+
+#: Checksums of what a folder holds, for a folder that tells by itself what it is.
+CHECKSUMS = "checksums.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What files were made from.
+
+    Attributes:
+        identity: by name, what they depend on.
+        files: name to checksum, of those that lie beside the manifest.
+        facts: what else is known of them.
+    """
+
+    identity: Mapping[str, Any]
+    files: Mapping[str, str] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Put it in place: the files come before it, so that half-written ones have none."""
+        content = {"identity": dict(self.identity), "files": dict(self.files), "facts": dict(self.facts)}
+        write_json(path, {**content, "checksum": _own_checksum(content)})
+
+
+def _own_checksum(content: Mapping[str, Any]) -> str:
+    return checksum(json.dumps(content, sort_keys=True).encode())
+
+
+def read_manifest(path: str | os.PathLike[str], what: str, remedy: str) -> Manifest:
+    """Read what `Manifest.write` wrote.
+
+    Args:
+        path: of the manifest.
+        what: the flag that asks for what it tells of, for messages.
+        remedy: what to do when it is missing or damaged, for messages.
+
+    Raises:
+        UserError: it is.
+    """
+    if not os.path.exists(path):
+        raise UserError(f"{what}: nothing was saved, there is no {path}: {remedy}")
+    try:
+        found = read_json(path, what)
+    except UserError as error:
+        raise UserError(f"{error}: {remedy}") from error
+    own = found.pop("checksum", None) if isinstance(found, dict) else None
+    if own is None or own != _own_checksum(found):
+        raise UserError(f"{what}: {path} is damaged, or of another version: {remedy}")
+    return Manifest(**found)
+
+
+def check_identity(manifest: Manifest, wanted: Mapping[str, Any], path: str, what: str, remedy: str) -> None:
+    """Find out whether files were made from what is `wanted`; for the messages see `read_manifest`.
+
+    Raises:
+        UserError: they were made from something else, which it names.
+    """
+    if other := differences(manifest.identity, wanted):
+        raise UserError(f"{what}: {path} was made with {'; '.join(other)}: {remedy}")
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs, as ``name 'a' (this run: 'b')``."""
+    return [
+        f"{name} {found.get(name)!r} (this run: {value!r})"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    ]
+
+
+def checksum(data: Any) -> str:
+    """The checksum of bytes, or of an array's; it tells of damage, not of forgery."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def file_checksum(path: str | os.PathLike[str]) -> str:
+    """The checksum of a file."""
+    return file_hash(os.fspath(path), xxhash.xxh3_64())
+
+
+def folder_checksums(folder: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, str]:
+    """Checksums of the files of a folder, all or those of `names`."""
+    chosen = sorted(entry.name for entry in os.scandir(folder) if entry.is_file()) if names is None else names
+    return {name: file_checksum(os.path.join(folder, name)) for name in chosen}
+
+
+def check_files(folder: str | os.PathLike[str], files: Mapping[str, str], remedy: str) -> None:
+    """Find out whether files are as they were written.
+
+    Raises:
+        UserError: one is missing or has changed; `remedy` says what to do.
+    """
+    for name, wanted in files.items():
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is missing: {remedy}")
+        if file_checksum(path) != wanted:
+            raise UserError(f"{path} is damaged: it is not what was written ({wanted} is its checksum): {remedy}")
