@@ -27,6 +27,7 @@ from src.cli import parse_args, run
 from src.errors import UserError
 from src.flags import check_choice
 from src.io import atomic_write
+from src.manifest import record_checksums
 from src.retrieval.args import DENSE_METRICS, POOLING_METHODS
 from src.retrieval.checkpoint_folders import beside, replace_folder, whole_checkpoints
 from src.retrieval.checkpoints import position_limit
@@ -258,6 +259,7 @@ def convert(args: ConvertArgs, given: frozenset[str], source: str, target: str) 
         if not difference <= TOLERANCE:
             raise UserError(f"the converted model embeds differently: by up to {difference:.2e}, above {TOLERANCE:.0e}")
         write_card(source, model, max_length, staging)
+        record_checksums(staging)
         if target == source:
             _copy_missing(target, staging)
         replace_folder(staging, target)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
 
 from src.errors import UserError
-from src.io import file_hash, read_json, write_json
+from src.io import file_hash, read_json, read_object, write_json
 
-#: Checksums of what a folder holds, for a folder that tells by itself what it is.
+#: Checksums of the weights in a model's folder, which others read too, and of the states in a checkpoint.
 CHECKSUMS = "checksums.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,10 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
     return file_hash(os.fspath(path), xxhash.xxh3_64())
 
 
-def folder_checksums(folder: str | os.PathLike[str], names: Iterable[str] | None = None) -> dict[str, str]:
-    """Checksums of the files of a folder, all or those of `names`."""
-    chosen = sorted(entry.name for entry in os.scandir(folder) if entry.is_file()) if names is None else names
-    return {name: file_checksum(os.path.join(folder, name)) for name in chosen}
+def folder_checksums(folder: str | os.PathLike[str], endings: tuple[str, ...] = ("",)) -> dict[str, str]:
+    """Checksums of the files of a folder, by name; of those with one of some `endings`."""
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name.endswith(endings))
+    return {name: file_checksum(os.path.join(folder, name)) for name in names}
 
 
 def check_files(folder: str | os.PathLike[str], files: Mapping[str, str], remedy: str) -> None:
@@ -111,3 +112,27 @@ def check_files(folder: str | os.PathLike[str], files: Mapping[str, str], remedy
             raise UserError(f"{path} is missing: {remedy}")
         if file_checksum(path) != wanted:
             raise UserError(f"{path} is damaged: it is not what was written ({wanted} is its checksum): {remedy}")
+
+
+def record_checksums(folder: str | os.PathLike[str]) -> None:
+    """Write the checksums of weights and states below `folder` into each folder that holds some."""
+    for place, _, names in os.walk(folder):
+        # DeepSpeed and FSDP divide theirs into folders of their own, which are large and have checks of their own.
+        if (place == str(folder) or any(name.endswith(".safetensors") for name in names)) and (
+            found := folder_checksums(place, WEIGHTS)
+        ):
+            write_json(os.path.join(place, CHECKSUMS), found)
+
+
+def check_recorded(folder: str | os.PathLike[str]) -> None:
+    """Find out whether the files of which `record_checksums` wrote are as they were; others have no record.
+
+    Raises:
+        UserError: one is not.
+    """
+    path = os.path.join(folder, CHECKSUMS)
+    if not os.path.isfile(path):
+        return
+    # What is missing is told by whoever needs it.
+    there = {name: found for name, found in read_object(path, "checksums").items() if name in os.listdir(folder)}
+    check_files(folder, there, f"take another checkpoint, or remove {path} if you changed the file on purpose")

@@ -285,6 +285,11 @@ def test_unusable_checkpoints_end_in_one_line(bench: Bench, tmp_path: Path):
     assert names(tmp_path) == ["checkpoint-1"]
 
 
+def copy_without_checksums(source: Path, target: Path) -> None:
+    """As an earlier version wrote it."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("checksums.json"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -303,7 +308,7 @@ def test_damaged_checkpoints_end_in_one_line(
     bench: Bench, tmp_path: Path, name: str, content: str | None, message: str
 ):
     damaged = tmp_path / "checkpoint-4"
-    shutil.copytree(bench.whole() / "checkpoint-4", damaged)
+    copy_without_checksums(bench.whole() / "checkpoint-4", damaged)
     if content is None:
         (damaged / name).unlink()
     else:
@@ -327,8 +332,28 @@ def test_another_number_of_processes_is_told(bench: Bench, tmp_path: Path):
         check_complete(str(own), 1, 2)
 
 
+@pytest.mark.parametrize("name", ["encoder/model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_files_of_a_checkpoint_are_compared_with_their_checksums(bench: Bench, tmp_path: Path, tiny_bert, name: str):
+    damaged = Path(shutil.copytree(bench.whole() / "checkpoint-4", tmp_path / "checkpoint-4"))
+    with open(damaged / name, "r+b") as file:
+        middle = os.path.getsize(damaged / name) // 2
+        file.seek(middle)
+        byte = file.read(1)[0]
+        file.seek(middle)
+        file.write(bytes([byte ^ 1]))
+    message = f"{damaged / name} is damaged: it is not what was written"
+    with pytest.raises(UserError, match=message):
+        checkpoint_to_resume("True", str(tmp_path))
+    encoder = str(damaged / "encoder")
+    if name.startswith("encoder"):
+        with pytest.raises(UserError, match=message):
+            load_dense_retriever(EncoderConfig(encoder))
+    else:
+        load_dense_retriever(EncoderConfig(encoder))
+
+
 def test_checkpoints_that_lack_weights_are_refused(bench: Bench, tmp_path: Path):
-    shutil.copytree(bench.whole() / "checkpoint-4", tmp_path / "checkpoint-4")
+    copy_without_checksums(bench.whole() / "checkpoint-4", tmp_path / "checkpoint-4")
     path = tmp_path / "checkpoint-4" / "encoder" / "model.safetensors"
     kept = {name: tensor for name, tensor in load_file(path).items() if "layer.1.output" not in name}
     save_file(kept, path, metadata={"format": "pt"})

@@ -13,6 +13,7 @@ from typing import Any
 
 from src.errors import UserError
 from src.io import read_json
+from src.manifest import check_recorded
 
 logger = logging.getLogger(__name__)
 
@@ -189,10 +190,16 @@ def checkpoint_to_resume(resume: str | None, output_dir: str) -> str | None:
             logger.info("--resume_from_checkpoint: no checkpoint in %s, training starts from the beginning", output_dir)
             return None
         logger.info("resuming from %s", known[-1])
-        read_state(known[-1])
+        _check_undamaged(known[-1])
         return known[-1]
     if not is_whole(resume):
         listed = f"; whole checkpoints in {output_dir}: {', '.join(known)}" if known else ""
         raise UserError(f"--resume_from_checkpoint {resume}: no whole checkpoint (it needs a {TRAINER_STATE}){listed}")
-    read_state(resume)
+    _check_undamaged(resume)
     return resume
+
+
+def _check_undamaged(folder: str) -> None:
+    read_state(folder)
+    for place, *_ in os.walk(folder):
+        check_recorded(place)

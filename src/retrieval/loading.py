@@ -12,6 +12,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_IN
 
 from src.errors import UserError, first_line, is_out_of_memory
 from src.io import read_object
+from src.manifest import check_recorded
 
 
 def find_file(checkpoint: str, name: str, cache_dir: str | None) -> str | None:
@@ -38,16 +39,17 @@ def safe_only(allow_pickle: bool) -> bool | None:
 
 
 def check_weights(checkpoint: str, config: PretrainedConfig, allow_pickle: bool, cache_dir: str | None = None) -> None:
-    """Look for weights that only a pickle holds, and for adapters that transformers would load unasked.
+    """Look for weights that are damaged or only in a pickle, and for adapters that transformers would load unasked.
 
     Raises:
-        UserError: there are no others and nobody asked for them, or the folder holds a model and adapters.
+        UserError: there are such and nobody asked for them, or the folder holds a model and adapters.
     """
     names = sorted(os.listdir(checkpoint)) if os.path.isdir(checkpoint) else []
     if CONFIG_NAME in names and ADAPTER_CONFIG_NAME in names:
         raise UserError(
             f"{checkpoint!r} holds a model ({CONFIG_NAME}) and adapters ({ADAPTER_CONFIG_NAME}): give each a folder"
         )
+    check_recorded(checkpoint)
     if allow_pickle:
         return
     pickles = [name for name in names if name.startswith("pytorch_model")]

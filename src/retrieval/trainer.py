@@ -20,6 +20,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from src import distributed
 from src.errors import UserError, first_line, is_out_of_memory
 from src.io import write_json
+from src.manifest import record_checksums
 from src.retrieval.batch_scores import BatchScores, ScoreBatch
 from src.retrieval.checkpoint_folders import (
     TRAINER_STATE,
@@ -319,6 +320,8 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
                     stateful[type(callback).__name__] = callback.state()
+            with _writing(staging):
+                record_checksums(staging)
             self.state.save_to_json(os.path.join(staging, TRAINER_STATE))
             replace_folder(staging, final)
             keep = {os.path.abspath(path) for path in (final, self.state.best_model_checkpoint) if path}
