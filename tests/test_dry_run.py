@@ -343,6 +343,15 @@ def test_files_that_cannot_be_written_are_told_before_the_work(case, dry, files,
     assert_refused(dry, eval_retrieval.main, flags, monkeypatch, path)
 
 
+def test_checkpoints_that_cannot_be_saved_are_told_before_training(dry, files, tiny_bert, monkeypatch):
+    path = files["out"] / "checkpoint-30"
+    path.parent.mkdir()
+    path.touch()
+    flags = ["--train_data", files["train"], "--output_dir", files["out"], *LENGTHS]
+    assert_refused(dry, run_dense.main, [*flags, "--query_encoder", tiny_bert], monkeypatch, path)
+    assert_refused(dry, run_ranker.main, [*flags, "--ranker", tiny_bert], monkeypatch, path)
+
+
 @pytest.mark.parametrize("name", ["rows.scored.x.json", "rows.scored.x.json.parts"])
 def test_scores_that_cannot_be_written_are_told_before_the_work(name, dry, models, tmp_path, monkeypatch):  # noqa: F811
     row = {"query": "why", "answers": ["so"], "pos": ["a"], "neg": ["b"], "task": "qa"}
@@ -362,6 +371,7 @@ def test_retrieval(dry, files, tiny_bert, tmp_path):
         "IVF4,SQ8: 450 bytes (450 bytes)",
     ]
     assert plan["corpus"][0].endswith("50 passages, 50 a query by dense")
+    assert plan["output"] == [str(files["out"] / path_name(bare))]
     plan = dry(eval_retrieval.main, *flags, "--retrieval_method", "bm25", "--bm25_backend", "bm25s")
     assert plan["corpus"][1] == "by the embedded engine"
     assert "index" not in plan

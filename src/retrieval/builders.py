@@ -18,6 +18,7 @@ from src.jsonl import JsonLines
 from src.result_log import lines_path
 from src.retrieval.args import DataArgs, RankerArgs, RetrievalArgs
 from src.retrieval.bm25 import BM25Config
+from src.retrieval.checkpoint_folders import check_places
 from src.retrieval.chunks import ChunkPolicy
 from src.retrieval.data import InstructionOf, load_corpus, load_eval_rows, no_instruction
 from src.retrieval.encode import EncodeConfig
@@ -190,6 +191,7 @@ def check_outputs(args: DataArgs, output_dir: str, log_path: str) -> None:
         UserError: they cannot.
     """
     check_writable(output_dir, "output_dir")
+    check_places(output_dir)
     log = log_file(args, log_path)
     check_writable(os.path.dirname(log) or ".", "log_path")
     for path in (log, lines_path(log)):

@@ -172,6 +172,17 @@ def check_complete(folder: str, rank: int, processes: int) -> None:
     )
 
 
+def check_places(output_dir: str) -> None:
+    """Find out before training whether checkpoints can be put into `output_dir`, which may not exist yet.
+
+    Raises:
+        UserError: a file has the name of one.
+    """
+    for entry in os.scandir(output_dir) if os.path.isdir(output_dir) else ():
+        if CHECKPOINT.fullmatch(entry.name) and not entry.is_dir():
+            raise UserError(f"--output_dir: {entry.path} is no folder, so no checkpoint can be put there: remove it")
+
+
 def checkpoint_to_resume(resume: str | None, output_dir: str) -> str | None:
     """What ``--resume_from_checkpoint`` means: a folder, the last whole checkpoint for True, or None.
 
