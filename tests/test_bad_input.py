@@ -103,6 +103,10 @@ def test_all_problems_are_counted_and_ten_shown(tmp_path, monkeypatch, capsys):
 # name: (arguments with {train}, {eval}, {corpus}, {missing}, {folder}, {model} filled in, what the message must say)
 BAD_ARGUMENTS = {
     "nothing to do": ("", "nothing to do"),
+    "nothing to compare": (
+        "--train_data {train} --train_group_size 1 --per_device_train_batch_size 1",
+        "--train_group_size 1 leaves nothing to learn",
+    ),
     "missing file": ("--train_data {missing}", "--train_data: no such file: "),
     "a folder as file": ("--train_data {folder}", "is a folder"),
     "a glob without match": ("--train_data {missing}/*.json", "no file matches"),

@@ -83,10 +83,11 @@ def test_when_one_process_is_killed_the_other_ends_and_says_why(runs, jobs, tmp_
     assert "Traceback" not in output
 
 
-def test_a_process_that_hangs_is_waited_for_until_the_timeout(runs, jobs, tmp_path):
-    job = jobs["encoding"]
+@pytest.mark.parametrize("name", ["encoding", "training"])
+def test_a_process_that_hangs_is_waited_for_until_the_timeout(runs, jobs, tmp_path, name):
+    job = jobs[name]
     strike = Strike(when=str(tmp_path / job.progress), rank=1, signal=signal.SIGSTOP)
-    flags = job.command(tmp_path, "--ddp_timeout", 2)
+    flags = job.command(tmp_path, "--ddp_timeout", 5, *(("--max_steps", 2000) if name == "training" else ()))
     codes, output = runs(job.script, flags, 2, strike=strike, constants=job.constants)
     assert codes == [1, -signal.SIGKILL], "the second is stopped, and killed by whoever started it"
     assert "error: another process did not answer within --ddp_timeout" in output

@@ -7,13 +7,17 @@ SIGKILL that the process sends itself at a chosen point, see `tests.workers.fork
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,6 +28,7 @@ from src.retrieval import checkpoint_folders, training
 from src.retrieval.checkpoint_folders import check_complete, checkpoint_to_resume, remove_oldest, whole_checkpoints
 from src.retrieval.engines import check_optimizer_state, optimizer_layout
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
+from src.retrieval.sampler import ShuffledBatches
 from src.retrieval.trainer import RetrievalTrainer
 from tests.helpers import environment, run
 from tests.training_bench import LAST, Bench, assert_same_checkpoint, names, weights, write_data
@@ -350,6 +355,98 @@ def test_files_of_a_checkpoint_are_compared_with_their_checksums(bench: Bench, t
             load_dense_retriever(EncoderConfig(encoder))
     else:
         load_dense_retriever(EncoderConfig(encoder))
+
+
+def test_steps_of_another_size_are_refused(bench: Bench, tmp_path: Path):
+    """Saved with 4 queries, 2 accumulated: 8 a step. Also under another number of processes."""
+    shutil.copytree(bench.whole() / "checkpoint-2", tmp_path / "checkpoint-2")
+    for processes, more, found in (
+        (1, ("--gradient_accumulation_steps", 4), "16 (1 processes × 4 queries × 4 accumulated)"),
+        (2, ("--per_device_train_batch_size", 4), "16 (2 processes × 4 queries × 2 accumulated)"),
+    ):
+        flags = bench.flags(tmp_path, processes, None, "--resume_from_checkpoint", True, *more)
+        codes, output = bench.forked("run_dense.py", flags, processes)
+        assert set(codes) == {2}, output
+        assert (
+            f"its steps are of 8 queries (1 processes × 4 queries × 2 accumulated), those of this run of {found}"
+            in output
+        )
+        assert "it has seen 16 rows in 2 steps, and 32 would be passed over" in output
+    skipped = ("--gradient_accumulation_steps", 4, "--ignore_data_skip", "--max_steps", 3)
+    bench.train(tmp_path, 1, None, "--resume_from_checkpoint", True, *skipped)
+
+
+def test_steps_of_the_same_size_go_over_the_same_rows(bench: Bench, tmp_path: Path):
+    """2 queries, 4 accumulated, in place of 4 and 2: the batches of the sampler say so; and other orders are told."""
+    big, small = (ShuffledBatches([13, 9], size, 42).batches(1) for size in (4, 2))
+    for step in range(3):
+        assert (
+            np.concatenate(big[2 * step : 2 * step + 2]).tolist()
+            == np.concatenate(small[4 * step : 4 * step + 4]).tolist()
+        )
+    halves = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4)
+    bench.train(tmp_path / "source", 1, None, "--early_exit_steps", 1)
+    checkpoint = tmp_path / "source" / "checkpoint-1"
+    output = bench.train(tmp_path / "out", 1, None, "--resume_from_checkpoint", checkpoint, *halves)
+    assert names(tmp_path / "out")[-1] == "checkpoint-6"
+    assert "rows come in another order" not in output
+    output = bench.train(
+        *(tmp_path / "seed", 1, None, "--resume_from_checkpoint", checkpoint, "--seed", 7, "--dataloader_drop_last")
+    )
+    assert "was trained with --dataloader_drop_last False, not True; --seed 42, not 7: rows come in another" in output
+
+
+def test_batches_of_one_file_cut_otherwise_are_told(bench: Bench, tmp_path: Path):
+    bench.train(tmp_path, 1, "epoch", "--early_exit_steps", 1)
+    halves = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4)
+    output = bench.train(tmp_path, 1, "epoch", "--resume_from_checkpoint", True, *halves)
+    assert "1 processes × 4 queries × 2 accumulated, not 1 processes × 2 queries × 4 accumulated: rows come" in output
+
+
+@pytest.mark.parametrize("name", ["scaler of a GPU", "junk", "none"])
+def test_a_scaler_that_is_of_no_use(bench: Bench, tmp_path: Path, name: str):
+    """fp16 on a GPU leaves one, and --bf16 or a CPU needs none."""
+    shutil.copytree(bench.whole() / "checkpoint-4", tmp_path / "checkpoint-4")
+    path = tmp_path / "checkpoint-4" / "scaler.pt"
+    if name == "junk":
+        path.write_text("junk")
+    elif name != "none":
+        torch.save(torch.amp.GradScaler("cpu").state_dict(), path)
+    more = ("--bf16",) if name == "scaler of a GPU" else ()
+    output = bench.train(tmp_path, 1, None, "--resume_from_checkpoint", True, *more)
+    assert (f"{path} is not needed: only fp16 scales losses" in output) == (name != "none")
+    if not more:
+        assert_same_checkpoint(tmp_path / "checkpoint-6", bench.whole() / "checkpoint-6")
+
+
+def test_the_state_of_a_scaler(tmp_path: Path, caplog):
+    """A good one is loaded; without, and of every damaged one, the scaler stays as it begins."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    begin = scaler.state_dict()
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(scaler=scaler))
+    load = partial(RetrievalTrainer._load_scaler, trainer, str(tmp_path))
+    for damaged in (
+        None,
+        b"junk",
+        b"",
+        {},
+        [],
+        5,
+        {"scale": 2.0},
+        {**begin, "scale": "x"},
+        {**begin, "scale": math.nan},
+    ):
+        if isinstance(damaged, bytes):
+            (tmp_path / "scaler.pt").write_bytes(damaged)
+        elif damaged is not None:
+            torch.save(damaged, tmp_path / "scaler.pt")
+        caplog.clear()
+        load()
+        assert scaler.state_dict() == begin
+        assert f"scaler.pt is {'missing' if damaged is None else 'damaged'}" in caplog.text
+    torch.save({**begin, "scale": 4.0}, tmp_path / "scaler.pt")
+    load()
+    assert scaler.state_dict()["scale"] == 4.0
 
 
 def test_checkpoints_that_lack_weights_are_refused(bench: Bench, tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from src.config_file import read_settings
 from src.errors import UserError
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.encode import EncodeConfig, encode
+from src.retrieval.losses import LossConfig
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
+from src.retrieval.training import check_comparisons
 from src.retrieval.training_args import RetrievalTrainingArgs
 
 
@@ -141,3 +144,43 @@ def test_deep_settings(tmp_path):
     path.write_text("[" * 20_000)
     with pytest.raises(UserError, match="nested too deeply"):
         read_settings(str(path), "--config")
+
+
+class Rows(list):
+    """What `check_comparisons` looks at of a training file."""
+
+    rows = SimpleNamespace(path="a.json")
+
+
+def source(rows: int, scored: int = 0, **loss) -> Rows:
+    found = Rows(range(rows))
+    found.scored, found.settings = scored, SimpleNamespace(loss=LossConfig(**loss))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sources", "flags", "processes", "said"),
+    [
+        ([source(9)], {"per_device_train_batch_size": 1}, 1, "a batch has 1"),
+        ([source(9)], {"per_device_train_batch_size": 1}, 2, None),
+        ([source(9)], {"per_device_train_batch_size": 1, "negative_cross_device": False}, 2, "a batch has 1"),
+        ([source(9)], {"per_device_train_batch_size": 2, "negative_cross_device": False}, 2, None),
+        ([source(1)], {}, 1, "a batch has 1"),
+        ([source(1)], {}, 2, "a batch has 1"),
+        ([source(2)], {"negative_cross_device": False}, 2, "a batch has 1"),
+        ([source(1), source(1)], {}, 1, None),
+        ([source(1), source(9)], {"inbatch_same_dataset": "epoch"}, 1, "a batch has 1"),
+        ([source(9, 9, contrastive_weight=0)], {}, 1, "plain distillation compares the keys of one query"),
+        ([source(9, 0, contrastive_weight=0)], {}, 1, None),  # rows without scores train contrastively
+        ([source(9, 9, contrastive_weight=0, stable_distill=True)], {}, 1, None),
+        ([source(9, 9)], {}, 1, None),
+    ],
+)
+def test_groups_of_one_key_need_something_to_compare_with(tmp_path, monkeypatch, sources, flags, processes, said):
+    monkeypatch.setattr("src.distributed.world_size", lambda: processes)
+    training = RetrievalTrainingArgs(output_dir=str(tmp_path), use_cpu=True, train_group_size=1, **flags)
+    if said is None:
+        check_comparisons(sources, training)
+    else:
+        with pytest.raises(UserError, match=f"a.json: --train_group_size 1 leaves nothing to learn: .*{said}"):
+            check_comparisons(sources, training)

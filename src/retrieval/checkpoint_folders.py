@@ -9,6 +9,8 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from src.errors import UserError
@@ -24,6 +26,11 @@ UNFINISHED = re.compile(r"\.checkpoint-\d+\.(partial|old|replaced)")
 RNG_STATE = re.compile(r"rng_state(?:_(\d+))?\.pth")
 #: The last file of a checkpoint that is written.
 TRAINER_STATE = "trainer_state.json"
+#: All arguments of the run.
+ARGS_FILE = "args.json"
+#: Flags that make a step, with the number of processes; and those that decide which rows come when.
+BATCH_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+ROW_ORDER = ("train_data", "inbatch_same_dataset", "dataloader_drop_last", "seed", "data_seed", "max_sample_num")
 
 
 def beside(folder: str, ending: str) -> str:
@@ -135,6 +142,15 @@ def read_state(folder: str) -> dict[str, Any]:
     return state
 
 
+def processes_saved(folder: str) -> int | None:
+    """How many processes wrote a checkpoint; None when it has no state of random numbers, which tells."""
+    ranks = [found.group(1) for name in os.listdir(folder) if (found := RNG_STATE.fullmatch(name))]
+    if not ranks:
+        return None
+    # A rank in a name tells of two processes at least, whichever file is lost.
+    return 1 if None in ranks else max(2, *(int(rank) + 1 for rank in ranks))
+
+
 def check_complete(folder: str, rank: int, processes: int) -> None:
     """Refuse to resume without what transformers would do without, and not say so.
 
@@ -148,13 +164,11 @@ def check_complete(folder: str, rank: int, processes: int) -> None:
         UserError: there is no state of the learning rate's schedule, or none of this process's random numbers.
     """
     names = os.listdir(folder)
-    ranks = [found.group(1) for name in names if (found := RNG_STATE.fullmatch(name))]
-    # A rank in a name tells of two processes at least, whichever file is lost.
-    saved = 1 if None in ranks else max((2, *(int(rank) + 1 for rank in ranks)))
+    saved = processes_saved(folder)
     own = f"rng_state_{rank}.pth" if processes > 1 else "rng_state.pth"
     if "scheduler.pt" not in names:
         missing = "scheduler.pt, the state of the learning rate's schedule"
-    elif ranks and saved != processes:
+    elif saved not in (None, processes):
         logger.warning(
             "%s was saved by %d process(es) and %d go on: dropout is not what it would have been",
             folder,
@@ -181,6 +195,64 @@ def check_places(output_dir: str) -> None:
     for entry in os.scandir(output_dir) if os.path.isdir(output_dir) else ():
         if CHECKPOINT.fullmatch(entry.name) and not entry.is_dir():
             raise UserError(f"--output_dir: {entry.path} is no folder, so no checkpoint can be put there: remove it")
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Of what a training step consists."""
+
+    processes: int
+    queries: int
+    accumulated: int
+
+    @property
+    def rows(self) -> int:
+        """Queries of a step."""
+        return self.processes * self.queries * self.accumulated
+
+    def __str__(self) -> str:
+        return f"{self.processes} processes × {self.queries} queries × {self.accumulated} accumulated"
+
+
+def check_batches(folder: str, now: Batches, settings: Mapping[str, Any]) -> None:
+    """Refuse steps of another size than those that a checkpoint counts, and tell of rows that come in another order.
+
+    Args:
+        folder: the checkpoint.
+        now: of this run.
+        settings: all arguments of this run.
+
+    Raises:
+        UserError: with the number of steps other rows would be passed over than those that were trained on.
+    """
+    path = os.path.join(folder, ARGS_FILE)
+    saved = read_json(path, "arguments") if os.path.isfile(path) else {}
+    processes, state = processes_saved(folder), read_state(folder)
+    parts = [saved.get(name) for name in BATCH_SIZES] if isinstance(saved, dict) else [None]
+    if processes is None or not all(isinstance(part, int) for part in parts):
+        # Made by hand, or by another version: nothing to compare with.
+        return
+    then = Batches(processes, *parts)
+    if settings["auto_find_batch_size"]:
+        then, now = (replace(each, queries=state.get("train_batch_size") or now.queries) for each in (then, now))
+    steps = state["global_step"]
+    if then.rows != now.rows and not settings["ignore_data_skip"]:
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: its steps are of {then.rows} queries ({then}), those of this run of "
+            f"{now.rows} ({now}): it has seen {steps * then.rows} rows in {steps} steps, and {steps * now.rows} would "
+            f"be passed over. Keep the number by {' and '.join(f'--{name}' for name in BATCH_SIZES)}, or give "
+            "--ignore_data_skip, which begins with the first rows of the epoch again"
+        )
+    order = [name for name in ROW_ORDER if saved.get(name) != settings.get(name)]
+    changed = [f"--{name} {saved.get(name)}, not {settings.get(name)}" for name in order]
+    if settings["inbatch_same_dataset"] and then.processes * then.queries != now.processes * now.queries:
+        changed.append(f"{then}, not {now}")
+    if changed:
+        logger.warning(
+            "%s was trained with %s: rows come in another order, and of this epoch's some come twice, some not at all",
+            folder,
+            "; ".join(changed),
+        )
 
 
 def checkpoint_to_resume(resume: str | None, output_dir: str) -> str | None:

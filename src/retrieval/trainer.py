@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import SCALER_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
@@ -23,7 +24,10 @@ from src.io import write_json
 from src.manifest import record_checksums
 from src.retrieval.batch_scores import BatchScores, ScoreBatch
 from src.retrieval.checkpoint_folders import (
+    ARGS_FILE,
     TRAINER_STATE,
+    Batches,
+    check_batches,
     check_complete,
     read_state,
     remove_oldest,
@@ -44,7 +48,6 @@ logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=TrainableModel)
 
 TORCH_SAVE_ERROR = re.compile("inline_container|PytorchStreamWriter|iostream")
-ARGS_FILE = "args.json"
 #: Losses in a row that are no numbers and end a run in fp16, where the loss scaler leaves out the steps of a few.
 BAD_FP16_LOSSES = 16
 DIVERGED = (
@@ -120,6 +123,9 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
                 return finished
             check_optimizer_state(resume_from_checkpoint, self.args.optimizer_layout)
             check_complete(resume_from_checkpoint, distributed.rank(), distributed.world_size())
+            args, micro = self.args, self.args.per_device_train_batch_size
+            batches = Batches(distributed.world_size(), micro, args.gradient_accumulation_steps)
+            check_batches(resume_from_checkpoint, batches, {**self.saved_args, **args.to_dict()})
         elif older := whole_checkpoints(self.args.output_dir):
             logger.warning(
                 "training starts from the beginning, but %s is there from an earlier run: "
@@ -353,6 +359,29 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
             super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Go on without the state of the loss scaler where it is missing, damaged or of no use."""
+        if checkpoint is None:
+            return
+        path, scaler = os.path.join(checkpoint, SCALER_NAME), self.accelerator.scaler
+        if scaler is None:
+            if os.path.isfile(path):
+                logger.info("%s is not needed: only fp16 scales losses", path)
+            return
+        try:
+            state, like = torch.load(path, weights_only=True), scaler.state_dict()
+            if (
+                not isinstance(state, dict)
+                or state.keys() != like.keys()
+                or not all(0 <= v < 1e30 for v in state.values())
+            ):
+                raise ValueError("no state of a loss scaler")
+            scaler.load_state_dict(state)
+        except Exception as error:
+            # Of a damaged file torch's reader raises whatever its bytes happen to mean.
+            problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({first_line(error)})"
+            logger.warning("%s %s: losses are scaled as at the beginning, which adapts in some steps", path, problem)
 
     def _load_best_model(self) -> None:
         logger.info("best checkpoint: %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)

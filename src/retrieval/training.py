@@ -102,7 +102,32 @@ def load_sources(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingAr
     )
     if training.inbatch_same_dataset is None:
         check_mixable(sources)
+    if training.train_group_size == 1:
+        check_comparisons(sources, training)
     return sources
+
+
+def check_comparisons(sources: Sequence[Source], training: RetrievalTrainingArgs) -> None:
+    """Find groups of one key whose loss is 0 whatever the weights, since there is nothing to compare it with.
+
+    Raises:
+        UserError: of the first file with such rows.
+    """
+    rows = sum(map(len, sources))
+    for source in sources:
+        loss = source.settings.loss
+        batch = training.per_device_train_batch_size * distributed.world_size()
+        batch = min(batch, len(source) if training.inbatch_same_dataset else rows)
+        keys = batch if training.negative_cross_device else -(-batch // distributed.world_size())
+        if keys < 2:
+            problem = f"a query is compared with the keys of a batch, and a batch has {keys}: raise one of "
+            problem += "--train_group_size and --per_device_train_batch_size (within the rows there are)"
+        elif source.scored and loss.contrastive_weight == 0 and not loss.stable_distill:
+            problem = "plain distillation compares the keys of one query: raise it, or give --stable_distill or "
+            problem += "--contrastive_weight"
+        else:
+            continue
+        raise UserError(f"{source.rows.path}: --train_group_size 1 leaves nothing to learn: {problem}")
 
 
 def train(

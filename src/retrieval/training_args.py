@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -263,6 +264,13 @@ class RetrievalTrainingArgs(TrainingArguments):
         """See `engines.optimizer_layout`."""
         stage = engines.zero_stage(self.deepspeed) if self.deepspeed else None
         return engines.optimizer_layout(stage, bool(self.fsdp), self.world_size)
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        # On a CPU accelerate would leave --ddp_timeout out.
+        if self.use_cpu and self.ddp_backend in (None, "gloo"):
+            distributed.init_process_group(True, self.ddp_timeout)
+        return super()._setup_devices
 
     def _check_json(self) -> None:
         """Find settings given as JSON that are none."""
