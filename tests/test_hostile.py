@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shutil
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from src.errors import UserError
 from src.io import atomic_write, json_line, resolve_path, write_json
@@ -23,6 +27,7 @@ from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
 from src.retrieval.modeling_ranker import RankerConfig, load_cross_encoder
 from src.retrieval.trainer import _reading
 from src.schema import check_eval_row, check_lm_row, check_train_row
+from tests.faults.hostile import Trap, at_random, by_hand, make_bases, outcome, use
 from tests.test_lm_score import models  # noqa: F401  (a fixture)
 
 ROW = {"query": "a", "pos": ["b"], "neg": ["c"]}
@@ -173,16 +178,6 @@ def test_weights_in_a_pickle_are_loaded_only_when_asked_for(copy_of, kind):
             assert torch.equal(weight, loaded.state_dict()[name])
 
 
-class Trap:
-    """Makes a folder when it is unpickled by somebody who does whatever pickles say."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 def test_a_pickle_that_runs_code_is_not_let_to_even_when_pickles_are_allowed(copy_of, tmp_path):
     folder = copy_of("encoder")
     (folder / "model.safetensors").unlink()
@@ -227,3 +222,57 @@ def test_code_in_a_model_folder_is_run_only_when_asked_for(copy_of, tmp_path, ki
     with pytest.raises((UserError, AttributeError)):
         LOADERS[kind](str(folder), trust_remote_code=True)
     assert sprung.exists()
+
+
+# --- damaged folders ------------------------------------------------------------------------------------------------
+
+#: How the names of damages begin that may change what a folder computes; all others must leave it as it is.
+CHANGES = ("config.json", "activation", "weights are integers", "tokenizer", "2_Dense", "dense/", "adapter_config.json")
+
+
+def by_transformers(base: str, folder: Path) -> np.ndarray:
+    """What a folder gives in `tests.faults.hostile.use`, computed without us."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        if base == "lm":
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            scores = model(torch.tensor([[5, 6, 7, 8]])).logits[0].log_softmax(-1)
+            return (scores[2:3, 8] + scores[3:4, 9]).numpy() / 2
+        if base == "ranker":
+            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+            return model(**tokenizer("ab", "cd", return_tensors="pt")).logits[0].numpy()
+        states = AutoModel.from_pretrained(folder, dtype=torch.float32)(**tokenizer("ab cd", return_tensors="pt"))
+        return torch.nn.functional.normalize(states.last_hidden_state[:, 0], dim=1).numpy()
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Good folders, and what they give."""
+    folder = tmp_path_factory.mktemp("bases")
+    made = make_bases(folder)
+    return made, {base: use(base, made[base]) for base in made if base != "gguf"}
+
+
+def test_damaged_folders_give_their_vectors_or_one_line_and_run_nothing(bases, tmp_path):
+    """``python -m tests.faults.hostile --folders 2000`` goes on."""
+    folders, good = bases
+    sprung = tmp_path / "sprung"
+    hostiles = [*by_hand(sprung), *islice(at_random(folders, random.Random(5)), 60)]
+    assert len(hostiles) > 180
+    lines = 0
+    for hostile in hostiles:
+        shown = f"{hostile.base}: {hostile.name}"
+        found = outcome(hostile, folders, tmp_path)
+        assert not sprung.exists(), shown
+        if isinstance(found, str):
+            lines += 1
+            assert "\n" not in found, shown
+            assert str(tmp_path / "hostile") in found or str(folders["encoder"]) in found, f"{shown}: {found}"
+            continue
+        if not hostile.name.startswith(CHANGES):
+            np.testing.assert_allclose(found, good[hostile.base], atol=1e-6, err_msg=shown)
+        elif hostile.base in ("encoder", "ranker", "lm"):
+            wanted = by_transformers(hostile.base, tmp_path / "hostile")
+            np.testing.assert_allclose(found, wanted, atol=1e-5, err_msg=shown)
+        assert np.isfinite(found).all(), shown
+    assert 140 < lines < len(hostiles) - 30

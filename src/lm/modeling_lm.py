@@ -328,9 +328,10 @@ def load_lm_tokenizer(config: LMConfig) -> tuple[PreTrainedTokenizerBase, Pretra
         UserError: they cannot be loaded.
     """
     name, options = config.model_name_or_path, _options(config)
-    with loading(name, WHAT):
+    with loading(name, WHAT, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         tokenizer("a")
+    with loading(name, WHAT, "its configuration"):
         return tokenizer, AutoConfig.from_pretrained(name, **options)
 
 

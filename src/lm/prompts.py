@@ -9,6 +9,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from src.errors import UserError
+from src.retrieval.loading import loading
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,13 @@ def make_frame(tokenizer: PreTrainedTokenizerBase, llama_inst: bool, chat_templa
         raise UserError(
             "--use_chat_template: the tokenizer has none: leave the flag out, or take a model tuned for chat"
         )
-    whole = cast(
-        str,
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": _PLACE}], tokenize=False, add_generation_prompt=True
-        ),
-    )
+    with loading(tokenizer.name_or_path, "language model", "its chat template"):
+        whole = cast(
+            str,
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": _PLACE}], tokenize=False, add_generation_prompt=True
+            ),
+        )
     before, found, after = whole.partition(_PLACE)
     if not found:
         raise UserError("--use_chat_template: the model's template leaves the message out, so it cannot be used")

@@ -131,7 +131,7 @@ def load_tokenizer(
     Raises:
         UserError: it cannot be loaded; `what` is the kind of model it belongs to.
     """
-    with loading(checkpoint, what):
+    with loading(checkpoint, what, "its tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
         tokenizer("a")
     # Without its files transformers makes one up that knows the special tokens only.

@@ -71,8 +71,8 @@ def check_weights(checkpoint: str, config: PretrainedConfig, allow_pickle: bool,
         )
 
 
-def load_error(checkpoint: str, error: Exception, what: str) -> UserError:
-    """One line about an exception of transformers; `what` is the kind of model that was wanted."""
+def load_error(checkpoint: str, error: BaseException, what: str, part: str) -> UserError:
+    """One line about an exception of a library; see `loading`."""
     if "trust_remote_code" in str(error):
         return UserError(
             f"the {what} {checkpoint!r} brings Python code of its own, which is not run unasked: read it, and give "
@@ -96,21 +96,29 @@ def load_error(checkpoint: str, error: Exception, what: str) -> UserError:
         # The messages of these alone say little.
         reason = f"{type(error).__name__}: {reason}"
         advice = "a file is damaged, or has a value of another kind than it should: fetch or save the model anew"
-    return UserError(f"cannot load the {what} {checkpoint!r}: {reason} ({advice})")
+    where = f" ({part})" if part and os.path.isdir(checkpoint) else ""
+    return UserError(f"cannot load the {what} {checkpoint!r}{where}: {reason} ({advice})")
 
 
 @contextlib.contextmanager
-def loading(checkpoint: str, what: str) -> Iterator[None]:
+def loading(checkpoint: str, what: str, part: str = "") -> Iterator[None]:
     """Tell in one line why something of a checkpoint cannot be used, whatever it makes a library raise.
 
     Only for calls of libraries on what a checkpoint holds: mistakes of our own must stay visible.
 
+    Args:
+        checkpoint: folder or hub name.
+        what: kind of model that was wanted.
+        part: of it, that is read.
+
     Raises:
-        UserError: in place of any exception but want of memory; `what` is the kind of model that was wanted.
+        UserError: in place of any exception but want of memory.
     """
     try:
         yield
-    except Exception as error:
-        if isinstance(error, UserError) or is_out_of_memory(error):
+    except BaseException as error:
+        # A panic of the tokenizers library is none of Python's exceptions, and can be imported from nowhere.
+        expected = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not expected or isinstance(error, UserError) or is_out_of_memory(error):
             raise
-        raise load_error(checkpoint, error, what) from error
+        raise load_error(checkpoint, error, what, part) from error

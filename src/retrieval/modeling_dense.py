@@ -288,16 +288,21 @@ def _no_pooler(model_class: type) -> dict[str, Any]:
     return {"add_pooling_layer": False} if accepts else {}
 
 
-def _load_backbone(checkpoint: str, decoder: bool, config: EncoderConfig) -> PreTrainedModel:
+def _load_backbone(
+    checkpoint: str, decoder: bool, config: EncoderConfig, above: tuple[str, ...] = ()
+) -> PreTrainedModel:
+    """One transformer; of adapters with what they belong to, which may be adapters in turn (`above` belong to them)."""
     if is_adapter_folder(checkpoint):
         origin = base_of(checkpoint)
+        if origin in (*above, checkpoint):
+            raise UserError(f"{checkpoint} holds adapters of {origin}, which are adapters of it in turn")
         try:
-            base = _load_backbone(origin, decoder, config)
+            base = _load_backbone(origin, decoder, config, (*above, checkpoint))
         except UserError as error:
             raise UserError(f"{checkpoint} holds adapters of another encoder, {origin}: {error}") from error
         return base if config.empty else merge_into(base, checkpoint)
     options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
-    with loading(checkpoint, "encoder"):
+    with loading(checkpoint, "encoder", "its config.json"):
         model_config = AutoConfig.from_pretrained(checkpoint, **options)
         family_decodes = model_config.is_encoder_decoder or type(model_config)().is_encoder_decoder
     check_weights(checkpoint, model_config, config.allow_pickle, config.cache_dir)

@@ -111,7 +111,7 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
     checkpoint = inner_folder(config.ranker, (FOLDER,))
     options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     tokenizer, _ = load_tokenizer(checkpoint, config.cache_dir, config.trust_remote_code, "ranker")
-    with loading(checkpoint, "ranker"):
+    with loading(checkpoint, "ranker", "its config.json"):
         model_config = AutoConfig.from_pretrained(checkpoint, **options)
     check_weights(checkpoint, model_config, config.allow_pickle, config.cache_dir)
     _check_kind(checkpoint, model_config, config.cache_dir)

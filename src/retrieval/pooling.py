@@ -149,6 +149,9 @@ class DenseLayer(nn.Module):
         with loading(path, "dense layer"):
             layer = cls(config["in_features"], config["out_features"], config.get("bias", True), activation())
             layer.load_state_dict(_read_weights(weights, allow_pickle))
+            width = layer(torch.zeros(2, layer.linear.in_features)).shape
+        if width != (2, layer.linear.out_features):
+            raise UserError(f"{path}: the activation {name} gives another width than it takes")
         return layer
 
 
@@ -279,7 +282,7 @@ def _read_modules(checkpoint: str, modules_file: str, cache_dir: str | None, poo
         dense,
         modules_file,
         bool(texts.get("do_lower_case")),
-        texts.get("max_seq_length"),
+        texts.get("max_seq_length") or None,
         pooling.get("include_prompt") is False,
     )
 
