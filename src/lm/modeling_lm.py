@@ -21,7 +21,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     DynamicCache,
     GenerationConfig,
     PretrainedConfig,
@@ -31,7 +30,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from src.errors import UserError
-from src.retrieval.checkpoints import check_vocabulary, empty_model, position_limit
+from src.retrieval.checkpoints import check_vocabulary, empty_model, position_limit, read_tokenizer
 from src.retrieval.loading import check_weights, loading, safe_only
 
 logger = logging.getLogger(__name__)
@@ -328,9 +327,7 @@ def load_lm_tokenizer(config: LMConfig) -> tuple[PreTrainedTokenizerBase, Pretra
         UserError: they cannot be loaded.
     """
     name, options = config.model_name_or_path, _options(config)
-    with loading(name, WHAT, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        tokenizer("a")
+    tokenizer = read_tokenizer(name, WHAT, **options)
     with loading(name, WHAT, "its configuration"):
         return tokenizer, AutoConfig.from_pretrained(name, **options)
 

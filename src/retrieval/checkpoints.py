@@ -121,6 +121,20 @@ def load_backbone_weights(backbone: PreTrainedModel, folder: str, what: str, **o
         backbone.load_state_dict(saved.state_dict())
 
 
+def read_tokenizer(checkpoint: str, what: str, **options: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer as it stands in a checkpoint; `what` is the kind of model it belongs to.
+
+    Raises:
+        UserError: it cannot be loaded, or not used.
+    """
+    with loading(checkpoint, what, "its tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
+        # What is wrong with its files may show in use only.
+        tokenizer("a")
+        tokenizer.convert_tokens_to_ids(["a", *tokenizer.all_special_tokens])
+    return tokenizer
+
+
 def load_tokenizer(
     checkpoint: str, cache_dir: str | None, trust_remote_code: bool, what: str
 ) -> tuple[PreTrainedTokenizerBase, bool]:
@@ -131,9 +145,7 @@ def load_tokenizer(
     Raises:
         UserError: it cannot be loaded; `what` is the kind of model it belongs to.
     """
-    with loading(checkpoint, what, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-        tokenizer("a")
+    tokenizer = read_tokenizer(checkpoint, what, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
     # Without its files transformers makes one up that knows the special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"{checkpoint!r} has no files of a tokenizer: copy them there from where the {what} comes from")

@@ -140,7 +140,7 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
 def _check_kind(checkpoint: str, config: PretrainedConfig, cache_dir: str | None) -> None:
     """Refuse heads that give more than one number, and sentence-transformers pipelines beyond a plain transformer."""
     with loading(checkpoint, "ranker"):
-        architecture = (config.architectures or [""])[0]
+        architecture = str((config.architectures or [""])[0])
     if architecture.endswith("ForSequenceClassification") and config.num_labels != 1:
         raise UserError(
             f"{checkpoint!r} is a classifier with {config.num_labels} labels: a ranker has one, start from its encoder"
