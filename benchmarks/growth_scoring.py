@@ -67,7 +67,6 @@ def measure(args: argparse.Namespace, size: int) -> dict[str, float]:
             journal.open({})
             score_units(model, PromptEncoder(tokenizer, CONTEXT, CONTEXT), data, journal, 4 * CONTEXT)
             assert write_scored(data, journal, "teacher_scores", f"{folder}/scored.json") == size
-            journal.close()
 
         seconds = timed(work)
     return {"rate": size / seconds, "seconds": seconds}

@@ -420,8 +420,8 @@ def test_evaluations(task, dry, data_root, tiny_bert, models, tmp_path):  # noqa
     assert plan["LM"][0].startswith(str(tmp_path / "lm"))
     assert any(re.match(r"a prompt: median [1-9]", text) for text in plan["tokens"])
     if task == "lrlm":
-        # The window, two chunks with what follows them, and [CLS]; chunks that overlap take less.
-        assert "max 193" in plan["tokens"][0]
+        # The window and two chunks with what follows them; chunks that overlap take less.
+        assert "max 192" in plan["tokens"][0]
         assert "1 of these 3 rows are left out" in plan["tokens"][1]
 
 

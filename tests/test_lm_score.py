@@ -312,7 +312,6 @@ def test_work_grows_with_the_rows_and_no_faster(answer_select, models, tmp_path,
         journal.open({})
         score_units(model, encoder, data, journal, 100)
         assert write_scored(data, journal, "teacher_scores", str(folder / "out.json")) == size
-        journal.close()
         return Counted.seen
 
     few = elements(40)
