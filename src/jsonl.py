@@ -16,7 +16,6 @@ import os
 import signal
 import socket
 import threading
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -309,8 +308,11 @@ def _load_cached(path: Path) -> Scan | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             columns = {name[7:]: arrays[name] for name in arrays.files if name.startswith("column_")}
-            return Scan(arrays["offsets"], arrays["lengths"], arrays["lines"], columns)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+            scan = Scan(arrays["offsets"], arrays["lengths"], arrays["lines"], columns)
+            sizes = {column.shape for column in (scan.offsets, scan.lengths, scan.lines, *columns.values())}
+            return scan if sizes == {(len(scan.offsets),)} else None
+    except Exception:
+        # Whatever is wrong with it: the file is scanned again.
         return None
 
 

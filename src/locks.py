@@ -117,6 +117,6 @@ def _sign(descriptor: int) -> None:
 
 def _signature(file: str) -> str:
     """Who holds a lock."""
-    with contextlib.suppress(OSError):
-        return Path(file).read_text(encoding="utf-8", errors="replace") or "just started"
+    with contextlib.suppress(OSError), open(file, encoding="utf-8", errors="replace") as signed:
+        return " ".join(signed.read(300).split()) or "just started"
     return "just ended"

@@ -35,11 +35,7 @@ class Manifest:
     def write(self, path: str | os.PathLike[str]) -> None:
         """Put it in place: the files come before it, so that half-written ones have none."""
         content = {"identity": dict(self.identity), "files": dict(self.files), "facts": dict(self.facts)}
-        write_json(path, {**content, "checksum": _own_checksum(content)})
-
-
-def _own_checksum(content: Mapping[str, Any]) -> str:
-    return checksum(json.dumps(content, sort_keys=True).encode())
+        write_json(path, {**content, "checksum": content_checksum(content)})
 
 
 def read_manifest(path: str | os.PathLike[str], what: str, remedy: str) -> Manifest:
@@ -60,7 +56,7 @@ def read_manifest(path: str | os.PathLike[str], what: str, remedy: str) -> Manif
     except UserError as error:
         raise UserError(f"{error}: {remedy}") from error
     own = found.pop("checksum", None) if isinstance(found, dict) else None
-    if own is None or own != _own_checksum(found):
+    if own is None or own != content_checksum(found):
         raise UserError(f"{what}: {path} is damaged, or of another version: {remedy}")
     return Manifest(**found)
 
@@ -71,7 +67,8 @@ def check_identity(manifest: Manifest, wanted: Mapping[str, Any], path: str, wha
     Raises:
         UserError: they were made from something else, which it names.
     """
-    if other := differences(manifest.identity, wanted):
+    # As JSON gives it back.
+    if other := differences(manifest.identity, json.loads(json.dumps(dict(wanted)))):
         raise UserError(f"{what}: {path} was made with {'; '.join(other)}: {remedy}")
 
 
@@ -89,6 +86,11 @@ def checksum(data: Any) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
+def content_checksum(value: Any) -> str:
+    """The checksum of what JSON can hold."""
+    return checksum(json.dumps(value, sort_keys=True).encode())
+
+
 def file_checksum(path: str | os.PathLike[str]) -> str:
     """The checksum of a file."""
     return file_hash(os.fspath(path), xxhash.xxh3_64())
@@ -100,7 +102,7 @@ def folder_checksums(folder: str | os.PathLike[str], endings: tuple[str, ...] = 
     return {name: file_checksum(os.path.join(folder, name)) for name in names}
 
 
-def check_files(folder: str | os.PathLike[str], files: Mapping[str, str], remedy: str) -> None:
+def check_undamaged(folder: str | os.PathLike[str], files: Mapping[str, str], remedy: str) -> None:
     """Find out whether files are as they were written.
 
     Raises:
@@ -135,4 +137,4 @@ def check_recorded(folder: str | os.PathLike[str]) -> None:
         return
     # What is missing is told by whoever needs it.
     there = {name: found for name, found in read_object(path, "checksums").items() if name in os.listdir(folder)}
-    check_files(folder, there, f"take another checkpoint, or remove {path} if you changed the file on purpose")
+    check_undamaged(folder, there, f"take another checkpoint, or remove {path} if you changed the file on purpose")

@@ -36,6 +36,7 @@ from src.retrieval.checkpoint_folders import whole_checkpoints
 from src.retrieval.training_args import RetrievalTrainingArgs
 from src.schema import check_train_row
 from tests.conftest import VOCABULARY
+from tests.faults.damaged import run_damages
 from tests.faults.jobs import Job, make_jobs, start_runs
 from tests.faults.kill import run_killed
 from tests.helpers import ROOT, environment, launch, read_rows, run, write_rows
@@ -494,3 +495,10 @@ def test_a_process_whose_first_says_nothing_tells_an_error_itself(monkeypatch):
     monkeypatch.setattr("src.distributed.time.sleep", waited.append)
     assert distributed.is_first_to_say("an error")
     assert waited == [distributed.FIRST_TO_SAY_SECONDS]
+
+
+def test_damaged_caches_are_made_again_or_told_in_one_line(tmp_path):
+    """``python -m tests.faults.damaged --seeds 20`` goes on."""
+    tally = run_damages(tmp_path, 0)
+    assert tally["told"] > 100
+    assert tally["no harm"] > 50

@@ -547,7 +547,7 @@ def test_scores_made_with_other_settings_are_not_mixed_in(other, models, tmp_pat
         write_rows(data, [GOOD, GOOD])
     if changed.pop("model_name_or_path", None):
         (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match="holds the scores of another run"):
+    with pytest.raises(UserError, match=r"scores of another run: .* was made with"):
         journal.check(made(**{"lm_dtype": "fp32", **changed}))
 
 
@@ -556,7 +556,7 @@ def test_scores_of_another_model_are_not_mixed_in(models, score, tmp_path):
     journal = Journal(f"{tmp_path / 'rows.scored.x.json'}.parts")
     journal.open({"model_name_or_path": "another"})
     printed = score("--eval_data", data, "--model_name_or_path", models["llama"], expect=2)
-    assert "its model_name_or_path is 'another'" in printed
+    assert "was made with model_name_or_path 'another' (this run: " in printed
     assert "--save_name" in printed
 
 

@@ -7,6 +7,7 @@ also on several hosts with a common folder, share out the units among themselves
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from src.errors import UserError
-from src.io import read_json, remove_folder, write_json
+from src.io import remove_folder
+from src.manifest import Manifest, check_identity, content_checksum, read_manifest
 
 MANIFEST = "manifest.json"
 #: Value of a number that was looked at and cannot be scored; NaN is one not looked at yet.
@@ -49,7 +50,7 @@ class Journal:
             # Without a manifest nobody knows what scores are of.
             for path in self.folder.glob("*.jsonl"):
                 path.unlink()
-            write_json(self.folder / MANIFEST, dict(identity))
+            Manifest(identity).write(self.folder / MANIFEST)
         for claim in self.folder.glob("*.claim"):
             claim.unlink()
 
@@ -57,16 +58,11 @@ class Journal:
         """Find out whether the scores are of `identity`.
 
         Raises:
-            UserError: they are not.
+            UserError: they are not, or nobody can tell.
         """
-        found = read_json(self.folder / MANIFEST, "manifest of scores")
-        wanted = json.loads(json.dumps(dict(identity)))
-        if differing := [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]:
-            name = differing[0]
-            raise UserError(
-                f"{self.folder} holds the scores of another run: its {name} is {found.get(name)!r}, this one's "
-                f"{wanted.get(name)!r}. Remove the folder, or choose another --save_name"
-            )
+        path, what = str(self.folder / MANIFEST), "scores of another run"
+        remedy = f"remove {self.folder}, or choose another --save_name"
+        check_identity(read_manifest(path, what, remedy), identity, path, what, remedy)
 
     def claim(self, unit: int) -> bool:
         """Whether the unit is now this process's."""
@@ -85,8 +81,9 @@ class Journal:
 
     def add(self, unit: int, numbers: Sequence[int], values: Sequence[float | None]) -> None:
         """Append scores, None for what cannot be scored."""
+        content = [list(numbers), list(values)]
         with open(self._path(unit), "ab") as file:
-            file.write(json.dumps([list(numbers), list(values)]).encode() + b"\n")
+            file.write(json.dumps([*content, content_checksum(content)]).encode() + b"\n")
 
     def repair(self, unit: int) -> None:
         """Cut off a line that a killed process left half-written."""
@@ -108,6 +105,8 @@ class Journal:
             return
         with open(path, "rb") as file:
             for line in file:
-                if line.endswith(b"\n"):
-                    numbers, values = json.loads(line)
-                    yield numbers, values
+                # What is damaged is scored again.
+                with contextlib.suppress(ValueError, TypeError, RecursionError):
+                    numbers, values, own = json.loads(line)
+                    if own == content_checksum([numbers, values]):
+                        yield numbers, values

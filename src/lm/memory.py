@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from src import distributed
 from src.io import remove_folder
+from src.manifest import content_checksum
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,16 @@ class Response:
 
 
 def to_response(value: dict[str, Any]) -> Response:
-    """What `asdict` and JSON made of a response."""
-    return Response(tuple(value["texts"]), tuple(value["log_likelihoods"]), tuple(value["tokens"]))
+    """What `asdict` and JSON made of a response.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is damaged.
+    """
+    response = Response(tuple(value["texts"]), tuple(value["log_likelihoods"]), tuple(value["tokens"]))
+    kinds = ((response.texts, str), (response.log_likelihoods, float), (response.tokens, int))
+    if not all(type(each) is kind for values, kind in kinds for each in values):
+        raise ValueError("a value is of another type")
+    return response
 
 
 class ResponseMemory:
@@ -88,7 +97,8 @@ class ResponseMemory:
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (until the block ends)
             # What a killed run left of a line is ended first; it is no JSON, and passed over when read.
             self._file.write("\n")
-        self._file.write(json.dumps({"prompt_hash": key, "response": asdict(response)}) + "\n")
+        row = {"prompt_hash": key, "response": asdict(response)}
+        self._file.write(json.dumps({**row, "checksum": content_checksum(row)}) + "\n")
         self._file.flush()
 
 
@@ -102,8 +112,10 @@ def read_responses(paths: Iterable[str]) -> dict[str, Response]:
             for line in file:
                 try:
                     row = json.loads(line)
-                    if row["response"] is not None:
+                    # Only what is kept meanwhile has one.
+                    own = row.pop("checksum", None)
+                    if row["response"] is not None and own in (None, content_checksum(row)):
                         known[row["prompt_hash"]] = to_response(row["response"])
-                except (json.JSONDecodeError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     continue
     return known

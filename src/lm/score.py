@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 #: Pairs of a unit of work: small enough that a kill costs little and no process waits long for the last.
 UNIT_PAIRS = 512
 #: Of the journal: another number for scores that are made, or laid out, in another way.
-FORMAT = 2
+FORMAT = 3
 SHOWN_ROWS = 5
 
 

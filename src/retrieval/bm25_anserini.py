@@ -27,7 +27,7 @@ from src.errors import UserError
 from src.io import write_jsonl
 from src.jsonl import available_cores
 from src.locks import check_free
-from src.manifest import Manifest, check_files, check_identity, folder_checksums, read_manifest
+from src.manifest import Manifest, check_identity, check_undamaged, folder_checksums, read_manifest
 from src.retrieval.bm25_analyzer import cut_terms
 
 logger = logging.getLogger(__name__)
@@ -242,7 +242,7 @@ def check_saved(path: str | Path, folder: str | Path, wanted: dict[str, Any], fl
     remedy = f"leave --{flag} out to make it anew"
     manifest = read_manifest(path, f"--{flag}", remedy)
     check_identity(manifest, wanted, str(path), f"--{flag}", remedy)
-    check_files(folder, manifest.files, remedy)
+    check_undamaged(folder, manifest.files, remedy)
     return manifest
 
 

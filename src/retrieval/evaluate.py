@@ -15,8 +15,9 @@ import numpy as np
 
 from src import distributed, locks
 from src.errors import UserError
-from src.io import atomic_write, check_output, derived_path, existing_file, read_json, text_hash, write_json
+from src.io import atomic_write, check_output, derived_path, existing_file, text_hash
 from src.jsonl import JsonLines
+from src.manifest import Manifest, check_undamaged, file_checksum, read_manifest
 from src.plan import sample
 from src.retrieval import trec
 from src.retrieval.collate import (
@@ -287,6 +288,12 @@ def _origin(data: EvalData, config: EvalConfig) -> dict[str, Any]:
     return {**made, "hits": config.hits, "retriever": config.retriever}
 
 
+def _write_origin(data: EvalData, config: EvalConfig) -> None:
+    hits = result_path(data, config)
+    files = {os.path.basename(hits): file_checksum(hits)}
+    Manifest(_origin(data, config), files).write(origin_path(data, config))
+
+
 def _check_origin(data: EvalData, config: EvalConfig) -> None:
     """Refuse saved hits of something else, whose numbers would mean other texts."""
     path = origin_path(data, config)
@@ -299,7 +306,10 @@ def _check_origin(data: EvalData, config: EvalConfig) -> None:
             )
         # Hits may be made by hand.
         return
-    found, wanted = read_json(path, "origin of hits"), _origin(data, config)
+    remedy = "leave --load_result out to retrieve anew"
+    manifest = read_manifest(path, "--load_result", remedy)
+    check_undamaged(os.path.dirname(path), manifest.files, f"{remedy}, or remove {path} if you made these hits")
+    found, wanted = manifest.identity, _origin(data, config)
     most = found.get("hits")
     problem = None
     if found.get("queries") != wanted["queries"]:
@@ -314,8 +324,8 @@ def _check_origin(data: EvalData, config: EvalConfig) -> None:
         problem = f"another retriever ({difference})"
     if problem is not None:
         raise UserError(
-            f"--load_result: {result_path(data, config)} was made with {problem}: leave --load_result out to retrieve "
-            "anew, or name the run that it is of (by --save_name or --output_dir)"
+            f"--load_result: {result_path(data, config)} was made with {problem}: {remedy}, or name the run that it is "
+            "of (by --save_name or --output_dir)"
         )
 
 
@@ -456,7 +466,7 @@ def report(data: EvalData, found: Iterable[Hits], config: EvalConfig) -> dict[st
             # The files take their names next. Until the new hits are known they are nobody's.
             Path(origin_path(data, config)).unlink(missing_ok=True)
     if config.save_result and not config.load_result:
-        distributed.on_main(lambda: write_json(origin_path(data, config), _origin(data, config)))
+        distributed.on_main(lambda: _write_origin(data, config))
     for output in outputs:
         if output.describe is not None:
             logger.info("%s", output.describe())

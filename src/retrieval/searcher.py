@@ -15,7 +15,7 @@ import numpy as np
 from src import distributed
 from src.io import atomic_path
 from src.locks import check_free
-from src.manifest import Manifest, check_files, check_identity, file_checksum, read_manifest
+from src.manifest import Manifest, check_identity, check_undamaged, file_checksum, read_manifest
 from src.retrieval.encode import EncodeConfig, encode, progress
 from src.retrieval.index import ExactIndex, FaissIndex, Index, VectorShard, check_factory, merge_hits
 from src.retrieval.modeling_dense import DenseRetriever
@@ -235,7 +235,7 @@ def _load_indexes(config: DenseSearchConfig, identity: IndexIdentity) -> list[Fa
     manifest = distributed.on_main(read)
     saved = list(zip(manifest.files.items(), manifest.facts["first_rows"], strict=True))
     mine = saved[distributed.rank() :: distributed.world_size()]
-    check_files(config.folder, dict(part for part, _ in mine), REMEDY)
+    check_undamaged(config.folder, dict(part for part, _ in mine), REMEDY)
     how = (config.key.device, config.hits, config.parameters)
     return [FaissIndex.load(os.path.join(config.folder, name), first, *how) for (name, _), first in mine]
 

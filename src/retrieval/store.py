@@ -131,7 +131,8 @@ class VectorStore:
         path = self.path(number)
         try:
             vectors = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:
+            # NumPy reads a damaged head as it comes; one that asks for more than all memory, too.
             raise UserError(f"{path} cannot be read ({first_line(error)}): {SHARD_REMEDY}") from error
         if vectors.shape != (len(self.range_of(number)), self.width) or str(vectors.dtype) != self.dtype:
             raise UserError(f"{path} is not the shard that {MANIFEST} tells of: {SHARD_REMEDY}")
