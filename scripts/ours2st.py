@@ -26,7 +26,7 @@ from src import locks
 from src.cli import parse_args, run
 from src.errors import UserError
 from src.flags import check_choice
-from src.io import atomic_write
+from src.io import atomic_write, check_writable
 from src.manifest import record_checksums
 from src.retrieval.args import DENSE_METRICS, POOLING_METHODS
 from src.retrieval.checkpoint_folders import beside, replace_folder, whole_checkpoints
@@ -221,6 +221,7 @@ def main() -> None:
     source = os.path.abspath(args.encoder) if os.path.isdir(args.encoder) else args.encoder
     target = os.path.abspath(args.output_dir or args.encoder)
     check_target(source, target)
+    check_writable(os.path.dirname(target), "output_dir" if args.output_dir else "encoder")
     with locks.hold(target):
         convert(args, given, source, target)
 

@@ -257,7 +257,7 @@ BAD_ARGUMENTS = {
     "saved vectors are missing": (
         "--eval_data {eval} --corpus {corpus} --query_encoder {model} --key_max_length 64 --query_max_length 64 "
         "--load_encode",
-        "saved vectors: no such file",
+        "--load_encode: nothing was saved",
     ),
     "saved result is missing": (
         "--eval_data {eval} --corpus {corpus} --query_encoder {model} --key_max_length 64 --query_max_length 64 "
