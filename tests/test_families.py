@@ -319,6 +319,11 @@ def test_flags_win_over_the_length_of_sentence_transformers_and_that_is_said(tin
     assert "max_seq_length" not in caplog.text
     found = embed(folder, query_max_length=16, key_max_length=32)
     assert "cuts texts to 16 tokens (max_seq_length), here they are cut to 32" in caplog.text
+    assert "prompts" not in caplog.text
+    embed(
+        st_folder(tiny_bert, tmp_path / "prompted", edit=[(MODEL_FILE, {"prompts": {"query": "q: ", "document": ""}})])
+    )
+    assert "its prompts (query) are not used" in caplog.text
     np.testing.assert_allclose(found, embed(tiny_bert, pooling_method=("mean",)), atol=1e-6)
 
 
@@ -467,6 +472,17 @@ def test_special_tokens_spelt_out_in_texts_of_a_t5_ranker_are_text(tokenizer, tm
     np.testing.assert_allclose(together.numpy(), alone, atol=1e-6)
     # Texts without them are read as ever.
     assert encoded["input_ids"][0] == tokenizer("a", "b")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "load", [lambda folder: embed(folder), lambda folder: load_cross_encoder(RankerConfig(folder, 8, 8))]
+)
+def test_a_model_that_reads_padding_is_told_of(load, tiny_bert, tmp_path, caplog):
+    """FNet mixes all places of a batch, masked or not."""
+    load(tiny_bert)
+    assert "reads padding" not in caplog.text
+    load(build(tmp_path, "FNetModel", **{**SIZE, "intermediate_size": 64}))
+    assert "(fnet) reads padding" in caplog.text
 
 
 # --- the original's dense layer -------------------------------------------------------------------------------------

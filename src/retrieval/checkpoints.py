@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,9 @@ from transformers.utils import (
 
 from src.errors import UserError, first_line
 from src.retrieval.loading import loading
+from src.retrieval.padding import pad
+
+logger = logging.getLogger(__name__)
 
 #: The files that weights may be in, or that name them.
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -271,6 +275,37 @@ def trial_run(
         if tokens["input_ids"].is_meta or torch.cuda.is_available():
             return None
         raise
+
+
+def check_batches(
+    compute: Callable[[Mapping[str, Tensor]], Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Mapping[str, list],
+    model: PreTrainedModel,
+    checkpoint: str,
+    what: str,
+) -> None:
+    """Run a model on a text alone and beside a longer one, and warn where that makes a difference.
+
+    Args:
+        compute: the model, in eval mode: token tensors ``(n, length)`` to ``(n, ...)``.
+        tokenizer: pads.
+        encoded: two texts, the longer one last.
+        model: whose device it is.
+        checkpoint: where it comes from.
+        what: kind of model, for messages.
+
+    Raises:
+        UserError: it fails.
+    """
+    batches = (pad(tokenizer, encoded, places) for places in ([0], [0, 1]))
+    inputs = ({name: part.to(model.device) for name, part in batch.items()} for batch in batches)
+    alone, beside = (trial_run(compute, tokens, checkpoint, what) for tokens in inputs)
+    if alone is None or beside is None:
+        return
+    if not torch.allclose(alone[0], beside[0], rtol=1e-3, atol=1e-4, equal_nan=True):
+        reads = "%s: this %s (%s) reads padding: what it makes of a text depends on the longest one in the batch"
+        logger.warning(reads, checkpoint, what, model.config.model_type)
 
 
 def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

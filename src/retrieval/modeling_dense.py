@@ -32,6 +32,7 @@ from src.errors import UserError
 from src.retrieval.checkpoints import (
     TrainableModel,
     below,
+    check_batches,
     check_vocabulary,
     empty_model,
     inner_folder,
@@ -304,13 +305,14 @@ def _load_backbone(
     options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
     with loading(checkpoint, "encoder", "its config.json"):
         model_config = AutoConfig.from_pretrained(checkpoint, **options)
-        family_decodes = model_config.is_encoder_decoder or type(model_config)().is_encoder_decoder
+        # Also of an encoder that was saved alone, whose settings no longer tell of a decoder.
+        known = type(model_config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+        family_decodes = model_config.is_encoder_decoder or (known and type(model_config)().is_encoder_decoder)
     check_weights(checkpoint, model_config, config.allow_pickle, config.cache_dir)
     auto_class: Any = AutoModel
     pooler: dict[str, Any] = {}
     if family_decodes and not decoder:
-        # Also for an encoder that was saved alone: its settings no longer tell of a decoder.
-        if type(model_config) not in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        if not known:
             raise UserError(f"{checkpoint!r}: the encoder of this model type cannot be used alone, T5's can")
         auto_class = AutoModelForTextEncoding
         model_config.is_encoder_decoder = False
@@ -348,6 +350,8 @@ def _reads_backwards(config: PretrainedConfig) -> bool:
 def _load_tokenizer(checkpoint: str, config: EncoderConfig, lower_case: bool) -> PreTrainedTokenizerBase:
     tokenizer, borrowed = load_tokenizer(checkpoint, config.cache_dir, config.trust_remote_code, "encoder")
     tokenizer.truncation_side = config.truncation_side
+    if lower_case and not tokenizer.is_fast:
+        raise UserError(f"{checkpoint!r}: do_lower_case of sentence-transformers needs a tokenizer.json")
     if lower_case:
         # As sentence-transformers does it.
         own = tokenizer.backend_tokenizer.normalizer
@@ -422,13 +426,12 @@ def _load_encoder(checkpoint: str, config: EncoderConfig) -> tuple[TextEncoder, 
         tokenizer.split_special_tokens = True
     _check_lengths(backbone, tokenizer, checkpoint, config)
     longest = max(config.query_max_length or 0, config.key_max_length or 0)
-    if spec.max_length is not None and spec.max_length < longest:
-        logger.info(
-            "%s: sentence-transformers cuts texts to %d tokens (max_seq_length), here they are cut to %d as flags say",
-            checkpoint,
-            spec.max_length,
-            longest,
-        )
+    if spec.max_length is not None and (theirs := min(spec.max_length, tokenizer.model_max_length)) < longest:
+        cut = "%s: sentence-transformers cuts texts to %d tokens (max_seq_length), here they are cut to %d as flags say"
+        logger.info(cut, checkpoint, theirs, longest)
+    if spec.prompts:
+        unused = "%s: its prompts (%s) are not used: instructions are those of --version and --task_config"
+        logger.info(unused, checkpoint, ", ".join(spec.prompts))
     methods, origin = _chosen_pooling(spec, checkpoint, backbone.config, config)
     if methods[0] == "decoder" and not backbone.config.is_encoder_decoder:
         # What the original takes of the states of a model without a decoder.
@@ -437,6 +440,9 @@ def _load_encoder(checkpoint: str, config: EncoderConfig) -> tuple[TextEncoder, 
     tokens = {"input_ids": pad(tokenizer, tokenizer(["a"]), [0])["input_ids"].to(backbone.device)}
     states = trial_run(partial(_states, backbone, methods[0]), tokens, checkpoint, "encoder")
     width = backbone.config.hidden_size if states is None else states.shape[-1]
+    if not config.empty:
+        texts = tokenizer(["a", "a b c d e f g h"])
+        check_batches(TextEncoder(backbone, methods, width), tokenizer, texts, backbone, checkpoint, "encoder")
     if config.lora is not None:
         add_adapters(backbone, config.lora)
     if "dense" not in methods and config.dense_dim is not None:

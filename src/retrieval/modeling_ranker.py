@@ -17,6 +17,7 @@ from src.io import read_object
 from src.retrieval.checkpoints import (
     TrainableModel,
     below,
+    check_batches,
     check_vocabulary,
     counted_positions,
     empty_model,
@@ -24,10 +25,8 @@ from src.retrieval.checkpoints import (
     load_backbone_weights,
     load_tokenizer,
     position_limit,
-    trial_run,
 )
 from src.retrieval.loading import check_weights, find_file, loading, safe_only
-from src.retrieval.padding import pad
 from src.retrieval.pairs import PairTokenizer, read_layout
 from src.retrieval.pooling import read_module_list
 
@@ -132,8 +131,9 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
         text_config.pad_token_id = tokenizer.pad_token_id
     if hasattr(backbone.config, "use_cache"):
         backbone.config.use_cache = False
-    tokens = pad(tokenizer, ranker.pairs([("a", "b")]), [0])
-    trial_run(ranker.score, {name: part.to(ranker.device) for name, part in tokens.items()}, checkpoint, "ranker")
+    if not config.empty:
+        texts = ranker.pairs([("a", "b"), ("a", "b c d e f g h i")])
+        check_batches(ranker.score, tokenizer, texts, backbone, checkpoint, "ranker")
     return ranker
 
 

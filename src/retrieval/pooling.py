@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +69,9 @@ class PoolingSpec:
         dense: folder of the dense layer's config.json and model.safetensors, or dense_pooler.bin of the original.
         origin: the file that says so.
         lower_case: texts are read in lower case, whatever the tokenizer does.
-        max_length: most tokens of a text.
+        max_length: most tokens of a text, if its tokenizer has no other limit.
         without_prompt: the tokens of an instruction are not pooled.
+        prompts: names of instructions.
     """
 
     pooling_method: tuple[str, ...] | None = None
@@ -79,6 +81,7 @@ class PoolingSpec:
     lower_case: bool = False
     max_length: int | None = None
     without_prompt: bool = False
+    prompts: tuple[str, ...] = ()
 
 
 def leading_dimensions(vectors: Tensor, width: int | None, metric: str) -> Tensor:
@@ -282,8 +285,9 @@ def _read_modules(checkpoint: str, modules_file: str, cache_dir: str | None, poo
         dense,
         modules_file,
         bool(texts.get("do_lower_case")),
-        texts.get("max_seq_length") or None,
+        texts.get("max_seq_length") or sys.maxsize,
         pooling.get("include_prompt") is False,
+        tuple(str(name) for name, text in prompts.items() if text) if isinstance(prompts, dict) else (),
     )
 
 
