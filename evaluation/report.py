@@ -92,8 +92,8 @@ def read_results(folder: str) -> list[dict[str, Any]]:
                 record = json.loads(line)
                 if {"metrics", "task", "retriever", "time"} <= record.keys():
                     # Other files of JSON lines may lie there, and lines of training have no task.
-                    found.append({**record, "metrics": {name: _number(v) for name, v in record["metrics"].items()}})
-            except (ValueError, TypeError, AttributeError, RecursionError):
+                    found.append(_checked(record))
+            except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
                 if line.strip():
                     broken.append(f"{path}:{number}")
     if broken:
@@ -101,6 +101,15 @@ def read_results(folder: str) -> list[dict[str, Any]]:
     if not found:
         raise UserError(f"no result of an evaluation below {folder}: each writes one into the .jsonl beside --log_path")
     return sorted(found, key=lambda record: str(record["time"]))
+
+
+def _checked(record: dict[str, Any]) -> dict[str, Any]:
+    """A result whose parts are of the kinds that a table is made of; a ValueError or the like otherwise."""
+    model, arguments = record.get("model"), record.get("arguments") or {}
+    names = arguments.get("task_names") or []
+    if not isinstance(model, str | None) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise ValueError("a name is no text")
+    return {**record, "arguments": arguments, "metrics": {name: _number(v) for name, v in record["metrics"].items()}}
 
 
 def _number(value: Any) -> float:
@@ -270,6 +279,12 @@ def draw(board: Leaderboard, path: Path) -> None:
         from matplotlib import pyplot
     except ImportError as error:
         raise UserError("the plot needs matplotlib: pip install -e '.[eval]', or give --no_plot") from error
+    # A "$" in a name is no mathematics.
+    with pyplot.rc_context({"text.parse_math": False}):
+        _draw(board, path, pyplot)
+
+
+def _draw(board: Leaderboard, path: Path, pyplot: Any) -> None:
     names, values = board.table()
     columns = [column for column in range(len(board.columns)) if any(row[column] is not None for row in values)]
     curves = _curves(board)
@@ -345,7 +360,7 @@ def read_values(path: str, metric: str | None) -> Outputs:
         raise UserError(f"--compare: no such file: {path}")
     rows: dict[str, dict[str, Any]] = {}
     seen: Counter[int | str] = Counter()
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
@@ -353,9 +368,9 @@ def read_values(path: str, metric: str | None) -> Outputs:
                 seen[row["query_id"]] += 1
                 rows[f"{row['query_id']} ({seen[row['query_id']]})"] = {
                     "gold": row.get("gold"),
-                    "values": row["values"],
+                    "values": {name: _number(value) for name, value in row["values"].items()},
                 }
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
                 raise UserError(f"{path}:{number} is no line of an evaluation's outputs") from error
     names = list(dict.fromkeys(name for row in rows.values() for name in row["values"]))
     if not names:

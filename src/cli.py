@@ -6,6 +6,7 @@ import argparse
 import atexit
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,9 @@ from src.errors import UserError, describe_os_error, first_line, is_out_of_memor
 from src.plan import Line, render
 
 logger = logging.getLogger(__name__)
+
+#: Whole numbers that flags take: those of 32 bits, with sign or without.
+LEAST, MOST = -(1 << 31), (1 << 32) - 1
 
 #: A signal that comes again within this time is the same one.
 SAME_SIGNAL_SECONDS = 2
@@ -64,11 +68,14 @@ def parse_args(
     unset = object()
     seen, _ = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys([*actions, "config"], unset)))
     given = {name for name, value in vars(seen).items() if value is not unset} - {"config"}
+    values: dict[str, Any] = {}
     if seen.config is not unset:
         hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
         values = read_arguments(seen.config, actions, hints)
         parser.set_defaults(**values)
         given.update(values)
+    for name in sorted(given):
+        _check_numbers(name, values.get(name) if getattr(seen, name) is unset else getattr(seen, name))
     try:
         *instances, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
@@ -78,6 +85,21 @@ def parse_args(
             str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown arguments")
         ) from error
     return tuple(instances), frozenset(given)
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    """Refuse numbers that no flag means and that libraries do not take."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        if isinstance(number, float):
+            if not math.isfinite(number):
+                raise UserError(f"--{name} must be a finite number, found {number}")
+        elif not (0 if name.endswith("seed") else LEAST) <= number <= MOST:
+            shown = f"{number}" if abs(number) < 10**30 else f"one of {len(str(abs(number)))} digits"
+            raise UserError(
+                f"--{name} must be a whole number from {0 if name.endswith('seed') else LEAST} to {MOST}, found {shown}"
+            )
 
 
 def show_plan(lines: Sequence[Line]) -> None:

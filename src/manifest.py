@@ -15,6 +15,7 @@ from src.io import file_hash, read_json, read_object, write_json
 
 #: Checksums of the weights in a model's folder, which others read too, and of the states in a checkpoint.
 CHECKSUMS = "checksums.json"
+SCALER = "scaler.pt"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -120,9 +121,10 @@ def record_checksums(folder: str | os.PathLike[str]) -> None:
     """Write the checksums of weights and states below `folder` into each folder that holds some."""
     for place, _, names in os.walk(folder):
         # DeepSpeed and FSDP divide theirs into folders of their own, which are large and have checks of their own.
-        if (place == str(folder) or any(name.endswith(".safetensors") for name in names)) and (
-            found := folder_checksums(place, WEIGHTS)
-        ):
+        if place != str(folder) and not any(name.endswith(".safetensors") for name in names):
+            continue
+        # Training goes on without the state of the loss scaler.
+        if found := {name: sum for name, sum in folder_checksums(place, WEIGHTS).items() if name != SCALER}:
             write_json(os.path.join(place, CHECKSUMS), found)
 
 

@@ -10,6 +10,7 @@ import pytest
 from evaluation.report import compare, leaderboard, main, read_results, to_csv, to_markdown, to_text
 from src.errors import UserError
 from src.result_log import log_result
+from src.retrieval.plot import draw
 from tests.helpers import write_rows
 
 
@@ -200,3 +201,37 @@ def test_outputs_of_different_evaluations_are_not_compared(tmp_path, caplog):
     assert "2 rows have a value in one of the files only" in caplog.text
     with pytest.raises(UserError, match="has no values"):
         main(["--compare", one, outputs("d.json")])
+
+
+ODD = [10**400, [0.5], None, "0.5", {"a": 1}, True]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: type(odd).__name__)
+def test_odd_values_are_left_out(tmp_path, odd):
+    """Of a log as of outputs: one line says how many, or which."""
+    good = record("mmlu", "no", "2026", accuracy=0.5)
+    parts = {"metrics": odd} if not isinstance(odd, dict) else {"metrics": {"accuracy": odd}}
+    write_rows(tmp_path / "a.jsonl", [good, {**good, "metrics": {"accuracy": odd}}, {**good, **parts}])
+    assert read_results(str(tmp_path)) == [{**good, "arguments": {}}]
+    path = write_rows(tmp_path / "out.json", [{"query_id": 1, "values": {"accuracy": odd}}])
+    with pytest.raises(UserError, match=r"out\.json:1 is no line of an evaluation's outputs"):
+        main(["--compare", str(path), str(path)])
+
+
+@pytest.mark.parametrize(
+    "part", [{"model": ["a"]}, {"arguments": [1]}, {"arguments": {"task_names": [1]}}, {"arguments": {"task_names": 5}}]
+)
+def test_results_of_odd_parts_are_left_out(tmp_path, part):
+    good = record("mmlu", "no", "2026", accuracy=0.5)
+    write_rows(tmp_path / "a.jsonl", [good, {**good, **part}])
+    assert len(leaderboard(read_results(str(tmp_path))).results) == 1
+
+
+def test_names_that_look_like_mathematics_are_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    odd = r"a/$\frac{$"
+    rows = [record(odd, odd, "2026", accuracy=0.5), record("tool", odd, "2026", **{"ndcg@1": 0.1, "ndcg@5": 0.2})]
+    write_rows(tmp_path / "a.jsonl", rows)
+    main([str(tmp_path)])
+    assert (tmp_path / "leaderboard.png").stat().st_size > 1000
+    draw({odd: [{"loss": 1.0, "step": 1}, {"loss": 0.5, "step": 2}]}, str(tmp_path / "training.png"))

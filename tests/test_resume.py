@@ -30,6 +30,7 @@ from src.retrieval.engines import check_optimizer_state, optimizer_layout
 from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
 from src.retrieval.sampler import ShuffledBatches
 from src.retrieval.trainer import RetrievalTrainer
+from tests.faults.checkpoints import damages, write_damaged
 from tests.helpers import environment, run
 from tests.training_bench import LAST, Bench, assert_same_checkpoint, names, weights, write_data
 from tests.workers.forked import Kill, Runs
@@ -520,3 +521,24 @@ def test_a_kill_between_the_renames_loses_no_checkpoint(tmp_path: Path):
     checkpoint_folders.remove_unfinished(str(tmp_path))
     assert names(tmp_path) == ["checkpoint-4"]
     assert (tmp_path / "checkpoint-4" / "old.pt").is_file()
+
+
+def test_no_damaged_checkpoint_ends_in_a_traceback(bench: Bench, tmp_path: Path, monkeypatch):
+    """Every fifth of `damages`; a state of the loss scaler is done without, and so is what only the log shows."""
+    source = Path(shutil.copytree(bench.whole() / "checkpoint-4", tmp_path / "source"))
+    torch.save(torch.amp.GradScaler("cpu").state_dict(), source / "scaler.pt")
+    tried = list(damages(source))[::5]
+    assert len(tried) >= 40
+    refused = 0
+    for number, (name, damage, change) in enumerate(tried):
+        folder = write_damaged(source, tmp_path / f"checkpoint-{number}", name, change)
+        more = ("--resume_from_checkpoint", folder, "--early_exit_steps", 5, "--save_strategy", "no")
+        monkeypatch.setattr(sys, "argv", ["run_dense.py", *bench.flags(tmp_path / "out" / str(number), 1, None, *more)])
+        told = ""
+        try:
+            run_dense.main()
+        except UserError as error:
+            told = str(error)
+        assert not told or (str(folder) in told and "\n" not in told and name != "scaler.pt"), (name, damage, told)
+        refused += bool(told)
+    assert refused >= 25

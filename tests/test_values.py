@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from src.cli import parse_args
 from src.config_file import read_settings
 from src.errors import UserError
 from src.retrieval.args import RetrievalArgs
@@ -34,6 +35,24 @@ from src.retrieval.training_args import RetrievalTrainingArgs
         ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay with .*num_decay_steps"),
         ({"lr_scheduler_kwargs": {"foo": 1}}, "--lr_scheduler_type linear with --lr_scheduler_kwargs .*'foo'"),
         ({"lr_scheduler_kwargs": '{"foo": '}, "--lr_scheduler_kwargs .* is not valid JSON"),
+        ({"lr_scheduler_kwargs": " "}, "--lr_scheduler_kwargs ' ' must be a JSON object"),
+        ({"lr_scheduler_kwargs": "[1]"}, r"--lr_scheduler_kwargs '\[1\]' must be a JSON object"),
+        ({"lr_scheduler_kwargs": {"power": "x"}, "lr_scheduler_type": "polynomial"}, "polynomial with .*'power': 'x'"),
+        (
+            {"lr_scheduler_kwargs": {"num_cycles": None}, "lr_scheduler_type": "cosine"},
+            "cosine with .*'num_cycles': None",
+        ),
+        ({"accelerator_config": '{"a": 1}'}, "--accelerator_config .*'a'"),
+        ({"accelerator_config": " "}, "--accelerator_config ' ' must be a JSON object"),
+        ({"accelerator_config": '{"gradient_accumulation_kwargs": {"a": 1}}'}, "--accelerator_config .*'a'"),
+        ({"accelerator_config": '{"gradient_accumulation_kwargs": [1]}'}, "--accelerator_config "),
+        ({"accelerator_config": '{"use_configured_state": true}'}, "--accelerator_config: use_configured_state"),
+        ({"gradient_checkpointing_kwargs": {"foo": True}}, "--gradient_checkpointing_kwargs: 'foo' is True"),
+        ({"activation_checkpointing_kwargs": '{"use_reentrant": "x"}'}, "'use_reentrant' is 'x': give true or false"),
+        ({"deepspeed": '{"zero_optimization": []}'}, "--deepspeed: zero_optimization must hold a JSON object"),
+        ({"deepspeed": '{"zero_optimization": {}, "fp16": 1}'}, "--deepspeed: fp16 must hold a JSON object"),
+        ({"deepspeed": '{"zero_optimization": {"stage": []}}'}, r"--deepspeed: ZeRO stage \[\] is unknown"),
+        ({"fsdp": True, "fsdp_config": '{"version": 1'}, "--fsdp_config .* is not valid JSON"),
         ({"optim": "adamw_bnb_8bit"}, "--optim adamw_bnb_8bit: "),
         ({"torch_compile": True, "torch_compile_backend": "foo"}, "--torch_compile_backend .*inductor"),
         ({"adam_beta2": 1.0}, "--adam_beta2 must be from 0 to below 1, found 1.0"),
@@ -63,6 +82,28 @@ def test_flags(tmp_path, flags, said):
 )
 def test_schedules_and_optimizers_that_work(tmp_path, flags):
     assert RetrievalTrainingArgs(output_dir=str(tmp_path), use_cpu=True, **flags).use_cpu
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("length_split_tokens", 10**20, f"must be a whole number from -2147483648 to 4294967295, found {10**20}"),
+        ("seed", 10**22, f"--seed must be a whole number from 0 to 4294967295, found {10**22}"),
+        ("data_seed", -1, "--data_seed must be a whole number from 0 to 4294967295, found -1"),
+        ("max_steps", -(10**12), "--max_steps must be a whole number"),
+        ("hits", 2**63, "--hits must be a whole number"),
+        ("ddp_timeout", 10**40, "found one of 41 digits"),
+        ("num_train_epochs", "inf", "--num_train_epochs must be a finite number, found inf"),
+        ("logging_steps", "nan", "--logging_steps must be a finite number, found nan"),
+        ("cutoffs", 2**32, "--cutoffs must be a whole number"),
+    ],
+)
+def test_numbers_that_no_flag_means(tmp_path, flag, value, said):
+    """On the command line and in a file of settings."""
+    (tmp_path / "run.json").write_text(json.dumps({flag: [value] if flag == "cutoffs" else value}))
+    for argv in ([f"--{flag}", str(value)], ["--config", str(tmp_path / "run.json")]):
+        with pytest.raises(UserError, match=said):
+            parse_args([RetrievalArgs, RetrievalTrainingArgs], argv)
 
 
 def test_margins():

@@ -11,7 +11,10 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from transformers.trainer_callback import TrainerState
 
 from src.errors import UserError
 from src.io import read_json
@@ -137,6 +140,11 @@ def read_state(folder: str) -> dict[str, Any]:
         problem = "it has no number of steps (global_step)"
     elif not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
         problem = "it has no log (log_history, a list of objects)"
+    else:
+        # Saved as an object whatever is declared, and always with the size of a batch.
+        hints = {**get_type_hints(TrainerState), "stateful_callbacks": dict, "train_batch_size": int}
+        wrong = [name for name, value in state.items() if name in hints and not _fits(name, value, hints[name])]
+        problem = f"{wrong[0]} is {state[wrong[0]]!r}" if wrong else None
     if problem is not None:
         raise UserError(f"{path} is damaged: {problem}; take another checkpoint")
     return state
@@ -184,6 +192,14 @@ def check_complete(folder: str, rank: int, processes: int) -> None:
         f"--resume_from_checkpoint {folder}: {missing}, is missing: take another checkpoint, or start a new run from "
         "its weights: name it as the model"
     )
+
+
+def _fits(name: str, value: Any, hint: Any) -> bool:
+    """Whether a value of trainer_state.json is of the kind that transformers declares; numbers are 0 or more."""
+    kinds = tuple(get_origin(kind) or kind for kind in (get_args(hint) if get_origin(hint) is UnionType else (hint,)))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return bool({int, float} & {*kinds}) and (value >= 0 or name == "best_metric")
+    return isinstance(value, kinds)
 
 
 def check_places(output_dir: str) -> None:

@@ -28,6 +28,10 @@ _SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_per
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
+#: Parts of DeepSpeed's settings that have settings of their own.
+SECTIONS = ("zero_optimization", "optimizer", "scheduler", "fp16", "bf16", "amp", "activation_checkpointing")
+
+
 def read_settings(given: Any, flag: str) -> dict[str, Any]:
     """The settings that a flag names: a JSON file, or the JSON itself.
 
@@ -46,10 +50,11 @@ def read_settings(given: Any, flag: str) -> dict[str, Any]:
 
 
 def _zero_settings(given: Any) -> dict[str, Any]:
-    zero = read_settings(given, "deepspeed").get("zero_optimization") or {}
-    if not isinstance(zero, dict):
-        raise UserError(f"--deepspeed: zero_optimization must hold a JSON object with settings, found {zero!r}")
-    return zero
+    settings = read_settings(given, "deepspeed")
+    for name in SECTIONS:
+        if not isinstance(settings.get(name, {}), dict):
+            raise UserError(f"--deepspeed: {name} must hold a JSON object with settings, found {settings[name]!r}")
+    return settings.get("zero_optimization", {})
 
 
 def zero_stage(given: Any) -> int:

@@ -73,6 +73,7 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str) -> None:
         UserError: matplotlib is not installed, or nothing was logged.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("the figure needs matplotlib: pip install -e '.[eval]'") from error
@@ -81,20 +82,24 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str) -> None:
     if not panels:
         raise UserError("nothing was logged: give --logging_steps below the number of steps")
     rows = -(-len(panels) // WIDE)
-    figure = Figure(figsize=(5 * WIDE, 3.6 * rows), layout="constrained")
-    for number, panel in enumerate(panels, 1):
-        axes = figure.add_subplot(rows, WIDE, number)
-        for name, own in found.items():
-            for label, points in own.get(panel, {}).items():
-                steps, values = zip(*points, strict=True)
-                style = "--" if label in PARTS else "-"
-                axes.plot(steps, values, style, label=f"{name} {label}".strip(), marker="." if len(steps) < 30 else "")
-        axes.set_title(panel)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    with atomic_write(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=110)
+    # A "$" in a name is no mathematics.
+    with rc_context({"text.parse_math": False}):
+        figure = Figure(figsize=(5 * WIDE, 3.6 * rows), layout="constrained")
+        for number, panel in enumerate(panels, 1):
+            axes = figure.add_subplot(rows, WIDE, number)
+            for name, own in found.items():
+                for label, points in own.get(panel, {}).items():
+                    steps, values = zip(*points, strict=True)
+                    style = "--" if label in PARTS else "-"
+                    axes.plot(
+                        steps, values, style, label=f"{name} {label}".strip(), marker="." if len(steps) < 30 else ""
+                    )
+            axes.set_title(panel)
+            axes.set_xlabel("step")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+        with atomic_write(path, "wb") as file:
+            figure.savefig(file, format="png", dpi=110)
 
 
 def read_history(folder: str) -> list[dict[str, Any]]:

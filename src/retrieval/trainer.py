@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import SCALER_NAME
+from transformers.trainer import SCALER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 ModelT = TypeVar("ModelT", bound=TrainableModel)
 
 TORCH_SAVE_ERROR = re.compile("inline_container|PytorchStreamWriter|iostream")
+#: States of optimizers that are as large as the weights.
+MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 #: Losses in a row that are no numbers and end a run in fp16, where the loss scaler leaves out the steps of a few.
 BAD_FP16_LOSSES = 16
 DIVERGED = (
@@ -354,7 +356,16 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
+            if checkpoint is not None and self.args.engine is None and self.lr_scheduler is not None:
+                schedule = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
+                # The schedule itself takes whatever it is given.
+                _check_like(schedule, self.lr_scheduler.state_dict(), SCHEDULER_NAME)
             super()._load_optimizer_and_scheduler(checkpoint)
+            own = self.optimizer.state if self.args.engine is None and self.optimizer is not None else {}
+            for parameter, state in own.items():
+                for name in MOMENTS & state.keys():
+                    if state[name].shape != parameter.shape:
+                        raise ValueError(f"{name} of {list(state[name].shape)} for {list(parameter.shape)} weights")
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
@@ -431,13 +442,27 @@ def _reading(folder: str | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Of a damaged file torch's reader raises whatever its bytes happen to mean.
-        if isinstance(error, UserError | OSError) or is_out_of_memory(error):
+        # Of a damaged file torch's reader raises whatever its bytes happen to mean, an OSError about no file too.
+        if isinstance(error, UserError) or getattr(error, "filename", None) is not None or is_out_of_memory(error):
             raise
         raise UserError(
             f"--resume_from_checkpoint {folder}: the state of the optimizer or of the random numbers is damaged, of "
             f"another kind of run, or holds more than numbers ({first_line(error)}): resume from another checkpoint"
         ) from error
+
+
+def _check_like(found: Any, like: Any, place: str) -> None:
+    """Raise a ValueError where a value has no number, list or object and another has one."""
+    if isinstance(like, int | float) and not isinstance(like, bool):
+        fits = isinstance(found, int | float) and not isinstance(found, bool)
+    elif isinstance(like, list):
+        fits = isinstance(found, list) and len(found) == len(like)
+    else:
+        fits = not isinstance(like, dict) or (isinstance(found, dict) and found.keys() >= like.keys())
+    if not fits:
+        raise ValueError(f"{place} is {str(found)[:100]!r}")
+    for name in like if isinstance(like, dict) else range(len(like)) if isinstance(like, list) else ():
+        _check_like(found[name], like[name], f"{place}: {name}")
 
 
 class RunningMeans:

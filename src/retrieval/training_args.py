@@ -6,16 +6,20 @@ reads no file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
+from transformers.optimization import GreedyLR
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -39,6 +43,10 @@ INFERRED = (
 )
 #: Flags of transformers that act on losses, batches or models of other kinds, and the value that leaves them alone.
 WITHOUT_EFFECT = {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "train_sampling_strategy": "random"}
+#: What --gradient_checkpointing_kwargs may set.
+RECOMPUTING = ("use_reentrant", "preserve_rng_state", "early_stop", "debug")
+#: Schedules whose steps need a metric.
+BY_METRIC = (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR)
 #: Padding tokens that a further pass through the model is worth.
 CPU_SPLIT_TOKENS = 64
 GPU_SPLIT_TOKENS = 8192
@@ -150,7 +158,9 @@ class RetrievalTrainingArgs(TrainingArguments):
         for name in ("grad_cache_chunk_size", "length_split_tokens"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"--{name} must be 0 (off) or more, found {getattr(self, name)}")
-        self._check_engine()
+        self._check_json()
+        with self._told():
+            self._check_engine()
         _check_report_to(self.report_to)
         if self.gradient_checkpointing:
             self.activation_checkpointing, self.gradient_checkpointing = True, None
@@ -165,11 +175,14 @@ class RetrievalTrainingArgs(TrainingArguments):
             self.eval_steps = self.save_steps
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
-        self._check_json()
-        try:
+        with self._told():
+            if "use_configured_state" in str(self.accelerator_config):
+                raise UserError(
+                    "--accelerator_config: use_configured_state needs a state that nobody made: leave it out"
+                )
             super().__post_init__()
-        except ValueError as error:
-            raise UserError(str(error)) from error
+            configured = cast("AcceleratorConfig", self.accelerator_config)
+            GradientAccumulationPlugin(num_steps=1, **(configured.gradient_accumulation_kwargs or {}))
         if self.grad_cache_chunk_size and self.torch_compile:
             raise UserError(
                 f"--grad_cache_chunk_size {self.grad_cache_chunk_size} does not work with --torch_compile, whose "
@@ -273,22 +286,55 @@ class RetrievalTrainingArgs(TrainingArguments):
         return super()._setup_devices
 
     def _check_json(self) -> None:
-        """Find settings given as JSON that are none."""
+        """Find settings given as JSON that are none, or hold what nobody reads."""
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
-            if isinstance(value, str) and value.startswith("{"):
+            if not isinstance(value, str):
+                continue
+            if value.startswith("{"):
                 try:
                     json.loads(value)
-                except ValueError as error:
-                    raise UserError(f"--{name} {value!r} is not valid JSON: {error}") from error
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"--{name} {value[:200]!r} is not valid JSON: {error}") from error
+            elif name.endswith("_kwargs") or not value.strip():
+                raise UserError(f"--{name} {value!r} must be a JSON object, such as '{{\"name\": 1}}'")
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            value = getattr(self, name)
+            settings = json.loads(value) if isinstance(value, str) else value or {}
+            if unknown := [
+                key for key, set_to in settings.items() if key not in RECOMPUTING or set_to not in (True, False)
+            ]:
+                raise UserError(
+                    f"--{name}: {unknown[0]!r} is {settings[unknown[0]]!r}: give true or false for one of "
+                    f"{', '.join(RECOMPUTING)}"
+                )
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell in one line of settings that a library cannot read: their kinds and names are known to it alone."""
+        try:
+            yield
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, ImportError) as error:
+            if isinstance(error, UserError):
+                raise
+            if type(error) is ValueError:
+                raise UserError(str(error)) from error
+            objects = [f"--{name} {getattr(self, name)}" for name in self._VALID_DICT_FIELDS if getattr(self, name)]
+            raise UserError(
+                f"{', '.join(objects) or 'the flags of training'}: these settings cannot be used "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
 
     def _check_schedule(self) -> None:
         """Make a schedule, as the Trainer does when the model is loaded: some need settings, and none takes any."""
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
         settings = self.lr_scheduler_kwargs if isinstance(self.lr_scheduler_kwargs, dict) else None
         try:
-            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, settings or None)
-        except (TypeError, ValueError) as error:
+            schedule = get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, settings or None)
+            for _ in range(0 if isinstance(schedule, BY_METRIC) else 10):
+                optimizer.step()
+                schedule.step()
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
             name = SchedulerType(self.lr_scheduler_type).value
             raise UserError(
                 f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {settings or {}}: {first_line(error)} (the "
