@@ -132,6 +132,19 @@ def test_positives_known_by_text_count_like_those_known_by_index():
     assert mined.positive_found
 
 
+@pytest.mark.parametrize("index", [{}, {"pos_index": [1]}])
+def test_positives_without_the_title_that_their_keys_have(index):
+    """The text of row 1, whose key has a title before it, scores 0.85; row 2 has it under another title."""
+    bodies = ["zero", "a positive", "a positive", "three", "four", "five", "six", "seven"]
+    keys = [f"title{n} {body}" for n, body in enumerate(bodies)]
+    row = {"query": "q", "pos": ["A positive."], **index}
+    for config, expected in (({}, [0, 3, 4, 5, 6, 7]), ({"margin_absolute": 0.1}, [4, 5, 6, 7])):
+        config = MiningConfig(**config)
+        mined = mine_negatives(row, 0, HITS, SCORES, keys.__getitem__, config, bodies.__getitem__)
+        assert mined.row["neg_index"] == expected
+        assert mined.positive_found
+
+
 def test_the_query_itself_is_never_mined():
     row = {"query": "Far, away!", "pos": ["a positive"]}
     assert indexes(row) == [0, 3, 5, 7]

@@ -139,9 +139,11 @@ def mine_negatives(
         scores: fp32 ``(hits,)``.
         text_of: text of a corpus row, without instruction.
         config: see there.
-        body_of: text of a corpus row without its title, by which the query may be known too; None for `text_of`.
+        body_of: text of a corpus row without its title, by which positives and the query may be known too; None for
+            `text_of`.
     """
     words_of = cache(lambda index: normalize(text_of(index)))
+    forms_of = cache(lambda index: {words_of(index), *([normalize(body_of(index))] if body_of is not None else [])})
     positive_index = set(row.get("pos_index") or [])
     positives = list(row["pos"]) if row.get("pos") else [text_of(index) for index in row.get("pos_index") or []]
     seen = _Texts([*positives, *map(text_of, positive_index)], config.near_duplicate)
@@ -149,7 +151,7 @@ def mine_negatives(
     query = normalize(row["query"])
     answers = row.get("answers") or []
     ranked = enumerate(hits.tolist())
-    first_positive = next((n for n, hit in ranked if hit in positive_index or words_of(hit) in positive_words), None)
+    first_positive = next((n for n, hit in ranked if hit in positive_index or positive_words & forms_of(hit)), None)
     best = -np.inf if first_positive is None else float(scores[first_positive])
     limit = score_limit(best, config) if config.has_margin else np.inf
     first, last = config.ranks or (1, len(hits))
@@ -169,10 +171,10 @@ def mine_negatives(
             dropped["too close to the positive's score"] += 1
             continue
         text, words = text_of(index), words_of(index)
-        if seen.has(words):
+        if seen.has(words) or positive_words & forms_of(index):
             dropped["same text as a positive or an earlier negative"] += 1
             continue
-        if query == words or (body_of is not None and query == normalize(body_of(index))):
+        if query in forms_of(index):
             dropped["the query itself"] += 1
             continue
         if config.filter_answers and has_answer(token_string(text), answers):
