@@ -307,7 +307,7 @@ def test_what_two_killed_processes_were_told_one_does_not_ask_again(evaluate, as
     whole, record, _ = evaluate("qa", *flags)
     codes, printed = start(KILLED, 2, *flags, "--save_name", "again")
     assert codes == [-signal.SIGKILL] * 2, printed
-    kept = [path.read_text().split("\n") for path in (tmp_path / "out").glob("*.parts/*.jsonl")]
+    kept = [path.read_text().split("\n") for path in (tmp_path / "out").rglob("*.parts/*.jsonl")]
     told = [sum(line != "" for line in lines) for lines in kept]
     total = len(asked)
     assert len(told) == 2
@@ -326,5 +326,5 @@ def test_random_keys_are_the_same_over_processes(evaluate, start, tmp_path, task
     source = f"from evaluation.common import start\nfrom evaluation.eval_{task} import TASK\n\nstart(TASK)\n"
     codes, printed = start(source, 2, *flags, "--save_name", "two")
     assert codes == [0, 0], printed
-    (path,) = (tmp_path / "out").glob("*.two.json")
+    (path,) = (tmp_path / "out").rglob("*.two.json")
     assert [output["retrieved"] for output in read_rows(path)] == wanted

@@ -52,9 +52,9 @@ def read_settings(given: Any, flag: str) -> dict[str, Any]:
 def _zero_settings(given: Any) -> dict[str, Any]:
     settings = read_settings(given, "deepspeed")
     for name in SECTIONS:
-        if not isinstance(settings.get(name, {}), dict):
+        if not isinstance(settings.get(name), dict | None):
             raise UserError(f"--deepspeed: {name} must hold a JSON object with settings, found {settings[name]!r}")
-    return settings.get("zero_optimization", {})
+    return settings.get("zero_optimization") or {}
 
 
 def zero_stage(given: Any) -> int:
