@@ -232,7 +232,7 @@ def test_saved_parts_are_reused_or_refused(tmp_path, fake, monkeypatch):
     build(tmp_path, TEXTS, **fake)
     part = next((tmp_path / "bm25" / "collection").iterdir())
     part.write_text(part.read_text() + json.dumps({"id": "1", "contents": "put in by hand"}) + "\n")
-    with pytest.raises(UserError, match="documents.00000.jsonl is damaged: it is not what was written"):
+    with pytest.raises(UserError, match=r"documents\.00000\.jsonl is damaged: it is not what was written"):
         build(tmp_path, TEXTS, load_collection=True, **fake)
     build(tmp_path, TEXTS, **fake)
     other = ["one", " ", "two", "four"]
