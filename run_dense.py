@@ -5,6 +5,8 @@ torchrun --nproc_per_node 8 run_dense.py --train_data train.json --output_dir da
 
 from __future__ import annotations
 
+import src  # noqa: F401  # isort: skip  (first: see there)
+
 import torch
 from transformers import set_seed
 

@@ -5,6 +5,8 @@ torchrun --nproc_per_node 8 run_lm_score.py --eval_data train.json --model_name_
 
 from __future__ import annotations
 
+import src  # noqa: F401  # isort: skip  (first: see there)
+
 import logging
 import os
 from functools import partial

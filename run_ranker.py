@@ -5,6 +5,8 @@ torchrun --nproc_per_node 8 run_ranker.py --train_data train.json --output_dir d
 
 from __future__ import annotations
 
+import src  # noqa: F401  # isort: skip  (first: see there)
+
 import logging
 from dataclasses import asdict
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import src  # noqa: F401  # isort: skip  (first: see there)
+
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer

@@ -6,7 +6,6 @@ import argparse
 import atexit
 import contextlib
 import logging
-import math
 import multiprocessing
 import os
 import signal
@@ -15,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_type_hints
 
+import numpy as np
 import tqdm.auto
 import transformers
 from transformers import HfArgumentParser
@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 #: Whole numbers that flags take: those of 32 bits, with sign or without.
 LEAST, MOST = -(1 << 31), (1 << 32) - 1
+#: Of other numbers those that fp32 holds.
+LARGEST = float(np.finfo(np.float32).max)
+#: How the names of flags end that name files and folders.
+PATHS = ("dir", "path", "data", "file", "files", "root", "corpus", "encoder", "ranker")
 
 #: A signal that comes again within this time is the same one.
 SAME_SIGNAL_SECONDS = 2
@@ -75,7 +79,7 @@ def parse_args(
         parser.set_defaults(**values)
         given.update(values)
     for name in sorted(given):
-        _check_numbers(name, values.get(name) if getattr(seen, name) is unset else getattr(seen, name))
+        _check_value(name, values.get(name) if getattr(seen, name) is unset else getattr(seen, name))
     try:
         *instances, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
@@ -87,14 +91,16 @@ def parse_args(
     return tuple(instances), frozenset(given)
 
 
-def _check_numbers(name: str, value: Any) -> None:
-    """Refuse numbers that no flag means and that libraries do not take."""
+def _check_value(name: str, value: Any) -> None:
+    """Refuse blank paths, and numbers that no flag means and that libraries do not take."""
     for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, str) and number.isspace() and name.endswith(PATHS):
+            raise UserError(f"--{name} {number!r} is blank: name a file or folder, or leave the flag out")
         if isinstance(number, bool) or not isinstance(number, int | float):
             continue
         if isinstance(number, float):
-            if not math.isfinite(number):
-                raise UserError(f"--{name} must be a finite number, found {number}")
+            if not abs(number) <= LARGEST:
+                raise UserError(f"--{name} must be a number of {LARGEST:.1e} at most, found {number}")
         elif not (0 if name.endswith("seed") else LEAST) <= number <= MOST:
             shown = f"{number}" if abs(number) < 10**30 else f"one of {len(str(abs(number)))} digits"
             raise UserError(

@@ -92,7 +92,7 @@ def _held(file: str, output: str) -> Iterator[None]:
         ) from error
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
-            raise
+            raise OSError(error.errno, error.strerror, output) from error
         logger.warning("%s lies on a file system without locks: do not start the same run twice", output)
     try:
         remove_leftovers(output)

@@ -50,5 +50,9 @@ def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[s
 
 def _append(path: Path, text: str) -> None:
     """Add to a file at once, so that what several runs add does not mix."""
-    with open(path, "ab", buffering=0) as file:
-        file.write(text.encode(errors="replace"))
+    try:
+        with open(path, "ab", buffering=0) as file:
+            file.write(text.encode(errors="replace"))
+    except OSError as error:
+        # A full disk does not say which file it was.
+        raise OSError(error.errno, error.strerror, str(path)) from error

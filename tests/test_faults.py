@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -233,6 +234,22 @@ def test_a_run_that_is_stopped_says_so_in_one_line_and_goes_on_later(
     assert [str(path) for path in tmp_path.rglob(".*")] == []
     if processes == 1:
         job.check(whole(name), tmp_path, True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["run_dense.py"], ["run_ranker.py"], ["run_lm_score.py"], ["scripts/ours2st.py"]),
+        *(["scripts/merge_negatives.py"], ["-m", "evaluation.eval_qa"], ["-m", "src.validate"]),
+    ],
+    ids=lambda command: command[-1],
+)
+def test_a_command_that_is_stopped_while_libraries_load(tmp_path, command):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    paths = {**environment(), "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=paths, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT, "which shells call 130"
+    assert done.stderr == "error: stopped by SIGINT\n"
 
 
 def test_torchrun_stops_its_processes(jobs, tmp_path):

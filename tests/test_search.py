@@ -127,6 +127,7 @@ def test_merge_breaks_ties_by_row_and_puts_missing_hits_last():
         ("IDMap,Flat", "use add_with_ids"),
         ("PQ4x9", r"points \(400\) should be at least as large as number of clusters \(512\)"),
         ("BFlat", "could not parse"),
+        ("PCA0,Flat", "gives all vectors the same score"),
         # On these FAISS aborts, divides by zero or reads where nothing is.
         ("HNSW0", "breaks down"),
         ("PQ4x0", "breaks down"),

@@ -65,7 +65,9 @@ def _try(factory: str, width: int, metric: str, rows: int, parameters: str) -> N
     index.add(vectors)
     if parameters:
         faiss.ParameterSpace().set_index_parameters(index, parameters)  # type: ignore[arg-type]
-    index.search(vectors[:2], min(rows, 10))
+    scores, _ = index.search(vectors[:2], min(rows, 10))
+    if rows > 1 and np.ptp(scores) == 0:
+        raise RuntimeError("it gives all vectors the same score")
 
 
 if __name__ == "__main__":

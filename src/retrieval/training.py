@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from src import distributed, locks
 from src.errors import UserError
@@ -45,9 +45,12 @@ def check_flags(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArg
         )
     if args.train_data and args.cpu and not training.use_cpu:
         raise UserError("--cpu is for evaluation: give --use_cpu to train on the CPU as well")
+    if args.train_data and training.eval_on_start and not args.eval_data:
+        raise UserError("--eval_on_start needs --eval_data to evaluate on")
     known = metric_names(args)
     best = training.metric_for_best_model
-    if args.train_data and best is not None and (not args.eval_data or best.removeprefix("eval_") not in known):
+    compares = best is not None or training.save_strategy == SaveStrategy.BEST
+    if args.train_data and compares and (not args.eval_data or (best or "").removeprefix("eval_") not in known):
         raise UserError(
             f"{_who_compares(training)} needs --eval_data and --metric_for_best_model, one of {', '.join(known)}; "
             f"found {best!r}"
@@ -58,6 +61,8 @@ def _who_compares(training: RetrievalTrainingArgs) -> str:
     """The flag that asks for a metric to compare checkpoints by."""
     if training.load_best_model_at_end:
         return "--load_best_model_at_end"
+    if training.save_strategy == SaveStrategy.BEST:
+        return "--save_strategy best"
     schedule = SchedulerType(training.lr_scheduler_type).value
     by_metric = schedule in ("reduce_lr_on_plateau", "greedy")
     return f"--lr_scheduler_type {schedule}" if by_metric else "--metric_for_best_model"

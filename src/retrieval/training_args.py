@@ -7,6 +7,7 @@ reads no file.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
+from torch._inductor import list_mode_options
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.optimization import GreedyLR
@@ -42,7 +45,14 @@ INFERRED = (
     *("length_split_tokens", "disable_tqdm", "metric_for_best_model", "greater_is_better"),
 )
 #: Flags of transformers that act on losses, batches or models of other kinds, and the value that leaves them alone.
-WITHOUT_EFFECT = {"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "train_sampling_strategy": "random"}
+WITHOUT_EFFECT = {
+    **{"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "train_sampling_strategy": "random"},
+    **{"use_liger_kernel": False, "push_to_hub": False},
+}
+#: Flags of transformers that count or measure something, and the least that each may be.
+LEAST = {"save_total_limit": 0, "eval_delay": 0, "ddp_bucket_cap_mb": 1, "dataloader_prefetch_factor": 1}
+#: What --dataloader_ flags say of the processes that load batches.
+LOADER = ("num_workers", "prefetch_factor", "persistent_workers")
 #: What --gradient_checkpointing_kwargs may set.
 RECOMPUTING = ("use_reentrant", "preserve_rng_state", "early_stop", "debug")
 #: Schedules whose steps need a metric.
@@ -190,6 +200,7 @@ class RetrievalTrainingArgs(TrainingArguments):
             )
         self._check_schedule()
         self._check_optimizer()
+        self._check_loader()
         engines.load_whole()
         if self.fsdp_plugin_args is not None and (self.fp16 or self.bf16):
             self.fsdp_plugin_args["mixed_precision_policy"] = engines.half_precision(
@@ -228,6 +239,12 @@ class RetrievalTrainingArgs(TrainingArguments):
             raise UserError("--lora_alpha, --lora_dropout and --lora_target_modules need --lora_r, the adapters' rank")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout must be from 0 to below 1, found {self.lora_dropout}")
+        check_positive(save_steps=self.save_steps, logging_steps=self.logging_steps, eval_steps=self.eval_steps)
+        for name, least in LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"--{name} must be {least} or more, found {value}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(f"--max_steps must be above 0, or -1 to train --num_train_epochs, found {self.max_steps}")
         for name in ("learning_rate", "weight_decay", "warmup_ratio", "adam_epsilon", "max_grad_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} must be a number of 0 or more, found {getattr(self, name)}")
@@ -346,12 +363,33 @@ class RetrievalTrainingArgs(TrainingArguments):
         backends = tuple(backend.value.lower() for backend in DynamoBackend)
         if self.torch_compile_backend is not None:
             check_choice("torch_compile_backend", self.torch_compile_backend.lower(), backends)
+        if self.torch_compile and self.torch_compile_mode is not None:
+            check_choice("torch_compile_mode", self.torch_compile_mode, tuple(list_mode_options()))
+        name = OptimizerNames(self.optim).value
+        settings = f" with --optim_args {self.optim_args!r} (name=value, name=value)" if self.optim_args else ""
         try:
-            Trainer.get_optimizer_cls_and_kwargs(self)
-        except (ImportError, ValueError) as error:
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(self)
+            if kind.__module__.startswith("torch."):
+                kind([torch.zeros(1, requires_grad=True)], **options)
+            plain = copy.copy(self)
+            plain.optim_args = None
+            unread = bool(self.optim_args) and options == Trainer.get_optimizer_cls_and_kwargs(plain)[1]
+        except (ImportError, ValueError, TypeError) as error:
             # Some look into the model, which is not there yet.
             if "model" not in str(error):
-                raise UserError(f"--optim {OptimizerNames(self.optim).value}: {first_line(error)}") from error
+                raise UserError(f"--optim {name}{settings}: {first_line(error)}") from error
+            unread = False
+        if unread:
+            raise UserError(f"--optim {name}{settings}: it has no settings of these names, leave them out")
+
+    def _check_loader(self) -> None:
+        """Make a loader of batches, as the Trainer does when the model is loaded."""
+        settings = {name: getattr(self, f"dataloader_{name}") for name in LOADER}
+        try:
+            DataLoader(TensorDataset(torch.zeros(1)), **settings)
+        except ValueError as error:
+            shown = " ".join(f"--dataloader_{name} {value}" for name, value in settings.items() if value is not None)
+            raise UserError(f"{shown}: {first_line(error)}") from error
 
     def _check_engine(self) -> None:
         """Refuse engines that could not do their work, and what does not work with them."""
