@@ -339,7 +339,7 @@ def _load_backbone(
     return model
 
 
-def _reads_backwards(config: PretrainedConfig) -> bool:
+def _is_causal(config: PretrainedConfig) -> bool:
     """Whether each token of a model sees those before it alone, so that only the last one has read the text."""
     kind = type(config)
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
@@ -404,7 +404,7 @@ def _chosen_pooling(
     if config.pooling_method is not None:
         return config.pooling_method, "flag"
     if spec.pooling_method is None:
-        if _reads_backwards(model):
+        if _is_causal(model):
             return ("last",), "default of decoder-only models"
         return DEFAULT_POOLING, "default"
     if spec.without_prompt and config.instructed:
