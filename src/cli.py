@@ -101,11 +101,9 @@ def _check_value(name: str, value: Any) -> None:
         if isinstance(number, float):
             if not abs(number) <= LARGEST:
                 raise UserError(f"--{name} must be a number of {LARGEST:.1e} at most, found {number}")
-        elif not (0 if name.endswith("seed") else LEAST) <= number <= MOST:
+        elif not (least := 0 if name.endswith("seed") else LEAST) <= number <= MOST:
             shown = f"{number}" if abs(number) < 10**30 else f"one of {len(str(abs(number)))} digits"
-            raise UserError(
-                f"--{name} must be a whole number from {0 if name.endswith('seed') else LEAST} to {MOST}, found {shown}"
-            )
+            raise UserError(f"--{name} must be a whole number from {least} to {MOST}, found {shown}")
 
 
 def show_plan(lines: Sequence[Line]) -> None:

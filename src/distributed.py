@@ -163,21 +163,25 @@ def on_main(function: Callable[[], T]) -> T:
 
     Raises:
         UserError: the one that `function` raised, on every process, so that none waits for the others; with
-            more than one process also in place of an OSError about a file.
+            more than one process also in place of any other error, which the main process raises as it is unless it
+            is one about a file.
     """
     if world_size() == 1:
         return function()
     result: tuple[Any, str | None] = (None, None)
+    unexpected: Exception | None = None
     if is_main():
         try:
             result = (function(), None)
         except UserError as error:
             result = (None, str(error))
-        except OSError as error:
-            if (described := describe_os_error(error)) is None:
-                raise
-            result = (None, described)
+        except Exception as error:
+            described = describe_os_error(error) if isinstance(error, OSError) else None
+            unexpected = error if described is None else None
+            result = (None, described or f"the main process failed ({type(error).__name__}: {first_line(error)})")
     value, message = broadcast_object(result)
+    if unexpected is not None:
+        raise unexpected
     if message is not None:
         raise UserError(message)
     return value

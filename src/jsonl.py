@@ -15,12 +15,11 @@ import multiprocessing
 import os
 import signal
 import socket
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -269,18 +268,19 @@ def available_cores() -> int:
 @contextlib.contextmanager
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """As many processes, which leave Ctrl-C to this one; when the block ends by an exception they are ended."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
+    others = set(multiprocessing.active_children())
+    # Were it started below, it would let the signal through again.
+    resource_tracker.ensure_running()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         try:
-            # What is ignored when a process starts stays so; a pool starts them one by one as work comes.
-            before = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main_thread else None
+            # What is blocked when a process starts stays so; a pool starts them one by one as work comes.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             for _ in range(workers):
                 pool.submit(int)
-            if in_main_thread:
-                signal.signal(signal.SIGINT, before)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             yield pool
         except BaseException:
-            for child in multiprocessing.active_children():
+            for child in set(multiprocessing.active_children()) - others:
                 child.kill()
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -124,8 +124,8 @@ def record_checksums(folder: str | os.PathLike[str]) -> None:
         if place != str(folder) and not any(name.endswith(".safetensors") for name in names):
             continue
         # Training goes on without the state of the loss scaler.
-        if found := {name: sum for name, sum in folder_checksums(place, WEIGHTS).items() if name != SCALER}:
-            write_json(os.path.join(place, CHECKSUMS), found)
+        if sums := {name: found for name, found in folder_checksums(place, WEIGHTS).items() if name != SCALER}:
+            write_json(os.path.join(place, CHECKSUMS), sums)
 
 
 def check_recorded(folder: str | os.PathLike[str]) -> None:
@@ -138,5 +138,6 @@ def check_recorded(folder: str | os.PathLike[str]) -> None:
     if not os.path.isfile(path):
         return
     # What is missing is told by whoever needs it.
-    there = {name: found for name, found in read_object(path, "checksums").items() if name in os.listdir(folder)}
+    recorded = read_object(path, "checksums")
+    there = {name: recorded[name] for name in recorded.keys() & set(os.listdir(folder))}
     check_undamaged(folder, there, f"take another checkpoint, or remove {path} if you changed the file on purpose")

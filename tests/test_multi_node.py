@@ -41,6 +41,12 @@ def on_two_hosts(script: list[str], timeout: float = 300) -> list[subprocess.Com
         return done
 
 
+def test_no_process_waits_for_a_main_one_that_failed():
+    done = run(["-m", "tests.workers.failing_main"], processes=2, timeout=60)
+    said = ["0: KeyError 'missing'", "1: UserError the main process failed (KeyError: 'missing')"]
+    assert sorted(done.stdout.splitlines()) == said, done.stderr
+
+
 def test_training_and_evaluation_on_two_hosts(tiny_bert, tmp_path: Path):
     texts = [f"text number {n} of {n * 7}" for n in range(40)]
     rows = [{"query": f"query {n}", "pos": [texts[n]], "neg": texts[20:30]} for n in range(16)]

@@ -230,7 +230,7 @@ class Batches:
         return f"{self.processes} processes × {self.queries} queries × {self.accumulated} accumulated"
 
 
-def check_batches(folder: str, now: Batches, settings: Mapping[str, Any]) -> None:
+def check_steps(folder: str, now: Batches, settings: Mapping[str, Any]) -> None:
     """Refuse steps of another size than those that a checkpoint counts, and tell of rows that come in another order.
 
     Args:
@@ -259,8 +259,8 @@ def check_batches(folder: str, now: Batches, settings: Mapping[str, Any]) -> Non
             f"be passed over. Keep the number by {' and '.join(f'--{name}' for name in BATCH_SIZES)}, or give "
             "--ignore_data_skip, which begins with the first rows of the epoch again"
         )
-    order = [name for name in ROW_ORDER if saved.get(name) != settings.get(name)]
-    changed = [f"--{name} {saved.get(name)}, not {settings.get(name)}" for name in order]
+    order = [name for name in ROW_ORDER if name in saved and saved[name] != settings.get(name)]
+    changed = [f"--{name} {saved[name]}, not {settings.get(name)}" for name in order]
     if settings["inbatch_same_dataset"] and then.processes * then.queries != now.processes * now.queries:
         changed.append(f"{then}, not {now}")
     if changed:

@@ -263,7 +263,8 @@ def trial_run(
         what: kind of model, for messages.
 
     Returns:
-        What it computes; None where a model without weights, or one that needs a GPU, cannot tell.
+        What it computes; None where a model without weights cannot tell, or one on the CPU of a machine with a GPU,
+        which may have kernels for that only.
 
     Raises:
         UserError: it fails.
@@ -272,12 +273,13 @@ def trial_run(
         with loading(checkpoint, what), torch.no_grad():
             return compute(tokens)
     except UserError:
-        if tokens["input_ids"].is_meta or torch.cuda.is_available():
+        device = tokens["input_ids"].device.type
+        if device == "meta" or (device == "cpu" and torch.cuda.is_available()):
             return None
         raise
 
 
-def check_batches(
+def check_padding(
     compute: Callable[[Mapping[str, Tensor]], Tensor],
     tokenizer: PreTrainedTokenizerBase,
     encoded: Mapping[str, list],

@@ -217,7 +217,7 @@ def _corpus_lines(
     yield "tokens", f"a passage: {keys.describe()} (of {len(keys)}); about {keys.mean * rows:,.0f} in all"
     width, dtype = vector_width(model), encode_configs(args, device)[1].stored_dtype
     factory = args.faiss_index_factory
-    smallest = rows // distributed.world_size()
+    smallest = max(1, rows // distributed.world_size())
     distributed.on_main(partial(check_factory, factory, width, model.metric, smallest, args.faiss_search_params))
     size = rows * width * np.dtype(dtype).itemsize
     yield "index", f"{rows:,} vectors × {width} dimensions, {dtype}: {size:,} bytes ({human_bytes(size)})"

@@ -370,15 +370,16 @@ def retrieve(data: EvalData, config: EvalConfig, searcher: Callable[[], Searcher
         for first, end in _bounds(total):
             scores, rows = ready.search(data.queries[first:end], asked)
             bar.update(end - first)
-            short += int(((rows >= 0).sum(1) < asked).sum())
-            yield Hits(first, *without_own_rows(rows, scores, first, own, most))
+            hits = Hits(first, *without_own_rows(rows, scores, first, own, most))
+            short += int(((hits.rows >= 0).sum(1) < most).sum())
+            yield hits
     if short and not isinstance(ready, NoSearcher):
         logger.warning(
             "%d of %d queries got fewer than the %d hits asked for: BM25 finds only what shares a word with the query, "
             "an approximate index only what it looks at (--faiss_search_params)",
             short,
             total,
-            asked,
+            most,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import math
 import subprocess
@@ -34,6 +35,8 @@ NO_HIT = -0x7F800001 << 32
 #: Vectors that FAISS is trained on: at least so many (or all), and so many per cell of an inverted file.
 TRAIN_ROWS = 100_000
 TRAIN_ROWS_PER_CELL = 64
+#: Most cells that a search looks at without being told to: FAISS on a GPU takes no more.
+MOST_PROBES = 2048
 #: Seconds after which an index being tried out counts as slow to train, and not as impossible.
 TRIAL_SECONDS = 30
 
@@ -184,6 +187,7 @@ def _descending(ranks: Tensor) -> Tensor:
     return ranks.sort(dim=1, descending=True).values
 
 
+@functools.cache  # Training evaluates again and again.
 def check_factory(factory: str, width: int, metric: str, rows: int, parameters: str | None = None) -> None:
     """Find out before anything is encoded whether FAISS can build such an index and search it.
 
@@ -242,7 +246,8 @@ def default_search_parameters(index: faiss.Index, rows: int, hits: int) -> str:
     found = {}
     if inverted_file is not None:
         cells = inverted_file.nlist
-        found["nprobe"] = min(cells, math.ceil(max(4 * math.sqrt(cells), 4 * hits * cells / rows)))
+        nprobe = math.ceil(max(4 * math.sqrt(cells), 4 * hits * cells / rows))
+        found["nprobe"] = min(cells, nprobe, MOST_PROBES)
     found |= {"efSearch": max(64, 2 * hits), "k_factor_rf": 4}
     return ",".join(f"{name}={value}" for name, value in found.items() if _takes(index, f"{name}={value}"))
 

@@ -32,7 +32,7 @@ from src.errors import UserError
 from src.retrieval.checkpoints import (
     TrainableModel,
     below,
-    check_batches,
+    check_padding,
     check_vocabulary,
     empty_model,
     inner_folder,
@@ -442,7 +442,7 @@ def _load_encoder(checkpoint: str, config: EncoderConfig) -> tuple[TextEncoder, 
     width = backbone.config.hidden_size if states is None else states.shape[-1]
     if not config.empty:
         texts = tokenizer(["a", "a b c d e f g h"])
-        check_batches(TextEncoder(backbone, methods, width), tokenizer, texts, backbone, checkpoint, "encoder")
+        check_padding(TextEncoder(backbone, methods, width), tokenizer, texts, backbone, checkpoint, "encoder")
     if config.lora is not None:
         add_adapters(backbone, config.lora)
     if "dense" not in methods and config.dense_dim is not None:

@@ -17,7 +17,7 @@ from src.io import read_object
 from src.retrieval.checkpoints import (
     TrainableModel,
     below,
-    check_batches,
+    check_padding,
     check_vocabulary,
     counted_positions,
     empty_model,
@@ -133,7 +133,7 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
         backbone.config.use_cache = False
     if not config.empty:
         texts = ranker.pairs([("a", "b"), ("a", "b c d e f g h i")])
-        check_batches(ranker.score, tokenizer, texts, backbone, checkpoint, "ranker")
+        check_padding(ranker.score, tokenizer, texts, backbone, checkpoint, "ranker")
     return ranker
 
 

@@ -120,7 +120,7 @@ def build_dense_searcher(
         indexes = _load_indexes(config, identity)
         _tell_parameters(indexes)
         return DenseSearcher(model, config.query, indexes)
-    rows = len(corpus) // distributed.world_size()
+    rows = max(1, len(corpus) // distributed.world_size())
     trial = partial(check_factory, config.factory, vector_width(model), model.metric, rows, config.parameters)
     distributed.on_main(trial)
     shards = _shards(model, corpus, config, identity)

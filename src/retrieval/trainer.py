@@ -27,8 +27,8 @@ from src.retrieval.checkpoint_folders import (
     ARGS_FILE,
     TRAINER_STATE,
     Batches,
-    check_batches,
     check_complete,
+    check_steps,
     read_state,
     remove_oldest,
     remove_unfinished,
@@ -127,7 +127,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             check_complete(resume_from_checkpoint, distributed.rank(), distributed.world_size())
             args, micro = self.args, self.args.per_device_train_batch_size
             batches = Batches(distributed.world_size(), micro, args.gradient_accumulation_steps)
-            check_batches(resume_from_checkpoint, batches, {**self.saved_args, **args.to_dict()})
+            check_steps(resume_from_checkpoint, batches, {**self.saved_args, **args.to_dict()})
         elif older := whole_checkpoints(self.args.output_dir):
             logger.warning(
                 "training starts from the beginning, but %s is there from an earlier run: "
