@@ -10,13 +10,9 @@ import src  # noqa: F401  # isort: skip  (first: see there)
 import torch
 from transformers import set_seed
 
-from src import distributed
-from src.cli import parse_args, run, show_plan
-from src.devices import prepared
-from src.errors import UserError
+from src.plan.retrieval import evaluation_lines, training_lines
 from src.retrieval.args import RetrievalArgs
-from src.retrieval.batch_scores import DenseBatchScores
-from src.retrieval.builders import (
+from src.retrieval.jobs.builders import (
     check_outputs,
     check_widths,
     chunk_policy,
@@ -26,15 +22,19 @@ from src.retrieval.builders import (
     log_file,
     resolved_arguments,
 )
-from src.retrieval.checkpoint_folders import checkpoint_to_resume
-from src.retrieval.collator import TrainCollator
-from src.retrieval.dry_run import evaluation_lines, training_lines
-from src.retrieval.evaluate import hold_outputs
-from src.retrieval.evaluators import dense_evaluator, recorded
-from src.retrieval.modeling_dense import load_dense_retriever
-from src.retrieval.records import card_writer, encoder_uses
-from src.retrieval.training import check_flags, hold_checkpoints, load_sources, train
-from src.retrieval.training_args import RetrievalTrainingArgs
+from src.retrieval.jobs.evaluate import dense_evaluator, recorded
+from src.retrieval.jobs.train import check_flags, hold_checkpoints, load_sources, train
+from src.retrieval.models.checkpoint_folders import checkpoint_to_resume
+from src.retrieval.models.dense import load_dense_retriever
+from src.retrieval.ranking.evaluate import hold_outputs
+from src.retrieval.report.training_record import card_writer, encoder_uses
+from src.retrieval.training.args import RetrievalTrainingArgs
+from src.retrieval.training.collator import TrainCollator
+from src.retrieval.training.scores import DenseBatchScores
+from src.utils import distributed
+from src.utils.cli import parse_args, run, show_plan
+from src.utils.devices import prepared
+from src.utils.errors import UserError
 
 
 def check_combinations(args: RetrievalArgs, training: RetrievalTrainingArgs) -> None:

@@ -15,23 +15,23 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from src import distributed, locks
-from src.cli import parse_args, run, show_plan
-from src.errors import UserError
-from src.flags import check_choice
-from src.io import check_output, check_writable, derived_path, existing_file, resolve_path
-from src.jsonl import JsonLines, open_jsonl
 from src.lm.args import NO_EFFECT, LMScoreArgs
 from src.lm.builders import lm_config
-from src.lm.dry_run import lm_lines, scoring_lines
 from src.lm.journal import Journal
-from src.lm.modeling_lm import LMConfig, empty_lm, lm_max_length, load_lm, load_lm_tokenizer, model_identity
+from src.lm.model import LMConfig, empty_lm, lm_max_length, load_lm, load_lm_tokenizer, model_identity
 from src.lm.prompts import PromptEncoder, make_frame
 from src.lm.score import FORMAT, ScoreData, check_all_fit, check_tokens, score_units, write_scored
-from src.plan import Line
-from src.retrieval.task_config import load_task_config
-from src.retrieval.tasks import TASKS, prompt_task_problems, task_from_path
-from src.schema import LM_CHECK, check_lm_row
+from src.plan.lm import lm_lines, scoring_lines
+from src.plan.memory import Line
+from src.retrieval.data.rows import LM_CHECK, check_lm_row
+from src.retrieval.data.task_config import load_task_config
+from src.retrieval.data.tasks import TASKS, prompt_task_problems, task_from_path
+from src.utils import distributed, locks
+from src.utils.cli import parse_args, run, show_plan
+from src.utils.errors import UserError
+from src.utils.files import check_output, check_writable, derived_path, existing_file, resolve_path
+from src.utils.flags import check_choice
+from src.utils.jsonl import JsonLines, open_jsonl
 
 logger = logging.getLogger("run_lm_score")
 

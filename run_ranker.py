@@ -13,22 +13,29 @@ from dataclasses import asdict
 import torch
 from transformers import set_seed
 
-from src import distributed
-from src.cli import parse_args, run, show_plan
-from src.devices import prepared
-from src.errors import UserError
+from src.plan.retrieval import evaluation_lines, training_lines
 from src.retrieval.args import RankerArgs
-from src.retrieval.batch_scores import ranker_batch_scores
-from src.retrieval.builders import check_outputs, chunk_policy, eval_config, load_eval_data, log_file, ranker_config
-from src.retrieval.checkpoint_folders import checkpoint_to_resume
-from src.retrieval.collator import PairCollator
-from src.retrieval.dry_run import evaluation_lines, training_lines
-from src.retrieval.evaluate import hold_outputs
-from src.retrieval.evaluators import ranker_evaluator, recorded
-from src.retrieval.modeling_ranker import load_cross_encoder
-from src.retrieval.records import card_writer, ranker_uses
-from src.retrieval.training import check_flags, hold_checkpoints, load_sources, train
-from src.retrieval.training_args import RetrievalTrainingArgs
+from src.retrieval.jobs.builders import (
+    check_outputs,
+    chunk_policy,
+    eval_config,
+    load_eval_data,
+    log_file,
+    ranker_config,
+)
+from src.retrieval.jobs.evaluate import ranker_evaluator, recorded
+from src.retrieval.jobs.train import check_flags, hold_checkpoints, load_sources, train
+from src.retrieval.models.checkpoint_folders import checkpoint_to_resume
+from src.retrieval.models.cross_encoder import load_cross_encoder
+from src.retrieval.ranking.evaluate import hold_outputs
+from src.retrieval.report.training_record import card_writer, ranker_uses
+from src.retrieval.training.args import RetrievalTrainingArgs
+from src.retrieval.training.collator import PairCollator
+from src.retrieval.training.scores import ranker_batch_scores
+from src.utils import distributed
+from src.utils.cli import parse_args, run, show_plan
+from src.utils.devices import prepared
+from src.utils.errors import UserError
 
 logger = logging.getLogger("run_ranker")
 

@@ -23,8 +23,8 @@ import numpy as np
 
 from benchmarks.common import RESULTS, ROOT, machine, peak_process_mib
 from benchmarks.texts import passages
-from src.errors import UserError
-from src.io import write_json, write_jsonl
+from src.utils.errors import UserError
+from src.utils.files import write_json, write_jsonl
 
 HITS = 100
 BACKENDS = {"embedded": "bm25s", "anserini": "anserini"}
@@ -43,7 +43,7 @@ def draw_queries(texts: list[str], count: int) -> list[str]:
 
 def measure(engine: str, folder: Path) -> None:
     """Index and search with one engine; numbers to <engine>.json, hits to <engine>.npy."""
-    from src.retrieval.bm25 import BM25Config, build_bm25_searcher
+    from src.retrieval.search.bm25.engine import BM25Config, build_bm25_searcher
 
     texts = [json.loads(line)["text"] for line in (folder / "corpus.json").open(encoding="utf-8")]
     queries = json.loads((folder / "queries.json").read_text(encoding="utf-8"))

@@ -15,9 +15,9 @@ from sentence_transformers import SentenceTransformer
 
 from benchmarks.common import compare, timed
 from benchmarks.texts import passages
-from src.devices import prepared
-from src.retrieval.encode import EncodeConfig, encode
-from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
+from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
+from src.retrieval.models.encode import EncodeConfig, encode
+from src.utils.devices import prepared
 
 OURS, PLAIN = "ours", "plain batches of 1000"
 NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

@@ -18,12 +18,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import compare, timed
 from benchmarks.texts import passages
-from src.jsonl import open_jsonl
 from src.lm.journal import Journal
-from src.lm.modeling_lm import LanguageModel
+from src.lm.model import LanguageModel
 from src.lm.prompts import PromptEncoder
 from src.lm.score import ScoreData, score_units, write_scored
-from src.schema import check_lm_row
+from src.retrieval.data.rows import check_lm_row
+from src.utils.jsonl import open_jsonl
 
 SIZES = (25_000, 50_000, 100_000, 200_000)
 WORDS = 12

@@ -1,6 +1,6 @@
 """Scoring candidates by a language model: ours against batches in file order with logits of every position.
 
-python scripts/sample_data.py && python scripts/sample_lm.py && python -m benchmarks.lm_score
+python scripts/sample/data.py && python scripts/sample/lm.py && python -m benchmarks.lm_score
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.common import ROOT, compare, timed
-from src.devices import prepared
-from src.jsonl import open_jsonl
 from src.lm.journal import Journal
-from src.lm.modeling_lm import LanguageModel, LMConfig, load_lm
+from src.lm.model import LanguageModel, LMConfig, load_lm
 from src.lm.prompts import PromptEncoder, PromptTokens
 from src.lm.score import ScoreData, encode_row, score_units
-from src.schema import check_lm_row
+from src.retrieval.data.rows import check_lm_row
+from src.utils.devices import prepared
+from src.utils.jsonl import open_jsonl
 
 OURS, PLAIN = "run_lm_score", "file order, all logits"
 KEY_LENGTH, CONTEXT = 512, 1024

@@ -1,7 +1,7 @@
 """What mined negatives give on the sample data: training with in-batch negatives only, with random ones, and with
 ones mined by the untuned encoder and BM25, each evaluated on held-out requests.
 
-python scripts/sample_data.py && python -m benchmarks.mined_negatives --model FOLDER_OR_HUB_NAME
+python scripts/sample/data.py && python -m benchmarks.mined_negatives --model FOLDER_OR_HUB_NAME
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.common import RESULTS, ROOT, machine, shown_arguments
-from src.io import path_name
+from src.utils.files import path_name
 
 DATA = ROOT / "data" / "sample" / "tool"
 OUTPUT = ROOT / "data" / "outputs" / "mined_negatives"

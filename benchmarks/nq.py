@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.common import compare, timed
 from benchmarks.texts import passages
-from src.retrieval.metrics_nq import nq_recall
+from src.retrieval.ranking.answer_recall import nq_recall
 from tests.reference.nq import recall as plain_recall
 
 OURS, PLAIN = "ours", "plain reference"

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel
 
 from benchmarks.common import compare
-from src.devices import prepared
+from src.utils.devices import prepared
 
 DEFAULT = "default (sdpa attention, fused AdamW, fp32)"
 TEXTS, TOKENS = 32, 128

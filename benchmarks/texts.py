@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from src.io import read_json, write_json
+from src.utils.files import read_json, write_json
 
 DISTRIBUTIONS = ("transformers", "numpy", "scikit-learn", "scipy", "sentence-transformers", "accelerate")
 PACKAGES = ("torch", "transformers", "numpy", "sklearn", "scipy", "sentence_transformers", "accelerate")

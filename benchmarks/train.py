@@ -34,17 +34,17 @@ from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 from benchmarks.common import Numbers, compare, peak_mib, wait_for_device
 from benchmarks.flops import encoder_flops, matmul_rate
 from benchmarks.texts import passages
-from src.cli import parse_args
-from src.devices import prepared
 from src.retrieval.args import RetrievalArgs
-from src.retrieval.batch_scores import DenseBatchScores
-from src.retrieval.builders import chunk_policy, encoder_config
-from src.retrieval.collator import TrainCollator
-from src.retrieval.data import TrainDataset
-from src.retrieval.modeling_dense import load_dense_retriever
-from src.retrieval.trainer import RetrievalTrainer
-from src.retrieval.training import load_sources
-from src.retrieval.training_args import RetrievalTrainingArgs
+from src.retrieval.jobs.builders import chunk_policy, encoder_config
+from src.retrieval.jobs.train import load_sources
+from src.retrieval.models.dense import load_dense_retriever
+from src.retrieval.training.args import RetrievalTrainingArgs
+from src.retrieval.training.collator import TrainCollator
+from src.retrieval.training.dataset import TrainDataset
+from src.retrieval.training.scores import DenseBatchScores
+from src.retrieval.training.trainer import RetrievalTrainer
+from src.utils.cli import parse_args
+from src.utils.devices import prepared
 
 OURS, THEIRS = "ours", "sentence-transformers"
 TEMPERATURE = 0.01

@@ -10,18 +10,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from evaluation.common import start
-from evaluation.few_shot import same_task
-from evaluation.icl_tasks import FAMILY_OF, chooses, problems, score, single_blanks, summarize
-from evaluation.task import Context, EvalTask, Found, Row
-from src.errors import UserError
-from src.flags import check_choice
+from evaluation.runner.few_shot import same_task
+from evaluation.runner.run import start
+from evaluation.runner.task import Context, EvalTask, Found, Row
+from evaluation.tasks.icl import FAMILY_OF, chooses, problems, score, single_blanks, summarize
 from src.lm.ask import Request
 from src.lm.budget import Layout, Prompt
 from src.lm.eval_args import SAME_TASK, ICLArgs
-from src.retrieval.builders import load_eval_data
-from src.retrieval.evaluate import EvalConfig, EvalData
-from src.schema import FurtherCheck
+from src.retrieval.data.rows import FurtherCheck
+from src.retrieval.jobs.builders import load_eval_data
+from src.retrieval.ranking.evaluate import EvalConfig, EvalData
+from src.utils.errors import UserError
+from src.utils.flags import check_choice
 
 #: Examples and query in lines of their own.
 LAYOUT = Layout(between_parts="\n")

@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from evaluation.common import start
-from evaluation.history import nll_values, perplexity
-from evaluation.long_text import from_past, text_windows, window_limit
-from evaluation.task import Context, EvalTask, Found, Row
-from src import distributed
-from src.io import existing_file, resolve_path
-from src.jsonl import open_jsonl
+from evaluation.runner.run import start
+from evaluation.runner.task import Context, EvalTask, Found, Row
+from evaluation.self_retrieval.chunks_task import from_past, text_windows, window_limit
+from evaluation.self_retrieval.history_task import nll_values, perplexity
 from src.lm.ask import Request
 from src.lm.eval_args import HISTORY_NO_EFFECT, LRLMArgs
-from src.retrieval.builders import instructions
-from src.retrieval.data import no_instruction
-from src.retrieval.evaluate import EvalConfig, EvalData
-from src.schema import FurtherCheck, text_problems
+from src.retrieval.data.rows import FurtherCheck, text_problems
+from src.retrieval.jobs.builders import instructions
+from src.retrieval.ranking.evaluate import EvalConfig, EvalData
+from src.retrieval.training.dataset import no_instruction
+from src.utils import distributed
+from src.utils.files import existing_file, resolve_path
+from src.utils.jsonl import open_jsonl
 
 
 def check_row(row: Row) -> tuple[list[str], dict[str, Any]]:

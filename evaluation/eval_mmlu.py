@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from evaluation.common import start
-from evaluation.few_shot import from_train_data
-from evaluation.mmlu_subjects import GROUP_OF, subject_of, summarize
-from evaluation.task import Context, EvalTask, Found, Row
+from evaluation.runner.few_shot import from_train_data
+from evaluation.runner.run import start
+from evaluation.runner.task import Context, EvalTask, Found, Row
+from evaluation.tasks.mmlu import GROUP_OF, subject_of, summarize
 from src.lm.ask import Request
 from src.lm.budget import Layout, Prompt
 from src.lm.eval_args import KNOWLEDGE_DEFAULTS, ChoiceArgs
-from src.schema import FurtherCheck, text_list_problems, text_problems
+from src.retrieval.data.rows import FurtherCheck, text_list_problems, text_problems
 
 LETTERS = ("A", "B", "C", "D")
 LAYOUT = Layout(before_knowledge="Knowledge:\n")

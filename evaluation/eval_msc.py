@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evaluation.common import start
-from evaluation.history import after_each_key, best_of_past, nll_values, perplexity
-from evaluation.task import Context, EvalTask, Found, Retrieved, Row
+from evaluation.runner.run import start
+from evaluation.runner.task import Context, EvalTask, Found, Retrieved, Row
+from evaluation.self_retrieval.history import Case, in_order
+from evaluation.self_retrieval.history_task import after_each_key, best_of_past, nll_values, perplexity
 from src.lm.ask import Request
 from src.lm.budget import Layout, Prompt
 from src.lm.eval_args import CHUNK_FLAGS, HISTORY_NO_EFFECT, MSCArgs
-from src.lm.selfret_history import Case, in_order
-from src.retrieval.bm25_analyzer import EnglishAnalyzer, first_terms
-from src.schema import FurtherCheck, blank_problems, text_list_problems
+from src.retrieval.data.rows import FurtherCheck, blank_problems, text_list_problems
+from src.retrieval.search.bm25.analyzer import EnglishAnalyzer, first_terms
 
 LAYOUT = Layout(before_knowledge="", after_knowledge="\n")
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-from evaluation.common import start
-from evaluation.few_shot import from_each_group
-from evaluation.task import Context, EvalTask, Found, Row
-from evaluation.text_metrics import contains_answer, mean
+from evaluation.runner.few_shot import from_each_group
+from evaluation.runner.run import start
+from evaluation.runner.task import Context, EvalTask, Found, Row
+from evaluation.runner.text_metrics import contains_answer, mean
 from src.lm.ask import Request
 from src.lm.budget import Prompt
 from src.lm.eval_args import KNOWLEDGE_DEFAULTS, QuestionArgs
 from src.lm.memory import Response
-from src.schema import FurtherCheck, blank_problems, text_list_problems
+from src.retrieval.data.rows import FurtherCheck, blank_problems, text_list_problems
 
 #: Relations that examples are taken of.
 RELATIONS = (22, 91, 97, 106, 164, 182, 218, 257, 292, 422, 472, 484, 526, 533, 560, 639)

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from evaluation.common import start
-from evaluation.few_shot import from_train_data
-from evaluation.task import Context, EvalTask, Found, Row
-from evaluation.text_metrics import exact_match, mean, token_f1
+from evaluation.runner.few_shot import from_train_data
+from evaluation.runner.run import start
+from evaluation.runner.task import Context, EvalTask, Found, Row
+from evaluation.runner.text_metrics import exact_match, mean, token_f1
 from src.lm.ask import Request
 from src.lm.budget import Prompt
 from src.lm.eval_args import KNOWLEDGE_DEFAULTS, QuestionArgs
 from src.lm.memory import Response
-from src.schema import FurtherCheck, text_list_problems
+from src.retrieval.data.rows import FurtherCheck, text_list_problems
 
 
 def problems(row: Row) -> list[str]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evaluation.common import start
-from evaluation.task import Context, EvalTask, Found, Row
-from evaluation.text_metrics import mean, rouge_l
+from evaluation.runner.run import start
+from evaluation.runner.task import Context, EvalTask, Found, Row
+from evaluation.runner.text_metrics import mean, rouge_l
 from src.lm.ask import Request
 from src.lm.budget import Prompt
 from src.lm.eval_args import QReCCArgs
 from src.lm.memory import Response
-from src.schema import FurtherCheck, text_list_problems
+from src.retrieval.data.rows import FurtherCheck, text_list_problems
 
 
 def problems(row: Row) -> list[str]:

@@ -11,23 +11,29 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from evaluation.retrieval import build_searcher, results_config, results_folder, retriever_identity, retriever_name
-from src import distributed
-from src.cli import parse_args, run, show_plan
-from src.errors import UserError
+from evaluation.runner.from_corpus import (
+    build_searcher,
+    results_config,
+    results_folder,
+    retriever_identity,
+    retriever_name,
+)
+from src.plan.retrieval import evaluation_lines
 from src.retrieval.args import EvalOutputArgs, RetrievalArgs
-from src.retrieval.builders import (
+from src.retrieval.jobs.builders import (
     check_outputs,
     dense_scorer,
     encoder_config,
     load_eval_data,
     log_file,
 )
-from src.retrieval.dry_run import evaluation_lines
-from src.retrieval.evaluate import retrieve
-from src.retrieval.evaluators import evaluate, record
-from src.retrieval.modeling_dense import DenseRetriever, load_dense_retriever
-from src.retrieval.searcher import Searcher
+from src.retrieval.jobs.evaluate import evaluate, record
+from src.retrieval.models.dense import DenseRetriever, load_dense_retriever
+from src.retrieval.ranking.evaluate import retrieve
+from src.retrieval.search.searcher import Searcher
+from src.utils import distributed
+from src.utils.cli import parse_args, run, show_plan
+from src.utils.errors import UserError
 
 MEMORY_ADVICE = "lower --batch_size or --key_max_length"
 

@@ -6,7 +6,7 @@ torchrun --nproc_per_node 8 -m evaluation.eval_tool --query_encoder data/outputs
 from __future__ import annotations
 
 from evaluation import eval_retrieval
-from src.cli import run
+from src.utils.cli import run
 
 DEFAULTS = {
     "eval_data": "llm-embedder:tool/toolbench/test.json",

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from src.cli import run
-from src.errors import UserError
-from src.io import atomic_write, check_output
+from src.utils.cli import run
+from src.utils.errors import UserError
+from src.utils.files import atomic_write, check_output
 
 logger = logging.getLogger("evaluation.report")
 

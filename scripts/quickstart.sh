@@ -15,7 +15,7 @@ if [ -z "${ENCODER:-}" ]; then
 fi
 NPROC=${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 
-[ -s $DATA/corpus.json ] || python scripts/sample_data.py --output_dir data/sample
+[ -s $DATA/corpus.json ] || python scripts/sample/data.py --output_dir data/sample
 EVALUATE="--eval_data $DATA/test.json --corpus $DATA/corpus.json --key_template {text} --add_instruction False
     --query_max_length 128 --key_max_length 128 --metrics mrr recall ndcg --cutoffs 1 5 10 100"
 

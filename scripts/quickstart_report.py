@@ -17,8 +17,8 @@ import numpy as np
 import Stemmer
 from sentence_transformers import SentenceTransformer
 
-from src.io import write_json
-from src.retrieval.metrics import retrieval_metrics
+from src.retrieval.ranking.metrics import retrieval_metrics
+from src.utils.files import write_json
 
 METRICS = ("mrr", "recall", "ndcg")
 CUTOFFS = (1, 5, 10, 100)

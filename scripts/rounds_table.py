@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from src.cli import run
-from src.errors import UserError
+from src.utils.cli import run
+from src.utils.errors import UserError
 
 
 def metrics_of(folder: Path) -> dict[str, float]:

@@ -20,8 +20,8 @@ for range in "$@"; do
         source "$folder/venv/bin/activate" &&
             CONSTRAINTS="$folder/constraints.txt" source scripts/setup.sh bm25,lm,lora,eval,dev &&
             python -c 'import transformers; print("transformers", transformers.__version__)' &&
-            python -m pytest -n auto tests/test_args.py tests/test_modeling.py tests/test_padding.py tests/test_ranker.py \
-                tests/test_lora.py tests/test_grad_cache.py tests/test_resume.py tests/test_lm_score.py tests/test_hostile.py
+            python -m pytest -n auto tests/retrieval/test_args.py tests/retrieval/models/test_modeling.py tests/retrieval/models/test_padding.py tests/retrieval/models/test_cross_encoder.py \
+                tests/retrieval/models/test_lora.py tests/retrieval/training/test_grad_cache.py tests/retrieval/training/test_resume.py tests/lm/test_score.py tests/retrieval/models/test_hostile.py
     ) || failed+=("$range")
 done
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}" >&2; exit 1; }

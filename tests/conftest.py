@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# On one GPU two processes cannot talk, and results differ in rounding: tests/test_gpu.py alone is for GPUs.
+# On one GPU two processes cannot talk, and results differ in rounding: test_gpu.py alone is for GPUs.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import string

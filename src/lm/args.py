@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from src.distributed import TIMEOUT
-from src.errors import UserError
-from src.flags import check_choice, check_name, check_positive, default_data_root, dry_run_flag, flag
-from src.retrieval.tasks import TASKS
-from src.schema import ROW_FIELDS
+from src.retrieval.data.rows import ROW_FIELDS
+from src.retrieval.data.tasks import TASKS
+from src.utils.distributed import TIMEOUT
+from src.utils.errors import UserError
+from src.utils.flags import check_choice, check_name, check_positive, default_data_root, dry_run_flag, flag
 
 DTYPES = ("fp32", "fp16", "bf16")
 SIDES = ("left", "right")

@@ -16,7 +16,7 @@ from src.lm.budget import Layout, Prompt, fit, passages_layout
 from src.lm.generate import Decoding, generate
 from src.lm.likelihood import score_prompts
 from src.lm.memory import Response, ResponseMemory
-from src.lm.modeling_lm import LanguageModel
+from src.lm.model import LanguageModel
 from src.lm.prompts import PLAIN, Frame, PromptTokens, tokenize_pairs, tokenize_prompts
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from src import distributed
-from src.errors import UserError
 from src.lm.args import LMArgs
 from src.lm.eval_args import GenerateArgs
 from src.lm.generate import NEWLINE_ID, Decoding, newline_tokens
-from src.lm.modeling_lm import LMConfig
+from src.lm.model import LMConfig
+from src.utils import distributed
+from src.utils.errors import UserError
 
 
 def lm_config(args: LMArgs, given: frozenset[str], device: torch.device) -> LMConfig:

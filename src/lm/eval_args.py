@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from src.errors import UserError
-from src.flags import check_choice, check_positive, flag
 from src.lm.args import LMArgs
 from src.lm.generate import NEWLINE_ID
 from src.retrieval.args import RETRIEVAL_METHODS, EvalOutputArgs, RetrievalArgs
+from src.utils.errors import UserError
+from src.utils.flags import check_choice, check_positive, flag
 
 ORACLE = "oracle"
 SAME_TASK = "same-task-random"

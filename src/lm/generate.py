@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from src.lm.modeling_lm import LanguageModel
+from src.lm.model import LanguageModel
 
 #: What ``--eos_token_id`` was in the original for the newline of one tokenizer: here the newline of any.
 NEWLINE_ID = 13

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from src.io import remove_folder
-from src.manifest import Manifest, check_identity, content_checksum, read_manifest
+from src.utils.files import remove_folder
+from src.utils.manifest import Manifest, check_identity, content_checksum, read_manifest
 
 MANIFEST = "manifest.json"
 #: Value of a number that was looked at and cannot be scored; NaN is one not looked at yet.

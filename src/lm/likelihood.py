@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from src.errors import UserError
-from src.lm.modeling_lm import LanguageModel
+from src.lm.model import LanguageModel
 from src.lm.prompts import PromptTokens
-from src.retrieval.collate import shortest
+from src.retrieval.ranking.files import shortest
+from src.utils.errors import UserError
 
 #: Padded tokens of a batch that a CPU's caches hold: more of them are slower.
 CPU_BATCH_TOKENS = 1_024

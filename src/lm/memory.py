@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from src import distributed
-from src.io import remove_folder
-from src.manifest import content_checksum
+from src.utils import distributed
+from src.utils.files import remove_folder
+from src.utils.manifest import content_checksum
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from src.errors import UserError
-from src.retrieval.loading import loading
+from src.retrieval.models.model_files import loading
+from src.utils.errors import UserError
 
 
 @dataclass(frozen=True)

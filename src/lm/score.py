@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from src import distributed
-from src.errors import UserError
-from src.io import atomic_write, json_line
-from src.jsonl import JsonLines
 from src.lm.journal import UNFIT, Journal
 from src.lm.likelihood import budgets, check_finite, collect_work, cut_work, score_batch
-from src.lm.modeling_lm import LanguageModel
+from src.lm.model import LanguageModel
 from src.lm.prompts import PromptEncoder, PromptTokens
-from src.retrieval.collate import shortest
-from src.schema import TOKEN_FIELDS, candidates, has_tokens
+from src.retrieval.data.rows import TOKEN_FIELDS, candidates, has_tokens
+from src.retrieval.ranking.files import shortest
+from src.utils import distributed
+from src.utils.errors import UserError
+from src.utils.files import atomic_write, json_line
+from src.utils.jsonl import JsonLines
 
 logger = logging.getLogger(__name__)
 

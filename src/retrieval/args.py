@@ -9,12 +9,12 @@ import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from src.distributed import TIMEOUT
-from src.errors import UserError
-from src.flags import check_choice, check_name, check_positive, default_data_root, dry_run_flag, flag
-from src.retrieval.pooling import DENSE_METRICS, POOLING_METHODS
-from src.retrieval.tasks import VERSIONS
-from src.schema import ROW_FIELDS
+from src.retrieval.data.rows import ROW_FIELDS
+from src.retrieval.data.tasks import VERSIONS
+from src.retrieval.models.pooling import DENSE_METRICS, POOLING_METHODS
+from src.utils.distributed import TIMEOUT
+from src.utils.errors import UserError
+from src.utils.flags import check_choice, check_name, check_positive, default_data_root, dry_run_flag, flag
 
 METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg", "collate_score")
 DTYPES = ("fp32", "fp16", "bf16")

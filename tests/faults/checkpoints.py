@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from src.manifest import CHECKSUMS
+from src.utils.manifest import CHECKSUMS
 
 STATES = ("rng_state.pth", "optimizer.pt", "scheduler.pt", "scaler.pt")
 #: What may stand in place of anything.

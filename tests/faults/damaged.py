@@ -22,20 +22,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from src.errors import UserError, describe_os_error
-from src.jsonl import open_jsonl
 from src.lm.journal import Journal
 from src.lm.memory import Response, ResponseMemory, read_responses
-from src.manifest import check_recorded, record_checksums
-from src.retrieval.bm25 import BM25Config, build_bm25_searcher
-from src.retrieval.collate import Hits
-from src.retrieval.data import no_instruction
-from src.retrieval.encode import EncodeConfig
-from src.retrieval.evaluate import EvalConfig, EvalData, load_hits, report
-from src.retrieval.index import FaissIndex, VectorShard
-from src.retrieval.searcher import DenseSearchConfig, _load_indexes, _save_indexes
-from src.retrieval.store import IndexIdentity, create_store, finish_store, load_store
-from src.schema import check_corpus_row, check_eval_row
+from src.retrieval.data.rows import check_corpus_row, check_eval_row
+from src.retrieval.models.encode import EncodeConfig
+from src.retrieval.ranking.evaluate import EvalConfig, EvalData, load_hits, report
+from src.retrieval.ranking.files import Hits
+from src.retrieval.search.bm25.engine import BM25Config, build_bm25_searcher
+from src.retrieval.search.faiss_index import FaissIndex, VectorShard
+from src.retrieval.search.searcher import DenseSearchConfig, _load_indexes, _save_indexes
+from src.retrieval.search.vector_store import IndexIdentity, create_store, finish_store, load_store
+from src.retrieval.training.dataset import no_instruction
+from src.utils.errors import UserError, describe_os_error
+from src.utils.jsonl import open_jsonl
+from src.utils.manifest import check_recorded, record_checksums
 from tests.helpers import write_rows
 
 IDENTITY = IndexIdentity("w1", "c1", 8, "{text}", "", 32, "right", "mean", "cos", "fp32")

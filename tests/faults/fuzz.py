@@ -21,9 +21,7 @@ from typing import Any
 import numpy as np
 
 from evaluation import eval_icl, eval_lrlm, eval_mmlu, eval_msc, eval_popqa, eval_qa, eval_qrecc
-from src.io import json_line
-from src.jsonl import BYTE_ORDER_MARK, _check_line, open_jsonl, scan_file
-from src.schema import (
+from src.retrieval.data.rows import (
     check_corpus_row,
     check_eval_row,
     check_further,
@@ -32,6 +30,8 @@ from src.schema import (
     check_scoring_row,
     check_train_row,
 )
+from src.utils.files import json_line
+from src.utils.jsonl import BYTE_ORDER_MARK, _check_line, open_jsonl, scan_file
 
 CHECKS: dict[str, Callable[[Any], tuple[list[str], dict[str, Any]]]] = {
     "train": check_train_row,

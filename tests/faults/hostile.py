@@ -27,13 +27,13 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from scripts.ours2st import st_modules
-from src.errors import UserError, is_out_of_memory
-from src.lm.modeling_lm import LMConfig, empty_lm, load_lm, load_lm_tokenizer
+from src.lm.model import LMConfig, empty_lm, load_lm, load_lm_tokenizer
 from src.lm.prompts import make_frame
-from src.retrieval.lora import LoraSettings
-from src.retrieval.modeling_dense import EncoderConfig, load_dense_retriever
-from src.retrieval.modeling_ranker import RankerConfig, load_cross_encoder
-from src.retrieval.padding import pad
+from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
+from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
+from src.retrieval.models.lora import LoraSettings
+from src.retrieval.models.padding import pad
+from src.utils.errors import UserError, is_out_of_memory
 from tests.conftest import VOCABULARY, make_bert, make_tokenizer
 
 CPU = torch.device("cpu")

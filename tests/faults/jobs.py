@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from src.retrieval.checkpoint_folders import whole_checkpoints
+from src.retrieval.models.checkpoint_folders import whole_checkpoints
 from tests.conftest import make_bert, make_tokenizer
 from tests.helpers import environment, read_rows, write_rows
-from tests.test_lm_score import make_model
+from tests.lm.test_score import make_model
 from tests.training_bench import assert_same_checkpoint, make_rows
 from tests.workers.forked import Runs
 
-PRELOAD = ("run_lm_score", "evaluation.eval_qa", "evaluation.eval_retrieval", "src.retrieval.training", "peft")
+PRELOAD = ("run_lm_score", "evaluation.eval_qa", "evaluation.eval_retrieval", "src.retrieval.jobs.train", "peft")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def make_jobs(folder: Path) -> dict[str, Job]:
             (*retrieval, "--save_encode", "--metrics", "mrr", "--cutoffs", 10),
             check_all(check_files("*.npy", same_bytes), hits, check_log),
             "*/embeddings/vectors.*.00002.npy",
-            {"src.retrieval.store.SHARD_BYTES": 16 * 32 * 4},
+            {"src.retrieval.search.vector_store.SHARD_BYTES": 16 * 32 * 4},
             owns="embeddings",
         ),
         Job(
@@ -184,7 +184,7 @@ def make_jobs(folder: Path) -> dict[str, Job]:
             (*retrieval, "--metrics", "mrr", "collate_neg", "--cutoffs", 10, "--save_to_output"),
             check_all(mined, hits, check_log),
             "*/.test.neg.json.*.partial",
-            {"src.retrieval.evaluate.WINDOW": 2},
+            {"src.retrieval.ranking.evaluate.WINDOW": 2},
             owns="test.neg.json",
         ),
         Job(
@@ -203,7 +203,7 @@ def make_jobs(folder: Path) -> dict[str, Job]:
             (*lm, "--retrieval_method", "no", "--few_shot", 0, "--max_new_tokens", 8),
             check_all(check_files("*.output.*.json", same_values), check_log),
             "*/*.parts",
-            {"evaluation.common.ROWS_A_TIME": 2},
+            {"evaluation.runner.run.ROWS_A_TIME": 2},
             owns="*.output.*.json",
         ),
         Job(

@@ -1,6 +1,6 @@
 """Two processes, of which the main one fails by an error that nobody expected."""
 
-from src import distributed
+from src.utils import distributed
 
 
 def fail() -> None:

@@ -120,7 +120,8 @@ class Runs:
 
 def _arm(kill: Kill) -> None:
     """Wrap the trainer so that this process kills itself where `kill` says."""
-    from src.retrieval import checkpoint_folders, modeling_dense, trainer
+    from src.retrieval.models import checkpoint_folders, dense
+    from src.retrieval.training import trainer
 
     step = -1
 
@@ -166,7 +167,7 @@ def _arm(kill: Kill) -> None:
     trainer.RetrievalTrainer._save_checkpoint = saving  # type: ignore[method-assign]
     trainer.RetrievalTrainer.training_step = training  # type: ignore[method-assign]
     if kill.point == "weights":  # the encoder's folder exists, without a tokenizer or settings
-        die_after(modeling_dense, "write_own_file", before=True)
+        die_after(dense, "write_own_file", before=True)
     elif kill.point == "encoder":
         die_after(trainer.RetrievalTrainer, "save_model")
     elif kill.point == "optimizer":
@@ -227,7 +228,7 @@ def _serve(preload: Sequence[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT))
-    for name in ("src.retrieval.trainer", "src.retrieval.builders", "src.cli", *preload):
+    for name in ("src.retrieval.training.trainer", "src.retrieval.jobs.builders", "src.utils.cli", *preload):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:

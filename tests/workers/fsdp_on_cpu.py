@@ -13,9 +13,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from run_dense import main
-from src.cli import run
-from src.retrieval.trainer import RetrievalTrainer
-from src.retrieval.training_args import RetrievalTrainingArgs
+from src.retrieval.training.args import RetrievalTrainingArgs
+from src.retrieval.training.trainer import RetrievalTrainer
+from src.utils.cli import run
 
 
 def allow_cpu() -> None:

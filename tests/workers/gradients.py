@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from src import distributed
-from src.retrieval.batch_scores import DenseBatchScores
-from src.retrieval.chunks import ChunkPolicy
-from src.retrieval.collator import TrainCollator
-from src.retrieval.data import Source, TrainDataset, TrainExample, no_instruction
-from src.retrieval.grad_cache import GradCache
-from src.retrieval.losses import LossConfig
-from src.retrieval.modeling_dense import DenseRetriever, EncoderConfig, load_dense_retriever
-from src.retrieval.select import SelectionPolicy
-from src.retrieval.settings import SourceSettings
-from src.retrieval.trainer import RetrievalTrainer
-from src.retrieval.training_args import RetrievalTrainingArgs
+from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
+from src.retrieval.training.args import RetrievalTrainingArgs
+from src.retrieval.training.chunks import ChunkPolicy
+from src.retrieval.training.collator import TrainCollator
+from src.retrieval.training.dataset import Source, TrainDataset, TrainExample, no_instruction
+from src.retrieval.training.grad_cache import GradCache
+from src.retrieval.training.losses import LossConfig
+from src.retrieval.training.scores import DenseBatchScores
+from src.retrieval.training.select import SelectionPolicy
+from src.retrieval.training.settings import SourceSettings
+from src.retrieval.training.trainer import RetrievalTrainer
+from src.utils import distributed
 
 GROUP = 3
 #: High, so that gradients stay below 1 and fp32 keeps them to 1e-6.

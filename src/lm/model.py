@@ -1,0 +1,412 @@
+"""Language models: loading any that transformers loads, and the likelihood of answers."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import DynamicLayer
+
+from src.retrieval.models.loading import check_vocabulary, empty_model, position_limit, read_tokenizer
+from src.retrieval.models.model_files import check_weights, loading, safe_only
+from src.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WHAT = "language model"
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """How to load a language model.
+
+    Attributes:
+        model_name_or_path, padding_side, add_position_ids, cache_dir, trust_remote_code, allow_pickle: as the flags.
+        dtype: fp32, fp16 or bf16.
+        device: where it goes, unless `device_map` spreads it.
+        device_map: as accelerate understands it, or None.
+    """
+
+    model_name_or_path: str
+    dtype: str
+    device: torch.device
+    device_map: str | None = None
+    padding_side: str = "left"
+    add_position_ids: bool = False
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+
+class LanguageModel:
+    """Scores answers. Padding, batching and sharing of prompts change no score.
+
+    Args:
+        model: a causal or encoder-decoder LM in eval mode.
+        tokenizer: fitting it.
+        padding_side: ``left`` or ``right``.
+        add_position_ids: hand position numbers to the model even where it does not need them.
+        pads_left: whether prompts of unlike length may be padded on the left (see `honours_left_padding`).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        padding_side: str = "left",
+        add_position_ids: bool = False,
+        pads_left: bool = True,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.padding_side = padding_side
+        self.pads_left = pads_left
+        self.encoder_decoder: bool = bool(model.config.is_encoder_decoder)
+        known = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in known and (padding_side == "left" or add_position_ids)
+        self._keeps_logits = "logits_to_keep" in known
+        #: How many tokens it can read.
+        self.embeddings = model.get_input_embeddings().weight.size(0)  # type: ignore[operator]
+
+    @property
+    def vocabulary(self) -> int:
+        """Width of the logits."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @torch.no_grad()
+    def answer_scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
+        """Mean log-likelihood per token of one answer after each prompt.
+
+        Args:
+            prompts: token ids, none empty.
+            answers: token ids of as many answers, none empty.
+
+        Returns:
+            fp32 ``(len(prompts),)``.
+        """
+        if self.encoder_decoder:
+            return self._decoded_scores(self._encode(prompts), answers)
+        width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
+        rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+        ids, mask = self._pad(rows, width, self.padding_side)
+        firsts = [
+            (width - len(row) if self.padding_side == "left" else 0) + len(prompt) - 1
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+        spans = [range(first, first + len(answer)) for first, answer in zip(firsts, answers, strict=True)]
+        columns = sorted(set().union(*spans))
+        logits = self._logits(ids, mask, columns)
+        places = {column: place for place, column in enumerate(columns)}
+        return _scores(
+            [
+                _token_log_likelihoods(row[places[span.start] : places[span.start] + len(span)], answer).mean()
+                for row, span, answer in zip(logits, spans, answers, strict=True)
+            ]
+        )
+
+    @torch.no_grad()
+    def shared_answer_scores(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+    ) -> np.ndarray:
+        """Mean log-likelihood per token of several answers after each prompt, which is read once.
+
+        Args:
+            prompts: token ids, none empty.
+            answers: for each prompt as many answers as for the others, none empty.
+
+        Returns:
+            fp32 ``(len(prompts), answers)``.
+        """
+        number = len(answers[0])
+        flat = [answer for own in answers for answer in own]
+        if self.encoder_decoder:
+            states, mask = self._encode(prompts)
+            repeated = states.repeat_interleave(number, 0), mask.repeat_interleave(number, 0)
+            return self._decoded_scores(repeated, flat).reshape(-1, number)
+        anew = [prompt for prompt in prompts for _ in range(number)]
+        if not self.pads_left:
+            return self.answer_scores(anew, flat).reshape(-1, number)
+        width = max(map(len, prompts))
+        ids, mask = self._pad(prompts, width, "left")
+        # Left padding puts what follows the prompts into the same columns, whatever --padding_side says.
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        options = {"position_ids": positions} if self._knows_positions() else {}
+        read = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **self._keep([width - 1]), **options)
+        cache = getattr(read, "past_key_values", None)
+        if not isinstance(cache, DynamicCache) or not all(isinstance(own, DynamicLayer) for own in cache.layers):
+            # Models that keep something else than keys and values read each prompt anew.
+            return self.answer_scores(anew, flat).reshape(-1, number)
+        first = read.logits[:, -1].float().log_softmax(-1).repeat_interleave(number, 0)
+        starts = torch.tensor([answer[0] for answer in flat], device=first.device)
+        sums = first.gather(1, starts[:, None]).squeeze(1)
+        lengths = torch.tensor([len(answer) for answer in flat], device=first.device)
+        longest = int(lengths.max())
+        if longest > 1:
+            cache.batch_repeat_interleave(number)
+            rest, rest_mask = self._pad([answer[:-1] for answer in flat], longest - 1, "right")
+            mask = torch.cat([mask.repeat_interleave(number, 0), rest_mask], 1)
+            if options:
+                ends = positions[:, -1:].repeat_interleave(number, 0)
+                options = {"position_ids": ends + 1 + torch.arange(longest - 1, device=ends.device)}
+            following = self.model(
+                input_ids=rest, attention_mask=mask, past_key_values=cache, use_cache=True, **options
+            ).logits
+            sums = sums + torch.stack(
+                [
+                    _token_log_likelihoods(row[: len(answer) - 1], answer[1:]).sum()
+                    for row, answer in zip(following, flat, strict=True)
+                ]
+            )
+        return (sums / lengths).cpu().numpy().reshape(-1, number)
+
+    @torch.no_grad()
+    def continuations(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[str]:
+        """What the model writes after each prompt, without special tokens.
+
+        Args:
+            prompts: token ids, none empty; a single one for a model that does not pad left.
+            config: how to generate.
+
+        Returns:
+            ``num_return_sequences`` texts for each prompt in turn.
+        """
+        width = max(map(len, prompts))
+        ids, mask = self._pad(prompts, width, "right" if self.encoder_decoder else "left")
+        model: Any = self.model
+        written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        new = written[:, 1 if self.encoder_decoder else width :]
+        # What follows the end is padding of the batch, with a token that may well have a text.
+        ends = torch.isin(new, torch.tensor(config.eos_token_id, device=new.device))
+        lengths = (ends.cumsum(1) - ends.long() == 0).sum(1).tolist()
+        own = [row[:length] for row, length in zip(new.tolist(), lengths, strict=True)]
+        return list(self.tokenizer.batch_decode(own, skip_special_tokens=True))
+
+    def _logits(self, ids: Tensor, mask: Tensor, columns: Sequence[int]) -> Tensor:
+        """Logits ``(n, columns, vocabulary)`` of a causal LM; those of other columns are never computed."""
+        options: dict[str, Any] = self._keep(columns)
+        if self._takes_positions:
+            options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
+        return logits if self._keeps_logits else logits[:, list(columns)]
+
+    def _keep(self, columns: Sequence[int]) -> dict[str, Any]:
+        if not self._keeps_logits:
+            return {}
+        return {"logits_to_keep": torch.tensor(columns, device=self.model.device)}
+
+    def _knows_positions(self) -> bool:
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
+    def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """The encoder's states ``(n, length, width)`` of an encoder-decoder LM, and the mask."""
+        ids, mask = self._pad(prompts, max(map(len, prompts)), "right")
+        return self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+
+    def _decoded_scores(self, encoded: tuple[Tensor, Tensor], answers: Sequence[Sequence[int]]) -> np.ndarray:
+        states, mask = encoded
+        start = self.model.config.decoder_start_token_id
+        rows = [[start, *answer[:-1]] for answer in answers]
+        ids, decoder_mask = self._pad(rows, max(map(len, rows)), "right")
+        logits = self.model(
+            encoder_outputs=(states,),
+            attention_mask=mask,
+            decoder_input_ids=ids,
+            decoder_attention_mask=decoder_mask,
+            use_cache=False,
+        ).logits
+        return _scores(
+            [
+                _token_log_likelihoods(row[: len(answer)], answer).mean()
+                for row, answer in zip(logits, answers, strict=True)
+            ]
+        )
+
+    def _pad(self, rows: Sequence[Sequence[int]], width: int, side: str) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, int64 ``(n, width)``."""
+        # What stands under the mask is never looked at; a padding token may be missing, or beyond the vocabulary.
+        if (largest := max(max(row, default=0) for row in rows)) >= self.embeddings:
+            raise UserError(
+                f"a prompt spells out {self.tokenizer.convert_ids_to_tokens(largest)!r}, a token of the tokenizer that "
+                "the language model does not know: take it out of the data"
+            )
+        ids = torch.zeros((len(rows), width), dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            part = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+            ids[number, part] = torch.tensor(row, dtype=torch.int64)
+            mask[number, part] = 1
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+
+def _token_log_likelihoods(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """fp32 ``(tokens,)`` of logits ``(tokens, vocabulary)``."""
+    wanted = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
+    return -F.cross_entropy(logits.float(), wanted, reduction="none")
+
+
+def _scores(values: Sequence[Tensor]) -> np.ndarray:
+    return torch.stack(list(values)).cpu().numpy()
+
+
+def model_identity(name: str, cache_dir: str | None = None) -> dict[str, Any]:
+    """What tells a model from another: its name, sizes and times of a folder's files, the commit of a hub model."""
+    folder = Path(name)
+    cached = None
+    if not folder.is_dir():
+        # No name of a model, which loading will tell.
+        with contextlib.suppress(HFValidationError):
+            cached = try_to_load_from_cache(name, "config.json", cache_dir)
+    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    return {
+        "model_name_or_path": str(folder.resolve()) if files else name,
+        "model commit": Path(cached).parent.name if isinstance(cached, str) else None,
+        "model files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
+    }
+
+
+def lm_max_length(config: PretrainedConfig, wanted: int | None) -> int:
+    """`wanted` tokens, or what the model takes when that is fewer or `wanted` None."""
+    limit = position_limit(config)
+    if wanted is None:
+        return sys.maxsize if limit is None else limit
+    if limit is not None and limit < wanted:
+        logger.info("--context_max_length %d: the model takes %d tokens at a time", wanted, limit)
+        return limit
+    return wanted
+
+
+def _gguf_file(path: str) -> str | None:
+    """Name of the .gguf file of a folder that holds nothing else to load.
+
+    Raises:
+        UserError: it holds several.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise UserError(f"{path} holds {len(files)} .gguf files ({', '.join(files)}): leave one in a folder of its own")
+    return files[0] if files else None
+
+
+def _options(config: LMConfig) -> dict[str, Any]:
+    options: dict[str, Any] = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
+    if (gguf := _gguf_file(config.model_name_or_path)) is not None:
+        options["gguf_file"] = gguf
+    return options
+
+
+def load_lm_tokenizer(config: LMConfig) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """What prompts are made with, before the weights are loaded: tokenizer and configuration.
+
+    Raises:
+        UserError: they cannot be loaded.
+    """
+    name, options = config.model_name_or_path, _options(config)
+    tokenizer = read_tokenizer(name, WHAT, **options)
+    with loading(name, WHAT, "its configuration"):
+        return tokenizer, AutoConfig.from_pretrained(name, **options)
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def empty_lm(config: LMConfig, model_config: PretrainedConfig) -> PreTrainedModel:
+    """The LM of a configuration without its weights, to tell its size.
+
+    Raises:
+        UserError: it is no LM, or its folder holds no weights.
+    """
+    name = config.model_name_or_path
+    # Weights in a .gguf file were found by that name.
+    checkpoint = "" if _gguf_file(name) else name
+    check_weights(checkpoint, model_config, config.allow_pickle, config.cache_dir)
+    code = {"trust_remote_code": config.trust_remote_code}
+    return empty_model(_auto_class(model_config), model_config, checkpoint, WHAT, **code)
+
+
+def load_lm(config: LMConfig) -> LanguageModel:
+    """Load a causal or encoder-decoder LM with its tokenizer.
+
+    Raises:
+        UserError: it cannot be loaded, is no LM, or lacks weights.
+    """
+    name, options = config.model_name_or_path, _options(config)
+    tokenizer, model_config = load_lm_tokenizer(config)
+    check_weights(name, model_config, config.allow_pickle, config.cache_dir)
+    options["use_safetensors"] = safe_only(config.allow_pickle)
+    with loading(name, WHAT):
+        model, info = _auto_class(model_config).from_pretrained(
+            name, dtype=TORCH_DTYPES[config.dtype], device_map=config.device_map, output_loading_info=True, **options
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{name!r} lacks {len(missing)} weights of a {WHAT}, among them {missing[0]}: it cannot score")
+    check_vocabulary(tokenizer, model, name, WHAT)
+    if config.device_map is None:
+        model = model.to(config.device)
+    # How a model likes to sample (temperature, penalties) is no part of an evaluation; where its texts end is.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    model.eval()
+    side, pads_left = config.padding_side, True
+    if not model_config.is_encoder_decoder:
+        with loading(name, WHAT):
+            check_causal(model, name)
+            pads_left = honours_left_padding(model)
+        if side == "left" and not pads_left:
+            side = "right"
+            logger.info("%s takes no notice of padding on the left: it is padded on the right", name)
+    return LanguageModel(model, tokenizer, side, config.add_position_ids, pads_left)
+
+
+@torch.no_grad()
+def check_causal(model: PreTrainedModel, name: str) -> None:
+    """Find out whether a model looks at later tokens, as encoders do: it would read the answers that it scores.
+
+    Raises:
+        UserError: it does.
+    """
+    logits = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=model.device)).logits[:, 0].float()
+    # Half precision may round alike sums differently.
+    if float((logits[0] - logits[1]).abs().max()) > 0.01 * float(logits.std()):
+        raise UserError(
+            f"{name!r} ({model.config.model_type}) looks at later tokens: it is an encoder, not a causal LM"
+        )
+
+
+@torch.no_grad()
+def honours_left_padding(model: PreTrainedModel) -> bool:
+    """Whether tokens under the mask on the left change nothing; recurrent models may read them."""
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    mask = torch.tensor([[0, 0, 1, 1, 1]], device=model.device)
+    options = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = torch.cat([torch.full_like(ids[:, :2], 2), ids], 1)
+    found = model(input_ids=padded, attention_mask=mask, **options).logits[0, -1].float()
+    wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
+    return torch.allclose(found, wanted, rtol=5e-2, atol=5e-2)

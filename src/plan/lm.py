@@ -1,0 +1,40 @@
+"""``--dry_run`` of the LM commands: pairs, tokens of prompts, size of the LM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from transformers import PreTrainedModel
+
+from src.lm.model import TORCH_DTYPES, LMConfig
+from src.lm.prompts import PromptEncoder
+from src.lm.score import ScoreData, encode_row
+from src.plan.memory import Line, describe_tasks, human_bytes, sample
+from src.utils.histogram import Distribution
+
+#: Rows whose prompts are made.
+SAMPLED_ROWS = 64
+
+
+def scoring_lines(data: ScoreData, encoder: PromptEncoder) -> Iterator[Line]:
+    """Rows, pairs, and the tokens of some rows' prompts with their answers."""
+    tasks = describe_tasks(data.rows.scan.columns["task"], data.default_task)
+    yield "rows", f"{data.rows.path}: {len(data.rows):,} rows ({tasks})"
+    pairs = int(data.pairs.sum())
+    yield "pairs", f"{pairs:,} of candidate and answer to score"
+    numbers = sample(len(data.rows), SAMPLED_ROWS)
+    encoded = [encode_row(encoder, data, number) for number in numbers]
+    fitting = [tokens for row in encoded for tokens in row if tokens is not None]
+    lengths = Distribution(map(len, fitting))
+    yield "tokens", f"a prompt with its answer: {lengths.describe()} (of {len(numbers)} rows)"
+    yield "tokens", f"an answer: {Distribution(len(tokens.answer) for tokens in fitting).describe()}"
+    yield "tokens", f"about {lengths.mean * pairs:,.0f} in all"
+    if unfit := sum(None in row for row in encoded):
+        yield "tokens", f"{unfit} of these rows do not fit into {encoder.max_length} tokens and stay unscored"
+
+
+def lm_lines(model: PreTrainedModel, config: LMConfig) -> Iterator[Line]:
+    """Size of an LM, which may be without weights."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = human_bytes(parameters * TORCH_DTYPES[config.dtype].itemsize)
+    yield "LM", f"{config.model_name_or_path}: {parameters:,} parameters, {size} in {config.dtype}; batches come on top"

@@ -1,0 +1,227 @@
+"""``--dry_run`` of training and of retrieval: what `src.plan.memory` computes, from data and models without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from src.plan.memory import (
+    Line,
+    ModelSize,
+    Sharing,
+    activation_bytes,
+    describe_tasks,
+    human_bytes,
+    sample,
+    step_counts,
+    training_memory,
+)
+from src.retrieval.args import RankerArgs, RetrievalArgs
+from src.retrieval.jobs.builders import bm25_config, encode_configs
+from src.retrieval.models.dense import DenseRetriever
+from src.retrieval.models.loading import TrainableModel
+from src.retrieval.ranking.evaluate import SCORE, EvalConfig, EvalData
+from src.retrieval.search.bm25.engine import choose_engine
+from src.retrieval.search.faiss_index import bytes_per_vector, check_factory
+from src.retrieval.search.searcher import vector_width
+from src.retrieval.training import sharding
+from src.retrieval.training.args import RetrievalTrainingArgs
+from src.retrieval.training.dataset import Source, TrainDataset, TrainExample
+from src.retrieval.training.trainer import batch_sampler
+from src.utils import distributed
+from src.utils.histogram import Distribution
+
+#: Batches that are tokenized to estimate the tokens of a step, and texts to estimate those of a file.
+SAMPLED_BATCHES = 8
+SAMPLED_TEXTS = 256
+#: How configurations call the dropout of attention weights, with which a CPU keeps them.
+ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")
+
+
+def model_size(backbone: PreTrainedModel, parameters: int, trainable: int, fused_attention: bool) -> ModelSize:
+    """What memory depends on, told by a transformer that may be without weights.
+
+    Args:
+        backbone: the transformer.
+        parameters: of the whole model, which may hold several.
+        trainable: of it.
+        fused_attention: the device keeps no attention weights for the backward pass.
+    """
+    config = backbone.config.get_text_config()
+    widths = [
+        module.out_features if isinstance(module, nn.Linear) else module.nf
+        for module in backbone.modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    dropout = any(getattr(config, name, 0) for name in ATTENTION_DROPOUT)
+    # Weights, dropout's mask and their product, of every head.
+    kept = 0 if fused_attention or not dropout else 3 * config.num_attention_heads
+    return ModelSize(parameters, trainable, config.num_hidden_layers, config.hidden_size, sum(widths), kept)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many parameters there are, and how many are trained."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def source_lines(sources: Sequence[Source]) -> Iterator[Line]:
+    """Rows of each training file, those left out with the reason, and their tasks."""
+    for source in sources:
+        tasks = describe_tasks(source.rows.scan.columns["task"][source.kept], source.default_task)
+        yield "training", f"{source.rows.path}: {len(source):,} of {len(source.rows):,} rows in use ({tasks})"
+        yield from (("training", f"  {count:,} dropped: {reason}") for reason, count in source.dropped.items())
+
+
+def training_lines(
+    model: TrainableModel,
+    training: RetrievalTrainingArgs,
+    sources: Sequence[Source],
+    collator: Callable[[Sequence[TrainExample]], dict[str, Any]],
+    resume: str | None,
+    evaluates: bool,
+) -> Iterator[Line]:
+    """Rows, batches, steps, tokens and memory of a training run.
+
+    Args:
+        model: maybe without weights.
+        training: settings.
+        sources: rows of all files.
+        collator: examples to token tensors.
+        resume: checkpoint folder to go on from.
+        evaluates: during training.
+    """
+    yield from source_lines(sources)
+    world, queries = distributed.world_size(), training.per_device_train_batch_size
+    accumulation = training.gradient_accumulation_steps
+    dataset = TrainDataset(sources, training.seed)
+    sampler = batch_sampler(training, dataset.sizes, queries)
+    per_epoch, total = step_counts(
+        len(sampler), accumulation, training.num_train_epochs, training.max_steps, training.early_exit_steps
+    )
+    split = f"{world} processes × {queries} queries × {accumulation} accumulated"
+    yield "batch", f"{world * queries * accumulation:,} queries = {split}; {training.train_group_size} keys each"
+    yield "steps", f"{total:,} ({total / per_epoch:.3g} epochs of {per_epoch:,}), saved every {training.save_steps:g}"
+    if resume is not None:
+        yield "steps", f"going on from {resume}"
+
+    batches = [collator([dataset[place] for place in batch]) for batch in islice(sampler, SAMPLED_BATCHES)]
+    yield from _token_lines(batches, accumulation * world)
+    half = "fp16" if training.fp16 else "bf16" if training.bf16 else None
+    size = model_size(model.backbones[0], *count_parameters(model), fused_attention=not training.use_cpu)
+    most = _most_activations(size, batches, training, half is not None)
+    sharing = Sharing(
+        world,
+        training.divided,
+        bool(training.deepspeed) and training.divided > 0,
+        sharding.offloaded(training.deepspeed) if training.deepspeed else frozenset(),
+        evaluates and training.eval_strategy != "no",
+    )
+    memory = training_memory(size, most, str(training.optim), half is not None, sharing)
+    yield "model", f"{size.parameters:,} parameters, {size.trainable:,} of them trained, in {half or 'fp32'}"
+    yield "memory", f"{memory.describe()} (each process; an estimate, see src/plan/memory.py)"
+    yield "output", training.output_dir
+
+
+def _chunks(batch: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """The token tensors of a collated batch."""
+    for part in batch.values():
+        if isinstance(part, dict):
+            yield from part["chunks"]
+
+
+def _token_lines(batches: Sequence[Mapping[str, Any]], batches_a_step: int) -> Iterator[Line]:
+    chunks = [chunk for batch in batches for chunk in _chunks(batch)]
+    texts = Distribution(length for chunk in chunks for length in chunk["attention_mask"].sum(1).tolist())
+    padded = sum(chunk["input_ids"].numel() for chunk in chunks)
+    step, padding = padded / len(batches) * batches_a_step, 1 - texts.mean * len(texts) / padded
+    yield "tokens", f"about {step:,.0f} a step, {padding:.0%} of them padding (of the first {len(batches)} batches)"
+    yield "tokens", f"a text: {texts.describe()}"
+
+
+def _most_activations(
+    size: ModelSize, batches: Sequence[Mapping[str, Any]], training: RetrievalTrainingArgs, half: bool
+) -> int:
+    """Of what is in memory at a time: a batch; with GradCache a chunk of it, or the last of queries and of keys."""
+    groups = [list(_chunks(batch)) for batch in batches]
+    if training.grad_cache_chunk_size:
+        groups = [[chunk] for group in groups for chunk in group]
+        groups += [[part["chunks"][-1] for part in batch.values() if isinstance(part, dict)] for batch in batches]
+    checkpointing = bool(training.activation_checkpointing)
+    shapes = [[chunk["input_ids"].shape for chunk in group] for group in groups]
+    return max(
+        sum(activation_bytes(size, rows * width, width, half, checkpointing) for rows, width in own) for own in shapes
+    )
+
+
+def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Distribution:
+    """Tokens of some of the texts, evenly spread, as they are cut."""
+    some = [texts[number] for number in sample(len(texts), SAMPLED_TEXTS)]
+    return Distribution(map(len, tokenizer(some, truncation=True, max_length=max_length)["input_ids"]))
+
+
+def evaluation_lines(
+    args: RetrievalArgs | RankerArgs,
+    data: EvalData,
+    config: EvalConfig,
+    device: torch.device,
+    model: DenseRetriever | None,
+) -> Iterator[Line]:
+    """Queries, passages, tokens and the size of the index of an evaluation.
+
+    Args:
+        args: flags.
+        data: rows and corpus.
+        config: what is computed.
+        device: that the model runs on.
+        model: the encoder, maybe without weights; None when there is none.
+
+    Raises:
+        UserError: the index or the engine asked for cannot be had.
+    """
+    columns = data.rows.scan.columns
+    yield "evaluation", f"{data.rows.path}: {len(data.rows):,} queries (task {data.task or 'none'})"
+    yield "evaluation", f"metrics: {', '.join(config.metrics) or 'none'}"
+    if SCORE in config.metrics:
+        yield "evaluation", f"{int(columns['candidates'].sum()):,} candidates to score"
+    if config.rerank and config.ranks:
+        yield "evaluation", f"{int(columns['keys'].sum()):,} keys to reorder"
+    if isinstance(args, RetrievalArgs) and model is not None:
+        queries = token_counts(model.query_tokenizer, data.queries, args.query_max_length)
+        yield "tokens", f"a query: {queries.describe()} (of {len(queries)})"
+    if isinstance(args, RetrievalArgs) and data.corpus is not None and not config.rerank:
+        yield from _corpus_lines(args, data, config, device, model)
+
+
+def _corpus_lines(
+    args: RetrievalArgs, data: EvalData, config: EvalConfig, device: torch.device, model: DenseRetriever | None
+) -> Iterator[Line]:
+    assert data.corpus is not None
+    rows = len(data.corpus)
+    hits = min(config.hits or rows, rows)
+    yield "corpus", f"{data.corpus.path}: {rows:,} passages, {hits:,} a query by {args.retrieval_method}"
+    if args.retrieval_method == "bm25":
+        engine = distributed.on_main(partial(choose_engine, bm25_config(args, config.output_dir)))
+        yield "corpus", f"by {'the embedded engine' if engine is None else f'Anserini ({engine.source})'}"
+    if model is None:
+        return
+    keys = token_counts(model.key_tokenizer, data.keys, args.key_max_length)
+    yield "tokens", f"a passage: {keys.describe()} (of {len(keys)}); about {keys.mean * rows:,.0f} in all"
+    width, dtype = vector_width(model), encode_configs(args, device)[1].stored_dtype
+    factory = args.faiss_index_factory
+    smallest = max(1, rows // distributed.world_size())
+    distributed.on_main(partial(check_factory, factory, width, model.metric, smallest, args.faiss_search_params))
+    size = rows * width * np.dtype(dtype).itemsize
+    yield "index", f"{rows:,} vectors × {width} dimensions, {dtype}: {size:,} bytes ({human_bytes(size)})"
+    if factory != "Flat" or args.save_index:
+        each = bytes_per_vector(factory, width, model.metric)
+        more = "FAISS does not tell its size" if each is None else f"{rows * each:,} bytes ({human_bytes(rows * each)})"
+        yield "index", f"{factory}: {more}"

@@ -1,0 +1,191 @@
+"""A model over many texts: length-sorted batches under a token budget, tokenized while the model computes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from src.retrieval.models.padding import pad
+from src.utils.errors import UserError
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+#: Texts tokenized and sorted at a time, at most and at first.
+WINDOW = 16_384
+FIRST_WINDOW = 1_024
+#: Padded tokens per batch that keep the device busy without spilling its caches.
+CPU_BATCH_TOKENS = 1_024
+GPU_BATCH_TOKENS = 65_536
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """How a model is run over texts.
+
+    Attributes:
+        max_length: most tokens of a text (or of a pair of texts).
+        device: where the model lies.
+        dtype: fp32, fp16 or bf16 autocast; fp32 on a CPU.
+        batch_size: most texts in a batch, whatever their length.
+        batch_tokens: most padded tokens in a batch (one long text may exceed it).
+    """
+
+    max_length: int
+    device: torch.device
+    dtype: str = "fp32"
+    batch_size: int = 1000
+    batch_tokens: int | None = None
+
+    @property
+    def stored_dtype(self) -> str:
+        """NumPy name of what vectors are kept in: half precision holds all that half-precision encoding gives."""
+        return "float32" if self.dtype == "fp32" else "float16"
+
+
+def cut_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> list[np.ndarray]:
+    """Positions of texts, longest first, cut so that (texts x longest) stays within `batch_tokens`."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    batches = []
+    start = 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        size = max(1, min(batch_size, batch_tokens // longest))
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def _autocast(config: EncodeConfig) -> contextlib.AbstractContextManager:
+    if config.device.type == "cpu" or config.dtype == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(config.device.type, dtype=_DTYPES[config.dtype])
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; each is computed in a thread while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
+def _token_windows(
+    tokenize: Callable[[Sequence[Item]], Mapping[str, list]],
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    config: EncodeConfig,
+    window: int,
+) -> Iterator[list[tuple[np.ndarray, dict[str, Tensor]]]]:
+    """Window by window: its batches as (positions in the window, padded tokens)."""
+    default = CPU_BATCH_TOKENS if config.device.type == "cpu" else GPU_BATCH_TOKENS
+    # The device waits for the first window, so that windows begin small.
+    start, size = 0, min(FIRST_WINDOW, window)
+    while start < len(items):
+        encoded = tokenize(items[start : start + size])
+        start, size = start + size, min(2 * size, window)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        batches = []
+        for batch in cut_batches(lengths, config.batch_size, config.batch_tokens or default):
+            batches.append((batch, pad(tokenizer, encoded, batch)))
+        yield batches
+
+
+def compute(
+    function: Callable[[Mapping[str, Tensor]], Tensor],
+    tokenize: Callable[[Sequence[Item]], Mapping[str, list]],
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    config: EncodeConfig,
+    bar: tqdm | None = None,
+    window: int = WINDOW,
+) -> Iterator[np.ndarray]:
+    """Run a model over texts, or whatever else `tokenize` takes.
+
+    Args:
+        function: token tensors ``(n, length)`` to ``(n, ...)``.
+        tokenize: items to ``input_ids`` and the like, not padded.
+        tokenizer: pads them.
+        items: read window by window, the first ones smaller.
+        config: device, precision and batches; its `max_length` is for `tokenize` to keep.
+        bar: moved on by the number of items of each batch.
+        window: most items tokenized and sorted at a time.
+
+    Yields:
+        fp32 ``(window, ...)``, in the order of `items`.
+    """
+    for batches in _ahead(_token_windows(tokenize, tokenizer, items, config, window)):
+        parts = []
+        for positions, tokens in batches:
+            inputs = {name: tensor.to(config.device, non_blocking=True) for name, tensor in tokens.items()}
+            with torch.no_grad(), _autocast(config):
+                # Left on the device until the window is done: a copy would wait for the batch.
+                parts.append(function(inputs).float())
+            if bar is not None:
+                bar.update(len(positions))
+        order = np.concatenate([positions for positions, _ in batches])
+        joined = torch.cat(parts).cpu().numpy()
+        results = np.empty_like(joined)
+        results[order] = joined
+        yield results
+
+
+def encode(
+    embed: Callable[[Mapping[str, Tensor]], Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    config: EncodeConfig,
+    bar: tqdm | None = None,
+) -> np.ndarray:
+    """Embed `texts`.
+
+    Args:
+        embed: token tensors to vectors ``(n, D)``.
+        tokenizer: fitting `embed`.
+        texts: at least one; read window by window.
+        config: device, precision, lengths and batches.
+        bar: moved on by the number of texts of each batch.
+
+    Returns:
+        ``(len(texts), D)`` of `EncodeConfig.stored_dtype`, in the order of `texts`.
+
+    Raises:
+        UserError: the vectors are no numbers in that type.
+    """
+
+    def tokenize(part: Sequence[str]) -> Mapping[str, list]:
+        return tokenizer(list(part), truncation=True, max_length=config.max_length)
+
+    windows = []
+    for vectors in compute(embed, tokenize, tokenizer, texts, config, bar):
+        # What becomes infinite is told below.
+        with np.errstate(over="ignore"):
+            stored = vectors.astype(config.stored_dtype, copy=False)
+        if not np.isfinite(stored).all():
+            raise UserError(_not_finite(config))
+        windows.append(stored)
+    return windows[0] if len(windows) == 1 else np.concatenate(windows)
+
+
+def _not_finite(config: EncodeConfig) -> str:
+    damaged = "the vectors of some texts are no numbers: the weights are damaged, or training had diverged"
+    if config.stored_dtype == "float32":
+        return damaged
+    return f"{damaged}; or they leave the range of --dtype {config.dtype}, which --dtype fp32 would show"
+
+
+def progress(total: int, description: str, shown: bool, unit: str = "text") -> tqdm:
+    """A progress bar with units per second."""
+    return tqdm(total=total, desc=description, unit=unit, disable=not shown, smoothing=0.1)

@@ -1,0 +1,196 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) inside an encoder: put in, merged, saved and loaded, by peft.
+
+A checkpoint of an encoder that is trained this way holds two folders: the encoder with its adapters merged, like any
+other, and the adapters alone in peft's format, from which training goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from src.retrieval.models.model_files import loading
+from src.utils.errors import UserError
+from src.utils.files import read_object
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+#: Name of the adapter, which peft wants.
+NAME = "default"
+ALL_LINEAR = "all-linear"
+#: Kinds of layers whose adapters can be merged here.
+LINEAR = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Size and place of the adapters.
+
+    Attributes:
+        r: rank.
+        alpha: the adapters' product is scaled by alpha / r.
+        dropout: before the adapters.
+        target_modules: names of the linear layers that get one; `ALL_LINEAR` for all.
+    """
+
+    r: int
+    alpha: float
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = (ALL_LINEAR,)
+
+
+def _peft() -> Any:
+    # Imported here: an extra, and seconds to load.
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("adapters need peft: pip install -e '.[lora]'") from error
+    return peft
+
+
+def add_adapters(backbone: nn.Module, settings: LoraSettings) -> None:
+    """Put adapters into a transformer, whose own weights no longer train.
+
+    Raises:
+        UserError: peft is missing, the model has none of the layers, or they are of another kind.
+    """
+    peft = _peft()
+    targets: Any = list(settings.target_modules)
+    config = peft.LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+    )
+    linear = sorted({name.rpartition(".")[2] for name, part in backbone.named_modules() if isinstance(part, LINEAR)})
+    listed = f"its linear layers are {', '.join(linear)} ({ALL_LINEAR} takes all)"
+    try:
+        peft.inject_adapter_in_model(config, backbone, adapter_name=NAME)
+    except ValueError as error:
+        raise UserError(
+            f"--lora_target_modules {' '.join(settings.target_modules)}: the encoder has none; {listed}"
+        ) from error
+    for name, layer in _adapted(backbone).items():
+        if not isinstance(layer.base_layer, LINEAR):
+            kind = type(layer.base_layer).__name__
+            raise UserError(f"--lora_target_modules: {name} of the encoder is no linear layer ({kind}); {listed}")
+
+
+def _adapted(backbone: nn.Module) -> dict[str, Any]:
+    """Layers that have an adapter, by name."""
+    return {name: part for name, part in backbone.named_modules() if hasattr(part, "lora_A")}
+
+
+def has_adapters(backbone: nn.Module) -> bool:
+    """Whether `add_adapters` was called on a transformer."""
+    return bool(_adapted(backbone))
+
+
+def merged_weights(backbone: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a transformer as if it had no adapters: W + alpha / r * B A in their place.
+
+    Args:
+        backbone: with adapters or without.
+        state: its weights, maybe gathered from elsewhere.
+    """
+    merged = {name: tensor for name, tensor in state.items() if ".lora_" not in name and ".base_layer." not in name}
+    for name, layer in _adapted(backbone).items():
+        for part in ("weight", "bias"):
+            if (own := state.get(f"{name}.base_layer.{part}")) is not None:
+                merged[f"{name}.{part}"] = own
+        down, up = (state[f"{name}.lora_{side}.{NAME}.weight"] for side in "AB")
+        product = (up.float() @ down.float()) * layer.scaling[NAME]
+        if layer.fan_in_fan_out:
+            # A Conv1D, whose weight lies the other way round.
+            product = product.T
+        weight = merged[f"{name}.weight"]
+        merged[f"{name}.weight"] = (weight.float() + product.to(weight.device)).to(weight.dtype)
+    return merged
+
+
+def save_adapters(backbone: nn.Module, state: Mapping[str, Tensor], folder: str, base: str) -> None:
+    """Write the adapters alone, as peft and transformers load them.
+
+    Args:
+        backbone: see `add_adapters`.
+        state: its weights.
+        folder: made when missing.
+        base: the encoder that the adapters belong to.
+    """
+    from safetensors.torch import save_file
+
+    os.makedirs(folder, exist_ok=True)
+    adapted: Any = backbone
+    config = adapted.peft_config[NAME].to_dict()
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    # A relative path would mean another folder elsewhere.
+    base = os.path.abspath(base) if os.path.isdir(base) else base
+    plain |= {"base_model_name_or_path": base, "inference_mode": True}
+    with open(os.path.join(folder, ADAPTER_CONFIG), "w", encoding="utf-8") as file:
+        json.dump(plain, file, indent=2, default=str)
+    weights = {
+        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": tensor.contiguous()
+        for name, tensor in state.items()
+        if ".lora_" in name
+    }
+    save_file(weights, os.path.join(folder, ADAPTER_WEIGHTS))
+
+
+def load_adapters(backbone: nn.Module, folder: str) -> None:
+    """Take the adapters that `save_adapters` wrote.
+
+    Raises:
+        UserError: there are none, they are damaged, or of another size.
+    """
+    from safetensors.torch import load_file
+
+    path = os.path.join(folder, ADAPTER_WEIGHTS)
+    if not os.path.isfile(path):
+        raise UserError(f"{folder} has no adapters: was the checkpoint trained without --lora_r?")
+    with loading(folder, "adapters"):
+        saved = load_file(path)
+    found = {
+        name.removeprefix("base_model.model.").replace(".weight", f".{NAME}.weight"): tensor
+        for name, tensor in saved.items()
+    }
+    own = {name: tensor for name, tensor in backbone.state_dict().items() if ".lora_" in name}
+    if {name: tensor.shape for name, tensor in found.items()} != {name: tensor.shape for name, tensor in own.items()}:
+        raise UserError(f"{folder}: its adapters are of another size or place: give the same --lora_ flags again")
+    backbone.load_state_dict(found, strict=False)
+
+
+def is_adapter_folder(path: str) -> bool:
+    """Whether a folder holds adapters and no encoder."""
+    return os.path.isfile(os.path.join(path, ADAPTER_CONFIG)) and not os.path.isfile(os.path.join(path, "config.json"))
+
+
+def base_of(folder: str) -> str:
+    """The encoder that a folder of adapters belongs to.
+
+    Raises:
+        UserError: its settings do not tell.
+    """
+    base = read_object(os.path.join(folder, ADAPTER_CONFIG), "settings of adapters").get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise UserError(f"{folder}/{ADAPTER_CONFIG} names no base_model_name_or_path: the encoder it belongs to")
+    return base
+
+
+def merge_into(backbone: Any, folder: str) -> Any:
+    """A transformer with the adapters of `folder` merged into its weights, all of which can be trained.
+
+    Raises:
+        UserError: they are not kept as safetensors, or do not fit.
+    """
+    if not os.path.isfile(os.path.join(folder, ADAPTER_WEIGHTS)):
+        raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}: save the adapters in that format (no pickle is read)")
+    with loading(folder, "adapters"):
+        merged = _peft().PeftModel.from_pretrained(backbone, folder).merge_and_unload()
+    # peft has frozen them.
+    return merged.requires_grad_(True)

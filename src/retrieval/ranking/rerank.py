@@ -1,0 +1,127 @@
+"""Scores of each row's own candidates: its keys in a new order, or its candidates' scores in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import IO, Any
+
+import numpy as np
+
+from src.retrieval.data.rows import candidates
+from src.retrieval.models.encode import progress
+from src.retrieval.models.pair_scorer import PairScorer
+from src.retrieval.ranking.evaluate import EvalData
+from src.retrieval.ranking.files import Hits, shortest
+from src.utils import distributed
+from src.utils.errors import UserError
+from src.utils.files import atomic_write, json_line
+
+logger = logging.getLogger(__name__)
+
+#: Most rows and most pairs scored at a time: memory does not grow with the file.
+ROW_WINDOW = 16_384
+PAIR_WINDOW = 65_536
+
+
+def cut_windows(counts: np.ndarray, most_rows: int = ROW_WINDOW, most_pairs: int = PAIR_WINDOW) -> Iterator[range]:
+    """Consecutive rows with at most `most_rows` rows and, unless a single row has more, `most_pairs` pairs.
+
+    Args:
+        counts: int ``(rows,)``, pairs per row.
+    """
+    ends = np.cumsum(counts)
+    first = 0
+    while first < len(counts):
+        done = ends[first - 1] if first else 0
+        fitting = int(np.searchsorted(ends, done + most_pairs, side="right"))
+        end = min(max(fitting, first + 1), first + most_rows)
+        yield range(first, end)
+        first = end
+
+
+def score_windows(
+    data: EvalData, score: PairScorer, texts_of: Callable[[dict[str, Any]], Sequence[str]], counts: np.ndarray
+) -> Iterator[tuple[range, np.ndarray]]:
+    """Scores of the candidates of all rows, window by window, on every process; each computes its part.
+
+    Args:
+        data: rows and instructions.
+        score: the model.
+        texts_of: the candidates of a row.
+        counts: int ``(rows,)``, how many they are.
+
+    Yields:
+        Row numbers, and fp32 ``(pairs,)``, row by row.
+    """
+    with progress(int(counts.sum()), "scoring", distributed.is_main(), "pair") as bar:
+        for window in cut_windows(counts):
+            part = distributed.part_of(len(window))
+            mine = window[part.start : part.stop]
+            keys = [
+                [data.key_instruction + text for text in texts_of(row)] for row in data.rows[mine.start : mine.stop]
+            ]
+            failure: str | None = None
+            scores = np.empty(0, dtype=np.float32)
+            try:
+                scores = score(data.queries[mine.start : mine.stop], keys, bar)
+            except UserError as error:
+                failure = str(error)
+            distributed.raise_together(failure)
+            joined = np.concatenate(distributed.all_gather_array(scores))
+            # The bar of the main process has moved by its own part only.
+            bar.update(len(joined) - len(scores))
+            yield window, joined
+
+
+def rerank(data: EvalData, score: PairScorer, most: int | None) -> Iterator[Hits]:
+    """Order the ``key`` of every row by score; hits are their ``key_index``, the best `most` of them (None: all).
+
+    Rows without keys get no hits; equal scores keep the order of the row.
+    """
+    counts = data.rows.scan.columns["keys"]
+    width = int(counts.max()) if most is None else min(int(counts.max()), most)
+    for window, scores in score_windows(data, score, lambda row: row.get("key") or [], counts):
+        found = np.full((len(window), width), -1, dtype=np.int64)
+        values = np.full((len(window), width), -np.inf, dtype=np.float32)
+        ends = np.cumsum(counts[window.start : window.stop])
+        for number, row in enumerate(data.rows[window.start : window.stop]):
+            own = scores[ends[number] - counts[window[number]] : ends[number]]
+            best = np.argsort(-own, kind="stable")[:width]
+            found[number, : len(best)] = np.array(row.get("key_index") or [], dtype=np.int64)[best]
+            values[number, : len(best)] = own[best]
+        yield Hits(window.start, found, values)
+
+
+def write_scores(data: EvalData, score: PairScorer, field: str, path: str) -> None:
+    """Score every candidate and write the rows with their scores, in pos + neg (or history) order, to `path`.
+
+    Args:
+        data: rows that were checked for candidates (see `check_eval_row`).
+        score: the model.
+        field: gets the list of scores; all other fields stay.
+        path: JSON lines file, written by the main process and there only when it is whole.
+    """
+    counts = data.rows.scan.columns["candidates"]
+
+    def texts_of(row: dict[str, Any]) -> list[str]:
+        positives, negatives = candidates(row)
+        return positives + negatives
+
+    with contextlib.ExitStack() as stack:
+        opened: list[IO[str]] = []
+
+        def write(window: range, scores: np.ndarray) -> None:
+            if not opened:
+                opened.append(stack.enter_context(atomic_write(path)))
+            ends = np.cumsum(counts[window.start : window.stop])
+            for number, row in zip(window, data.rows[window.start : window.stop], strict=True):
+                end = ends[number - window.start]
+                own = shortest(scores[end - counts[number] : end])
+                opened[0].write(json_line({**row, field: own}))
+
+        for window, scores in score_windows(data, score, texts_of, counts):
+            distributed.on_main(partial(write, window, scores))
+    logger.info("%s of %d candidates of %d rows: %s", field, int(counts.sum()), len(counts), path)

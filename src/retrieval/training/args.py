@@ -1,0 +1,441 @@
+"""Every flag of training, with its default, help and checks.
+
+`__post_init__` checks values and fills in names that transformers has renamed; it resolves no path and
+reads no file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
+from torch._inductor import list_mode_options
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.optimization import GreedyLR
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from src.retrieval.models.lora import ALL_LINEAR
+from src.retrieval.training import sharding
+from src.utils import distributed
+from src.utils.errors import UserError, first_line
+from src.utils.flags import check_choice, check_positive, flag
+
+SELECT_POSITIVE = ("first", "random", "teacher", "teacher-pos")
+SELECT_NEGATIVE = ("random", "first", "teacher+", "teacher-")
+INBATCH_POLICIES = ("epoch", "epoch-static", "epoch-random", "random")
+EVAL_METHODS = ("retrieval", "rerank")
+#: Packages that training can report to, by the names of pip.
+REPORTERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "clearml", "swanlab")
+#: Flags whose fields are filled in or replaced when settings are made, by other flags or by what the machine has.
+INFERRED = (
+    *("use_cpu", "fp16", "warmup_steps", "eval_strategy", "eval_steps", "gradient_checkpointing"),
+    *("activation_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+    *("length_split_tokens", "disable_tqdm", "metric_for_best_model", "greater_is_better"),
+)
+#: Flags of transformers that act on losses, batches or models of other kinds, and the value that leaves them alone.
+WITHOUT_EFFECT = {
+    **{"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "train_sampling_strategy": "random"},
+    **{"use_liger_kernel": False, "push_to_hub": False},
+}
+#: Flags of transformers that count or measure something, and the least that each may be.
+LEAST = {"save_total_limit": 0, "eval_delay": 0, "ddp_bucket_cap_mb": 1, "dataloader_prefetch_factor": 1}
+#: What --dataloader_ flags say of the processes that load batches.
+LOADER = ("num_workers", "prefetch_factor", "persistent_workers")
+#: What --gradient_checkpointing_kwargs may set.
+RECOMPUTING = ("use_reentrant", "preserve_rng_state", "early_stop", "debug")
+#: Schedules whose steps need a metric.
+BY_METRIC = (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR)
+#: Padding tokens that a further pass through the model is worth.
+CPU_SPLIT_TOKENS = 64
+GPU_SPLIT_TOKENS = 8192
+
+
+def _check_report_to(given: str | list[str]) -> None:
+    """Refuse what is unknown or not installed, which the Trainer would only notice when the model is loaded."""
+    for name in [given] if isinstance(given, str) else given:
+        check_choice("report_to", name, ("none", "all", *REPORTERS))
+        if name in REPORTERS and name not in get_available_reporting_integrations():
+            raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}")
+
+
+@dataclass
+class RetrievalTrainingArgs(TrainingArguments):
+    """transformers' TrainingArguments, with this toolkit's defaults and settings added."""
+
+    output_dir: str = flag("data/outputs/", "Folder for checkpoints and results.")
+    eval_method: str = flag("retrieval", "retrieval (over the corpus) or rerank (the keys in each evaluation row).")
+
+    use_train_config: bool = flag(False, "Use the training settings of each task (of --version) over the flags.")
+    inbatch_same_dataset: str | None = flag(
+        None,
+        "Batches of rows from one file only. epoch: cut anew each epoch; epoch-static: cut once, order shuffled; "
+        "epoch-random: a file drawn in proportion to the rows left in it; random: file and rows drawn for each step.",
+    )
+    negative_cross_device: bool = flag(True, "Use the keys of all processes as negatives.")
+    cos_temperature: float = flag(0.01, "Cosine scores are divided by this.")
+    teacher_temperature: float = flag(
+        1.0, "Teacher scores are divided by this (plain distillation; graded takes them as they are)."
+    )
+    student_temperature: float = flag(1.0, "Student scores are divided by this (plain distillation).")
+    contrastive_weight: float = flag(0.2, "Weight of the contrastive loss.")
+    distill_weight: float = flag(1.0, "Weight of the distillation loss.")
+    stable_distill: bool = flag(False, "Graded distillation: a contrastive loss per rank of the teacher.")
+
+    mask_margin: float | None = flag(
+        None,
+        "Keys of other queries that score above the query's positive plus this (cosine, inner product or negative "
+        "squared distance) are taken for false negatives and left out; None: all keys count.",
+    )
+    matryoshka_dims: list[int] | None = flag(
+        None, "Train the first so many dimensions of the vectors too (Matryoshka): the mean of all these losses."
+    )
+    lora_r: int | None = flag(
+        None, "Train adapters of this rank (LoRA) in place of all weights; saved both merged and alone. Needs peft."
+    )
+    lora_alpha: float | None = flag(None, "LoRA: adapters are scaled by lora_alpha / lora_r (2 * lora_r when None).")
+    lora_dropout: float = flag(0.0, "LoRA: dropout before the adapters.")
+    lora_target_modules: list[str] = flag([ALL_LINEAR], "LoRA: names of the layers that get adapters, or all-linear.")
+    grad_cache_chunk_size: int = flag(
+        0,
+        "GradCache: hold so many texts in memory at a time (at the last so many queries and so many keys), whatever "
+        "the batch size, at the price of a second forward pass; gradients are those of the whole batch (0: off).",
+    )
+    length_split_tokens: int | None = flag(
+        None,
+        "Texts of a batch go through the model in parts of similar length, where a further part saves at least so "
+        f"many padding tokens (0: never; None: {CPU_SPLIT_TOKENS} on a CPU, {GPU_SPLIT_TOKENS} on a GPU, 0 with ZeRO-3 "
+        "and FSDP).",
+    )
+
+    max_sample_num: int | None = flag(None, "Most rows of each training file, drawn by --seed.")
+    train_group_size: int = flag(8, "Keys per query: one positive, the rest negatives.")
+    select_positive: str = flag(
+        "first", "first, random, teacher (best teacher score of all candidates) or teacher-pos (best positive)."
+    )
+    select_negative: str = flag("random", "random, first, teacher+ (best scores first) or teacher- (worst first).")
+    teacher_score_field: str = flag(
+        "teacher_scores", "Field of the rows with the scores to distil from (see --score_name of the scoring commands)."
+    )
+    teacher_scores_margin: float | None = flag(None, "Drop rows whose teacher scores spread less than this.")
+    teacher_scores_min: float | None = flag(None, "Drop rows whose best teacher score is below this.")
+
+    per_device_train_batch_size: int = flag(16, "Queries per process and step.")
+    learning_rate: float = flag(5e-6, "Peak learning rate.")
+    warmup_ratio: float = flag(0.1, "Share of the steps with rising learning rate, unless --warmup_steps is given.")
+    warmup_steps: float | None = flag(  # type: ignore[assignment]
+        None, "Steps with rising learning rate; below 1 a share of all steps (--warmup_ratio when None)."
+    )
+    weight_decay: float = flag(0.01, "AdamW weight decay.")
+    fp16: bool = flag(True, "Train in fp16 autocast where the device can; weights stay fp32.")
+    ddp_find_unused_parameters: bool | None = flag(False, "Passed on to DistributedDataParallel.")
+    remove_unused_columns: bool = flag(False, "Must be False: rows are tokenized in the collator.")
+    evaluation_strategy: str = flag("steps", "When to evaluate during training, with eval_data: no, steps, epoch.")
+    eval_strategy: str | None = flag(  # type: ignore[assignment]
+        None, "Newer name of --evaluation_strategy, which it overrides."
+    )
+    save_steps: float = flag(2000, "Save a checkpoint every so many steps.")
+    logging_steps: float = flag(100, "Log every so many steps.")
+    report_to: list[str] = flag(
+        ["none"],
+        f"none, or where transformers reports losses and metrics to: all (that is installed), {', '.join(REPORTERS)}.",
+    )
+    no_cuda: bool = flag(False, "Older name of --use_cpu.")
+    early_exit_steps: int | None = flag(None, "Stop (and save) after so many steps of the same schedule.")
+    log_path: str = flag(
+        "data/results/performance.log",
+        "Metrics are appended here, and as JSON lines beside it; in a folder to <folder of eval_data>.log.",
+    )
+
+    def __post_init__(self) -> None:
+        self._given = {name: getattr(self, name) for name in INFERRED}
+        self._check_values()
+        # Without this a torchrun on a machine without accelerator trains unconnected copies of the model.
+        self.use_cpu = self.use_cpu or self.no_cuda or not torch.cuda.is_available()
+        if self.fp16 and (self.bf16 or self.use_cpu):
+            self.fp16 = False
+        for name in ("grad_cache_chunk_size", "length_split_tokens"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"--{name} must be 0 (off) or more, found {getattr(self, name)}")
+        self._check_json()
+        with self._told():
+            self._check_engine()
+        _check_report_to(self.report_to)
+        if self.gradient_checkpointing:
+            self.activation_checkpointing, self.gradient_checkpointing = True, None
+        if self.disable_tqdm is None:
+            self.disable_tqdm = False
+        if self.warmup_steps is None:
+            # transformers takes 1 for a step, not for all.
+            self.warmup_steps = min(self.warmup_ratio, math.nextafter(1, 0))
+        if self.eval_strategy is None:
+            self.eval_strategy = self.evaluation_strategy
+        if self.eval_steps is None:
+            self.eval_steps = self.save_steps
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+        with self._told():
+            if "use_configured_state" in str(self.accelerator_config):
+                raise UserError(
+                    "--accelerator_config: use_configured_state needs a state that nobody made: leave it out"
+                )
+            super().__post_init__()
+            configured = cast("AcceleratorConfig", self.accelerator_config)
+            GradientAccumulationPlugin(num_steps=1, **(configured.gradient_accumulation_kwargs or {}))
+        if self.grad_cache_chunk_size and self.torch_compile:
+            raise UserError(
+                f"--grad_cache_chunk_size {self.grad_cache_chunk_size} does not work with --torch_compile, whose "
+                "dropout is not the same in both passes: leave one of them out"
+            )
+        self._check_schedule()
+        self._check_optimizer()
+        self._check_loader()
+        sharding.load_whole()
+        if self.fsdp_plugin_args is not None and (self.fp16 or self.bf16):
+            self.fsdp_plugin_args["mixed_precision_policy"] = sharding.half_precision(
+                torch.float16 if self.fp16 else torch.bfloat16
+            )
+        # `python run_dense.py` on a machine with several GPUs uses the first; torchrun uses all.
+        self._n_gpu = min(self._n_gpu, 1)
+
+    def _check_values(self) -> None:
+        """Refuse values that nobody could mean."""
+        check_choice("eval_method", self.eval_method, EVAL_METHODS)
+        check_choice("inbatch_same_dataset", self.inbatch_same_dataset, INBATCH_POLICIES)
+        check_choice("select_positive", self.select_positive, SELECT_POSITIVE)
+        check_choice("select_negative", self.select_negative, SELECT_NEGATIVE)
+        for name in ("evaluation_strategy", "eval_strategy"):
+            check_choice(name, getattr(self, name), ("no", "steps", "epoch"))
+        check_positive(
+            train_group_size=self.train_group_size,
+            cos_temperature=self.cos_temperature,
+            teacher_temperature=self.teacher_temperature,
+            student_temperature=self.student_temperature,
+            max_sample_num=self.max_sample_num,
+            early_exit_steps=self.early_exit_steps,
+            per_device_train_batch_size=self.per_device_train_batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+        )
+        if self.contrastive_weight < 0 or self.distill_weight < 0:
+            raise UserError("--contrastive_weight and --distill_weight must not be negative")
+        check_positive(**{f"matryoshka_dims ({n})": width for n, width in enumerate(self.matryoshka_dims or (), 1)})
+        if len(set(self.matryoshka_dims or ())) < len(self.matryoshka_dims or ()):
+            raise UserError(f"--matryoshka_dims {' '.join(map(str, self.matryoshka_dims or ()))}: each only once")
+        check_positive(lora_r=self.lora_r, lora_alpha=self.lora_alpha)
+        if self.lora_r is None and (
+            self.lora_alpha is not None or self.lora_dropout or self.lora_target_modules != [ALL_LINEAR]
+        ):
+            raise UserError("--lora_alpha, --lora_dropout and --lora_target_modules need --lora_r, the adapters' rank")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout must be from 0 to below 1, found {self.lora_dropout}")
+        check_positive(save_steps=self.save_steps, logging_steps=self.logging_steps, eval_steps=self.eval_steps)
+        for name, least in LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"--{name} must be {least} or more, found {value}")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise UserError(f"--max_steps must be above 0, or -1 to train --num_train_epochs, found {self.max_steps}")
+        for name in ("learning_rate", "weight_decay", "warmup_ratio", "adam_epsilon", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} must be a number of 0 or more, found {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} must be from 0 to below 1, found {getattr(self, name)}")
+        if self.warmup_ratio > 1:
+            raise UserError(f"--warmup_ratio is a share of the steps, at most 1, found {self.warmup_ratio}")
+        if self.mask_margin is not None and not math.isfinite(self.mask_margin):
+            raise UserError(f"--mask_margin must be a number, found {self.mask_margin}")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise UserError(f"--num_train_epochs {self.num_train_epochs}: nothing would be trained, give more than 0")
+        for name, value in WITHOUT_EFFECT.items():
+            if getattr(self, name) != value:
+                raise UserError(f"--{name} {getattr(self, name)} would have no effect on this training: leave it out")
+        if self.remove_unused_columns:
+            raise UserError("--remove_unused_columns must stay False: the collator needs every column")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, such that a file of them can be given as --config; without tokens, which are secrets.
+
+        What was inferred is left as it was given, so that further flags mean what they would have meant beside those of
+        the first run, also on another machine.
+        """
+        found = {**super().to_dict(), **self._given}
+        return {name: value for name, value in found.items() if not name.endswith("_token")}
+
+    @property
+    def engine(self) -> str | None:
+        """What trains in place of DistributedDataParallel: ``deepspeed``, ``fsdp`` or None."""
+        return "deepspeed" if self.deepspeed else "fsdp" if self.fsdp else None
+
+    @property
+    def divided(self) -> int:
+        """What is divided over processes: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too."""
+        if self.fsdp:
+            return 3
+        return sharding.zero_stage(self.deepspeed) if self.deepspeed else 0
+
+    @property
+    def weights_are_divided(self) -> bool:
+        """Whether a process holds a part of each weight only."""
+        return self.divided == 3
+
+    @property
+    def optimizer_layout(self) -> str:
+        """See `sharding.optimizer_layout`."""
+        stage = sharding.zero_stage(self.deepspeed) if self.deepspeed else None
+        return sharding.optimizer_layout(stage, bool(self.fsdp), self.world_size)
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        # On a CPU accelerate would leave --ddp_timeout out.
+        if self.use_cpu and self.ddp_backend in (None, "gloo"):
+            distributed.init_process_group(True, self.ddp_timeout)
+        return super()._setup_devices
+
+    def _check_json(self) -> None:
+        """Find settings given as JSON that are none, or hold what nobody reads."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                continue
+            if value.startswith("{"):
+                try:
+                    json.loads(value)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"--{name} {value[:200]!r} is not valid JSON: {error}") from error
+            elif name.endswith("_kwargs") or not value.strip():
+                raise UserError(f"--{name} {value!r} must be a JSON object, such as '{{\"name\": 1}}'")
+        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
+            value = getattr(self, name)
+            settings = json.loads(value) if isinstance(value, str) else value or {}
+            if unknown := [
+                key for key, set_to in settings.items() if key not in RECOMPUTING or set_to not in (True, False)
+            ]:
+                raise UserError(
+                    f"--{name}: {unknown[0]!r} is {settings[unknown[0]]!r}: give true or false for one of "
+                    f"{', '.join(RECOMPUTING)}"
+                )
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell in one line of settings that a library cannot read: their kinds and names are known to it alone."""
+        try:
+            yield
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, ImportError) as error:
+            if isinstance(error, UserError):
+                raise
+            if type(error) is ValueError:
+                raise UserError(str(error)) from error
+            objects = [f"--{name} {getattr(self, name)}" for name in self._VALID_DICT_FIELDS if getattr(self, name)]
+            raise UserError(
+                f"{', '.join(objects) or 'the flags of training'}: these settings cannot be used "
+                f"({type(error).__name__}: {first_line(error)})"
+            ) from error
+
+    def _check_schedule(self) -> None:
+        """Make a schedule, as the Trainer does when the model is loaded: some need settings, and none takes any."""
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+        settings = self.lr_scheduler_kwargs if isinstance(self.lr_scheduler_kwargs, dict) else None
+        try:
+            schedule = get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, settings or None)
+            for _ in range(0 if isinstance(schedule, BY_METRIC) else 10):
+                optimizer.step()
+                schedule.step()
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            name = SchedulerType(self.lr_scheduler_type).value
+            raise UserError(
+                f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {settings or {}}: {first_line(error)} (the "
+                "settings are a JSON object)"
+            ) from error
+
+    def _check_optimizer(self) -> None:
+        """Look for the optimizer and its package, as the Trainer does when the model is loaded."""
+        backends = tuple(backend.value.lower() for backend in DynamoBackend)
+        if self.torch_compile_backend is not None:
+            check_choice("torch_compile_backend", self.torch_compile_backend.lower(), backends)
+        if self.torch_compile and self.torch_compile_mode is not None:
+            check_choice("torch_compile_mode", self.torch_compile_mode, tuple(list_mode_options()))
+        name = OptimizerNames(self.optim).value
+        settings = f" with --optim_args {self.optim_args!r} (name=value, name=value)" if self.optim_args else ""
+        try:
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(self)
+            if kind.__module__.startswith("torch."):
+                kind([torch.zeros(1, requires_grad=True)], **options)
+            plain = copy.copy(self)
+            plain.optim_args = None
+            unread = bool(self.optim_args) and options == Trainer.get_optimizer_cls_and_kwargs(plain)[1]
+        except (ImportError, ValueError, TypeError) as error:
+            # Some look into the model, which is not there yet.
+            if "model" not in str(error):
+                raise UserError(f"--optim {name}{settings}: {first_line(error)}") from error
+            unread = False
+        if unread:
+            raise UserError(f"--optim {name}{settings}: it has no settings of these names, leave them out")
+
+    def _check_loader(self) -> None:
+        """Make a loader of batches, as the Trainer does when the model is loaded."""
+        settings = {name: getattr(self, f"dataloader_{name}") for name in LOADER}
+        try:
+            DataLoader(TensorDataset(torch.zeros(1)), **settings)
+        except ValueError as error:
+            shown = " ".join(f"--dataloader_{name} {value}" for name, value in settings.items() if value is not None)
+            raise UserError(f"{shown}: {first_line(error)}") from error
+
+    def _check_engine(self) -> None:
+        """Refuse engines that could not do their work, and what does not work with them."""
+        if self.fsdp_config and not self.fsdp:
+            raise UserError("--fsdp_config has settings of --fsdp: give that flag too")
+        if self.engine is None:
+            return
+        flag = f"--{self.engine}"
+        if self.deepspeed and self.fsdp:
+            raise UserError("--deepspeed and --fsdp do the same work: leave one of them out")
+        if self.fsdp:
+            self.fsdp_config = sharding.fsdp_settings(self.fsdp_config or {}, self.fsdp)
+        # Reads the settings of DeepSpeed, too, and refuses bad ones.
+        divided = self.divided
+        if self.fsdp and self.use_cpu:
+            raise UserError(
+                "--fsdp divides weights over GPUs only, on a CPU it would be ignored: leave it out (--deepspeed "
+                "data/deepspeed/stage3.json divides them on a CPU too)"
+            )
+        if self.deepspeed and divided == 0 and (self.fp16 or self.bf16):
+            raise UserError(
+                f"--deepspeed: ZeRO stage 0 with {'--bf16' if self.bf16 else '--fp16 (the default on a GPU)'} keeps no "
+                "fp32 weights that could be saved: use stage 1 (data/deepspeed/stage1.json), leave out --deepspeed "
+                "(plain torchrun), or train in fp32 (--fp16 False and no --bf16)"
+            )
+        if self.grad_cache_chunk_size:
+            raise UserError(
+                f"--grad_cache_chunk_size {self.grad_cache_chunk_size} works with one process or plain torchrun, where "
+                "the weights are whole on each process: leave out --deepspeed and --fsdp, or set it to 0"
+            )
+        if self.save_only_model and self.fsdp:
+            raise UserError(
+                "--save_only_model does not work with --fsdp, which saves the parts of all processes: leave it out"
+            )
+        if self.save_only_model and self.load_best_model_at_end:
+            raise UserError(f"--save_only_model leaves nothing that --load_best_model_at_end could load with {flag}")
+        least = 2 if self.fsdp else 1
+        if not distributed.is_launched() or distributed.launched_processes() < least:
+            raise UserError(
+                f"{flag} needs a launcher that starts {least} or more processes: torchrun --nproc_per_node N …"
+            )
+        if not self.weights_are_divided:
+            return
+        if self.length_split_tokens:
+            raise UserError(
+                f"--length_split_tokens {self.length_split_tokens}: where weights are divided over processes, all must "
+                "call the model equally often: set it to 0, or leave it out"
+            )
+        self.length_split_tokens = 0

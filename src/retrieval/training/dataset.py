@@ -1,0 +1,334 @@
+"""Load → check → filter → select → instruct: from files to training examples, queries and keys."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from src.retrieval.data.rows import (
+    EVAL_CHECK,
+    SCORING_CHECK,
+    TEACHER_SCORES,
+    TRAIN_CHECK,
+    FurtherCheck,
+    check_corpus_row,
+    check_eval_row,
+    check_further,
+    check_scoring_row,
+    check_train_row,
+    template_columns,
+)
+from src.retrieval.data.tasks import Instruction, task_from_path
+from src.retrieval.training.select import select_group, unusable
+from src.retrieval.training.settings import SourceSettings
+from src.utils import distributed
+from src.utils.errors import UserError
+from src.utils.jsonl import JsonLines, RowCheck, open_jsonl
+
+logger = logging.getLogger(__name__)
+
+#: Instruction of a task (None: the rows name no task).
+InstructionOf = Callable[[str | None], Instruction]
+
+
+def no_instruction(task: str | None) -> Instruction:
+    """The instruction texts with ``--add_instruction False``: none."""
+    return Instruction()
+
+
+@dataclass(frozen=True)
+class Source:
+    """One training file: the rows that pass its filters, and how they are trained.
+
+    Attributes:
+        rows: all rows of the file.
+        kept: int64 ``(n,)``, row numbers in use.
+        default_task: task of rows that name none.
+        instruction_of: instruction per task.
+        settings: selection, filters and loss.
+        score_field: where the teacher scores are.
+        scored: how many of the rows in use have teacher scores.
+        dropped: how many rows are not in use, by reason.
+    """
+
+    rows: JsonLines
+    kept: np.ndarray
+    default_task: str | None
+    instruction_of: InstructionOf
+    settings: SourceSettings
+    score_field: str
+    scored: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @property
+    def tasks(self) -> list[str | None]:
+        """The distinct tasks of the file."""
+        return _tasks(self.rows, self.default_task)
+
+
+@dataclass(frozen=True)
+class TrainExample:
+    """One query and its group of keys, instructions included.
+
+    Attributes:
+        source: number of the file that the row came from.
+        query: text.
+        keys: group_size texts, positive first.
+        scores: teacher scores of `keys`, or None.
+    """
+
+    source: int
+    query: str
+    keys: list[str]
+    scores: list[float] | None
+
+
+class TrainDataset(Dataset):
+    """Training examples of several files, addressed by (epoch, index).
+
+    Which negatives a row gets is a function of (seed, epoch, index) alone: not of the process, the worker, the
+    order of access or anything before it.
+    """
+
+    def __init__(self, sources: Sequence[Source], seed: int) -> None:
+        self.sources = list(sources)
+        self.seed = seed
+        self._ends = np.cumsum([len(source) for source in self.sources])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows per file."""
+        return [len(source) for source in self.sources]
+
+    def __getitem__(self, position: tuple[int, int]) -> TrainExample:
+        epoch, index = position
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        source = self.sources[number]
+        row: Any = source.rows[int(source.kept[index - self._ends[number] + len(source)])]
+        row = {**row, TEACHER_SCORES: row.get(source.score_field)}
+        group = select_group(row, source.settings.selection, np.random.default_rng((self.seed, epoch, index)))
+        instruction = source.instruction_of(row.get("task") or source.default_task)
+        return TrainExample(
+            number,
+            instruction.query + row["query"],
+            [instruction.key + key for key in group.keys],
+            group.scores,
+        )
+
+
+def _tasks(rows: JsonLines, default: str | None) -> list[str | None]:
+    """The distinct tasks of a file, rows without one counted as `default`."""
+    return sorted({str(task) or default for task in np.unique(rows.scan.columns["task"])}, key=str)
+
+
+def _keep(rows: JsonLines, settings: SourceSettings, seed: tuple[int, int]) -> tuple[np.ndarray, dict[str, int]]:
+    """Row numbers that pass the filters, and how many rows each filter dropped."""
+    columns = rows.scan.columns
+    reasons = unusable(columns["positives"], columns["negatives"], columns["best"], settings.selection)
+    # NaN (no scores) compares as False: the filters leave rows without scores in.
+    with np.errstate(invalid="ignore"):
+        if settings.teacher_scores_margin is not None:
+            reasons["teacher_scores_margin"] = columns["score_spread"] < settings.teacher_scores_margin
+        if settings.teacher_scores_min is not None:
+            reasons["teacher_scores_min"] = columns["score_max"] < settings.teacher_scores_min
+    keep = np.ones(len(rows), dtype=bool)
+    dropped = {}
+    for reason, mask in reasons.items():
+        if count := int((mask & keep).sum()):
+            dropped[reason] = count
+        keep &= ~mask
+    kept = np.flatnonzero(keep)
+    limit = settings.max_sample_num
+    if limit is not None and len(kept) > limit:
+        dropped["max_sample_num"] = len(kept) - limit
+        kept = np.sort(np.random.default_rng(seed).choice(kept, limit, replace=False))
+    return kept, dropped
+
+
+def load_train_sources(
+    files: Sequence[str],
+    settings_of: Callable[[str | None], SourceSettings],
+    instruction_of: InstructionOf,
+    task: str | None,
+    seed: int,
+    cache_dir: str | None,
+    score_field: str = TEACHER_SCORES,
+    own_tasks: Collection[str] = (),
+) -> list[Source]:
+    """Open, check and filter the training files.
+
+    Args:
+        files: paths; one named twice gives two sources.
+        settings_of: settings by task; asked once per file.
+        instruction_of: instruction by task; asked for every task that occurs.
+        task: the ``--task`` flag.
+        seed: for ``max_sample_num``.
+        cache_dir: see `open_jsonl`.
+        score_field: where the rows have their teacher scores.
+        own_tasks: names of tasks besides ours.
+
+    Raises:
+        UserError: rows with problems; rows of several tasks in one file that would be trained differently; a
+            file with no usable row; nothing that could be trained in any file.
+    """
+    opened: dict[str, JsonLines] = {}
+    sources = []
+    for number, path in enumerate(files):
+        if path not in opened:
+            check = partial(check_train_row, score_field=score_field)
+            check_name = f"{TRAIN_CHECK} {score_field}"
+            opened[path] = distributed.on_main(partial(open_jsonl, path, check, check_name, cache_dir))
+        rows = opened[path]
+        default = task or task_from_path(path, own_tasks)
+        tasks = _tasks(rows, default)
+        for name in tasks:
+            instruction_of(name)
+        choices = {settings_of(name) for name in tasks}
+        if len(choices) > 1:
+            raise UserError(
+                f"{path} mixes the tasks {', '.join(map(str, tasks))}, which --use_train_config trains differently: "
+                "split it into one file per task"
+            )
+        settings = choices.pop()
+        kept, dropped = _keep(rows, settings, (seed, number))
+        summary = "; ".join(f"{count} dropped: {reason}" for reason, count in dropped.items())
+        logger.info("%s: %d of %d rows in use%s", path, len(kept), len(rows), f" ({summary})" if summary else "")
+        if len(kept) == 0:
+            raise UserError(f"{path}: no row can be trained on ({summary})")
+        scored = int((rows.scan.columns["best"][kept] >= 0).sum())
+        sources.append(Source(rows, kept, default, instruction_of, settings, score_field, scored, dropped))
+    _check_something_trains(sources)
+    return sources
+
+
+def _check_something_trains(sources: Sequence[Source]) -> None:
+    idle = []
+    for source in sources:
+        loss = source.settings.loss
+        if loss.contrastive_weight > 0 or loss.distill_weight == 0:
+            continue
+        unscored = len(source) - source.scored
+        if source.scored == 0:
+            idle.append(source.rows.path)
+        if unscored:
+            logger.info(
+                "%s: %d rows have no %s and train contrastively", source.rows.path, unscored, source.score_field
+            )
+    if len(idle) == len(sources):
+        raise UserError(
+            f"the contrastive weight is 0 and no row of {', '.join(sorted(set(idle)))} has {sources[0].score_field} to "
+            "distil from: score them (run_lm_score.py), or give --contrastive_weight above 0"
+        )
+
+
+def check_mixable(sources: Sequence[Source]) -> None:
+    """Find out whether a batch may hold rows of all `sources`: it has one loss.
+
+    Raises:
+        UserError: the sources are trained with different losses.
+    """
+    first = sources[0]
+    for source in sources[1:]:
+        if source.settings.loss != first.settings.loss:
+            raise UserError(
+                f"--use_train_config trains {first.rows.path} and {source.rows.path} with different losses, so a batch "
+                "cannot mix them: add --inbatch_same_dataset epoch"
+            )
+
+
+def load_eval_rows(
+    path: str,
+    corpus_size: int | None,
+    cache_dir: str | None,
+    needs_candidates: bool = False,
+    further: FurtherCheck | None = None,
+) -> JsonLines:
+    """Open and check an evaluation file.
+
+    Args:
+        path: a JSON lines file.
+        corpus_size: rows of the corpus; None when there is none.
+        cache_dir: see `open_jsonl`.
+        needs_candidates: every row must have candidates (maybe none), to be scored.
+        further: check of the fields that an evaluation needs besides.
+
+    Raises:
+        UserError: rows with problems, or a ``pos_index`` or ``key_index`` beyond the corpus.
+    """
+    check: RowCheck
+    check, name = (check_scoring_row, SCORING_CHECK) if needs_candidates else (check_eval_row, EVAL_CHECK)
+    if further is not None:
+        check, name = partial(check_further, check=check, further=further.problems), f"{name} {further.name}"
+    rows = distributed.on_main(partial(open_jsonl, path, check, name, cache_dir))
+    if corpus_size is not None:
+        for field in ("pos_index", "key_index"):
+            highest = rows.scan.columns[f"{field}_max"]
+            if beyond := np.flatnonzero(highest >= corpus_size).tolist():
+                raise UserError(
+                    f"{rows.where(beyond[0])}: {field} {highest[beyond[0]]} is beyond the corpus, which has "
+                    f"{corpus_size} rows (0 to {corpus_size - 1}); {len(beyond)} rows have this problem: is it the "
+                    "corpus that the file was made for?"
+                )
+    return rows
+
+
+class Texts(Sequence[str]):
+    """A lazy list of texts: `render` applied to the rows of a file on access."""
+
+    def __init__(self, rows: JsonLines, render: Callable[[dict[str, Any]], str]) -> None:
+        self.rows = rows
+        self.render = render
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.render(row) for row in self.rows[index]]
+        return self.render(self.rows[index])
+
+
+def render_key(row: dict[str, Any], template: str, prefix: str = "") -> str:
+    """A corpus row as a key text: `prefix`, then `template` filled in (null counts as empty)."""
+    return prefix + template.format_map({name: value if value is not None else "" for name, value in row.items()})
+
+
+def render_query(row: dict[str, Any], instruction_of: InstructionOf, default_task: str | None) -> str:
+    """An evaluation row as a query text, instruction first."""
+    return instruction_of(row.get("task") or default_task).query + row["query"]
+
+
+def load_corpus(path: str, key_template: str, cache_dir: str | None) -> JsonLines:
+    """Open a corpus and check that every row has the columns of `key_template`."""
+    columns = template_columns(key_template)
+    check = partial(check_corpus_row, columns=columns)
+    return distributed.on_main(partial(open_jsonl, path, check, f"corpus-1 {columns}", cache_dir))
+
+
+def eval_task(rows: JsonLines, task: str | None, own_tasks: Collection[str] = ()) -> str | None:
+    """The task whose instruction keys get: that of the evaluation rows, which must agree.
+
+    Args:
+        rows: of the evaluation file.
+        task: the ``--task`` flag.
+        own_tasks: names of tasks besides ours.
+
+    Raises:
+        UserError: the rows are of several tasks.
+    """
+    tasks = _tasks(rows, task or task_from_path(rows.path, own_tasks))
+    if len(tasks) > 1:
+        raise UserError(f"{rows.path} mixes the tasks {', '.join(map(str, tasks))}: evaluate one task at a time")
+    return tasks[0]

@@ -1,0 +1,102 @@
+"""Which candidates of a row form its training group. Pure functions of (row, policy, generator)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from src.retrieval.data.rows import TrainRow, candidates
+
+
+@dataclass(frozen=True)
+class SelectionPolicy:
+    """How to choose the positive and the negatives of a group."""
+
+    positive: str = "first"
+    negative: str = "random"
+    group_size: int = 8
+    order_by_teacher: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """The chosen keys, positive first, and their teacher scores when the row has them."""
+
+    keys: list[str]
+    scores: list[float] | None
+
+
+def select_group(row: TrainRow, policy: SelectionPolicy, rng: np.random.Generator) -> Group:
+    """Choose one positive and ``group_size - 1`` negatives.
+
+    Args:
+        row: a checked row that `has_group` accepts.
+        policy: positives ``first``, ``random``, ``teacher`` (best score of all candidates; a negative that
+            wins leaves the negatives) or ``teacher-pos`` (best positive); negatives ``random``, ``first``,
+            ``teacher+`` (best first) or ``teacher-`` (worst first). Too few negatives are repeated: in turn, or by
+            teacher score each as often as it takes before the next.
+        rng: source of all randomness.
+    """
+    positives, negatives = candidates(row)
+    texts = positives + negatives
+    scores = row.get("teacher_scores") or None
+    positive = _pick_positive(len(positives), scores, policy.positive, rng)
+    pool = np.array([i for i in range(len(positives), len(texts)) if i != positive], dtype=np.int64)
+    chosen = _pick_negatives(pool, scores, policy, rng)
+    if policy.order_by_teacher and scores:
+        chosen = sorted(chosen, key=lambda i: -scores[i])
+    group = [positive, *chosen]
+    return Group([texts[i] for i in group], [scores[i] for i in group] if scores else None)
+
+
+def _pick_positive(positives: int, scores: list[float] | None, policy: str, rng: np.random.Generator) -> int:
+    """Position of the positive in pos + neg."""
+    if policy == "first":
+        return 0
+    if policy == "random":
+        return int(rng.integers(positives))
+    assert scores is not None
+    return int(np.argmax(scores if policy == "teacher" else scores[:positives]))
+
+
+def _pick_negatives(
+    pool: np.ndarray, scores: list[float] | None, policy: SelectionPolicy, rng: np.random.Generator
+) -> list[int]:
+    """``group_size - 1`` positions out of `pool`, taken several times when it has too few."""
+    wanted = policy.group_size - 1
+    if wanted == 0:
+        return []
+    if policy.negative == "random":
+        rounds, rest = divmod(wanted, len(pool))
+        drawn = [rng.permutation(pool) for _ in range(rounds)] + [rng.choice(pool, rest, replace=False)]
+        return np.concatenate(drawn).tolist()
+    copies = np.tile(pool, -(-wanted // len(pool))).tolist()
+    if policy.negative.startswith("teacher"):
+        assert scores is not None
+        copies.sort(key=scores.__getitem__, reverse=policy.negative == "teacher+")
+    return copies[:wanted]
+
+
+def unusable(
+    positives: np.ndarray, negatives: np.ndarray, best: np.ndarray, policy: SelectionPolicy
+) -> dict[str, np.ndarray]:
+    """Which rows cannot give a group, by reason.
+
+    Args:
+        positives, negatives: int ``(rows,)``, candidates per row.
+        best: int ``(rows,)``, position of the highest teacher score in pos + neg, -1 without scores.
+
+    Returns:
+        Per reason a bool array ``(rows,)``; a row may have several.
+    """
+    needs_scores = policy.positive.startswith("teacher") or policy.negative.startswith("teacher")
+    reasons = {"no teacher_scores, which the selection needs": needs_scores & (best < 0)}
+    if policy.positive == "teacher":
+        left = negatives - ((best >= positives) & (best >= 0))
+    else:
+        left = negatives
+        reasons[f"no positive for --select_positive {policy.positive}"] = positives == 0
+    if policy.group_size > 1:
+        reasons["no negative"] = left == 0
+    return reasons

@@ -1,0 +1,241 @@
+"""Engines that train large models: DeepSpeed (ZeRO) and FSDP. Their settings, and whole weights out of divided ones.
+
+ZeRO-3 and FSDP leave each process a part of every weight. Layers gather theirs when they are called, on all processes
+at once, so all must call the model equally often. Training does; an evaluation, which shares out its texts, does not,
+and gets a copy of the model with whole weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from src.utils.errors import UserError
+from src.utils.files import read_json
+
+#: How FSDP saves what training goes on from: each process its parts.
+SHARDED = "SHARDED_STATE_DICT"
+#: DeepSpeed settings that transformers would take from the configuration of a single transformer.
+_SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+#: Parts of DeepSpeed's settings that have settings of their own.
+SECTIONS = ("zero_optimization", "optimizer", "scheduler", "fp16", "bf16", "amp", "activation_checkpointing")
+
+
+def read_settings(given: Any, flag: str) -> dict[str, Any]:
+    """The settings that a flag names: a JSON file, or the JSON itself.
+
+    Raises:
+        UserError: the file is missing or broken, or holds no settings.
+    """
+    if isinstance(given, str) and given.startswith("{"):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--{flag}: no valid JSON: {error}") from error
+    settings = read_json(given, f"--{flag}") if isinstance(given, str) else given
+    if not isinstance(settings, dict):
+        raise UserError(f"--{flag}: {given} must hold a JSON object with settings")
+    return settings
+
+
+def _zero_settings(given: Any) -> dict[str, Any]:
+    settings = read_settings(given, "deepspeed")
+    for name in SECTIONS:
+        if not isinstance(settings.get(name), dict | None):
+            raise UserError(f"--deepspeed: {name} must hold a JSON object with settings, found {settings[name]!r}")
+    return settings.get("zero_optimization") or {}
+
+
+def zero_stage(given: Any) -> int:
+    """The ZeRO stage that ``--deepspeed`` asks for.
+
+    Raises:
+        UserError: the settings cannot be read, or do not fit this toolkit.
+    """
+    zero = _zero_settings(given)
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"--deepspeed: ZeRO stage {stage!r} is unknown, use 0, 1, 2 or 3")
+    for name in _SIZES:
+        if zero.get(name) == "auto":
+            raise UserError(
+                f"--deepspeed: zero_optimization.{name} cannot be 'auto' here, give a number or leave it out "
+                "(data/deepspeed/stage3.json has some that work)"
+            )
+    return stage
+
+
+def offloaded(given: Any) -> frozenset[str]:
+    """What ``--deepspeed`` puts into the memory of the CPU: ``optimizer``, ``weights``."""
+    zero = _zero_settings(given)
+    names = {"offload_optimizer": "optimizer", "offload_param": "weights"}
+    return frozenset(own for name, own in names.items() if (zero.get(name) or {}).get("device") == "cpu")
+
+
+def fsdp_settings(given: Any, fsdp: Any = True) -> dict[str, Any]:
+    """The settings that ``--fsdp_config`` names, with what this toolkit wants.
+
+    Args:
+        given: of ``--fsdp_config``.
+        fsdp: of ``--fsdp``, whose older form has words of its own.
+
+    Raises:
+        UserError: they cannot be read, or ask for what is not supported.
+    """
+    settings = {name.removeprefix("fsdp_"): value for name, value in read_settings(given, "fsdp_config").items()}
+    if str(settings.get("version", 2)) != "2":
+        raise UserError(f"--fsdp_config: version {settings['version']} is not supported, use 2 (or leave it out)")
+    offload = "use --deepspeed data/deepspeed/stage3_offload.json in place of --fsdp"
+    if "offload" in str(fsdp):
+        raise UserError(f"--fsdp {fsdp}: offload is not supported, {offload}")
+    for name, instead in (
+        ("cpu_offload", offload),
+        ("xla", "leave it out"),
+        ("cpu_ram_efficient_loading", "leave it out"),
+        # It recomputes layers with other dropout than they had, so gradients are not those of the loss.
+        ("activation_checkpointing", "give --gradient_checkpointing in its place"),
+    ):
+        if str(settings.get(name, False)).lower() != "false":
+            raise UserError(f"--fsdp_config: {name} is not supported, {instead}")
+    # The processes wait for each other for ever when the other kind is loaded again.
+    if settings.setdefault("state_dict_type", SHARDED) != SHARDED:
+        raise UserError(
+            f"--fsdp_config: state_dict_type {settings['state_dict_type']} is not supported, use {SHARDED} (or leave "
+            "it out): the encoder is saved whole in any case"
+        )
+    return settings
+
+
+def half_precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """How FSDP computes in half precision: gradients are added up in fp32, and outputs stay as the model gives them.
+
+    Left to itself accelerate rounds both, thus the vectors that losses compare.
+    """
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+
+
+def load_whole() -> None:
+    """Make `from_pretrained` give whole weights to each process.
+
+    With ZeRO-3 announced, it would divide each transformer by itself, before adapters are put in or merged, new layers
+    drawn and fp32 weights rounded. The engine divides the finished model. transformers is told anew whenever settings
+    or a Trainer are made.
+    """
+    unset_hf_deepspeed_config()
+
+
+def optimizer_layout(stage: int | None, fsdp: bool, processes: int) -> str:
+    """How a run keeps the optimizer's state in checkpoints, in words that name the flags.
+
+    Args:
+        stage: of ZeRO, None without DeepSpeed.
+        fsdp: whether FSDP divides the weights.
+        processes: of the run; in ZeRO each writes its part, which only it can read.
+    """
+    if stage is not None:
+        parts = f" on {processes} processes" if stage else ""
+        return f"--deepspeed, ZeRO {'1 or 2' if stage in (1, 2) else stage}{parts}"
+    return "--fsdp" if fsdp else "neither --deepspeed nor --fsdp"
+
+
+def saved_layout(folder: str) -> str | None:
+    """The `optimizer_layout` of a checkpoint folder, by the files in it; None when it has no optimizer state."""
+    parts = len(list(Path(folder).glob("global_step*/*_optim_states.pt")))
+    for pattern, stage, fsdp in (
+        ("optimizer.pt", None, False),
+        ("optimizer_0", None, True),
+        ("global_step*/zero_pp_rank_*_model_states.pt", 3, False),
+        ("global_step*/mp_rank_*_model_states.pt", 1 if parts else 0, False),
+    ):
+        if any(Path(folder).glob(pattern)):
+            return optimizer_layout(stage, fsdp, parts)
+    return None
+
+
+def check_optimizer_state(folder: str, own: str) -> None:
+    """Refuse to resume without the optimizer's state, which the Trainer would do silently, or with another's.
+
+    Args:
+        folder: a whole checkpoint.
+        own: the `optimizer_layout` of this run.
+
+    Raises:
+        UserError: it cannot go on from there.
+    """
+    saved = saved_layout(folder)
+    if saved == own:
+        return
+    if saved is None:
+        problem = "it has no optimizer state (--save_only_model?)"
+    else:
+        problem = f"it was saved with {saved}, and this run has {own}: give the same"
+    raise UserError(
+        f"--resume_from_checkpoint {folder}: {problem}, or start a new run from its weights: name it as the model"
+    )
+
+
+def whole_state(model: nn.Module, device: torch.device | None) -> dict[str, Tensor]:
+    """The weights of a model in training, gathered from all processes, in fp32; every process must call this.
+
+    Args:
+        model: what the engine trains, not wrapped.
+        device: where the weights are wanted; None to take part without getting any.
+
+    Returns:
+        What ``model.state_dict()`` of the whole model would be.
+    """
+    state: dict[str, Tensor] = {}
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in names:
+            # Layers that share a weight go on to share it; it is gathered once.
+            if device is not None:
+                state[name] = state[names[id(tensor)]]
+            continue
+        names[id(tensor)] = name
+        whole = _whole(tensor)
+        if device is not None:
+            state[name] = whole.to(device, torch.float32 if whole.is_floating_point() else whole.dtype)
+    return state
+
+
+def _whole(tensor: Any) -> Tensor:
+    if hasattr(tensor, "full_tensor"):
+        # FSDP's parts may lie on the CPU, where its processes cannot exchange them.
+        return tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+    if not hasattr(tensor, "ds_id") and (tensor.dtype == torch.float32 or not tensor.requires_grad):
+        return tensor.detach()
+    import deepspeed
+
+    if tensor.dtype != torch.float32 and tensor.requires_grad:
+        # What DeepSpeed computes with is a rounded copy of the weights that it trains.
+        trained = deepspeed.utils.safe_get_full_fp32_param(tensor)
+        if trained is None:
+            raise RuntimeError(f"DeepSpeed has no fp32 copy of a weight of {tensor.numel():,} numbers that it trains")
+        return trained
+    with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+        return tensor.detach().clone()
+
+
+def hollow_copy(model: ModelT) -> ModelT:
+    """A copy of a model without its weights, for `fill`; the model must not be in an engine's hands yet."""
+    empty = {id(weight): nn.Parameter(torch.empty_like(weight, device="meta"), False) for weight in model.parameters()}
+    return copy.deepcopy(model, empty)
+
+
+def filled(hollow: ModelT, state: dict[str, Tensor], device: torch.device) -> ModelT:
+    """A copy of what `hollow_copy` gave, with weights, in eval mode on `device`."""
+    model = hollow_copy(hollow)
+    model.load_state_dict(state, assign=True)
+    return model.to(device).eval()

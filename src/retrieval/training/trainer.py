@@ -1,0 +1,507 @@
+"""The training loop: transformers' Trainer with our loss, sampler, evaluation and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import SCALER_NAME, SCHEDULER_NAME
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import SaveStrategy, TrainOutput
+
+from src.retrieval.models.checkpoint_folders import (
+    ARGS_FILE,
+    TRAINER_STATE,
+    Batches,
+    check_complete,
+    check_steps,
+    read_state,
+    remove_oldest,
+    remove_unfinished,
+    replace_folder,
+    whole_checkpoints,
+)
+from src.retrieval.models.loading import TrainableModel
+from src.retrieval.training.args import RetrievalTrainingArgs
+from src.retrieval.training.dataset import TrainDataset, TrainExample
+from src.retrieval.training.grad_cache import GradCache
+from src.retrieval.training.losses import LossConfig, combine, mask_false_negatives
+from src.retrieval.training.sampler import POLICIES, EpochDataLoader, GlobalBatchSampler
+from src.retrieval.training.scores import BatchScores, ScoreBatch
+from src.retrieval.training.sharding import check_optimizer_state, filled, hollow_copy, load_whole, whole_state
+from src.utils import distributed
+from src.utils.errors import UserError, first_line, is_out_of_memory
+from src.utils.files import write_json
+from src.utils.manifest import record_checksums
+
+logger = logging.getLogger(__name__)
+
+ModelT = TypeVar("ModelT", bound=TrainableModel)
+
+TORCH_SAVE_ERROR = re.compile("inline_container|PytorchStreamWriter|iostream")
+#: States of optimizers that are as large as the weights.
+MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
+#: Losses in a row that are no numbers and end a run in fp16, where the loss scaler leaves out the steps of a few.
+BAD_FP16_LOSSES = 16
+DIVERGED = (
+    "so training stops, and earlier checkpoints stay as they are: lower --learning_rate, take --bf16 or --fp16 False "
+    "in place of fp16, raise a very low temperature, or see whether the model that it began with is damaged"
+)
+
+
+class RetrievalTrainer(Trainer, Generic[ModelT]):
+    """Trains a dual encoder or a cross-encoder.
+
+    Args:
+        model: see `TrainableModel`.
+        args: settings.
+        train_dataset: rows of all files.
+        collator: examples to tensors.
+        score_batch: tensors to the scores that the losses compare.
+        evaluate_model: the model to metrics, without prefix; None when there is nothing to evaluate on.
+        saved_args: all arguments, written into each checkpoint.
+        write_cards: writes model cards below a folder that the model was saved to.
+        callbacks: further callbacks.
+    """
+
+    # Narrower than what transformers declares.
+    args: RetrievalTrainingArgs
+    model: ModelT
+    train_dataset: TrainDataset
+
+    def __init__(
+        self,
+        model: ModelT,
+        args: RetrievalTrainingArgs,
+        train_dataset: TrainDataset,
+        collator: Callable[[Sequence[TrainExample]], dict[str, Any]],
+        score_batch: ScoreBatch,
+        evaluate_model: Callable[[ModelT], dict[str, float]] | None,
+        saved_args: Mapping[str, Any],
+        write_cards: Callable[[str, TrainerState], None] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=() if evaluate_model else None,
+            callbacks=[StopCallback(args.early_exit_steps), *callbacks],
+        )
+        load_whole()
+        self.score_batch = score_batch
+        self.evaluate_model = evaluate_model
+        self._hollow = hollow_copy(self.model) if evaluate_model and args.weights_are_divided else None
+        self.saved_args = dict(saved_args)
+        self.write_cards = write_cards
+        self.loss_configs: list[LossConfig] = [source.settings.loss for source in train_dataset.sources]
+        self._parts = RunningMeans()
+        self._bad_losses = 0
+        self._saved_step: int | None = None
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train from the beginning, or go on from a checkpoint folder (see `checkpoint_to_resume`).
+
+        Raises:
+            UserError: the checkpoint lacks what an exact continuation needs.
+        """
+        if isinstance(resume_from_checkpoint, str):
+            if finished := self._finished(resume_from_checkpoint):
+                return finished
+            check_optimizer_state(resume_from_checkpoint, self.args.optimizer_layout)
+            check_complete(resume_from_checkpoint, distributed.rank(), distributed.world_size())
+            args, micro = self.args, self.args.per_device_train_batch_size
+            batches = Batches(distributed.world_size(), micro, args.gradient_accumulation_steps)
+            check_steps(resume_from_checkpoint, batches, {**self.saved_args, **args.to_dict()})
+        elif older := whole_checkpoints(self.args.output_dir):
+            logger.warning(
+                "training starts from the beginning, but %s is there from an earlier run: "
+                "--resume_from_checkpoint True would go on from it",
+                older[-1],
+            )
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _finished(self, checkpoint: str) -> TrainOutput | None:
+        """The result of a run that `checkpoint` already brought to its end, weights loaded; None when steps are left.
+
+        The Trainer would take one more step, and overwrite the result with what that gives.
+        """
+        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        last = min(steps, self.args.early_exit_steps or steps)
+        try:
+            state = TrainerState(**read_state(checkpoint))
+        except TypeError as error:
+            raise UserError(f"{checkpoint}: its {TRAINER_STATE} is of another version ({first_line(error)})") from error
+        if state.global_step < last:
+            return None
+        logger.info("%s is the end of this run already (step %d of %d)", checkpoint, state.global_step, last)
+        self.state = state
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self.model.load_weights(best or checkpoint)
+        return TrainOutput(state.global_step, 0.0, {})
+
+    def get_train_dataloader(self) -> EpochDataLoader:
+        """Global batches by the chosen policy, sliced by rank here and not by accelerate."""
+        args, dataset = self.args, self.train_dataset
+        return EpochDataLoader(
+            dataset,
+            batch_sampler=batch_sampler(args, dataset.sizes, self._train_batch_size),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and not args.use_cpu,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+        )
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward over one batch, chunk by chunk when asked to (see `GradCache`)."""
+        if not self.args.grad_cache_chunk_size:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            cached = GradCache(model, self.model)
+            # The Trainer scales the loss and backpropagates it, here up to the vectors.
+            loss = super().training_step(cached, inputs, num_items_in_batch)
+            cached.backpropagate()
+        self._check_loss(loss)
+        return loss
+
+    def _check_loss(self, loss: Tensor) -> None:
+        """Stop before the optimizer takes a step by a loss that is no number.
+
+        Raises:
+            UserError: it is none; in fp16, where the loss scaler leaves such steps out, not before many in a row are.
+        """
+        # The Trainer looks at every loss itself, so that this is no further wait for the device.
+        self._bad_losses = 0 if torch.isfinite(loss) else self._bad_losses + 1
+        if self._bad_losses >= (BAD_FP16_LOSSES if self.args.fp16 else 1):
+            raise UserError(f"step {self.state.global_step + 1}: the loss is {float(loss)}, {DIVERGED}")
+
+    def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep weights that are no numbers from taking the place of good ones.
+
+        Args:
+            weights: those of the model, whole.
+
+        Raises:
+            UserError: some are none.
+        """
+        for name, _ in self.model.named_parameters():
+            if not torch.isfinite(weights[name]).all():
+                raise UserError(f"step {self.state.global_step}: {name} has weights that are no numbers, {DIVERGED}")
+
+    def _prepare_input(self, data: Any) -> Any:
+        # With DeepSpeed transformers rounds what is no whole number, thus teacher scores, to the precision of the
+        # weights.
+        if isinstance(data, Tensor):
+            return data.to(self.args.device)
+        return super()._prepare_input(data)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean loss over the queries of all processes, scaled so that averaged gradients are exact."""
+        config = self.loss_configs[inputs["source"]]
+        found = self.score_batch(model, inputs, config)
+        parts = [
+            combine(self._masked(scores, found), found.positions, inputs["teacher_scores"], config)
+            for scores in found.scores
+        ]
+        self._parts.add("contrastive", parts[0].contrastive)
+        self._parts.add("distillation", parts[0].distillation)
+        self._add_similarities(found)
+        # Processes may hold parts of different size; the average over processes must be the mean over queries.
+        total = torch.stack([part.total for part in parts]).mean(0)
+        loss = total.sum() * distributed.world_size() / found.queries
+        return (loss, found.scores[0]) if return_outputs else loss
+
+    def _masked(self, scores: Tensor, found: BatchScores) -> Tensor:
+        margin = self.args.mask_margin
+        return scores if margin is None else mask_false_negatives(scores, found.positions, margin * found.unit)
+
+    def _add_similarities(self, found: BatchScores) -> None:
+        scores, positives = found.scores[0].detach() / found.unit, found.positions[:, :1]
+        self._parts.add("positive_similarity", scores.gather(1, positives))
+        if scores.shape[1] > 1:
+            self._parts.add("hardest_negative_similarity", scores.scatter(1, positives, -torch.inf).max(1).values)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the loss parts since the last log to the Trainer's training log lines."""
+        if "loss" in logs:
+            logs = {**logs, **self._parts.pop()}
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Retrieve over the whole corpus with the present weights."""
+        if self.evaluate_model is None:
+            raise UserError("there is nothing to evaluate on: give --eval_data and --corpus")
+        was_training = self.model.training
+        model = self._whole_model().eval()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluate_model(model).items()}
+        # Where it is a copy, its memory is needed again.
+        del model
+        self.model.train(was_training)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _whole_model(self) -> ModelT:
+        """The model, or a copy with whole weights where each process holds a part of them."""
+        if self._hollow is None:
+            return self.model
+        return filled(self._hollow, whole_state(self.model, self.args.device), self.args.device)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model with whole weights, whoever holds which part of them; every process must call this.
+
+        Raises:
+            UserError: on every process, of weights that are no numbers.
+        """
+        if self.args.engine is None:
+            self._check_weights(dict(self.model.named_parameters()))
+            super().save_model(output_dir, _internal_call)
+        else:
+            state = whole_state(self.model, torch.device("cpu") if self.args.should_save else None)
+            distributed.on_main(lambda: self._check_weights(state))
+            self._save(output_dir, state)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        self.model.save(folder, state_dict)
+        write_json(os.path.join(folder, ARGS_FILE), self.saved_args)
+        if self.write_cards is not None:
+            self.write_cards(folder, self.state)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            # eval_steps may be smaller than save_steps, and what is not on the disk cannot be loaded at the end.
+            self.control.should_save = True
+        return is_best
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write everything to a staging folder and rename it, so that a checkpoint-N folder is always whole."""
+        final = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        staging = os.path.join(self.args.output_dir, f".checkpoint-{self.state.global_step}.partial")
+        if self.args.should_save:
+            remove_unfinished(self.args.output_dir)
+        distributed.barrier()
+        self.store_flos()
+        with _writing(staging):
+            self.save_model(staging, _internal_call=True)
+        if self.state.best_global_step and self.args.save_strategy != SaveStrategy.NO:
+            best = os.path.join(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+            if best == final or os.path.isdir(best):
+                self.state.best_model_checkpoint = best
+        if not self.args.save_only_model:
+            with _writing(staging):
+                self._save_optimizer_and_scheduler(staging)
+                self._save_scaler(staging)
+                self._save_rng_state(staging)
+        # The files of all processes come before the one that makes the checkpoint whole.
+        distributed.barrier()
+        if self.args.should_save:
+            # The state turns the list that its constructor takes into a dictionary.
+            stateful = cast("dict[str, Any]", self.state.stateful_callbacks)
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    stateful[type(callback).__name__] = callback.state()
+            with _writing(staging):
+                record_checksums(staging)
+            self.state.save_to_json(os.path.join(staging, TRAINER_STATE))
+            replace_folder(staging, final)
+            keep = {os.path.abspath(path) for path in (final, self.state.best_model_checkpoint) if path}
+            remove_oldest(self.args.output_dir, self.args.save_total_limit, keep)
+        self._saved_step = self.state.global_step
+        distributed.barrier()
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        """Save the last step whatever the save strategy, before the Trainer loads the best model."""
+        if self.state.global_step not in (self._saved_step, self._initial_global_step):
+            self._save_checkpoint(self.model_wrapped, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and best is not None and self.args.save_total_limit == 1:
+            # The Trainer would remove the same folders, in a way that a kill could leave halves of them.
+            remove_oldest(self.args.output_dir, 1, {os.path.abspath(best)})
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.args.engine is None:
+            self.model.load_weights(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            if checkpoint is not None and self.args.engine is None and self.lr_scheduler is not None:
+                schedule = torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True)
+                # The schedule itself takes whatever it is given.
+                _check_like(schedule, self.lr_scheduler.state_dict(), SCHEDULER_NAME)
+            super()._load_optimizer_and_scheduler(checkpoint)
+            own = self.optimizer.state if self.args.engine is None and self.optimizer is not None else {}
+            for parameter, state in own.items():
+                for name in MOMENTS & state.keys():
+                    if state[name].shape != parameter.shape:
+                        raise ValueError(f"{name} of {list(state[name].shape)} for {list(parameter.shape)} weights")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Go on without the state of the loss scaler where it is missing, damaged or of no use."""
+        if checkpoint is None:
+            return
+        path, scaler = os.path.join(checkpoint, SCALER_NAME), self.accelerator.scaler
+        if scaler is None:
+            if os.path.isfile(path):
+                logger.info("%s is not needed: only fp16 scales losses", path)
+            return
+        try:
+            state, like = torch.load(path, weights_only=True), scaler.state_dict()
+            if (
+                not isinstance(state, dict)
+                or state.keys() != like.keys()
+                or not all(0 <= v < 1e30 for v in state.values())
+            ):
+                raise ValueError("no state of a loss scaler")
+            scaler.load_state_dict(state)
+        except Exception as error:
+            # Of a damaged file torch's reader raises whatever its bytes happen to mean.
+            problem = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({first_line(error)})"
+            logger.warning("%s %s: losses are scaled as at the beginning, which adapts in some steps", path, problem)
+
+    def _load_best_model(self) -> None:
+        logger.info("best checkpoint: %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
+        if self.args.engine is not None:
+            super()._load_best_model()
+        elif self.state.best_model_checkpoint is not None:
+            self.model.load_weights(self.state.best_model_checkpoint)
+
+
+def batch_sampler(args: RetrievalTrainingArgs, sizes: Sequence[int], batch_size: int) -> GlobalBatchSampler:
+    """This process's part of the batches.
+
+    Args:
+        args: settings.
+        sizes: rows per file.
+        batch_size: queries per process.
+    """
+    return POLICIES[args.inbatch_same_dataset](
+        sizes,
+        batch_size * distributed.world_size(),
+        args.data_seed if args.data_seed is not None else args.seed,
+        distributed.rank(),
+        distributed.world_size(),
+        args.dataloader_drop_last,
+    )
+
+
+@contextlib.contextmanager
+def _writing(folder: str) -> Iterator[None]:
+    """Tell in one line why a checkpoint cannot be written, and leave nothing of it: it may have filled the disk."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # What torch.save raises when the disk is full says nothing of disks.
+        if isinstance(error, RuntimeError) and not TORCH_SAVE_ERROR.search(str(error)):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(
+            f"{folder} cannot be written: is the disk full? ({first_line(error)}) Make room or lower "
+            "--save_total_limit, and go on with --resume_from_checkpoint True"
+        ) from error
+
+
+@contextlib.contextmanager
+def _reading(folder: str | None) -> Iterator[None]:
+    """Tell in one line why a checkpoint's optimizer or random state cannot be loaded; of pickles only numbers are."""
+    try:
+        yield
+    except Exception as error:
+        # Of a damaged file torch's reader raises whatever its bytes happen to mean, an OSError about no file too.
+        if isinstance(error, UserError) or getattr(error, "filename", None) is not None or is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"--resume_from_checkpoint {folder}: the state of the optimizer or of the random numbers is damaged, of "
+            f"another kind of run, or holds more than numbers ({first_line(error)}): resume from another checkpoint"
+        ) from error
+
+
+def _check_like(found: Any, like: Any, place: str) -> None:
+    """Raise a ValueError where a value has no number, list or object and another has one."""
+    if isinstance(like, int | float) and not isinstance(like, bool):
+        fits = isinstance(found, int | float) and not isinstance(found, bool)
+    elif isinstance(like, list):
+        fits = isinstance(found, list) and len(found) == len(like)
+    else:
+        fits = not isinstance(like, dict) or (isinstance(found, dict) and found.keys() >= like.keys())
+    if not fits:
+        raise ValueError(f"{place} is {str(found)[:100]!r}")
+    for name in like if isinstance(like, dict) else range(len(like)) if isinstance(like, list) else ():
+        _check_like(found[name], like[name], f"{place}: {name}")
+
+
+class RunningMeans:
+    """Means of named values since the last `pop`; kept on the device, so that adding never waits for it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+
+    def add(self, name: str, values: Tensor | None) -> None:
+        """Add a tensor of values, any shape; None and empty tensors add nothing."""
+        if values is None or values.numel() == 0:
+            return
+        total, count = self._sums.get(name, (torch.zeros((), device=values.device), 0))
+        self._sums[name] = (total + values.sum(), count + values.numel())
+
+    def pop(self) -> dict[str, float]:
+        """Means over all processes of all values added; starts anew."""
+        names = PART_NAMES
+        sums = torch.zeros(len(names), 2, dtype=torch.float64)
+        for number, name in enumerate(names):
+            if name in self._sums:
+                total, count = self._sums[name]
+                sums[number] = torch.tensor([float(total), count])
+        self._sums = {}
+        sums = distributed.sum_over_processes(sums)
+        return {name: float(total / count) for name, (total, count) in zip(names, sums, strict=True) if count > 0}
+
+
+PART_NAMES = ("contrastive", "distillation", "positive_similarity", "hardest_negative_similarity")
+
+
+class StopCallback(TrainerCallback):
+    """Ends training early when asked to."""
+
+    def __init__(self, early_exit_steps: int | None) -> None:
+        self.early_exit_steps = early_exit_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Called by the Trainer after each optimizer step."""
+        if self.early_exit_steps is not None and state.global_step >= self.early_exit_steps:
+            control.should_training_stop = True
+        return control

@@ -1,0 +1,240 @@
+"""What every entry point does alike: parse arguments, set up logging, show a user's error in one line."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, get_type_hints
+
+import numpy as np
+import tqdm.auto
+import transformers
+from transformers import HfArgumentParser
+
+from src.plan.memory import Line, render
+from src.utils import distributed
+from src.utils.config_file import read_arguments
+from src.utils.errors import UserError, describe_os_error, first_line, is_out_of_memory, user_message
+
+logger = logging.getLogger(__name__)
+
+#: Whole numbers that flags take: those of 32 bits, with sign or without.
+LEAST, MOST = -(1 << 31), (1 << 32) - 1
+#: Of other numbers those that fp32 holds.
+LARGEST = float(np.finfo(np.float32).max)
+#: How the names of flags end that name files and folders.
+PATHS = ("dir", "path", "data", "file", "files", "root", "corpus", "encoder", "ranker")
+
+#: A signal that comes again within this time is the same one.
+SAME_SIGNAL_SECONDS = 2
+
+
+class _Parser(HfArgumentParser):
+    """Reports a bad command line as the rest of the toolkit does: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def parse_args(
+    dataclass_types: Sequence[Any], argv: Sequence[str] | None = None, **defaults: Any
+) -> tuple[tuple[Any, ...], frozenset[str]]:
+    """Fill dataclasses from the command line, and from the file that ``--config`` names.
+
+    Args:
+        dataclass_types: settings classes without a field in common.
+        argv: arguments without the program name; those of this process when None.
+        defaults: defaults of this entry point that differ from the classes'.
+
+    Returns:
+        One instance per class, and the names of the flags that the command line or the file set itself.
+
+    Raises:
+        UserError: unknown or malformed flags.
+        TypeError: a name in `defaults` that no class has.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(dataclass_types, allow_abbrev=False)
+    # Of the actions of a flag (--fp16, --no_fp16) the first one takes a value.
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    if unknown := sorted(set(defaults) - set(actions)):
+        raise TypeError(f"defaults for flags that do not exist: {', '.join(unknown)}")
+    parser.set_defaults(**defaults)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; the command line overrides it.")
+    unset = object()
+    seen, _ = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys([*actions, "config"], unset)))
+    given = {name for name, value in vars(seen).items() if value is not unset} - {"config"}
+    values: dict[str, Any] = {}
+    if seen.config is not unset:
+        hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+        values = read_arguments(seen.config, actions, hints)
+        parser.set_defaults(**values)
+        given.update(values)
+    for name in sorted(given):
+        _check_value(name, values.get(name) if getattr(seen, name) is unset else getattr(seen, name))
+    try:
+        *instances, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown arguments")
+        ) from error
+    return tuple(instances), frozenset(given)
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Refuse blank paths, and numbers that no flag means and that libraries do not take."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, str) and number.isspace() and name.endswith(PATHS):
+            raise UserError(f"--{name} {number!r} is blank: name a file or folder, or leave the flag out")
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        if isinstance(number, float):
+            if not abs(number) <= LARGEST:
+                raise UserError(f"--{name} must be a number of {LARGEST:.1e} at most, found {number}")
+        elif not (least := 0 if name.endswith("seed") else LEAST) <= number <= MOST:
+            shown = f"{number}" if abs(number) < 10**30 else f"one of {len(str(abs(number)))} digits"
+            raise UserError(f"--{name} must be a whole number from {least} to {MOST}, found {shown}")
+
+
+def show_plan(lines: Sequence[Line]) -> None:
+    """Print what ``--dry_run`` found out; the main process does."""
+    if distributed.is_main():
+        print(render(lines), flush=True)
+
+
+def setup_logging() -> None:
+    """Log lines of the main process to stderr; of libraries warnings, of transformers errors only."""
+    level = logging.INFO if distributed.launched_rank() == 0 else logging.ERROR
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for name in ("src", "evaluation", "scripts", "run_dense", "run_ranker", "run_lm_score", "__main__"):
+        logging.getLogger(name).setLevel(level)
+    # Its warnings speak of its own workings; weights that are missing from a checkpoint are an error of ours.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without taking the interpreter apart.
+
+    Threads of torch.distributed outlive the process group; one that asks for the interpreter's lock while it is taken
+    apart aborts the process ("terminate called without an active exception"), and the launcher reports a failed run.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _explain(error: Exception, memory_advice: str) -> tuple[str, int] | None:
+    """What to tell the user of an error, and the exit code; None for one that nobody expected."""
+    if isinstance(error, UserError):
+        return user_message(error), 2
+    if is_out_of_memory(error):
+        return f"out of memory ({first_line(error)}): {memory_advice}", 2
+    if (lost := distributed.describe_lost_process(error)) is not None:
+        return lost, 1
+    if isinstance(error, OSError) and (described := describe_os_error(error)) is not None:
+        return described, 2
+    return None
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Within the block SIGINT and SIGTERM raise KeyboardInterrupt in the main thread; yields those received.
+
+    A second one ends the process at once. What is ignored (nohup, a job in the background) stays so.
+    """
+    received: list[int] = []
+    owner, since = os.getpid(), 0.0
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal since
+        if os.getpid() != owner:
+            # A process that was forked off: this is not its entry point.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not received:
+            since = time.monotonic()
+            received.append(number)
+            raise KeyboardInterrupt
+        # Some launchers send the same one twice.
+        if time.monotonic() - since > SAME_SIGNAL_SECONDS:
+            os._exit(128 + number)
+
+    handled = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in handled}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(message: str) -> None:
+    """Show an error on a line of its own, below any progress bar."""
+    for kind in {tqdm.std.tqdm, tqdm.auto.tqdm}:
+        for bar in list(getattr(kind, "_instances", ())):
+            bar.close()
+    # The bar of the main process is not this one's to close.
+    start = "\n" if distributed.launched_rank() > 0 else ""
+    sys.stderr.write(f"{start}error: {message}\n")
+    sys.stderr.flush()
+
+
+def run(main: Callable[[], None], memory_advice: str = "free some, or use a machine that has more") -> NoReturn:
+    """Run an entry point and exit: 0 when done, 2 after an error that the user can mend, shown as one message.
+
+    A run that is stopped says so and exits with 130 (SIGINT, Ctrl-C) or 143 (SIGTERM).
+
+    Args:
+        main: the entry point.
+        memory_advice: what helps when memory runs out.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    setup_logging()
+    # That of an exception which nobody expected, until another outcome is known.
+    code = 1
+    if distributed.launched_processes() > 1:
+        # The first to be registered is the last to be called.
+        atexit.register(lambda: _leave(code))
+    with _stoppable() as received:
+        try:
+            try:
+                main()
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+                raise
+            except BrokenPipeError:
+                # Whoever read the output (head) has enough; what Python still holds back goes nowhere.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                code = 128 + signal.SIGPIPE
+            except Exception as error:
+                if received:
+                    # What a library, or a process that was stopped too, made of it.
+                    raise KeyboardInterrupt from error
+                if (explained := _explain(error, memory_advice)) is None:
+                    raise
+                message, code = explained
+                if distributed.is_first_to_say(message):
+                    _say(message)
+            finally:
+                if not received:
+                    distributed.destroy_process_group()
+        except KeyboardInterrupt:
+            number = signal.Signals(received[0] if received else signal.SIGINT)
+            code = 128 + number
+            for child in multiprocessing.active_children():
+                child.kill()
+            if distributed.is_first_to_stop():
+                _say(f"stopped by {number.name}")
+    sys.exit(code)

@@ -1,0 +1,276 @@
+"""The one module that knows torch.distributed; every function is a no-op for a single process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from src.utils.devices import prepared
+from src.utils.errors import UserError, describe_os_error, first_line
+from src.utils.flags import check_positive
+
+T = TypeVar("T")
+
+#: Seconds that a process waits for the others: one's share of a corpus or of prompts may take that much longer than
+#: another's. A process that died is noticed at once.
+TIMEOUT = 6 * 3600
+#: Seconds after which a process tells an error that the first of its host should have told.
+FIRST_TO_SAY_SECONDS = 10
+#: Counter of what processes said of their end.
+SAID = "said"
+
+
+def is_launched() -> bool:
+    """Whether a launcher (torchrun) started this process, alone or with others."""
+    return "RANK" in os.environ
+
+
+def launched_processes() -> int:
+    """How many processes the launcher (torchrun) started; 1 without one. Needs no process group."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """The rank the launcher gave this process; 0 without one. Needs no process group."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_initialized() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def rank() -> int:
+    """Rank of this process among all."""
+    return dist.get_rank() if is_initialized() else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and shows messages."""
+    return rank() == 0
+
+
+def part_of(size: int) -> range:
+    """This process's share of `size` things: contiguous, in rank order, sizes differing by one at most."""
+    start, end = (size * number // world_size() for number in (rank(), rank() + 1))
+    return range(start, end)
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def init_process_group(use_cpu: bool, timeout: int = TIMEOUT) -> torch.device:
+    """Join the group that torchrun prepared, if any, and return this process's device.
+
+    Args:
+        use_cpu: even when there is a GPU.
+        timeout: seconds that a process waits for another before it gives up.
+
+    Raises:
+        UserError: these are not above 0.
+    """
+    check_positive(ddp_timeout=timeout)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    use_cuda = torch.cuda.is_available() and not use_cpu
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if launched_processes() > 1 and not is_initialized():
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(seconds=timeout))
+    return prepared(device)
+
+
+def destroy_process_group() -> None:
+    """Leave the group, if there is one."""
+    if is_initialized():
+        dist.destroy_process_group()
+
+
+def is_first_to_say(message: str) -> bool:
+    """Whether this process should show an error: an error of all processes alike is shown once, one of a single
+    process by that process, whatever its rank."""
+    if not is_initialized():
+        # The command line is wrong for all, something missing on a host for all of its processes. The first of a host
+        # tells, and the launcher then ends the others; were they to end before, it would end the first. Whoever is
+        # still there after a while has an error of its own.
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            time.sleep(FIRST_TO_SAY_SECONDS)
+        return True
+    try:
+        # The store through which the processes found each other is there even when the group no longer works.
+        store = dist.distributed_c10d._get_default_store()
+        store.add(SAID, 1)
+        return store.add(f"said/{hashlib.sha256(message.encode(errors='replace')).hexdigest()}", 1) == 1
+    except RuntimeError:
+        # It went with the process that kept it.
+        return True
+
+
+def is_first_to_stop() -> bool:
+    """Whether this process should say that it was stopped: one says so, and none when another told an error before,
+    for which the launcher stops the others."""
+    if not is_initialized():
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add(SAID, 1) == 1
+    except RuntimeError:
+        return False
+
+
+def describe_lost_process(error: BaseException) -> str | None:
+    """One line about an error of communication with another process; None for any other error."""
+    if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))):
+        return None
+    if "timed out" in str(error).lower():
+        return (
+            "another process did not answer within --ddp_timeout: it hangs, or has that much more to do than this one "
+            f"({first_line(error)})"
+        )
+    return (
+        "the connection to another process is lost: it ended by an error of its own, which it told, or was killed "
+        f"({first_line(error)})"
+    )
+
+
+def broadcast_object(value: T) -> T:
+    """The main process's `value`, on every process."""
+    if world_size() == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call `function` on the main process and return its result on every process.
+
+    Raises:
+        UserError: the one that `function` raised, on every process, so that none waits for the others; with
+            more than one process also in place of any other error, which the main process raises as it is unless it
+            is one about a file.
+    """
+    if world_size() == 1:
+        return function()
+    result: tuple[Any, str | None] = (None, None)
+    unexpected: Exception | None = None
+    if is_main():
+        try:
+            result = (function(), None)
+        except UserError as error:
+            result = (None, str(error))
+        except Exception as error:
+            described = describe_os_error(error) if isinstance(error, OSError) else None
+            unexpected = error if described is None else None
+            result = (None, described or f"the main process failed ({type(error).__name__}: {first_line(error)})")
+    value, message = broadcast_object(result)
+    if unexpected is not None:
+        raise unexpected
+    if message is not None:
+        raise UserError(message)
+    return value
+
+
+def _communication_device() -> torch.device:
+    """Where tensors must lie for a collective: NCCL only takes CUDA tensors."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def all_gather_array(array: np.ndarray) -> list[np.ndarray]:
+    """Every process's `array`, in rank order. Sizes may differ along the first axis only."""
+    if world_size() == 1:
+        return [array]
+    device = _communication_device()
+    local = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    sizes = gather_sizes(len(local), device)
+    padded = local.new_zeros((max(sizes), *local.shape[1:]))
+    padded[: len(local)] = local
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return [tensor[:size].cpu().numpy() for tensor, size in zip(gathered, sizes, strict=True)]
+
+
+def all_gather_json(value: Any) -> list[Any]:
+    """Every process's `value`, which JSON can hold, in rank order."""
+    texts = all_gather_array(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy())
+    return [json.loads(text.tobytes()) for text in texts]
+
+
+def raise_together(message: str | None) -> None:
+    """Raise a UserError on every process if any process passes a message, so that none waits for the others."""
+    if messages := [text for text in all_gather_json(message) if text is not None]:
+        raise UserError(messages[0])
+
+
+def gather_sizes(size: int, device: torch.device) -> list[int]:
+    """Every process's `size`, in rank order."""
+    if world_size() == 1:
+        return [size]
+    local = torch.tensor([size], dtype=torch.int64, device=device)
+    gathered = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(gathered, local)
+    return [int(tensor) for tensor in gathered]
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather along the first axis, whose backward sums the gradient of every process's copy.
+
+    Each process's loss depends on all rows, so the gradient of a row is the sum over processes of
+    what their losses say of it: all-reduce, then the local slice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        ctx.sizes = sizes
+        padded = local.new_zeros((max(sizes), *local.shape[1:]))
+        padded[: len(local)] = local
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([tensor[:size] for tensor, size in zip(gathered, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient = gradients[0].contiguous().clone()
+        dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
+        start = sum(ctx.sizes[: rank()])
+        return gradient[start : start + ctx.sizes[rank()]], None
+
+
+def gather_with_grad(local: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Rows of all processes, in rank order, with exact gradients.
+
+    Args:
+        local: ``(sizes[rank], ...)`` rows of this process.
+        sizes: how many rows each process holds, see `gather_sizes`.
+
+    Returns:
+        ``(sum(sizes), ...)``; its backward is a collective call that every process must reach.
+    """
+    return local if world_size() == 1 else _GatherRows.apply(local, sizes)
+
+
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum of `values` (on the CPU, any shape) over all processes."""
+    if world_size() == 1:
+        return values
+    moved = values.to(_communication_device())
+    dist.all_reduce(moved, op=dist.ReduceOp.SUM)
+    return moved.cpu()

@@ -1,0 +1,321 @@
+"""Paths, atomic writes and the names of output files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from src.utils.errors import NO_ROOM, UserError
+
+logger = logging.getLogger(__name__)
+
+DATA_PREFIX = "llm-embedder:"
+#: Names of the folder of conversational search, which differ between copies of the data.
+TWINS = {"conversation": "convsearch", "convsearch": "conversation"}
+#: Errors of writing that say nothing of which file it was.
+DISK_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS)
+
+
+def resolve_path(path: str, data_root: str) -> str:
+    """Replace the prefix ``llm-embedder:`` by `data_root`.
+
+    What is not below ``conversation`` may be below ``convsearch``, and the other way round.
+
+    Raises:
+        UserError: the path starts with another ``word:`` prefix, or climbs out of `data_root`.
+    """
+    if path.startswith(DATA_PREFIX):
+        relative = path[len(DATA_PREFIX) :]
+        root = os.path.abspath(os.path.expanduser(data_root))
+        resolved = os.path.abspath(os.path.join(root, relative))
+        if os.path.commonpath([root, resolved]) != root:
+            raise UserError(f"{path!r} leads outside of data_root ({root}): name a path below it, or a plain path")
+        first, _, rest = os.path.relpath(resolved, root).partition(os.sep)
+        twin = os.path.join(root, TWINS.get(first, first), rest)
+        if twin != resolved and not _is_there(resolved) and _is_there(twin):
+            logger.info("%s is not there: taking %s", resolved, twin)
+            return twin
+        return resolved
+    head, colon, _ = path.partition(":")
+    if colon and not os.path.exists(path) and os.sep not in head and len(head) > 1:
+        raise UserError(f"unknown path prefix {head + ':'!r} in {path!r}: the only one is {DATA_PREFIX!r}")
+    return os.path.expanduser(path)
+
+
+def _is_there(path: str) -> bool:
+    """Whether a path exists, or matches something that does."""
+    return os.path.exists(path) or bool(glob.glob(path, recursive=True))
+
+
+def _shown(flag: str) -> str:
+    """An argument as users know it: a flag, or the name of one that stands alone, such as FILE."""
+    return flag if flag.isupper() else f"--{flag}"
+
+
+def existing_file(path: str, flag: str) -> str:
+    """`path` itself when it is a readable file.
+
+    Raises:
+        UserError: it is missing or no file; `flag` names the argument it came from.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{_shown(flag)}: {path} is a folder, a JSON lines file is needed")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{_shown(flag)}: {path} is no regular file, and data files are read more than once")
+    if not os.path.isfile(path):
+        raise UserError(
+            f"{_shown(flag)}: no such file: {path} (paths starting with {DATA_PREFIX!r} are looked up below "
+            "--data_root, by default the LLM_EMBEDDER_DATA environment variable)"
+        )
+    return path
+
+
+def check_writable(folder: str, flag: str) -> None:
+    """Find out whether files can be written to `folder`, which may not exist yet; leaves nothing.
+
+    Raises:
+        UserError: they cannot; `flag` names the argument it came from.
+    """
+    existing = Path(folder).absolute()
+    while not existing.exists() and not existing.is_symlink():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"--{flag}: {existing} is no folder, so {folder} cannot be written to")
+    try:
+        # What permissions say is not all: a file system may be read-only, or take no files at all.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--{flag}: cannot write to {existing} ({error.strerror}): change that, or name another folder"
+        ) from error
+
+
+def check_output(path: str, flag: str) -> None:
+    """Find out whether a file may be written at `path`, whose folder may not exist yet; leaves nothing.
+
+    Raises:
+        UserError: it may not; `flag` names the argument that the path came from.
+    """
+    check_writable(os.path.dirname(path) or ".", flag)
+    _check_replaceable(path)
+
+
+def _check_replaceable(path: str) -> None:
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "no ordinary file"
+        raise UserError(f"{path} is {kind}, so no file can be written there: remove it, or choose another name")
+
+
+def expand_data_paths(paths: Sequence[str], data_root: str, flag: str) -> list[str]:
+    """Resolve prefixes and globs; a file named twice stays twice, the matches of a glob are sorted.
+
+    Raises:
+        UserError: a path or a glob matches nothing.
+    """
+    files: list[str] = []
+    for path in paths:
+        resolved = resolve_path(path, data_root)
+        if not os.path.exists(resolved) and glob.has_magic(resolved):
+            matches = sorted(glob.glob(resolved, recursive=True))
+            if not matches:
+                raise UserError(f"{_shown(flag)}: no file matches {resolved}")
+            files.extend(existing_file(match, flag) for match in matches)
+        else:
+            files.append(existing_file(resolved, flag))
+    return files
+
+
+def file_hash(path: str, digest: Any) -> str:
+    """The hexadecimal hash of a file's bytes; `digest` is an empty one of hashlib."""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def text_hash(texts: Iterable[str]) -> str:
+    """A short hash of texts and their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        encoded = text.encode(errors="surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Give a temporary name beside `path`, and rename what is written there when the block ends without an error.
+
+    A crash or an exception leaves an existing `path` as it was and no temporary file behind. Where `path` is a symbolic
+    link, the file that it points to is replaced and the link stays.
+
+    Raises:
+        UserError: `path` is there and no file: a folder, or a device, which a renamed file would replace.
+    """
+    target = Path(os.path.realpath(path))
+    _check_replaceable(str(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+    try:
+        yield temporary
+        os.fsync(descriptor)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None and error.errno in DISK_ERRORS:
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        if isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
+            # NumPy tells no more of a full disk.
+            raise OSError(errno.EIO, "cannot be written: is the disk full?", str(target)) from error
+        raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that is put at `path` when the block ends without an error; see `atomic_path`."""
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file,
+    ):
+        yield file
+
+
+def remove_folder(folder: str | os.PathLike[str]) -> None:
+    """Delete a folder; the name goes first, so that what a kill leaves is never taken for the whole.
+
+    Where that fails a warning says so: what the folder was kept for is done.
+    """
+    path = Path(folder).absolute()
+    try:
+        # A name of its own: what an earlier removal left may still be in use.
+        gone = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".removed", dir=path.parent)
+        path.rename(gone)
+        shutil.rmtree(gone)
+    except OSError as error:
+        logger.warning("%s cannot be removed: %s", path, error)
+
+
+def remove_leftovers(output: str | os.PathLike[str]) -> None:
+    """Delete what killed runs left of `output` under other names; nobody may be writing it."""
+    path = Path(os.path.realpath(output))
+    left = re.compile(rf"\.{re.escape(path.name)}(\.parts)?(\.\w{{8}}\.(partial|removed)|\.old)")
+    for entry in list(os.scandir(path.parent)):
+        if left.fullmatch(entry.name):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    with atomic_write(path) as file:
+        json.dump(value, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """One line of a JSON lines file."""
+    line = json.dumps(value, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        # Half of a surrogate pair, in a column that is only passed on: UTF-8 has none, an escape has.
+        line = json.dumps(value)
+    return line + "\n"
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> int:
+    """Write `rows` as JSON lines, atomically, and return how many there were."""
+    count = 0
+    with atomic_write(path) as file:
+        for row in rows:
+            file.write(json_line(row))
+            count += 1
+    return count
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise ValueError(f"{twice!r} stands there twice")
+    return found
+
+
+def read_json(path: str | os.PathLike[str], what: str, unique_names: bool = False) -> Any:
+    """Read one JSON file.
+
+    Args:
+        path: the file.
+        what: what it should be, for messages.
+        unique_names: take no object in which a name stands twice; otherwise the last one counts.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file, object_pairs_hook=_unique_names if unique_names else None)
+    except FileNotFoundError as error:
+        raise UserError(f"{what}: no such file: {path}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what}: {path} is not valid JSON: {error}") from error
+
+
+def read_object(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
+    """Read one JSON file that holds an object; see `read_json`.
+
+    Raises:
+        UserError: it is missing or broken, or holds something else.
+    """
+    value = read_json(path, what)
+    if not isinstance(value, dict):
+        raise UserError(f"{what}: {path} must hold an object, found {json.dumps(value)[:40]}")
+    return value
+
+
+def derived_path(
+    source: str, field: str, save_name: str | None = None, output_dir: str | None = None, extension: str | None = None
+) -> str:
+    """``<stem>.<field>[.<save_name>]<ext>`` next to `source`, or in `output_dir` when it is given.
+
+    ``derived_path("a/train.json", "neg", "bge")`` is ``a/train.neg.bge.json``.
+    """
+    path = Path(source)
+    parts = [path.stem, field] + ([save_name] if save_name else [])
+    name = ".".join(parts) + (extension if extension is not None else path.suffix)
+    return str((Path(output_dir) if output_dir else path.parent) / name)
+
+
+def path_name(path: str, most: int = 200) -> str:
+    """A name for files about the model that `path` (or a hub name) leads to: ``--`` stands for each separator.
+
+    A name above `most` bytes, or one that another path could have too, ends in a hash of the whole path.
+    """
+    plain = os.path.normpath(path)
+    # What begins with a dot leads upwards or is hidden; a folder's bare name may be that of another one elsewhere.
+    if plain.startswith(os.curdir) or (os.sep not in plain and os.path.isdir(plain)):
+        plain = os.path.abspath(plain)
+    plain = plain.strip(os.sep)
+    name = plain.replace(os.sep, "--")
+    if "--" not in plain and len(name.encode()) <= most:
+        return name
+    return f"{name.encode()[-most:].decode(errors='ignore').lstrip('-.')}-{text_hash([plain])[:8]}"

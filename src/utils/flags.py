@@ -1,0 +1,47 @@
+"""What the settings classes of all entry points are made with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import field
+from typing import Any
+
+from src.utils.errors import UserError
+
+
+def flag(default: Any, help: str) -> Any:
+    """A dataclass field that is a command line flag."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def dry_run_flag() -> Any:
+    """The field of ``--dry_run``, the same in all entry points."""
+    return flag(False, "Check flags, data and models' settings, print what the run would do, and write nothing.")
+
+
+def check_choice(flag: str, value: str | None, choices: tuple[str, ...]) -> None:
+    """Raise a UserError naming the choices unless `value` is one of them (or None)."""
+    if value is not None and value not in choices:
+        raise UserError(f"--{flag} {value!r} is unknown: choose from {', '.join(choices)}")
+
+
+def check_name(flag: str, value: str | None, needed: bool = False) -> None:
+    """Raise a UserError for a name that would put a file into another folder, or for none where one is `needed`."""
+    elsewhere = value and (os.sep in value or "\0" in value or value in (os.curdir, os.pardir))
+    if elsewhere or (value and value.isspace()) or (needed and not value):
+        raise UserError(f"--{flag} {value!r} becomes a part of file names: it must not be blank, nor hold {os.sep!r}")
+
+
+def check_positive(**values: float | None) -> None:
+    """Raise a UserError for the first value that is given and not above 0."""
+    for flag, value in values.items():
+        # A NaN is not above 0 either.
+        if value is not None and not value > 0:
+            raise UserError(f"--{flag} must be above 0, found {value}")
+
+
+def default_data_root() -> str:
+    """The folder that LLM_EMBEDDER_DATA names, or that of the released data."""
+    return os.environ.get("LLM_EMBEDDER_DATA", "/data/llm-embedder")

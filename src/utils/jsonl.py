@@ -1,0 +1,357 @@
+"""JSON lines files read in place: an index of line offsets, and rows read and parsed when asked for.
+
+Opening a file scans it once, in parallel for large files, checks every row and keeps a few numbers per
+row. Memory does not grow with the file, and every column of a row, known or not, comes back as it stands.
+A file that changes after it was checked is an error, never other rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context, resource_tracker
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+from tqdm import tqdm
+
+from src.utils.errors import UserError
+from src.utils.files import atomic_write
+
+#: What a row check returns: the problems found, one number or string per column of `Scan.columns`.
+RowCheck = Callable[[Any], tuple[list[str], dict[str, Any]]]
+
+SHOWN_PROBLEMS = 10
+#: Characters of a problem that are shown: it may quote a value of any size.
+PROBLEM_LENGTH = 1000
+CHUNK_BYTES = 64 << 20
+CACHE_VERSION = 2
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+#: Lists and objects within each other. Python's parser has a limit that depends on who calls it; this one is far below.
+MAX_DEPTH = 100
+
+
+@dataclass
+class Scan:
+    """What one pass over a file found.
+
+    Attributes:
+        offsets: int64 ``(rows,)``, first byte of each row.
+        lengths: int64 ``(rows,)``, bytes of each row, line end excluded.
+        lines: int64 ``(rows,)``, 1-based line number of each row (blank lines hold no row).
+        columns: per name an array ``(rows,)`` of what the row check returned.
+        problems: the first `SHOWN_PROBLEMS` as (line, text).
+        problem_count: how many there are in all.
+    """
+
+    offsets: np.ndarray
+    lengths: np.ndarray
+    lines: np.ndarray
+    columns: dict[str, np.ndarray]
+    problems: list[tuple[int, str]] = field(default_factory=list)
+    problem_count: int = 0
+
+
+class Stamp(NamedTuple):
+    """What changes whenever somebody writes to a file, and the machine that saw it: a copy has another time."""
+
+    size: int
+    mtime_ns: int
+    host: str
+
+
+def _stamp(stat: os.stat_result) -> Stamp:
+    return Stamp(stat.st_size, stat.st_mtime_ns, socket.gethostname())
+
+
+class JsonLines(Sequence[dict[str, Any]]):
+    """The rows of one file, parsed on access. Picklable: workers open the file anew.
+
+    Args:
+        path: the file.
+        scan: what is in it.
+        stamp: of the file when it was scanned; that of now when None. Of another machine's only the size counts.
+    """
+
+    def __init__(self, path: str, scan: Scan, stamp: Stamp | None = None) -> None:
+        self.path = path
+        self.scan = scan
+        self.stamp = stamp or _stamp(os.stat(path))
+        self._file: io.FileIO | None = None
+
+    def __len__(self) -> int:
+        return len(self.scan.offsets)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start, length = int(self.scan.offsets[index]), int(self.scan.lengths[index])
+        if self._file is None:
+            try:
+                self._file = io.FileIO(self.path)
+            except OSError as error:
+                raise UserError(f"{self.path}: {error.strerror}; it was there when its rows were checked") from error
+            here = _stamp(os.fstat(self._file.fileno()))
+            if here.host != self.stamp.host and here.size == self.stamp.size:
+                self.stamp = here
+        # Not through a memory map, which kills the process when the file gets shorter under it.
+        body = os.pread(self._file.fileno(), length, start)
+        if _stamp(os.fstat(self._file.fileno())) != self.stamp:
+            raise UserError(f"{self.path} has changed since its rows were checked: leave it alone while it is in use")
+        return _parse(body)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def select(self, numbers: np.ndarray) -> JsonLines:
+        """Some of the rows, int ``(rows,)``, as if the file held no others."""
+        scan = self.scan
+        columns = {name: values[numbers] for name, values in scan.columns.items()}
+        chosen = Scan(scan.offsets[numbers], scan.lengths[numbers], scan.lines[numbers], columns)
+        return JsonLines(self.path, chosen, self.stamp)
+
+    def where(self, index: int) -> str:
+        """``file:line`` of a row, for messages."""
+        return f"{self.path}:{self.scan.lines[index]}"
+
+
+def read_lines(path: str, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """First byte and content, without line end and byte order mark, of the lines that begin in ``[start, end)``."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        position = start
+        while position < end and (raw := file.readline()):
+            begin, position = position, position + len(raw)
+            body = raw.rstrip(b"\r\n")
+            # Files with a mark may have been joined.
+            if body.startswith(BYTE_ORDER_MARK):
+                body, begin = body[len(BYTE_ORDER_MARK) :], begin + len(BYTE_ORDER_MARK)
+            yield begin, body
+
+
+def _scan_range(path: str, start: int, end: int, check: RowCheck) -> tuple[Scan, int]:
+    """Scan the lines that begin in ``[start, end)``; line numbers count from 1 at `start`.
+
+    Returns the scan and the number of lines passed over.
+    """
+    offsets, lengths, lines = [], [], []
+    values_of_rows: list[dict[str, Any]] = []
+    problems: list[tuple[int, str]] = []
+    problem_count = 0
+    line = 0
+    for line, (begin, body) in enumerate(read_lines(path, start, end), 1):
+        if not body.strip():
+            continue
+        found, row_values = _check_line(body, check)
+        problem_count += len(found)
+        problems.extend((line, text[:PROBLEM_LENGTH]) for text in found[: SHOWN_PROBLEMS - len(problems)])
+        offsets.append(begin)
+        lengths.append(len(body))
+        lines.append(line)
+        values_of_rows.append(row_values)
+    names = next((row.keys() for row in values_of_rows if row), ())
+    columns = {} if problem_count else {name: np.array([row[name] for row in values_of_rows]) for name in names}
+    starts, sizes, numbers = (np.array(values, dtype=np.int64) for values in (offsets, lengths, lines))
+    return Scan(starts, sizes, numbers, columns, problems, problem_count), line
+
+
+def _parse(body: bytes) -> Any:
+    return json.loads(body.decode())
+
+
+def parse_row(body: bytes) -> tuple[dict[str, Any] | None, list[str]]:
+    """The row of a line, or None and the problem."""
+    try:
+        row = _parse(body)
+    except ValueError as error:
+        other = [what for begin, what in _OTHER_FORMATS.items() if body.lstrip().startswith(begin)]
+        return None, other or [_parse_problem(error)]
+    except RecursionError:
+        return None, [_TOO_DEEP]
+    if isinstance(row, list) and row and isinstance(row[0], dict):
+        return None, [_OTHER_FORMATS[b"["]]
+    if not isinstance(row, dict):
+        return None, [f"a row must be a JSON object, found {type(row).__name__}"]
+    # Counting signs is quick, and rows that hold so many of them are rare.
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(row) > MAX_DEPTH:
+        return None, [_TOO_DEEP]
+    return row, []
+
+
+def _parse_problem(error: ValueError) -> str:
+    """Why a line is no JSON."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not valid UTF-8: {error.reason} at byte {error.start + 1}"
+    if isinstance(error, json.JSONDecodeError):
+        if error.pos >= len(error.doc.rstrip()):
+            return "not valid JSON: the line ends within an object, which must stand in one line (jq -c .)"
+        return f"not valid JSON: {error.msg} at column {error.colno}"
+    return "a number has too many digits"
+
+
+def _check_line(body: bytes, check: RowCheck) -> tuple[list[str], dict[str, Any]]:
+    row, problems = parse_row(body)
+    return (problems, {}) if row is None else check(row)
+
+
+#: How a file begins that holds no JSON lines, and what to do with it.
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "not JSON lines but compressed by gzip: unpack the file (gzip -d)",
+    b"\xff\xfe": "not UTF-8 but UTF-16: convert the file (iconv -f UTF-16 -t UTF-8)",
+    b"\xfe\xff": "not UTF-8 but UTF-16: convert the file (iconv -f UTF-16 -t UTF-8)",
+    b"[": "not JSON lines but a JSON array: write one object per line (jq -c '.[]')",
+}
+_TOO_DEEP = f"nested too deeply: lists and objects may lie within each other {MAX_DEPTH} times"
+
+
+def _depth(value: Any) -> int:
+    """How many lists and objects lie within each other."""
+    level, depth = [value], 0
+    while level := [part for part in level if isinstance(part, (dict, list))]:
+        depth += 1
+        level = [inner for part in level for inner in (part.values() if isinstance(part, dict) else part)]
+    return depth
+
+
+def _chunks(path: str, size: int) -> list[tuple[int, int]]:
+    """Byte ranges of about `CHUNK_BYTES` that begin at line starts."""
+    bounds = [0]
+    with open(path, "rb") as file:
+        for guess in range(CHUNK_BYTES, size, CHUNK_BYTES):
+            file.seek(guess)
+            file.readline()
+            if bounds[-1] < file.tell() < size:
+                bounds.append(file.tell())
+    return list(zip(bounds, [*bounds[1:], size], strict=True))
+
+
+def _merge(parts: Sequence[tuple[Scan, int]]) -> Scan:
+    first_lines = np.cumsum([0] + [lines for _, lines in parts])
+    scans = [scan for scan, _ in parts]
+    names = next((scan.columns.keys() for scan in scans if scan.columns), ())
+    filled = [scan for scan in scans if scan.columns]
+    problems = [
+        (line + int(first), text)
+        for scan, first in zip(scans, first_lines, strict=False)
+        for line, text in scan.problems
+    ]
+    return Scan(
+        np.concatenate([scan.offsets for scan in scans]),
+        np.concatenate([scan.lengths for scan in scans]),
+        np.concatenate([scan.lines + first for scan, first in zip(scans, first_lines, strict=False)]),
+        {name: np.concatenate([scan.columns[name] for scan in filled]) for name in names},
+        problems[:SHOWN_PROBLEMS],
+        sum(scan.problem_count for scan in scans),
+    )
+
+
+def available_cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """As many processes, which leave Ctrl-C to this one; when the block ends by an exception they are ended."""
+    others = set(multiprocessing.active_children())
+    # Were it started below, it would let the signal through again.
+    resource_tracker.ensure_running()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        try:
+            # What is blocked when a process starts stays so; a pool starts them one by one as work comes.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            for _ in range(workers):
+                pool.submit(int)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            yield pool
+        except BaseException:
+            for child in set(multiprocessing.active_children()) - others:
+                child.kill()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def scan_file(path: str, check: RowCheck) -> Scan:
+    """Scan a whole file, over all cores when it is large."""
+    size = os.path.getsize(path)
+    chunks = _chunks(path, size)
+    workers = min(available_cores(), len(chunks))
+    if workers == 1:
+        return _merge([_scan_range(path, start, end, check) for start, end in chunks])
+    with process_pool(workers) as pool:
+        futures = [pool.submit(_scan_range, path, start, end, check) for start, end in chunks]
+        bar = tqdm(futures, desc=f"checking {os.path.basename(path)}", unit="chunk")
+        return _merge([future.result() for future in bar])
+
+
+def _cache_path(path: str, stamp: Stamp, check_name: str, cache_dir: str) -> Path:
+    key = f"{CACHE_VERSION}|{os.path.abspath(path)}|{stamp.size}|{stamp.mtime_ns}|{check_name}"
+    return Path(cache_dir) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+
+
+def _load_cached(path: Path) -> Scan | None:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            columns = {name[7:]: arrays[name] for name in arrays.files if name.startswith("column_")}
+            scan = Scan(arrays["offsets"], arrays["lengths"], arrays["lines"], columns)
+            sizes = {column.shape for column in (scan.offsets, scan.lengths, scan.lines, *columns.values())}
+            return scan if sizes == {(len(scan.offsets),)} else None
+    except Exception:
+        # Whatever is wrong with it: the file is scanned again.
+        return None
+
+
+def open_jsonl(path: str, check: RowCheck, check_name: str, cache_dir: str | None = None) -> JsonLines:
+    """Scan and check a file, and return its rows.
+
+    Args:
+        path: a JSON lines file.
+        check: called with every row; must be picklable. The keys of what it returns are the same for
+            all rows.
+        check_name: changes whenever `check` does; part of the cache key.
+        cache_dir: folder that keeps the scans of unchanged files, so that a restart is quick.
+
+    Raises:
+        UserError: the file holds no row, or rows with problems: all are counted, the first ten shown.
+    """
+    stamp = _stamp(os.stat(path))
+    cache = _cache_path(path, stamp, check_name, cache_dir) if cache_dir else None
+    scan = _load_cached(cache) if cache else None
+    if scan is None:
+        scan = scan_file(path, check)
+        if scan.problem_count:
+            raise UserError(_describe_problems(path, scan))
+        if len(scan.offsets) == 0:
+            raise UserError(f"{path} is empty: it must hold one JSON object per line")
+        if cache:
+            arrays: dict[str, Any] = {f"column_{name}": values for name, values in scan.columns.items()}
+            with atomic_write(cache, "wb") as file:
+                np.savez(file, offsets=scan.offsets, lengths=scan.lengths, lines=scan.lines, **arrays)
+    return JsonLines(path, scan, stamp)
+
+
+def _describe_problems(path: str, scan: Scan) -> str:
+    shown = [f"{path}:{line}: {text}" for line, text in scan.problems]
+    if scan.problem_count == 1:
+        return shown[0]
+    hidden = scan.problem_count - len(shown)
+    kinds = Counter(text for _, text in scan.problems)
+    head = f"{scan.problem_count} problems in {path}" + (
+        f" (most often: {kinds.most_common(1)[0][0]})" if hidden else ""
+    )
+    return "\n  ".join([f"{head}:", *shown] + ([f"(+{hidden} more)"] if hidden else []))

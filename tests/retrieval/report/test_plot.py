@@ -1,0 +1,123 @@
+"""The figure of what training logged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+from src.retrieval.report.plot import draw, main, panels_of, read_history
+from src.retrieval.report.training_record import draw_training
+from src.utils.errors import UserError
+
+pytest.importorskip("matplotlib")
+
+HISTORY = [
+    {"step": 5, "epoch": 0.5, "loss": 2.0, "contrastive": 1.5, "learning_rate": 0.1, "grad_norm": 3.0},
+    {"step": 10, "epoch": 1.0, "loss": 1.0, "contrastive": 0.5, "learning_rate": 0.2, "grad_norm": 2.0},
+    {"step": 10, "epoch": 1.0, "eval_ndcg@5": 0.5, "eval_ndcg@10": 0.6, "eval_mrr@5": 0.4},
+    {"step": 10, "epoch": 1.0, "train_runtime": 9.0, "train_loss": 1.5, "total_flos": 0.0},
+]
+
+
+def write_checkpoint(folder: Path, step: int, history) -> Path:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": history}))
+    return checkpoint
+
+
+def size(path: Path) -> tuple[int, int]:
+    """Width and height out of the header of a PNG file."""
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", head[16:24])
+
+
+def test_values_go_to_their_panels():
+    """In the same order of lines, whatever that of the names in the log."""
+    wanted = {
+        "loss": {"loss": [(5, 2.0), (10, 1.0)], "contrastive": [(5, 1.5), (10, 0.5)]},
+        "learning rate": {"learning_rate": [(5, 0.1), (10, 0.2)]},
+        "gradient norm": {"grad_norm": [(5, 3.0), (10, 2.0)]},
+        "ndcg": {"ndcg@5": [(10, 0.5)], "ndcg@10": [(10, 0.6)]},
+        "mrr": {"mrr@5": [(10, 0.4)]},
+    }
+    for history in (HISTORY, [dict(sorted(entry.items())) for entry in HISTORY]):
+        found = panels_of(history)
+        assert found == wanted
+        assert [list(series) for series in found.values()] == [list(wanted[panel]) for panel in found]
+
+
+def test_a_run_is_drawn_again_from_its_newest_checkpoint(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, 5, HISTORY[:1])
+    newest = write_checkpoint(tmp_path, 10, HISTORY)
+    assert read_history(str(tmp_path)) == read_history(str(newest)) == HISTORY
+    main([str(tmp_path)])
+    # Five panels, three in a row.
+    assert size(tmp_path / "training.png") == (1650, 792)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_several_runs_are_compared_in_one_figure(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        write_checkpoint(tmp_path / name, 10, HISTORY[:2])
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    with pytest.raises(UserError, match="--output is needed"):
+        main(folders)
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    main([*folders, "--output", str(tmp_path / "both.png")])
+    first = figures[0].axes[0]
+    assert first.get_title() == "loss"
+    labels = [text.get_text() for text in first.get_legend().get_texts()]
+    assert labels == [f"{folder} {name}" for folder in folders for name in ("loss", "contrastive")]
+    assert [list(line.get_ydata()) for line in first.get_lines()] == [[2.0, 1.0], [1.5, 0.5]] * 2
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *("[]", "{}", '{"log_history": []}', '{"global_step": "four", "log_history": []}'),
+        *('{"global_step": 5}', '{"global_step": 5, "log_history": [1]}', '{"log_history": ['),
+    ],
+)
+def test_a_damaged_log_is_told(tmp_path, state):
+    checkpoint = write_checkpoint(tmp_path, 5, HISTORY)
+    (checkpoint / "trainer_state.json").write_text(state)
+    with pytest.raises(UserError, match=r"is damaged: it has no|is not valid JSON"):
+        read_history(str(checkpoint))
+
+
+def test_entries_that_tell_nothing_are_left_out():
+    odd = [{"loss": 1.0}, {"step": "5", "loss": 1.0}, {"step": 5, "loss": "low"}, {"step": 6, "loss": 2.0}]
+    assert panels_of(odd) == {"loss": {"loss": [(6, 2.0)]}}
+
+
+def test_errors(tmp_path):
+    with pytest.raises(UserError, match="has no checkpoint"):
+        main([str(tmp_path)])
+    with pytest.raises(UserError, match="nothing was logged"):
+        draw({"": HISTORY[3:]}, str(tmp_path / "training.png"))
+
+
+@pytest.mark.parametrize("trouble", ["no matplotlib", "nothing logged", "no place"])
+def test_training_goes_on_without_a_figure(trouble, tmp_path, monkeypatch, caplog):
+    history, folder = HISTORY, tmp_path
+    if trouble == "no matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    if trouble == "nothing logged":
+        history = HISTORY[3:]
+    if trouble == "no place":
+        folder = tmp_path / "file" / "below"
+        (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.INFO):
+        draw_training(history, str(folder))
+    wanted = {"no matplotlib": "pip install -e '.[eval]'", "nothing logged": "--logging_steps", "no place": "file"}
+    assert wanted[trouble] in caplog.text
+    assert len(caplog.records) == 1
+    assert not (folder / "training.png").exists()

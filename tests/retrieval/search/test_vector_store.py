@@ -1,0 +1,174 @@
+"""Vectors on the disk: an interrupted encoding goes on, what does not fit is refused, memory is bounded by a shard."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src.retrieval.models.encode import EncodeConfig, encode
+from src.retrieval.search import searcher, vector_store
+from src.retrieval.search.searcher import DenseSearchConfig, build_dense_searcher
+from src.retrieval.search.vector_store import IndexIdentity, VectorStore, create_store, finish_store, load_store
+from src.utils.errors import UserError
+from tests.helpers import ROOT, environment
+
+IDENTITY = IndexIdentity("w1", "c1", 10, "{text}", "", 32, "right", "mean", "cos", "fp32")
+TEXTS = [f"text number {i} of {'many ' * (i % 7)}" for i in range(10)]
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Three rows of 32 fp32 dimensions in a shard."""
+    monkeypatch.setattr(vector_store, "SHARD_BYTES", 3 * 32 * 4)
+
+
+def fill(folder, identity) -> VectorStore:
+    """A store whose missing shards are made of ones."""
+    made = create_store(str(folder), identity, 32, "float32")
+    sizes = {number: len(made.range_of(number)) for number in made.missing()}
+    return finish_store(made, {made.name(n): made.write(n, np.ones((size, 32))) for n, size in sizes.items()})
+
+
+def test_shards_cover_the_rows(tmp_path, small_shards):
+    made = create_store(str(tmp_path), IDENTITY, 32, "float32")
+    assert [made.range_of(number) for number in range(made.count)] == [
+        range(0, 3),
+        range(3, 6),
+        range(6, 9),
+        range(9, 10),
+    ]
+    assert made.missing() == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="4 of 4 shards are missing"):
+        load_store(str(tmp_path), IDENTITY)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(IndexIdentity)])
+def test_whatever_differs_is_refused_by_name(tmp_path, small_shards, field):
+    fill(tmp_path, IDENTITY)
+    load_store(str(tmp_path), IDENTITY)
+    other = dataclasses.replace(IDENTITY, **{field: 11 if isinstance(getattr(IDENTITY, field), int) else "other"})
+    with pytest.raises(UserError, match=f"was made with {field} "):
+        load_store(str(tmp_path), other)
+    # They stay until others are whole.
+    assert create_store(str(tmp_path), other, 32, "float32").missing() != []
+    load_store(str(tmp_path), IDENTITY).read(0)
+    fill(tmp_path, other)
+    load_store(str(tmp_path), other).read(0)
+    with pytest.raises(UserError, match=f"was made with {field} "):
+        load_store(str(tmp_path), IDENTITY)
+    assert len(list(tmp_path.iterdir())) == 1 + load_store(str(tmp_path), other).count
+
+
+def test_damaged_shards_are_named(tmp_path, small_shards):
+    made = fill(tmp_path, IDENTITY)
+    paths = [Path(made.path(number)) for number in range(4)]
+    paths[1].write_bytes(paths[0].read_bytes()[:-5])
+    shutil.copy(paths[0], paths[3])
+    with open(paths[0], "r+b") as file:
+        file.seek(200)
+        file.write(bytes(20))
+    shutil.copy(paths[0], paths[2])
+    for number, what in ((0, "is damaged"), (1, "cannot be read"), (2, "is damaged"), (3, "is not the shard")):
+        with pytest.raises(UserError, match=f"{paths[number].name} {what}.*remove it, and encode again"):
+            made.read(number)
+    # What was removed is encoded again, and the rest is not.
+    for number in (0, 1, 3):
+        paths[number].unlink()
+    with pytest.raises(UserError, match="3 of 4 shards are missing"):
+        load_store(str(tmp_path), IDENTITY)
+    assert create_store(str(tmp_path), IDENTITY, 32, "float32").missing() == [0, 1, 3]
+    with pytest.raises(UserError, match="continue it with --save_encode"):
+        load_store(str(tmp_path), IDENTITY)
+
+
+def test_of_an_interrupted_run_the_shards_are_known_by_what_they_hold(tmp_path, small_shards):
+    made = create_store(str(tmp_path), IDENTITY, 32, "float32")
+    made.write(0, np.zeros((3, 32)))
+    again = create_store(str(tmp_path), IDENTITY, 32, "float32")
+    assert (again.missing(), again.checksums) == ([1, 2, 3], {})
+    done = fill(tmp_path, IDENTITY)
+    assert load_store(str(tmp_path), IDENTITY).checksums == done.checksums
+    assert len(done.checksums) == 4
+    assert (done.read(0) == 0).all()
+
+
+def test_interrupted_encoding_goes_on_where_it_stopped(tmp_path, small_shards, monkeypatch, tiny_bert):
+    """Killed in its third shard: the second run encodes the shards that are missing and no other text."""
+    from tests.retrieval.models.test_modeling import load
+
+    model = load(tiny_bert, pooling_method=("mean",)).eval()
+    key = EncodeConfig(32, torch.device("cpu"))
+    config = DenseSearchConfig(key, key, hits=1, store=str(tmp_path), save_encode=True)
+    seen: list[str] = []
+
+    def counting(embed, tokenizer, texts, *rest):
+        if len(seen) >= limit:
+            raise KeyboardInterrupt
+        seen.extend(texts[0 : len(texts)])
+        return encode(embed, tokenizer, texts, *rest)
+
+    monkeypatch.setattr(searcher, "encode", counting)
+    limit = 6
+    with pytest.raises(KeyboardInterrupt):
+        build_dense_searcher(model, TEXTS, config, IDENTITY)
+    assert seen == TEXTS[:6]
+    limit = 100
+    built = build_dense_searcher(model, TEXTS, config, IDENTITY)
+    assert seen == TEXTS, "each text was encoded once"
+    _, rows = built.search(TEXTS, 1)
+    assert rows[:, 0].tolist() == list(range(10))
+
+
+LIMITED = """
+import resource, sys
+import numpy as np, torch
+from src.retrieval.search.faiss_index import ExactIndex
+from src.retrieval.search.vector_store import IndexIdentity, create_store
+torch.set_num_threads(1)
+folder, rows, width = sys.argv[1], 400_000, 64
+identity = IndexIdentity("w", "c", rows, "{text}", "", 32, "right", "mean", "ip", "fp32")
+import src.retrieval.search.vector_store as store
+vector_store.SHARD_BYTES = 2 << 20
+made = create_store(folder, identity, width, "float32")
+queries = np.eye(width, dtype=np.float32)[:4]
+torch.ones(512, 512) @ torch.ones(512, 512)
+used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+limit = used + (48 << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+for number in range(made.count):
+    part = made.range_of(number)
+    vectors = np.zeros((len(part), width), dtype=np.float32)
+    vectors[np.arange(len(part)), np.array(part) % width] = np.array(part, dtype=np.float32)
+    made.write(number, vectors)
+_, found = ExactIndex(made.shards(range(made.count)), "ip", torch.device("cpu")).search(queries, 3)
+try:
+    np.ones(rows * width, dtype=np.float32)
+    print("no limit")
+except MemoryError:
+    print(found.tolist())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA is Linux's")
+def test_search_within_a_memory_limit_below_the_vectors(tmp_path):
+    """100 MB of vectors, 48 MB of memory; row r scores r for the query r modulo 64."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    best = [[row for row in range(399_999, 0, -1) if row % 64 == query][:3] for query in range(4)]
+    assert json.loads(done.stdout) == best
