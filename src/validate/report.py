@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from src.retrieval.data.corpus import render_key
 from src.retrieval.data.rows import (
     ROW_FIELDS,
     TEACHER_SCORES,
@@ -26,7 +27,6 @@ from src.retrieval.data.rows import (
 )
 from src.retrieval.data.tasks import NO_OWN_TASKS, TASKS, OwnTask, prompt_task_problems
 from src.retrieval.ranking.mining import normalize
-from src.retrieval.training.dataset import render_key
 from src.retrieval.training.select import SelectionPolicy, unusable
 from src.utils.histogram import Distribution
 from src.utils.jsonl import RowCheck

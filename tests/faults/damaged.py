@@ -24,6 +24,7 @@ import torch
 
 from src.lm.journal import Journal
 from src.lm.memory import Response, ResponseMemory, read_responses
+from src.retrieval.data.corpus import no_instruction
 from src.retrieval.data.rows import check_corpus_row, check_eval_row
 from src.retrieval.models.encode import EncodeConfig
 from src.retrieval.ranking.evaluate import EvalConfig, EvalData, load_hits, report
@@ -32,7 +33,6 @@ from src.retrieval.search.bm25.engine import BM25Config, build_bm25_searcher
 from src.retrieval.search.faiss_index import FaissIndex, VectorShard
 from src.retrieval.search.searcher import DenseSearchConfig, _load_indexes, _save_indexes
 from src.retrieval.search.vector_store import IndexIdentity, create_store, finish_store, load_store
-from src.retrieval.training.dataset import no_instruction
 from src.utils.errors import UserError, describe_os_error
 from src.utils.jsonl import open_jsonl
 from src.utils.manifest import check_recorded, record_checksums

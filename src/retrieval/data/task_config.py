@@ -7,8 +7,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from src.retrieval.data.tasks import TASKS, Instruction, OwnTask
-from src.retrieval.training.args import SELECT_NEGATIVE, SELECT_POSITIVE
+from src.retrieval.data.tasks import SELECT_NEGATIVE, SELECT_POSITIVE, TASKS, Instruction, OwnTask
 from src.utils.config_file import read_settings
 from src.utils.errors import UserError
 

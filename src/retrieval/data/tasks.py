@@ -17,6 +17,9 @@ from src.utils.errors import UserError
 TASKS = ("qa", "convsearch", "chat", "lrlm", "icl", "tool")
 #: Folder names in a data path that tell the task of the rows below.
 TASK_FOLDERS: Mapping[str, str] = MappingProxyType({**{task: task for task in TASKS}, "conversation": "convsearch"})
+#: Ways to choose a row's positive and its negatives for training.
+SELECT_POSITIVE = ("first", "random", "teacher", "teacher-pos")
+SELECT_NEGATIVE = ("random", "first", "teacher+", "teacher-")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from src.retrieval.args import DataArgs, RankerArgs, RetrievalArgs
+from src.retrieval.data.corpus import InstructionOf, load_corpus, load_eval_rows, no_instruction
 from src.retrieval.data.rows import FurtherCheck
 from src.retrieval.data.task_config import load_task_config
 from src.retrieval.data.tasks import instruction_for
@@ -36,7 +37,6 @@ from src.retrieval.search.searcher import DenseSearchConfig, DenseSearcher, buil
 from src.retrieval.search.vector_store import IndexIdentity, file_fingerprint
 from src.retrieval.training.args import CPU_SPLIT_TOKENS, GPU_SPLIT_TOKENS, RetrievalTrainingArgs
 from src.retrieval.training.chunks import ChunkPolicy
-from src.retrieval.training.dataset import InstructionOf, load_corpus, load_eval_rows, no_instruction
 from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.files import check_writable, existing_file, resolve_path

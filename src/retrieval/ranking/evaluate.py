@@ -14,6 +14,7 @@ from typing import IO, Any
 import numpy as np
 
 from src.plan.memory import sample
+from src.retrieval.data.corpus import InstructionOf, Texts, eval_task, render_key, render_query
 from src.retrieval.data.rows import template_columns
 from src.retrieval.models.encode import progress
 from src.retrieval.ranking import trec
@@ -32,7 +33,6 @@ from src.retrieval.ranking.metrics import retrieval_metrics
 from src.retrieval.ranking.mining import MiningConfig, MiningSummary
 from src.retrieval.ranking.own_rows import find_own_rows, without_own_rows
 from src.retrieval.search.searcher import NoSearcher, Searcher
-from src.retrieval.training.dataset import InstructionOf, Texts, eval_task, render_key, render_query
 from src.utils import distributed, locks
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output, derived_path, existing_file, text_hash

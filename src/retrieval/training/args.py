@@ -26,14 +26,13 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from src.retrieval.data.tasks import SELECT_NEGATIVE, SELECT_POSITIVE
 from src.retrieval.models.lora import ALL_LINEAR
 from src.retrieval.training import sharding
 from src.utils import distributed
 from src.utils.errors import UserError, first_line
 from src.utils.flags import check_choice, check_positive, flag
 
-SELECT_POSITIVE = ("first", "random", "teacher", "teacher-pos")
-SELECT_NEGATIVE = ("random", "first", "teacher+", "teacher-")
 INBATCH_POLICIES = ("epoch", "epoch-static", "epoch-random", "random")
 EVAL_METHODS = ("retrieval", "rerank")
 #: Packages that training can report to, by the names of pip.

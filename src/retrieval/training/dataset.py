@@ -11,35 +11,16 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from src.retrieval.data.rows import (
-    EVAL_CHECK,
-    SCORING_CHECK,
-    TEACHER_SCORES,
-    TRAIN_CHECK,
-    FurtherCheck,
-    check_corpus_row,
-    check_eval_row,
-    check_further,
-    check_scoring_row,
-    check_train_row,
-    template_columns,
-)
-from src.retrieval.data.tasks import Instruction, task_from_path
+from src.retrieval.data.corpus import InstructionOf, distinct_tasks
+from src.retrieval.data.rows import TEACHER_SCORES, TRAIN_CHECK, check_train_row
+from src.retrieval.data.tasks import task_from_path
 from src.retrieval.training.select import select_group, unusable
 from src.retrieval.training.settings import SourceSettings
 from src.utils import distributed
 from src.utils.errors import UserError
-from src.utils.jsonl import JsonLines, RowCheck, open_jsonl
+from src.utils.jsonl import JsonLines, open_jsonl
 
 logger = logging.getLogger(__name__)
-
-#: Instruction of a task (None: the rows name no task).
-InstructionOf = Callable[[str | None], Instruction]
-
-
-def no_instruction(task: str | None) -> Instruction:
-    """The instruction texts with ``--add_instruction False``: none."""
-    return Instruction()
 
 
 @dataclass(frozen=True)
@@ -72,7 +53,7 @@ class Source:
     @property
     def tasks(self) -> list[str | None]:
         """The distinct tasks of the file."""
-        return _tasks(self.rows, self.default_task)
+        return distinct_tasks(self.rows, self.default_task)
 
 
 @dataclass(frozen=True)
@@ -126,11 +107,6 @@ class TrainDataset(Dataset):
             [instruction.key + key for key in group.keys],
             group.scores,
         )
-
-
-def _tasks(rows: JsonLines, default: str | None) -> list[str | None]:
-    """The distinct tasks of a file, rows without one counted as `default`."""
-    return sorted({str(task) or default for task in np.unique(rows.scan.columns["task"])}, key=str)
 
 
 def _keep(rows: JsonLines, settings: SourceSettings, seed: tuple[int, int]) -> tuple[np.ndarray, dict[str, int]]:
@@ -192,7 +168,7 @@ def load_train_sources(
             opened[path] = distributed.on_main(partial(open_jsonl, path, check, check_name, cache_dir))
         rows = opened[path]
         default = task or task_from_path(path, own_tasks)
-        tasks = _tasks(rows, default)
+        tasks = distinct_tasks(rows, default)
         for name in tasks:
             instruction_of(name)
         choices = {settings_of(name) for name in tasks}
@@ -246,89 +222,3 @@ def check_mixable(sources: Sequence[Source]) -> None:
                 f"--use_train_config trains {first.rows.path} and {source.rows.path} with different losses, so a batch "
                 "cannot mix them: add --inbatch_same_dataset epoch"
             )
-
-
-def load_eval_rows(
-    path: str,
-    corpus_size: int | None,
-    cache_dir: str | None,
-    needs_candidates: bool = False,
-    further: FurtherCheck | None = None,
-) -> JsonLines:
-    """Open and check an evaluation file.
-
-    Args:
-        path: a JSON lines file.
-        corpus_size: rows of the corpus; None when there is none.
-        cache_dir: see `open_jsonl`.
-        needs_candidates: every row must have candidates (maybe none), to be scored.
-        further: check of the fields that an evaluation needs besides.
-
-    Raises:
-        UserError: rows with problems, or a ``pos_index`` or ``key_index`` beyond the corpus.
-    """
-    check: RowCheck
-    check, name = (check_scoring_row, SCORING_CHECK) if needs_candidates else (check_eval_row, EVAL_CHECK)
-    if further is not None:
-        check, name = partial(check_further, check=check, further=further.problems), f"{name} {further.name}"
-    rows = distributed.on_main(partial(open_jsonl, path, check, name, cache_dir))
-    if corpus_size is not None:
-        for field in ("pos_index", "key_index"):
-            highest = rows.scan.columns[f"{field}_max"]
-            if beyond := np.flatnonzero(highest >= corpus_size).tolist():
-                raise UserError(
-                    f"{rows.where(beyond[0])}: {field} {highest[beyond[0]]} is beyond the corpus, which has "
-                    f"{corpus_size} rows (0 to {corpus_size - 1}); {len(beyond)} rows have this problem: is it the "
-                    "corpus that the file was made for?"
-                )
-    return rows
-
-
-class Texts(Sequence[str]):
-    """A lazy list of texts: `render` applied to the rows of a file on access."""
-
-    def __init__(self, rows: JsonLines, render: Callable[[dict[str, Any]], str]) -> None:
-        self.rows = rows
-        self.render = render
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self.render(row) for row in self.rows[index]]
-        return self.render(self.rows[index])
-
-
-def render_key(row: dict[str, Any], template: str, prefix: str = "") -> str:
-    """A corpus row as a key text: `prefix`, then `template` filled in (null counts as empty)."""
-    return prefix + template.format_map({name: value if value is not None else "" for name, value in row.items()})
-
-
-def render_query(row: dict[str, Any], instruction_of: InstructionOf, default_task: str | None) -> str:
-    """An evaluation row as a query text, instruction first."""
-    return instruction_of(row.get("task") or default_task).query + row["query"]
-
-
-def load_corpus(path: str, key_template: str, cache_dir: str | None) -> JsonLines:
-    """Open a corpus and check that every row has the columns of `key_template`."""
-    columns = template_columns(key_template)
-    check = partial(check_corpus_row, columns=columns)
-    return distributed.on_main(partial(open_jsonl, path, check, f"corpus-1 {columns}", cache_dir))
-
-
-def eval_task(rows: JsonLines, task: str | None, own_tasks: Collection[str] = ()) -> str | None:
-    """The task whose instruction keys get: that of the evaluation rows, which must agree.
-
-    Args:
-        rows: of the evaluation file.
-        task: the ``--task`` flag.
-        own_tasks: names of tasks besides ours.
-
-    Raises:
-        UserError: the rows are of several tasks.
-    """
-    tasks = _tasks(rows, task or task_from_path(rows.path, own_tasks))
-    if len(tasks) > 1:
-        raise UserError(f"{rows.path} mixes the tasks {', '.join(map(str, tasks))}: evaluate one task at a time")
-    return tasks[0]

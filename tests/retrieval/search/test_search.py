@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from src.retrieval.args import RetrievalArgs
+from src.retrieval.data.corpus import load_eval_rows
 from src.retrieval.ranking.files import open_hits
 from src.retrieval.ranking.own_rows import without_own_rows
 from src.retrieval.search.faiss_index import (
@@ -27,7 +28,6 @@ from src.retrieval.search.faiss_index import (
     merge_hits,
     to_ranks,
 )
-from src.retrieval.training.dataset import load_eval_rows
 from src.utils.errors import UserError
 from tests.helpers import read_rows, run, write_rows
 

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import src.utils.jsonl
+from src.retrieval.data.corpus import no_instruction
 from src.retrieval.data.rows import check_train_row
 from src.retrieval.data.tasks import instruction_for, task_from_path
 from src.retrieval.training.args import RetrievalTrainingArgs
-from src.retrieval.training.dataset import TrainDataset, TrainExample, load_train_sources, no_instruction
+from src.retrieval.training.dataset import TrainDataset, TrainExample, load_train_sources
 from src.retrieval.training.losses import LossConfig
 from src.retrieval.training.select import SelectionPolicy
 from src.retrieval.training.settings import SourceSettings, settings_for

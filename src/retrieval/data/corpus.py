@@ -1,0 +1,123 @@
+"""Evaluation rows and the corpus: opened, checked, and rendered as the texts of queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from src.retrieval.data.rows import (
+    EVAL_CHECK,
+    SCORING_CHECK,
+    FurtherCheck,
+    check_corpus_row,
+    check_eval_row,
+    check_further,
+    check_scoring_row,
+    template_columns,
+)
+from src.retrieval.data.tasks import Instruction, task_from_path
+from src.utils import distributed
+from src.utils.errors import UserError
+from src.utils.jsonl import JsonLines, RowCheck, open_jsonl
+
+#: Instruction of a task (None: the rows name no task).
+InstructionOf = Callable[[str | None], Instruction]
+
+
+def no_instruction(task: str | None) -> Instruction:
+    """The instruction texts with ``--add_instruction False``: none."""
+    return Instruction()
+
+
+def distinct_tasks(rows: JsonLines, default: str | None) -> list[str | None]:
+    """List the distinct tasks of a file; rows without one count as `default`."""
+    return sorted({str(task) or default for task in np.unique(rows.scan.columns["task"])}, key=str)
+
+
+def load_eval_rows(
+    path: str,
+    corpus_size: int | None,
+    cache_dir: str | None,
+    needs_candidates: bool = False,
+    further: FurtherCheck | None = None,
+) -> JsonLines:
+    """Open and check an evaluation file.
+
+    Args:
+        path: a JSON lines file.
+        corpus_size: rows of the corpus; None when there is none.
+        cache_dir: see `open_jsonl`.
+        needs_candidates: every row must have candidates (maybe none), to be scored.
+        further: check of the fields that an evaluation needs besides.
+
+    Raises:
+        UserError: rows with problems, or a ``pos_index`` or ``key_index`` beyond the corpus.
+    """
+    check: RowCheck
+    check, name = (check_scoring_row, SCORING_CHECK) if needs_candidates else (check_eval_row, EVAL_CHECK)
+    if further is not None:
+        check, name = partial(check_further, check=check, further=further.problems), f"{name} {further.name}"
+    rows = distributed.on_main(partial(open_jsonl, path, check, name, cache_dir))
+    if corpus_size is not None:
+        for field in ("pos_index", "key_index"):
+            highest = rows.scan.columns[f"{field}_max"]
+            if beyond := np.flatnonzero(highest >= corpus_size).tolist():
+                raise UserError(
+                    f"{rows.where(beyond[0])}: {field} {highest[beyond[0]]} is beyond the corpus, which has "
+                    f"{corpus_size} rows (0 to {corpus_size - 1}); {len(beyond)} rows have this problem: is it the "
+                    "corpus that the file was made for?"
+                )
+    return rows
+
+
+class Texts(Sequence[str]):
+    """A lazy list of texts: `render` applied to the rows of a file on access."""
+
+    def __init__(self, rows: JsonLines, render: Callable[[dict[str, Any]], str]) -> None:
+        self.rows = rows
+        self.render = render
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self.render(row) for row in self.rows[index]]
+        return self.render(self.rows[index])
+
+
+def render_key(row: dict[str, Any], template: str, prefix: str = "") -> str:
+    """A corpus row as a key text: `prefix`, then `template` filled in (null counts as empty)."""
+    return prefix + template.format_map({name: value if value is not None else "" for name, value in row.items()})
+
+
+def render_query(row: dict[str, Any], instruction_of: InstructionOf, default_task: str | None) -> str:
+    """An evaluation row as a query text, instruction first."""
+    return instruction_of(row.get("task") or default_task).query + row["query"]
+
+
+def load_corpus(path: str, key_template: str, cache_dir: str | None) -> JsonLines:
+    """Open a corpus and check that every row has the columns of `key_template`."""
+    columns = template_columns(key_template)
+    check = partial(check_corpus_row, columns=columns)
+    return distributed.on_main(partial(open_jsonl, path, check, f"corpus-1 {columns}", cache_dir))
+
+
+def eval_task(rows: JsonLines, task: str | None, own_tasks: Collection[str] = ()) -> str | None:
+    """The task whose instruction keys get: that of the evaluation rows, which must agree.
+
+    Args:
+        rows: of the evaluation file.
+        task: the ``--task`` flag.
+        own_tasks: names of tasks besides ours.
+
+    Raises:
+        UserError: the rows are of several tasks.
+    """
+    tasks = distinct_tasks(rows, task or task_from_path(rows.path, own_tasks))
+    if len(tasks) > 1:
+        raise UserError(f"{rows.path} mixes the tasks {', '.join(map(str, tasks))}: evaluate one task at a time")
+    return tasks[0]
