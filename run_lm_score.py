@@ -24,8 +24,7 @@ from src.lm.score import FORMAT, ScoreData, check_all_fit, check_tokens, score_u
 from src.plan.lm import lm_lines, scoring_lines
 from src.plan.memory import Line
 from src.retrieval.data.rows import LM_CHECK, check_lm_row
-from src.retrieval.data.task_config import load_task_config
-from src.retrieval.data.tasks import TASKS, prompt_task_problems, task_from_path
+from src.retrieval.data.tasks import TASKS, load_task_config, prompt_task_problems, task_from_path
 from src.utils import distributed, locks
 from src.utils.cli import parse_args, run, show_plan
 from src.utils.errors import UserError

@@ -15,8 +15,8 @@ from evaluation.self_retrieval.chunks_task import from_past, text_windows, windo
 from evaluation.self_retrieval.history_task import nll_values, perplexity
 from src.lm.ask import Request
 from src.lm.eval_args import HISTORY_NO_EFFECT, LRLMArgs
-from src.retrieval.data.corpus import no_instruction
 from src.retrieval.data.rows import FurtherCheck, text_problems
+from src.retrieval.data.tasks import no_instruction
 from src.retrieval.jobs.builders import instructions
 from src.retrieval.ranking.evaluate import EvalConfig, EvalData
 from src.utils import distributed

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from src.retrieval.args import DataArgs
 from src.retrieval.data.rows import TEACHER_SCORES, template_columns
-from src.retrieval.data.task_config import load_task_config
-from src.retrieval.data.tasks import TASKS, OwnTask, task_from_path
+from src.retrieval.data.tasks import TASKS, TaskConfig, load_task_config, task_from_path
 from src.utils.cli import run
 from src.utils.files import check_output, expand_data_paths, write_json
 from src.utils.flags import check_choice, default_data_root
@@ -54,7 +53,7 @@ def first_kind(path: str) -> str:
     return "train"
 
 
-def check_file(path: str, args: argparse.Namespace, own: Mapping[str, OwnTask]) -> DataReport:
+def check_file(path: str, args: argparse.Namespace, own: Mapping[str, TaskConfig]) -> DataReport:
     """Read a file from end to end, and print its errors as they are found."""
     kind = args.kind or first_kind(path)
     print(f"{path}: checked as {kind}" + ("" if args.kind else " (told by its first row; --kind says otherwise)"))

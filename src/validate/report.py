@@ -25,7 +25,7 @@ from src.retrieval.data.rows import (
     has_tokens,
     template_columns,
 )
-from src.retrieval.data.tasks import NO_OWN_TASKS, TASKS, OwnTask, prompt_task_problems
+from src.retrieval.data.tasks import NO_TASK_CONFIG, TASKS, TaskConfig, prompt_task_problems
 from src.retrieval.ranking.mining import normalize
 from src.retrieval.training.select import SelectionPolicy, unusable
 from src.utils.histogram import Distribution
@@ -90,7 +90,7 @@ class DataReport:
         default_task: str | None,
         key_template: str,
         score_field: str,
-        own: Mapping[str, OwnTask] = NO_OWN_TASKS,
+        own: Mapping[str, TaskConfig] = NO_TASK_CONFIG,
     ) -> None:
         self.kind = kind
         self.default_task = default_task

@@ -17,7 +17,7 @@ import evaluation.runner.run
 import src.utils.cli
 from src.lm.prompts import SCORE_PROMPTS
 from src.retrieval.data.rows import check_lm_row, check_train_row
-from src.retrieval.data.task_config import load_task_config
+from src.retrieval.data.tasks import load_task_config
 from src.retrieval.training import args as args_module
 from src.retrieval.training import sharding
 from tests.helpers import ROOT, environment

@@ -24,8 +24,8 @@ import torch
 
 from src.lm.journal import Journal
 from src.lm.memory import Response, ResponseMemory, read_responses
-from src.retrieval.data.corpus import no_instruction
 from src.retrieval.data.rows import check_corpus_row, check_eval_row
+from src.retrieval.data.tasks import no_instruction
 from src.retrieval.models.encode import EncodeConfig
 from src.retrieval.ranking.evaluate import EvalConfig, EvalData, load_hits, report
 from src.retrieval.ranking.files import Hits

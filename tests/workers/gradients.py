@@ -13,17 +13,16 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from src.retrieval.data.corpus import no_instruction
+from src.retrieval.data.tasks import no_instruction
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.chunks import ChunkPolicy
 from src.retrieval.training.collator import TrainCollator
-from src.retrieval.training.dataset import Source, TrainDataset, TrainExample
+from src.retrieval.training.dataset import Source, SourceSettings, TrainDataset, TrainExample
 from src.retrieval.training.grad_cache import GradCache
 from src.retrieval.training.losses import LossConfig
 from src.retrieval.training.scores import DenseBatchScores
 from src.retrieval.training.select import SelectionPolicy
-from src.retrieval.training.settings import SourceSettings
 from src.retrieval.training.trainer import RetrievalTrainer
 from src.utils import distributed
 

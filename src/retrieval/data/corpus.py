@@ -18,23 +18,10 @@ from src.retrieval.data.rows import (
     check_scoring_row,
     template_columns,
 )
-from src.retrieval.data.tasks import Instruction, task_from_path
+from src.retrieval.data.tasks import InstructionOf, distinct_tasks, task_from_path
 from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.jsonl import JsonLines, RowCheck, open_jsonl
-
-#: Instruction of a task (None: the rows name no task).
-InstructionOf = Callable[[str | None], Instruction]
-
-
-def no_instruction(task: str | None) -> Instruction:
-    """The instruction texts with ``--add_instruction False``: none."""
-    return Instruction()
-
-
-def distinct_tasks(rows: JsonLines, default: str | None) -> list[str | None]:
-    """List the distinct tasks of a file; rows without one count as `default`."""
-    return sorted({str(task) or default for task in np.unique(rows.scan.columns["task"])}, key=str)
 
 
 def load_eval_rows(
@@ -106,18 +93,18 @@ def load_corpus(path: str, key_template: str, cache_dir: str | None) -> JsonLine
     return distributed.on_main(partial(open_jsonl, path, check, f"corpus-1 {columns}", cache_dir))
 
 
-def eval_task(rows: JsonLines, task: str | None, own_tasks: Collection[str] = ()) -> str | None:
+def eval_task(rows: JsonLines, task: str | None, task_config: Collection[str] = ()) -> str | None:
     """The task whose instruction keys get: that of the evaluation rows, which must agree.
 
     Args:
         rows: of the evaluation file.
         task: the ``--task`` flag.
-        own_tasks: names of tasks besides ours.
+        task_config: names of tasks besides the released ones.
 
     Raises:
         UserError: the rows are of several tasks.
     """
-    tasks = distinct_tasks(rows, task or task_from_path(rows.path, own_tasks))
+    tasks = distinct_tasks(rows, task or task_from_path(rows.path, task_config))
     if len(tasks) > 1:
         raise UserError(f"{rows.path} mixes the tasks {', '.join(map(str, tasks))}: evaluate one task at a time")
     return tasks[0]

@@ -1,4 +1,4 @@
-"""Task constants: instructions and per-task training settings, frozen.
+"""Tasks: the instructions and training settings of each, the released ones and those of a --task_config file.
 
 The instruction texts are those the released models were trained with; a changed blank changes their
 embeddings.
@@ -6,16 +6,22 @@ embeddings.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
+from src.utils.config_file import read_settings
 from src.utils.errors import UserError
+from src.utils.jsonl import JsonLines
 
 TASKS = ("qa", "convsearch", "chat", "lrlm", "icl", "tool")
-#: Folder names in a data path that tell the task of the rows below.
+#: Folder names in a data path that name the task of the rows below.
 TASK_FOLDERS: Mapping[str, str] = MappingProxyType({**{task: task for task in TASKS}, "conversation": "convsearch"})
 #: Ways to choose a row's positive and its negatives for training.
 SELECT_POSITIVE = ("first", "random", "teacher", "teacher-pos")
@@ -30,34 +36,23 @@ class Instruction:
     key: str = ""
 
 
+#: Instruction of a task (None: the rows name no task).
+InstructionOf = Callable[[str | None], Instruction]
+
+
+def no_instruction(task: str | None) -> Instruction:
+    """The instruction texts with ``--add_instruction False``: none."""
+    return Instruction()
+
+
 @dataclass(frozen=True)
 class TaskConfig:
-    """Training settings of one task; None means what the command line says."""
-
-    select_positive: str | None = None
-    select_negative: str | None = None
-    contrastive_weight: float | None = None
-    distill_weight: float | None = None
-    teacher_temperature: float | None = None
-    stable_distill: bool | None = None
-    max_sample_num: int | None = None
-    teacher_scores_margin: float | None = None
-    teacher_scores_min: float | None = None
-
-    def override(self, **command_line: object) -> dict[str, object]:
-        """`command_line` with the settings that this task names put in their place."""
-        named = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value if named.get(name) is None else named[name] for name, value in command_line.items()}
-
-
-@dataclass(frozen=True)
-class OwnTask:
-    """A task of the user's file (see `task_config`), new or one of ours; None where the file says nothing.
+    """A task of the ``--task_config`` file, new or a released one; None where the file says nothing.
 
     Attributes:
         instruction: in place of that of any version.
-        training: some of the settings of `TaskConfig`, which go over those that the version has for this task.
-        lm_prompt: the task of ours whose prompt scoring by an LM takes.
+        training: some of `TRAINING_SETTINGS`, which go over those that the version has for this task.
+        lm_prompt: the released task whose prompt scoring by an LM takes.
     """
 
     instruction: Instruction | None = None
@@ -65,8 +60,8 @@ class OwnTask:
     lm_prompt: str | None = None
 
 
-#: Without such a file.
-NO_OWN_TASKS: Mapping[str, OwnTask] = MappingProxyType({})
+#: Tasks without a --task_config file.
+NO_TASK_CONFIG: Mapping[str, TaskConfig] = MappingProxyType({})
 
 _ANY_TASK: dict[str, Instruction] = {
     "bge": Instruction("Represent this sentence for searching relevant passages: "),
@@ -130,105 +125,202 @@ _BY_TASK: dict[str, dict[str, Instruction]] = {
 
 VERSIONS = ("llm-embedder", "bge", "e5", "instructor")
 
-_TRAINING: dict[str, dict[str, TaskConfig]] = {
+_CONTRASTIVE = {"select_positive": "first", "select_negative": "random", "distill_weight": 0, "stable_distill": False}
+_GRADED = {"select_negative": "random", "contrastive_weight": 0, "stable_distill": True}
+_DISTILLED = {
+    "select_positive": "teacher",
+    "select_negative": "random",
+    "contrastive_weight": 0,
+    "distill_weight": 1.0,
+    "teacher_temperature": 0.1,
+    "stable_distill": False,
+}
+#: By version and task, the flags that ``--use_train_config`` replaces.
+_TRAINING: Mapping[str, Mapping[str, dict[str, Any]]] = {
     "llm-embedder": {
-        "qa": TaskConfig("first", "random", contrastive_weight=0, stable_distill=True),
-        "convsearch": TaskConfig("first", "random", distill_weight=0, stable_distill=False),
-        "chat": TaskConfig(
-            "teacher", "random", contrastive_weight=0, distill_weight=1.0, teacher_temperature=0.1, stable_distill=False
-        ),
-        "lrlm": TaskConfig(
-            "teacher",
-            "random",
-            contrastive_weight=0,
-            distill_weight=1.0,
-            teacher_temperature=0.1,
-            stable_distill=False,
-            max_sample_num=10000,
-            teacher_scores_margin=0.1,
-        ),
-        "icl": TaskConfig("random", "random", contrastive_weight=0, stable_distill=True),
-        "tool": TaskConfig("first", "random", distill_weight=0, stable_distill=False),
+        "qa": {"select_positive": "first", **_GRADED},
+        "convsearch": _CONTRASTIVE,
+        "chat": _DISTILLED,
+        "lrlm": {**_DISTILLED, "max_sample_num": 10000, "teacher_scores_margin": 0.1},
+        "icl": {"select_positive": "random", **_GRADED},
+        "tool": _CONTRASTIVE,
     }
 }
 
 
-def instruction_for(version: str, task: str | None, own: Mapping[str, OwnTask] = NO_OWN_TASKS) -> Instruction:
-    """The instruction of a task: that of the user's file, else that of an instruction set.
+def instruction_for(
+    version: str, task: str | None, task_config: Mapping[str, TaskConfig] = NO_TASK_CONFIG
+) -> Instruction:
+    """Return the instruction of a task: that of the task file, else that of an instruction set.
 
     Raises:
         UserError: unknown version or task, or no task where the version needs one.
     """
-    if task is not None and task in own and (instruction := own[task].instruction) is not None:
+    if task is not None and task in task_config and (instruction := task_config[task].instruction) is not None:
         return instruction
     if version in _ANY_TASK:
         return _ANY_TASK[version]
     if version not in _BY_TASK:
         raise UserError(f"--version {version!r} is unknown: choose from {', '.join(VERSIONS)}")
-    if task is None or task not in _BY_TASK[version]:
-        if task in own:
-            raise UserError(
-                f"--task_config: the task {task!r} has no instruction, and --version {version} has none for it: add "
-                "one to the file"
-            )
+    if task in _BY_TASK[version]:
+        return _BY_TASK[version][task]
+    if task in task_config:
         raise UserError(
-            f"--version {version} needs a task of {_listed(own)}, found {task!r}: name it with --task, in the "
-            "rows' 'task' field or by a folder of that name in the path, or give --add_instruction False"
+            f"--task_config: the task {task!r} has no instruction, and --version {version} has none for it: add "
+            "one to the file"
         )
-    return _BY_TASK[version][task]
+    raise UserError(
+        f"--version {version} needs a task of {_listed(task_config)}, found {task!r}: {_HOW_TO_NAME}, or give "
+        "--add_instruction False"
+    )
 
 
-def train_config_for(version: str, task: str | None, own: Mapping[str, OwnTask] = NO_OWN_TASKS) -> TaskConfig:
-    """The training settings of a task, for ``--use_train_config``: the version's, over which go those of the file.
+def training_settings_for(
+    version: str, task: str | None, task_config: Mapping[str, TaskConfig] = NO_TASK_CONFIG
+) -> dict[str, Any]:
+    """Return the flags that ``--use_train_config`` replaces: the version's settings, over which go those of the file.
 
     Raises:
         UserError: neither has any for this task.
     """
-    if task is not None and task in own and (training := own[task].training) is not None:
-        return replace(_TRAINING.get(version, {}).get(task, TaskConfig()), **training)
+    settings = _TRAINING.get(version, {}).get(task or "")
+    if task is not None and task in task_config and (replaced := task_config[task].training) is not None:
+        # What the file sets to null is left to the command line.
+        return {name: value for name, value in {**(settings or {}), **replaced}.items() if value is not None}
+    if settings is not None:
+        return settings
     if version not in _TRAINING:
         raise UserError(
             f"--use_train_config: version {version!r} has no training settings, choose --version from "
             f"{', '.join(sorted(_TRAINING))}, leave --use_train_config out, or give --task_config with settings of its "
             "own"
         )
-    if task is None or task not in _TRAINING[version]:
-        raise UserError(
-            f"--use_train_config needs a task of {_listed(own)} that has training settings, found {task!r}: name it "
-            "with --task, in the rows' 'task' field or by a folder of that name in the path"
-        )
-    return _TRAINING[version][task]
+    raise UserError(
+        f"--use_train_config needs a task of {_listed(task_config)} that has training settings, found {task!r}: "
+        f"{_HOW_TO_NAME}"
+    )
+
+
+_HOW_TO_NAME = "name it with --task, in the rows' 'task' field or by a folder of that name in the path"
+
+
+def _listed(further: Collection[str]) -> str:
+    return ", ".join(dict.fromkeys((*TASKS, *further)))
 
 
 def prompt_task_problems(
-    task: str, default: str | None, prompts: Collection[str] = (), own: Collection[str] = ()
+    task: str, default: str | None, prompts: Collection[str] = (), task_config: Collection[str] = ()
 ) -> list[str]:
-    """What keeps an LM from being prompted for a row: the prompt of its task (empty when it names none) is not known.
+    """List what keeps an LM from being prompted for a row: the prompt of its task is not known.
 
     Args:
-        task: of the row.
+        task: of the row, empty when it names none.
         default: of rows that name none.
         prompts: further tasks whose prompt is known.
-        own: further tasks, some of them without a prompt.
+        task_config: further tasks, some of them without a prompt.
     """
     name, known = task or default, tuple(dict.fromkeys((*TASKS, *prompts)))
     if name in known:
         return []
     problem = "neither row nor path names a task (see --task)" if name is None else f"unknown task {str(name)!r}"
-    if name in own:
+    if name in task_config:
         problem = f"--task_config gives {str(name)!r} no lm_prompt"
     return [f"{problem}: the prompt depends on it, choose from {', '.join(known)}"]
 
 
-def _listed(own: Collection[str]) -> str:
-    return ", ".join(dict.fromkeys((*TASKS, *own)))
-
-
-def task_from_path(path: str, own: Collection[str] = ()) -> str | None:
-    """The task that the innermost task-named folder of `path` tells, if any; `own` are the names of further tasks."""
+def task_from_path(path: str, further: Collection[str] = ()) -> str | None:
+    """Return the task that the innermost task-named folder of `path` names; `further` are names besides `TASKS`."""
     for folder in reversed(os.path.dirname(path).split(os.sep)):
-        if folder in own:
+        if folder in further:
             return folder
         if folder in TASK_FOLDERS:
             return TASK_FOLDERS[folder]
     return None
+
+
+def distinct_tasks(rows: JsonLines, default: str | None) -> list[str | None]:
+    """List the distinct tasks of a file; rows without one count as `default`."""
+    return sorted({str(task) or default for task in np.unique(rows.scan.columns["task"])}, key=str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+#: What a value must be, in words and as a test.
+_Kind = tuple[str, Callable[[Any], bool]]
+_TEXT: _Kind = ("text", lambda value: isinstance(value, str))
+_NUMBER: _Kind = ("a number", _is_number)
+_WEIGHT: _Kind = ("a number of 0 or more", lambda value: _is_number(value) and value >= 0)
+
+#: The settings of training that a task may have, by flag. All may be null: what the command line says.
+TRAINING_SETTINGS: Mapping[str, _Kind] = {
+    "select_positive": (f"one of {', '.join(SELECT_POSITIVE)}", lambda value: value in SELECT_POSITIVE),
+    "select_negative": (f"one of {', '.join(SELECT_NEGATIVE)}", lambda value: value in SELECT_NEGATIVE),
+    "contrastive_weight": _WEIGHT,
+    "distill_weight": _WEIGHT,
+    "teacher_temperature": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "stable_distill": ("true or false", lambda value: isinstance(value, bool)),
+    "max_sample_num": ("a whole number above 0", lambda value: type(value) is int and value > 0),
+    "teacher_scores_margin": _NUMBER,
+    "teacher_scores_min": _NUMBER,
+}
+#: The parts of a task in the file, and what they hold.
+_PARTS: Mapping[str, Mapping[str, _Kind]] = {
+    "instruction": {"query": _TEXT, "key": _TEXT},
+    "training": TRAINING_SETTINGS,
+    "lm_prompt": {},
+}
+
+
+def _check_names(where: str, value: Any, known: Collection[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be a mapping with any of {', '.join(known)}, found {value!r}")
+    if unknown := [name for name in value if name not in known]:
+        raise UserError(f"{where}: {unknown[0]!r} is unknown: choose from {', '.join(known)}")
+    return value
+
+
+def _read_part(where: str, task: dict[str, Any], part: str) -> dict[str, Any] | None:
+    if task.get(part) is None:
+        return None
+    values = {}
+    for name, value in _check_names(f"{where}.{part}", task[part], _PARTS[part]).items():
+        words, is_valid = _PARTS[part][name]
+        values[name] = value
+        if isinstance(value, str) and not is_valid(value):
+            # YAML takes 1e-4 for text.
+            with contextlib.suppress(ValueError):
+                values[name] = float(value)
+        if value is not None and not is_valid(values[name]):
+            raise UserError(f"{where}.{part}.{name} must be {words}, found {value!r}")
+    return values
+
+
+def load_task_config(path: str | None) -> dict[str, TaskConfig]:
+    """Read the tasks of a ``--task_config`` file, by name; none without one.
+
+    Args:
+        path: JSON when it ends in ``.json``, else YAML.
+
+    Raises:
+        UserError: the file is missing or broken, or has names or values that mean nothing.
+    """
+    if path is None:
+        return {}
+    content = read_settings(path, "--task_config")
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"--task_config: {path} must be a mapping from names of tasks to their settings")
+    tasks = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or not name or "/" in name:
+            raise UserError(f"--task_config: {path}: {name!r} is no name of a task: text in quotes without / is")
+        where = f"--task_config: {path}: {name}"
+        task = _check_names(where, value, _PARTS)
+        texts = _read_part(where, task, "instruction")
+        instruction = None if texts is None else Instruction(texts.get("query") or "", texts.get("key") or "")
+        training, prompt = _read_part(where, task, "training"), task.get("lm_prompt")
+        if prompt is not None and prompt not in TASKS:
+            raise UserError(f"{where}.lm_prompt must be one of {', '.join(TASKS)}, found {prompt!r}")
+        tasks[name] = TaskConfig(instruction, training, prompt)
+    return tasks

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from src.retrieval.args import DataArgs, RankerArgs, RetrievalArgs
-from src.retrieval.data.corpus import InstructionOf, load_corpus, load_eval_rows, no_instruction
+from src.retrieval.data.corpus import load_corpus, load_eval_rows
 from src.retrieval.data.rows import FurtherCheck
-from src.retrieval.data.task_config import load_task_config
-from src.retrieval.data.tasks import instruction_for
+from src.retrieval.data.tasks import InstructionOf, instruction_for, load_task_config, no_instruction
 from src.retrieval.models.checkpoint_folders import check_places
 from src.retrieval.models.cross_encoder import CrossEncoder, RankerConfig
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, weights_fingerprint
@@ -116,7 +115,7 @@ def instructions(args: RetrievalArgs | RankerArgs) -> InstructionOf:
     """Instruction by task."""
     if not args.add_instruction:
         return no_instruction
-    return partial(instruction_for, args.version, own=load_task_config(args.task_config))
+    return partial(instruction_for, args.version, task_config=load_task_config(args.task_config))
 
 
 def mining_config(args: DataArgs, seed: int) -> MiningConfig:

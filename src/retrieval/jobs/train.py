@@ -12,15 +12,21 @@ from typing import Any
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from src.retrieval.args import RankerArgs, RetrievalArgs
-from src.retrieval.data.task_config import load_task_config
+from src.retrieval.data.tasks import load_task_config
 from src.retrieval.jobs.builders import instructions, metric_names
 from src.retrieval.ranking.evaluate import SCORE
 from src.retrieval.report.plot import FIGURE
 from src.retrieval.report.training_record import WriteCards, draw_training
 from src.retrieval.training.args import RetrievalTrainingArgs
-from src.retrieval.training.dataset import Source, TrainDataset, TrainExample, check_mixable, load_train_sources
+from src.retrieval.training.dataset import (
+    Source,
+    SourceSettings,
+    TrainDataset,
+    TrainExample,
+    check_mixable,
+    load_train_sources,
+)
 from src.retrieval.training.scores import ScoreBatch
-from src.retrieval.training.settings import settings_for
 from src.retrieval.training.trainer import ModelT, RetrievalTrainer
 from src.utils import distributed, locks
 from src.utils.errors import UserError
@@ -89,21 +95,21 @@ def load_sources(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingAr
     """
     if not args.train_data:
         return []
-    own = load_task_config(args.task_config)
-    if not training.use_train_config and (settled := [name for name, task in own.items() if task.training]):
+    task_config = load_task_config(args.task_config)
+    if not training.use_train_config and (settled := [name for name, task in task_config.items() if task.training]):
         raise UserError(
             f"--task_config {args.task_config}: the training settings of {settled[0]!r} are used with "
             "--use_train_config only: add that flag, or take them out of the file"
         )
     sources = load_train_sources(
         expand_data_paths(args.train_data, args.data_root, "train_data"),
-        partial(settings_for, training, args.version, own=own),
+        partial(SourceSettings.from_args, training, args.version, task_config=task_config),
         instructions(args),
         args.task,
         training.seed,
         args.dataset_cache_dir,
         training.teacher_score_field,
-        own,
+        task_config,
     )
     if training.inbatch_same_dataset is None:
         check_mixable(sources)

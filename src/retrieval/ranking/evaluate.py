@@ -14,8 +14,9 @@ from typing import IO, Any
 import numpy as np
 
 from src.plan.memory import sample
-from src.retrieval.data.corpus import InstructionOf, Texts, eval_task, render_key, render_query
+from src.retrieval.data.corpus import Texts, eval_task, render_key, render_query
 from src.retrieval.data.rows import template_columns
+from src.retrieval.data.tasks import InstructionOf
 from src.retrieval.models.encode import progress
 from src.retrieval.ranking import trec
 from src.retrieval.ranking.answer_recall import nq_recall

@@ -1,26 +1,76 @@
-"""Load → check → filter → select → instruct: from files to training examples, queries and keys."""
+"""Training examples, from files: rows opened, checked, filtered, and their keys drawn anew each epoch."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from src.retrieval.data.corpus import InstructionOf, distinct_tasks
 from src.retrieval.data.rows import TEACHER_SCORES, TRAIN_CHECK, check_train_row
-from src.retrieval.data.tasks import task_from_path
-from src.retrieval.training.select import select_group, unusable
-from src.retrieval.training.settings import SourceSettings
+from src.retrieval.data.tasks import (
+    NO_TASK_CONFIG,
+    InstructionOf,
+    TaskConfig,
+    distinct_tasks,
+    task_from_path,
+    training_settings_for,
+)
+from src.retrieval.training.args import RetrievalTrainingArgs
+from src.retrieval.training.losses import LossConfig
+from src.retrieval.training.select import SelectionPolicy, select_group, unusable
 from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.jsonl import JsonLines, open_jsonl
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """Selection, filters and loss for the rows of one file."""
+
+    selection: SelectionPolicy
+    loss: LossConfig
+    max_sample_num: int | None = None
+    teacher_scores_margin: float | None = None
+    teacher_scores_min: float | None = None
+
+    @classmethod
+    def from_args(
+        cls,
+        args: RetrievalTrainingArgs,
+        version: str,
+        task: str | None,
+        task_config: Mapping[str, TaskConfig] = NO_TASK_CONFIG,
+    ) -> SourceSettings:
+        """Settings of a file whose rows are of `task`: the flags, with --use_train_config the task's own over them.
+
+        Raises:
+            UserError: ``--use_train_config`` with a version or task that has no settings, or both loss weights 0.
+        """
+        if args.use_train_config:
+            args = copy.copy(args)
+            vars(args).update(training_settings_for(version, task, task_config))
+        if args.contrastive_weight == 0 and args.distill_weight == 0:
+            raise UserError("--contrastive_weight and --distill_weight are both 0: nothing would be trained")
+        return cls(
+            selection=SelectionPolicy(
+                positive=args.select_positive,
+                negative=args.select_negative,
+                group_size=args.train_group_size,
+                order_by_teacher=args.stable_distill,
+            ),
+            loss=LossConfig(**{each.name: getattr(args, each.name) for each in fields(LossConfig)}),
+            max_sample_num=args.max_sample_num,
+            teacher_scores_margin=args.teacher_scores_margin,
+            teacher_scores_min=args.teacher_scores_min,
+        )
 
 
 @dataclass(frozen=True)
@@ -32,8 +82,8 @@ class Source:
         kept: int64 ``(n,)``, row numbers in use.
         default_task: task of rows that name none.
         instruction_of: instruction per task.
-        settings: selection, filters and loss.
-        score_field: where the teacher scores are.
+        settings: how they are selected, filtered and trained.
+        score_field: field of the teacher scores.
         scored: how many of the rows in use have teacher scores.
         dropped: how many rows are not in use, by reason.
     """
@@ -62,7 +112,6 @@ class TrainExample:
 
     Attributes:
         source: number of the file that the row came from.
-        query: text.
         keys: group_size texts, positive first.
         scores: teacher scores of `keys`, or None.
     """
@@ -141,7 +190,7 @@ def load_train_sources(
     seed: int,
     cache_dir: str | None,
     score_field: str = TEACHER_SCORES,
-    own_tasks: Collection[str] = (),
+    task_config: Collection[str] = (),
 ) -> list[Source]:
     """Open, check and filter the training files.
 
@@ -152,8 +201,8 @@ def load_train_sources(
         task: the ``--task`` flag.
         seed: for ``max_sample_num``.
         cache_dir: see `open_jsonl`.
-        score_field: where the rows have their teacher scores.
-        own_tasks: names of tasks besides ours.
+        score_field: field of the rows' teacher scores.
+        task_config: names of tasks besides the released ones.
 
     Raises:
         UserError: rows with problems; rows of several tasks in one file that would be trained differently; a
@@ -167,7 +216,7 @@ def load_train_sources(
             check_name = f"{TRAIN_CHECK} {score_field}"
             opened[path] = distributed.on_main(partial(open_jsonl, path, check, check_name, cache_dir))
         rows = opened[path]
-        default = task or task_from_path(path, own_tasks)
+        default = task or task_from_path(path, task_config)
         tasks = distinct_tasks(rows, default)
         for name in tasks:
             instruction_of(name)

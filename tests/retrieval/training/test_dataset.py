@@ -17,14 +17,12 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import src.utils.jsonl
-from src.retrieval.data.corpus import no_instruction
 from src.retrieval.data.rows import check_train_row
-from src.retrieval.data.tasks import instruction_for, task_from_path
+from src.retrieval.data.tasks import instruction_for, no_instruction, task_from_path
 from src.retrieval.training.args import RetrievalTrainingArgs
-from src.retrieval.training.dataset import TrainDataset, TrainExample, load_train_sources
+from src.retrieval.training.dataset import SourceSettings, TrainDataset, TrainExample, load_train_sources
 from src.retrieval.training.losses import LossConfig
 from src.retrieval.training.select import SelectionPolicy
-from src.retrieval.training.settings import SourceSettings, settings_for
 from src.utils.errors import UserError
 from src.utils.jsonl import JsonLines, open_jsonl, scan_file
 from tests.helpers import TASKS, write_rows
@@ -674,10 +672,10 @@ def test_train_config_goes_over_the_command_line(tmp_path, task, stable_distill)
     given_ = {**COMMAND_LINE, "stable_distill": stable_distill}
     other = {"train_group_size": 5, "cos_temperature": 0.02, "student_temperature": 0.9}
     args = training_args(tmp_path, **given_, **other)
-    assert settings_for(args, "llm-embedder", task) == expected_settings(given_, 5, 0.02, 0.9)
+    assert SourceSettings.from_args(args, "llm-embedder", task) == expected_settings(given_, 5, 0.02, 0.9)
     args = training_args(tmp_path, **given_, **other, use_train_config=True)
     expected = expected_settings({**given_, **TASK_SETTINGS[task]}, 5, 0.02, 0.9)
-    assert settings_for(args, "llm-embedder", task) == expected
+    assert SourceSettings.from_args(args, "llm-embedder", task) == expected
 
 
 def test_train_config_with_a_version_that_has_none(tmp_path):
@@ -685,18 +683,18 @@ def test_train_config_with_a_version_that_has_none(tmp_path):
     args = training_args(tmp_path, use_train_config=True)
     for version in ("bge", "e5", "instructor"):
         with pytest.raises(UserError, match=rf"{version}.*llm-embedder"):
-            settings_for(args, version, "qa")
+            SourceSettings.from_args(args, version, "qa")
     with pytest.raises(UserError, match="--task"):
-        settings_for(args, "llm-embedder", None)
+        SourceSettings.from_args(args, "llm-embedder", None)
 
 
 def test_both_weights_zero_is_an_error(tmp_path):
     """By the flags, and by a flag together with a task's settings (convsearch sets the other one to 0)."""
     with pytest.raises(UserError, match="both 0"):
-        settings_for(training_args(tmp_path, contrastive_weight=0, distill_weight=0), "bge", None)
+        SourceSettings.from_args(training_args(tmp_path, contrastive_weight=0, distill_weight=0), "bge", None)
     args = training_args(tmp_path, contrastive_weight=0, use_train_config=True)
     with pytest.raises(UserError, match="both 0"):
-        settings_for(args, "llm-embedder", "convsearch")
+        SourceSettings.from_args(args, "llm-embedder", "convsearch")
 
 
 def test_train_config_reaches_the_examples(tmp_path):
@@ -708,7 +706,7 @@ def test_train_config_reaches_the_examples(tmp_path):
     qa = [{"query": "q", "pos": ["p0", "p1"], "neg": ["n0", "n1", "n2"], "teacher_scores": [0, 9, 1, 3, 2]}]
     files = [write_rows(tmp_path / "chat" / "a.json", chat), write_rows(tmp_path / "qa" / "a.json", qa)]
     args = training_args(tmp_path, use_train_config=True, train_group_size=4)
-    sources = load(files, settings_of=partial(settings_for, args, "llm-embedder"))
+    sources = load(files, settings_of=partial(SourceSettings.from_args, args, "llm-embedder"))
     dataset = TrainDataset(sources, 0)
     assert dataset.sizes == [1, 1]
     assert dataset[0, 0].keys[0] == "h1"

@@ -13,8 +13,13 @@ from src.lm.args import LMScoreArgs
 from src.lm.prompts import PromptEncoder
 from src.lm.score import encode_row
 from src.retrieval.args import RetrievalArgs
-from src.retrieval.data.task_config import TRAINING_SETTINGS, load_task_config
-from src.retrieval.data.tasks import Instruction, OwnTask, TaskConfig, train_config_for
+from src.retrieval.data.tasks import (
+    TRAINING_SETTINGS,
+    Instruction,
+    TaskConfig,
+    load_task_config,
+    training_settings_for,
+)
 from src.retrieval.jobs.builders import eval_config, load_eval_data
 from src.retrieval.jobs.train import load_sources
 from src.retrieval.training.args import RetrievalTrainingArgs
@@ -56,7 +61,7 @@ def training(tmp_path, **flags) -> RetrievalTrainingArgs:
 def test_yaml_and_json_say_the_same(tmp_path, claims):
     found = load_task_config(claims)
     assert found["claims"].instruction == Instruction("Find evidence for this claim: ", "Evidence: ")
-    assert found["qa"] == OwnTask(None, {"contrastive_weight": 0.5}, None)
+    assert found["qa"] == TaskConfig(None, {"contrastive_weight": 0.5}, None)
     same = {
         "claims": {
             "instruction": {"query": "Find evidence for this claim: ", "key": "Evidence: "},
@@ -93,12 +98,15 @@ def test_a_new_task_is_trained_as_the_file_says(tmp_path, claims, named_by, vers
 
 def test_a_setting_of_ours_is_replaced_and_the_others_stay(claims):
     own = load_task_config(claims)
-    assert train_config_for("llm-embedder", "qa", own) == TaskConfig(
-        "first", "random", contrastive_weight=0.5, stable_distill=True
-    )
-    assert train_config_for("bge", "qa", own) == TaskConfig(contrastive_weight=0.5)
+    assert training_settings_for("llm-embedder", "qa", own) == {
+        "select_positive": "first",
+        "select_negative": "random",
+        "contrastive_weight": 0.5,
+        "stable_distill": True,
+    }
+    assert training_settings_for("bge", "qa", own) == {"contrastive_weight": 0.5}
     with pytest.raises(UserError, match=r"bge.*no training settings"):
-        train_config_for("bge", "icl", own)
+        training_settings_for("bge", "icl", own)
 
 
 def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
@@ -117,7 +125,7 @@ def test_null_means_the_command_line(tmp_path):
     path = tmp_path / "tasks.yaml"
     path.write_text("qa: {training: {stable_distill: null}}")
     own = load_task_config(str(path))
-    assert train_config_for("llm-embedder", "qa", own).override(stable_distill=False) == {"stable_distill": False}
+    assert "stable_distill" not in training_settings_for("llm-embedder", "qa", own)
 
 
 def test_training_settings_are_not_left_unused(tmp_path, claims):
@@ -205,4 +213,5 @@ def test_a_missing_file(tmp_path):
 
 
 def test_every_training_setting_can_be_given():
-    assert set(TRAINING_SETTINGS) == {field.name for field in fields(TaskConfig)}
+    flags = {field.name for field in fields(RetrievalTrainingArgs)}
+    assert set(TRAINING_SETTINGS) < flags
