@@ -22,11 +22,11 @@ from src.lm.model import LMConfig, empty_lm, lm_max_length, load_lm, load_lm_tok
 from src.lm.prompts import PromptEncoder, make_frame
 from src.lm.score import FORMAT, ScoreData, check_all_fit, check_tokens, score_units, write_scored
 from src.plan.lm import lm_lines, scoring_lines
-from src.plan.memory import Line
 from src.retrieval.data.rows import LM_CHECK, check_lm_row
 from src.retrieval.data.tasks import TASKS, load_task_config, prompt_task_problems, task_from_path
 from src.utils import distributed, locks
 from src.utils.cli import parse_args, run, show_plan
+from src.utils.display import Line
 from src.utils.errors import UserError
 from src.utils.files import check_output, check_writable, derived_path, existing_file, resolve_path
 from src.utils.flags import check_choice

@@ -11,10 +11,10 @@ from evaluation.runner.from_corpus import from_corpus, results_config
 from evaluation.runner.task import Context, EvalTask
 from src.lm.model import LMConfig, empty_lm, load_lm_tokenizer
 from src.plan.lm import SAMPLED_ROWS, lm_lines
-from src.plan.memory import Line, sample
 from src.plan.retrieval import evaluation_lines
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
-from src.utils.histogram import Distribution
+from src.utils.display import Line, describe
+from src.utils.jsonl import sample
 
 
 def task_lines(task: EvalTask, context: Context, lm: LMConfig, encoder: EncoderConfig, output: str) -> Iterator[Line]:
@@ -55,12 +55,12 @@ def _prompt_lines(task: EvalTask, context: Context) -> Iterator[Line]:
     found, _ = task.retrieve(drawn) if task.retrieve is not None else from_corpus(drawn, task)
     requests = [task.request(drawn, row, own, examples(row)) for row, own in zip(some.rows, found, strict=True)]
     tokens = [context.ask.encoder.encode(request) if request is not None else None for request in requests]
-    lengths = Distribution(
+    lengths = [
         length
         for own in tokens
         if own is not None
         for length in [len(part.prompt) + len(part.answer or ()) for part in own.parts]
-    )
-    yield "tokens", f"a prompt: {lengths.describe()} (of {len(numbers)} rows, with keys drawn at random)"
+    ]
+    yield "tokens", f"a prompt: {describe(lengths)} (of {len(numbers)} rows, with keys drawn at random)"
     if unfit := tokens.count(None):
         yield "tokens", f"{unfit} of these {len(numbers)} rows are left out, since {task.left_out}"

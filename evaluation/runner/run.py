@@ -14,7 +14,7 @@ from functools import cache, partial
 from typing import Any, NoReturn
 
 from evaluation.runner.from_corpus import from_corpus, results_config, results_folder, retriever_name
-from evaluation.runner.outputs import Entry, gather_entries, output_line, output_path
+from evaluation.runner.outputs import gather_entries, output_line, output_path
 from evaluation.runner.plan import task_lines
 from evaluation.runner.task import Context, EvalTask, Found, Row, Values
 from src.lm.ask import Answer, Asker, RequestEncoder
@@ -163,18 +163,13 @@ def ask(
         for first in range(0, len(rows), step):
             end = min(first + step, len(rows))
             mine = range(first + distributed.rank(), end, distributed.world_size())
-            failure: str | None = None
-            own: list[Entry] = []
-            try:
+            with distributed.raising_together():
                 requests = [
                     task.request(context, row, found[number], examples(row))
                     for number in mine
                     for row in [rows[number]]
                 ]
                 own = list(zip(mine, context.ask(requests, bar.update), strict=True))
-            except UserError as error:
-                failure = str(error)
-            distributed.raise_together(failure)
             entries.update(gather_entries(own))
             bar.update(end - bar.n)
     return distributed.on_main(partial(_finish, context, task, found, entries, path))

@@ -22,7 +22,6 @@ from src.lm.ask import Request
 from src.retrieval.jobs.builders import dense_scorer
 from src.retrieval.models.encode import progress
 from src.utils import distributed
-from src.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -64,22 +63,17 @@ def best_of_past(
     score = case_scorer(context, oracle)
     mine = distributed.part_of(len(rows))
     found: list[list[list[int]]] = []
-    failure: str | None = None
-    with progress(len(mine), "retrieving", distributed.is_main(), "row") as bar:
-        try:
-            for first in range(mine.start, mine.stop, rows_a_time):
-                window = [cases_of(number) for number in range(first, min(first + rows_a_time, mine.stop))]
-                flat = [*chain.from_iterable(window)]
-                if score is None or not any(case.keys for case in flat):
-                    scores = [np.empty(0, dtype=np.float32) for _ in flat]
-                else:
-                    scores = score(flat)
-                chosen = iter([best_keys(own, wanted) for own in scores])
-                found += [[next(chosen) for _ in cases] for cases in window]
-                bar.update(len(window))
-        except UserError as error:
-            failure = str(error)
-    distributed.raise_together(failure)
+    with distributed.raising_together(), progress(len(mine), "retrieving", distributed.is_main(), "row") as bar:
+        for first in range(mine.start, mine.stop, rows_a_time):
+            window = [cases_of(number) for number in range(first, min(first + rows_a_time, mine.stop))]
+            flat = [*chain.from_iterable(window)]
+            if score is None or not any(case.keys for case in flat):
+                scores = [np.empty(0, dtype=np.float32) for _ in flat]
+            else:
+                scores = score(flat)
+            chosen = iter([best_keys(own, wanted) for own in scores])
+            found += [[next(chosen) for _ in cases] for cases in window]
+            bar.update(len(window))
     best = [own for part in distributed.all_gather_json(found) for own in part]
     empty = sum(bool(cases) and not any(cases) for cases in best)
     if score is not None and empty:

@@ -17,8 +17,8 @@ import torch
 from huggingface_hub import constants
 
 from src.doctor.packages import EXTRAS, MISSING, OK, PROBLEM, Finding, installed
-from src.plan.memory import human_bytes
 from src.retrieval.search.bm25.anserini import find_anserini
+from src.utils.display import human_bytes
 from src.utils.errors import UserError
 from src.utils.files import check_writable
 from src.utils.flags import default_data_root

@@ -148,24 +148,22 @@ def score_units(
     order = sorted(range(len(units)), key=lambda unit: -int(lengths[units[unit].start : units[unit].stop].sum()))
     max_tokens, max_logits = budgets(model, max_tokens)
     passed = 0
-    failure: str | None = None
-    with tqdm(total=sum(sizes), desc="scoring", unit="pair", disable=not distributed.is_main(), smoothing=0.1) as bar:
-        try:
-            for unit in order:
-                if journal.claim(unit):
-                    journal.repair(unit)
-                    present = journal.read(unit, sizes[unit])
-                    bar.update(int((~np.isnan(present)).sum()))
-                    batches = _score_unit(model, encoder, data, units[unit], present, max_tokens, max_logits)
-                    for numbers, scores in batches:
-                        journal.add(unit, numbers, scores)
-                        bar.update(len(numbers))
-                # Units of other processes count when this one gets past them.
-                passed += sizes[unit]
-                bar.update(passed - bar.n if passed > bar.n else 0)
-        except UserError as error:
-            failure = str(error)
-    distributed.raise_together(failure)
+    with (
+        distributed.raising_together(),
+        tqdm(total=sum(sizes), desc="scoring", unit="pair", disable=not distributed.is_main(), smoothing=0.1) as bar,
+    ):
+        for unit in order:
+            if journal.claim(unit):
+                journal.repair(unit)
+                present = journal.read(unit, sizes[unit])
+                bar.update(int((~np.isnan(present)).sum()))
+                batches = _score_unit(model, encoder, data, units[unit], present, max_tokens, max_logits)
+                for numbers, scores in batches:
+                    journal.add(unit, numbers, scores)
+                    bar.update(len(numbers))
+            # Units of other processes count when this one gets past them.
+            passed += sizes[unit]
+            bar.update(passed - bar.n if passed > bar.n else 0)
 
 
 def _score_unit(

@@ -1,4 +1,4 @@
-"""What a run will take: steps, tokens, memory, sizes of indexes. Pure functions of numbers, and their presentation.
+"""What a run will take: steps, tokens, memory, sizes of indexes. Pure functions of numbers.
 
 The memory of a process that trains is estimated as the sum of
 
@@ -24,18 +24,13 @@ Of the activations that autograd kept on a CPU, this counted 87 to 102 % for BER
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
+from src.utils.display import human_bytes
 
 #: Bytes of optimizer state per trained parameter, by what ``--optim`` contains; `ADAMW_BYTES` of others.
 OPTIMIZER_BYTES = {"8bit": 2, "sgd": 0, "adafactor": 0, "rmsprop": 4, "adagrad": 4, "lion": 4}
 ADAMW_BYTES = 8
-
-#: A label and what is to be said.
-Line = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -177,37 +172,3 @@ def training_memory(size: ModelSize, activations: int, optimizer_name: str, half
         4 * size.parameters if sharing.evaluates and sharing.divided >= 3 else 0,
         sum(parts.values()) - sum(here.values()),
     )
-
-
-def human_bytes(size: float) -> str:
-    """Bytes with a fitting unit."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.3g} TiB"
-
-
-def sample(size: int, wanted: int) -> list[int]:
-    """`wanted` of so many row numbers, evenly spread; all when there are no more."""
-    return [size * number // wanted for number in range(wanted)] if size > wanted else list(range(size))
-
-
-def describe_tasks(names: np.ndarray, default: str | None) -> str:
-    """How many rows are of each task; str ``(rows,)``, empty for those of the default."""
-    found, counts = np.unique(names, return_counts=True)
-    tasks: Counter[str] = Counter()
-    for name, count in zip(found.tolist(), counts.tolist(), strict=True):
-        tasks[name or default or "none"] += count
-    return "task " + ", ".join(f"{task} {count:,}" for task, count in sorted(tasks.items()))
-
-
-def render(lines: Sequence[Line]) -> str:
-    """Lines for the terminal; a label that stays the same is shown once."""
-    width = max(len(label) for label, _ in lines)
-    shown = ["dry run: everything up to the first step was checked, nothing was written"]
-    previous = ""
-    for label, text in lines:
-        shown.append(f"  {'' if label == previous else label:<{width}}  {text}")
-        previous = label
-    return "\n".join(shown)

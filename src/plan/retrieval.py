@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -13,17 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from src.plan.memory import (
-    Line,
-    ModelSize,
-    Sharing,
-    activation_bytes,
-    describe_tasks,
-    human_bytes,
-    sample,
-    step_counts,
-    training_memory,
-)
+from src.plan.memory import ModelSize, Sharing, activation_bytes, step_counts, training_memory
 from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.jobs.builders import bm25_config, encode_configs
 from src.retrieval.models.dense import DenseRetriever
@@ -37,7 +28,8 @@ from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import Source, TrainDataset, TrainExample
 from src.retrieval.training.trainer import batch_sampler
 from src.utils import distributed
-from src.utils.histogram import Distribution
+from src.utils.display import Line, describe, describe_tasks, human_bytes
+from src.utils.jsonl import sample
 
 #: Batches that are tokenized to estimate the tokens of a step, and texts to estimate those of a file.
 SAMPLED_BATCHES = 8
@@ -73,10 +65,15 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
+def count_tasks(names: np.ndarray, default: str | None) -> Counter[str]:
+    """How many rows are of each task; str ``(rows,)``, empty for those of the default."""
+    return Counter(name or default or "none" for name in names.tolist())
+
+
 def source_lines(sources: Sequence[Source]) -> Iterator[Line]:
     """Rows of each training file, those left out with the reason, and their tasks."""
     for source in sources:
-        tasks = describe_tasks(source.rows.scan.columns["task"][source.kept], source.default_task)
+        tasks = describe_tasks(count_tasks(source.rows.scan.columns["task"][source.kept], source.default_task))
         yield "training", f"{source.rows.path}: {len(source):,} of {len(source.rows):,} rows in use ({tasks})"
         yield from (("training", f"  {count:,} dropped: {reason}") for reason, count in source.dropped.items())
 
@@ -140,11 +137,11 @@ def _chunks(batch: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
 
 def _token_lines(batches: Sequence[Mapping[str, Any]], batches_a_step: int) -> Iterator[Line]:
     chunks = [chunk for batch in batches for chunk in _chunks(batch)]
-    texts = Distribution(length for chunk in chunks for length in chunk["attention_mask"].sum(1).tolist())
+    texts = [length for chunk in chunks for length in chunk["attention_mask"].sum(1).tolist()]
     padded = sum(chunk["input_ids"].numel() for chunk in chunks)
-    step, padding = padded / len(batches) * batches_a_step, 1 - texts.mean * len(texts) / padded
+    step, padding = padded / len(batches) * batches_a_step, 1 - sum(texts) / padded
     yield "tokens", f"about {step:,.0f} a step, {padding:.0%} of them padding (of the first {len(batches)} batches)"
-    yield "tokens", f"a text: {texts.describe()}"
+    yield "tokens", f"a text: {describe(texts)}"
 
 
 def _most_activations(
@@ -162,10 +159,10 @@ def _most_activations(
     )
 
 
-def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Distribution:
+def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[int]:
     """Tokens of some of the texts, evenly spread, as they are cut."""
     some = [texts[number] for number in sample(len(texts), SAMPLED_TEXTS)]
-    return Distribution(map(len, tokenizer(some, truncation=True, max_length=max_length)["input_ids"]))
+    return [len(ids) for ids in tokenizer(some, truncation=True, max_length=max_length)["input_ids"]]
 
 
 def evaluation_lines(
@@ -196,7 +193,7 @@ def evaluation_lines(
         yield "evaluation", f"{int(columns['keys'].sum()):,} keys to reorder"
     if isinstance(args, RetrievalArgs) and model is not None:
         queries = token_counts(model.query_tokenizer, data.queries, args.query_max_length)
-        yield "tokens", f"a query: {queries.describe()} (of {len(queries)})"
+        yield "tokens", f"a query: {describe(queries)} (of {len(queries)})"
     if isinstance(args, RetrievalArgs) and data.corpus is not None and not config.rerank:
         yield from _corpus_lines(args, data, config, device, model)
 
@@ -214,7 +211,8 @@ def _corpus_lines(
     if model is None:
         return
     keys = token_counts(model.key_tokenizer, data.keys, args.key_max_length)
-    yield "tokens", f"a passage: {keys.describe()} (of {len(keys)}); about {keys.mean * rows:,.0f} in all"
+    in_all = sum(keys) / len(keys) * rows
+    yield "tokens", f"a passage: {describe(keys)} (of {len(keys)}); about {in_all:,.0f} in all"
     width, dtype = vector_width(model), encode_configs(args, device)[1].stored_dtype
     factory = args.faiss_index_factory
     smallest = max(1, rows // distributed.world_size())

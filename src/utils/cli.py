@@ -19,9 +19,9 @@ import tqdm.auto
 import transformers
 from transformers import HfArgumentParser
 
-from src.plan.memory import Line, render
 from src.utils import distributed
 from src.utils.config_file import read_arguments
+from src.utils.display import Line
 from src.utils.errors import UserError, describe_os_error, first_line, is_out_of_memory, user_message
 
 logger = logging.getLogger(__name__)
@@ -107,9 +107,15 @@ def _check_value(name: str, value: Any) -> None:
 
 
 def show_plan(lines: Sequence[Line]) -> None:
-    """Print what ``--dry_run`` found out; the main process does."""
-    if distributed.is_main():
-        print(render(lines), flush=True)
+    """Print the lines of a ``--dry_run``, on the main process; a label that stays the same is shown once."""
+    if not distributed.is_main():
+        return
+    width = max(len(label) for label, _ in lines)
+    print("dry run: everything up to the first step was checked, nothing was written")
+    previous = ""
+    for label, text in lines:
+        print(f"  {'' if label == previous else label:<{width}}  {text}", flush=True)
+        previous = label
 
 
 def setup_logging() -> None:

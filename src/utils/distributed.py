@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -214,10 +215,16 @@ def all_gather_json(value: Any) -> list[Any]:
     return [json.loads(text.tobytes()) for text in texts]
 
 
-def raise_together(message: str | None) -> None:
-    """Raise a UserError on every process if any process passes a message, so that none waits for the others."""
-    if messages := [text for text in all_gather_json(message) if text is not None]:
-        raise UserError(messages[0])
+@contextlib.contextmanager
+def raising_together() -> Iterator[None]:
+    """Raise a UserError of one process on every process, so that none waits; all leave the block together."""
+    failure: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    if messages := [text for text in all_gather_json(str(failure) if failure else None) if text is not None]:
+        raise UserError(messages[0]) from failure
 
 
 def gather_sizes(size: int, device: torch.device) -> list[int]:

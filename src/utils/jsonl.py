@@ -130,6 +130,11 @@ class JsonLines(Sequence[dict[str, Any]]):
         return f"{self.path}:{self.scan.lines[index]}"
 
 
+def sample(size: int, most: int) -> list[int]:
+    """Numbers of rows, evenly spread: `most` of so many, all when there are no more."""
+    return [size * number // most for number in range(most)] if size > most else list(range(size))
+
+
 def read_lines(path: str, start: int, end: int) -> Iterator[tuple[int, bytes]]:
     """First byte and content, without line end and byte order mark, of the lines that begin in ``[start, end)``."""
     with open(path, "rb") as file:

@@ -28,7 +28,7 @@ from src.retrieval.data.rows import (
 from src.retrieval.data.tasks import NO_TASK_CONFIG, TASKS, TaskConfig, prompt_task_problems
 from src.retrieval.ranking.mining import normalize
 from src.retrieval.training.select import SelectionPolicy, unusable
-from src.utils.histogram import Distribution
+from src.utils.display import describe, describe_tasks, summarize
 from src.utils.jsonl import RowCheck
 
 KINDS = ("train", "eval", "corpus", "lm")
@@ -104,8 +104,9 @@ class DataReport:
         #: Lines by message.
         self.errors: dict[str, array[int]] = defaultdict(lambda: array("q"))
         self.warnings: dict[str, array[int]] = defaultdict(lambda: array("q"))
-        self.lengths: dict[str, Distribution] = defaultdict(Distribution)
-        self.spread = Distribution(digits=4)
+        self.lengths: dict[str, Counter[int]] = defaultdict(Counter)
+        #: To four digits, so that there are not too many different ones.
+        self.spread: Counter[float] = Counter()
         self.untrainable: Counter[str] = Counter()
         #: Of lines whose text came before, where it first did.
         self.first_lines: dict[int, int] = {}
@@ -156,8 +157,8 @@ class DataReport:
             self.warnings[message].append(line)
 
     def _measure(self, name: str, text: str) -> None:
-        self.lengths[f"{name} characters"].add(len(text))
-        self.lengths[f"{name} words"].add(len(text.split()))
+        self.lengths[f"{name} characters"][len(text)] += 1
+        self.lengths[f"{name} words"][len(text.split())] += 1
 
     def _add_passage(self, line: int, text: str) -> None:
         self._measure("passage", text)
@@ -197,12 +198,12 @@ class DataReport:
         positive, negative = words
         self._warn(line, "a key comes twice", any(len(part) > len(set(part)) for part in (positive, negative)))
         self._warn(line, "a positive is among the negatives", not set(positive).isdisjoint(negative))
-        self.lengths["keys a row"].add(len(texts))
+        self.lengths["keys a row"][len(texts)] += 1
         if self.kind == "train":
-            self.lengths["positives a row"].add(len(positives))
-            self.lengths["negatives a row"].add(len(negatives))
+            self.lengths["positives a row"][len(positives)] += 1
+            self.lengths["negatives a row"][len(negatives)] += 1
             if numbers["best"] >= 0:
-                self.spread.add(numbers["score_spread"])
+                self.spread[float(f"{numbers['score_spread']:.4g}")] += 1
             self._window.append((line, numbers["positives"], numbers["negatives"], numbers["best"]))
             if len(self._window) == WINDOW:
                 self._judge_window()
@@ -224,9 +225,9 @@ class DataReport:
     def to_json(self) -> dict[str, Any]:
         """All of it."""
         found: dict[str, Any] = {"kind": self.kind, "rows": self.rows, "tasks": dict(self.tasks)}
-        found["lengths"] = {name: own.summary() for name, own in self.lengths.items()}
+        found["lengths"] = {name: summarize(own) for name, own in self.lengths.items()}
         if self.kind == "train":
-            found["score_spread"] = self.spread.summary()
+            found["score_spread"] = summarize(self.spread)
             found["untrainable_rows"] = dict(self.untrainable)
         found["first_lines_of_repeats"] = self.first_lines
         for name, messages in (("errors", self.errors), ("warnings", self.warnings)):
@@ -238,14 +239,13 @@ class DataReport:
 
     def statistics(self) -> Iterator[str]:
         """Lines for the terminal."""
-        tasks = ", ".join(f"{task} {count:,}" for task, count in sorted(self.tasks.items()))
-        yield f"{self.rows:,} rows" + (f" (task {tasks})" if tasks else "")
+        yield f"{self.rows:,} rows" + (f" ({describe_tasks(self.tasks)})" if self.tasks else "")
         for name, own in self.lengths.items():
-            yield f"{name}: {own.describe()}"
-        if len(self.spread):
-            found = self.spread.summary()
+            yield f"{name}: {describe(own)}"
+        if self.spread:
+            found = summarize(self.spread)
             parts = ", ".join(f"{name} {found[name]:.4g}" for name in ("min", "median", "max"))
-            yield f"spread of {self.score_field} (highest - lowest) of {len(self.spread):,} rows: {parts}"
+            yield f"spread of {self.score_field} (highest - lowest) of {found['count']:,} rows: {parts}"
         if any(self.untrainable.values()):
             counts = ", ".join(f"{policy} {count:,}" for policy, count in self.untrainable.items())
             yield f"rows that cannot be trained on, by --select_positive: {counts}"

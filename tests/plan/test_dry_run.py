@@ -24,8 +24,6 @@ from src.plan.memory import (
     ModelSize,
     Sharing,
     activation_bytes,
-    human_bytes,
-    sample,
     step_counts,
     training_memory,
 )
@@ -34,8 +32,9 @@ from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.models.lora import LoraSettings
 from src.utils.cli import run as run_entry
+from src.utils.display import human_bytes, summarize
 from src.utils.files import path_name
-from src.utils.histogram import Distribution
+from src.utils.jsonl import sample
 from tests.evaluation.test_tasks import TASKS, data_root  # noqa: F401  (a fixture)
 from tests.helpers import run, write_rows
 from tests.lm.test_score import models  # noqa: F401  (a fixture)
@@ -97,14 +96,11 @@ def files(tmp_path):
 # --- pure -----------------------------------------------------------------------------------------------------------
 
 
-def test_distribution():
-    lengths = Distribution([5, 1, 2, 3, 4])
-    assert lengths.summary() == {"count": 5, "min": 1, "median": 3, "p95": 5, "max": 5}
-    assert lengths.mean == 3
-    assert Distribution(range(100)).quantile(0.95) == 94
-    rounded = Distribution([0.12344, 0.12341, 2.0], digits=3)
-    assert rounded.counts == {0.123: 2, 2.0: 1}
-    assert Distribution().summary() == {"count": 0, "min": 0, "median": 0, "p95": 0, "max": 0}
+def test_quantiles():
+    assert summarize([5, 1, 2, 3, 4]) == {"count": 5, "min": 1, "median": 3, "p95": 5, "max": 5}
+    assert summarize(range(100))["p95"] == 94
+    assert summarize({0.5: 2, 2.0: 1}) == {"count": 3, "min": 0.5, "median": 0.5, "p95": 2.0, "max": 2.0}
+    assert summarize([]) == {"count": 0, "min": 0, "median": 0, "p95": 0, "max": 0}
 
 
 def test_steps_of_an_epoch_and_of_the_run():

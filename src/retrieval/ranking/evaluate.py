@@ -13,7 +13,6 @@ from typing import IO, Any
 
 import numpy as np
 
-from src.plan.memory import sample
 from src.retrieval.data.corpus import Texts, eval_task, render_key, render_query
 from src.retrieval.data.rows import template_columns
 from src.retrieval.data.tasks import InstructionOf
@@ -37,7 +36,7 @@ from src.retrieval.search.searcher import NoSearcher, Searcher
 from src.utils import distributed, locks
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output, derived_path, existing_file, text_hash
-from src.utils.jsonl import JsonLines
+from src.utils.jsonl import JsonLines, sample
 from src.utils.manifest import Manifest, check_undamaged, file_checksum, read_manifest
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,6 @@ from src.retrieval.models.pair_scorer import PairScorer
 from src.retrieval.ranking.evaluate import EvalData
 from src.retrieval.ranking.files import Hits, shortest
 from src.utils import distributed
-from src.utils.errors import UserError
 from src.utils.files import atomic_write, json_line
 
 logger = logging.getLogger(__name__)
@@ -63,13 +62,8 @@ def score_windows(
             keys = [
                 [data.key_instruction + text for text in texts_of(row)] for row in data.rows[mine.start : mine.stop]
             ]
-            failure: str | None = None
-            scores = np.empty(0, dtype=np.float32)
-            try:
+            with distributed.raising_together():
                 scores = score(data.queries[mine.start : mine.stop], keys, bar)
-            except UserError as error:
-                failure = str(error)
-            distributed.raise_together(failure)
             joined = np.concatenate(distributed.all_gather_array(scores))
             # The bar of the main process has moved by its own part only.
             bar.update(len(joined) - len(scores))
