@@ -15,7 +15,6 @@ from src.retrieval.args import RetrievalArgs
 from src.retrieval.jobs.builders import (
     check_outputs,
     check_widths,
-    chunk_policy,
     encoder_config,
     eval_config,
     load_eval_data,
@@ -29,7 +28,7 @@ from src.retrieval.models.dense import load_dense_retriever
 from src.retrieval.ranking.evaluate import hold_outputs
 from src.retrieval.report.training_record import card_writer, encoder_uses
 from src.retrieval.training.args import RetrievalTrainingArgs
-from src.retrieval.training.collator import TrainCollator
+from src.retrieval.training.collator import ChunkPolicy, TrainCollator
 from src.retrieval.training.scores import DenseBatchScores
 from src.utils import distributed
 from src.utils.cli import parse_args, run, show_plan
@@ -81,7 +80,7 @@ def work(args: RetrievalArgs, training: RetrievalTrainingArgs, given: frozenset[
     model = load_dense_retriever(encoder_config(args, given, training if sources else None))
     check_widths(model, training)
     lengths = (args.query_max_length, args.key_max_length)
-    collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, chunk_policy(training))
+    collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, ChunkPolicy.from_args(training))
     if args.dry_run:
         evaluates = eval_data is not None
         lines = [*training_lines(model, training, sources, collator, resume, evaluates)] if sources else []

@@ -17,7 +17,6 @@ from src.plan.retrieval import evaluation_lines, training_lines
 from src.retrieval.args import RankerArgs
 from src.retrieval.jobs.builders import (
     check_outputs,
-    chunk_policy,
     eval_config,
     load_eval_data,
     log_file,
@@ -30,7 +29,7 @@ from src.retrieval.models.cross_encoder import load_cross_encoder
 from src.retrieval.ranking.evaluate import hold_outputs
 from src.retrieval.report.training_record import card_writer, ranker_uses
 from src.retrieval.training.args import RetrievalTrainingArgs
-from src.retrieval.training.collator import PairCollator
+from src.retrieval.training.collator import ChunkPolicy, PairCollator
 from src.retrieval.training.scores import ranker_batch_scores
 from src.utils import distributed
 from src.utils.cli import parse_args, run, show_plan
@@ -78,7 +77,7 @@ def work(args: RankerArgs, training: RetrievalTrainingArgs, given: frozenset[str
     resume = distributed.on_main(lambda: checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir))
     set_seed(training.seed)
     model = load_cross_encoder(ranker_config(args), new_head=bool(sources))
-    collator = PairCollator(model.pairs, chunk_policy(training))
+    collator = PairCollator(model.pairs, ChunkPolicy.from_args(training))
     if args.dry_run:
         evaluates = eval_data is not None
         lines = [*training_lines(model, training, sources, collator, resume, evaluates)] if sources else []

@@ -35,11 +35,11 @@ from benchmarks.common import Numbers, compare, peak_mib, wait_for_device
 from benchmarks.flops import encoder_flops, matmul_rate
 from benchmarks.texts import passages
 from src.retrieval.args import RetrievalArgs
-from src.retrieval.jobs.builders import chunk_policy, encoder_config
+from src.retrieval.jobs.builders import encoder_config
 from src.retrieval.jobs.train import load_sources
 from src.retrieval.models.dense import load_dense_retriever
 from src.retrieval.training.args import RetrievalTrainingArgs
-from src.retrieval.training.collator import TrainCollator
+from src.retrieval.training.collator import ChunkPolicy, TrainCollator
 from src.retrieval.training.dataset import TrainDataset
 from src.retrieval.training.scores import DenseBatchScores
 from src.retrieval.training.trainer import RetrievalTrainer
@@ -157,7 +157,7 @@ def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], fol
     (data, training), given = parse_args([RetrievalArgs, RetrievalTrainingArgs], flags)
     model = load_dense_retriever(encoder_config(data, given))
     lengths = (QUERY_LENGTH, setting.key_length)
-    collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, chunk_policy(training))
+    collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, ChunkPolicy.from_args(training))
     scores = DenseBatchScores(model.metric, training.negative_cross_device)
     training.set_evaluate("no")
     dataset = TrainDataset(load_sources(data, training), training.seed)

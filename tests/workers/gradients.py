@@ -16,8 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from src.retrieval.data.tasks import no_instruction
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.training.args import RetrievalTrainingArgs
-from src.retrieval.training.chunks import ChunkPolicy
-from src.retrieval.training.collator import TrainCollator
+from src.retrieval.training.collator import ChunkPolicy, TrainCollator
 from src.retrieval.training.dataset import Source, SourceSettings, TrainDataset, TrainExample
 from src.retrieval.training.grad_cache import GradCache
 from src.retrieval.training.losses import LossConfig

@@ -34,8 +34,7 @@ from src.retrieval.ranking.mining import MiningConfig
 from src.retrieval.search.bm25.engine import BM25Config
 from src.retrieval.search.searcher import DenseSearchConfig, DenseSearcher, build_dense_searcher, encode_config
 from src.retrieval.search.vector_store import IndexIdentity, file_fingerprint
-from src.retrieval.training.args import CPU_SPLIT_TOKENS, GPU_SPLIT_TOKENS, RetrievalTrainingArgs
-from src.retrieval.training.chunks import ChunkPolicy
+from src.retrieval.training.args import RetrievalTrainingArgs
 from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.files import check_writable, existing_file, resolve_path
@@ -91,14 +90,6 @@ def resolved_arguments(args: RetrievalArgs, training: RetrievalTrainingArgs, mod
         # No flag says of two encoders that they pool differently.
         del arguments["pooling_method"]
     return arguments
-
-
-def chunk_policy(training: RetrievalTrainingArgs) -> ChunkPolicy:
-    """How a training batch is cut into chunks."""
-    split = training.length_split_tokens
-    if split is None:
-        split = CPU_SPLIT_TOKENS if training.use_cpu else GPU_SPLIT_TOKENS
-    return ChunkPolicy(training.grad_cache_chunk_size, split)
 
 
 def check_widths(model: DenseRetriever, training: RetrievalTrainingArgs) -> None:

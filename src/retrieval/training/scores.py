@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from src.retrieval.models.pooling import leading_dimensions
-from src.retrieval.training.chunks import in_order
+from src.retrieval.training.collator import in_order
 from src.retrieval.training.losses import LossConfig, group_positions, similarity
 from src.utils import distributed
 

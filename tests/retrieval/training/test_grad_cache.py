@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
-from src.retrieval.training.chunks import ChunkPolicy, cut_by_length, in_order, pad_chunks, tokenize_chunks
+from src.retrieval.training.collator import ChunkPolicy, cut_by_length, in_order, pad_chunks, tokenize_chunks
 from src.retrieval.training.grad_cache import GradCache
 from tests.helpers import environment, run
 from tests.training_bench import Bench, assert_same_checkpoint, weights, without_dropout, write_data
