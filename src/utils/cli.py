@@ -61,7 +61,6 @@ def parse_args(
         UserError: unknown or malformed flags.
         TypeError: a name in `defaults` that no class has.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_types, allow_abbrev=False)
     # Of the actions of a flag (--fp16, --no_fp16) the first one takes a value.
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
@@ -69,40 +68,40 @@ def parse_args(
         raise TypeError(f"defaults for flags that do not exist: {', '.join(unknown)}")
     parser.set_defaults(**defaults)
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; the command line overrides it.")
-    unset = object()
-    seen, _ = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys([*actions, "config"], unset)))
-    given = {name for name, value in vars(seen).items() if value is not unset} - {"config"}
-    values: dict[str, Any] = {}
-    if seen.config is not unset:
+
+    def parse(words: Sequence[str] | None) -> dict[str, Any]:
+        unset = object()
+        seen, rest = parser.parse_known_args(words, argparse.Namespace(**dict.fromkeys([*actions, "config"], unset)))
+        if rest:
+            raise UserError(f"unknown arguments: {rest}")
+        return {name: value for name, value in vars(seen).items() if value is not unset}
+
+    given = parse(argv)
+    if path := given.pop("config", None):
         hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
-        values = read_arguments(seen.config, actions, hints)
-        parser.set_defaults(**values)
-        given.update(values)
+        words, values = read_arguments(path, actions, hints)
+        try:
+            given = {**values, **parse(words), **given}
+        except UserError as error:
+            raise UserError(f"--config {path}: {error}") from error
     for name in sorted(given):
-        _check_value(name, values.get(name) if getattr(seen, name) is unset else getattr(seen, name))
+        _check_value(name, given[name])
     try:
-        *instances, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        return parser.parse_dict({**defaults, **given}), frozenset(given)
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            str(error).replace("Some specified arguments are not used by the HfArgumentParser", "unknown arguments")
-        ) from error
-    return tuple(instances), frozenset(given)
+        raise error if isinstance(error, UserError) else UserError(str(error)) from error
 
 
 def _check_value(name: str, value: Any) -> None:
     """Refuse blank paths, and numbers that no flag means and that libraries do not take."""
-    for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, str) and number.isspace() and name.endswith(PATHS):
-            raise UserError(f"--{name} {number!r} is blank: name a file or folder, or leave the flag out")
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            continue
-        if isinstance(number, float):
-            if not abs(number) <= LARGEST:
-                raise UserError(f"--{name} must be a number of {LARGEST:.1e} at most, found {number}")
-        elif not (least := 0 if name.endswith("seed") else LEAST) <= number <= MOST:
-            shown = f"{number}" if abs(number) < 10**30 else f"one of {len(str(abs(number)))} digits"
+    least = 0 if name.endswith("seed") else LEAST
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, str) and one.isspace() and name.endswith(PATHS):
+            raise UserError(f"--{name} {one!r} is blank: name a file or folder, or leave the flag out")
+        if isinstance(one, float) and not abs(one) <= LARGEST:
+            raise UserError(f"--{name} must be a number of {LARGEST:.1e} at most, found {one}")
+        if isinstance(one, int) and not least <= one <= MOST:
+            shown = f"{one}" if abs(one) < 10**30 else f"one of {len(str(abs(one)))} digits"
             raise UserError(f"--{name} must be a whole number from {least} to {MOST}, found {shown}")
 
 

@@ -1,26 +1,22 @@
-"""Settings from a file, in YAML or JSON; and flags from one, checked as the command line is."""
+"""Settings from a YAML or JSON file; and flags from one, as words of the command line."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
-import types
 from collections.abc import Mapping
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
-from transformers.hf_argparser import string_to_bool
 
 from src.utils.errors import UserError
 from src.utils.files import read_json
 
-#: How a message calls what a flag takes.
-KINDS: dict[Any, str] = {string_to_bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
-
-def read_arguments(path: str, actions: Mapping[str, argparse.Action], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the values of flags from a file.
+def read_arguments(
+    path: str, actions: Mapping[str, argparse.Action], hints: Mapping[str, Any]
+) -> tuple[list[str], dict[str, Any]]:
+    """Read flags from a file.
 
     Args:
         path: ``.json``, or anything else for YAML.
@@ -28,21 +24,44 @@ def read_arguments(path: str, actions: Mapping[str, argparse.Action], hints: Map
         hints: by flag name, the type of the field that it fills.
 
     Returns:
-        Values as the command line would give them.
+        Words of the command line, and the values of flags for which there are no words: none, an empty list, an object.
 
     Raises:
-        UserError: the file is missing or broken, names no flag, or has a value of another type than a flag takes.
+        UserError: the file is missing or broken, names no flag, or has something else where a flag takes text.
     """
-    found = read_settings(path, "--config")
-    if not isinstance(found, dict):
-        raise UserError(f"--config {path} must hold flag names with values, found {type(found).__name__}")
-    values = {}
-    for name, value in found.items():
+    settings = read_settings(path, "--config")
+    if not isinstance(settings, dict):
+        raise UserError(f"--config {path} must hold flag names with values, found {type(settings).__name__}")
+    words: list[str] = []
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
         if name not in actions:
             near = difflib.get_close_matches(str(name), actions, 1)
             raise UserError(f"--config {path}: {name!r} is no flag" + (f", did you mean {near[0]!r}?" if near else ""))
-        values[name] = _convert(f"--config {path}: {name}", value, actions[name], hints[name])
-    return values
+        action, where = actions[name], f"--config {path}: {name}"
+        if value is None or value == [] or isinstance(value, dict):
+            if type(value) not in {get_origin(kind) or kind for kind in (hints[name], *get_args(hints[name]))}:
+                raise UserError(f"{where} cannot be {value!r}")
+            values[name] = value
+        elif action.nargs == "+":
+            # One value counts as a list, as on the command line.
+            items = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(_word(f"{where}[{place}]", item, action) for place, item in enumerate(items))]
+        elif action.nargs == "?" and value is True:
+            words.append(f"--{name}")
+        elif action.nargs == "?" and value is False and action.type is str:
+            # It stands alone, or is followed by text, or is left out.
+            values[name] = None
+        else:
+            words.append(f"--{name}={_word(where, value, action)}")
+    return words, values
+
+
+def _word(where: str, value: Any, action: argparse.Action) -> str:
+    if action.type is str and not isinstance(value, str):
+        advice = f', put it in quotes: "{value}"' if isinstance(value, bool | int | float) else ""
+        raise UserError(f"{where} must be text, found {value!r} ({type(value).__name__}){advice}")
+    return str(value)
 
 
 class _UniqueNames(yaml.SafeLoader):
@@ -82,42 +101,3 @@ def read_settings(path: str, flag: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else path
         raise UserError(f"{flag}: {where} is not valid YAML: {getattr(error, 'problem', error)}") from error
-
-
-def _convert(where: str, value: Any, action: argparse.Action, hint: Any) -> Any:
-    takes = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and (types.NoneType in takes or action.default is None):
-        return None
-    # A few of transformers' flags take JSON text on the command line, thus the same without quotes here.
-    if isinstance(value, dict) and any(dict in (one, get_origin(one)) for one in takes):
-        return value
-    if action.const is True and action.type is not string_to_bool and isinstance(value, bool):
-        # A flag that may stand alone, or be followed by text.
-        return True if value else None
-    if action.nargs == "+":
-        # One value counts as a list, as on the command line.
-        items = value if isinstance(value, list) else [value]
-        return [_scalar(f"{where}[{place}]", item, action, False) for place, item in enumerate(items)]
-    return _scalar(where, value, action, str in takes)
-
-
-def _scalar(where: str, value: Any, action: argparse.Action, takes_text: bool) -> Any:
-    """One value as the command line would give it; `takes_text` for switches that may also be words."""
-    kind: Any = action.type
-    if action.choices is not None:
-        if value not in action.choices:
-            raise UserError(f"{where} {value!r} is unknown: choose from {', '.join(map(str, action.choices))}")
-        return kind(value)
-    if kind is string_to_bool:
-        accepted = isinstance(value, bool | str if takes_text else bool)
-    elif kind is float:
-        # YAML reads 1e-4 as text.
-        accepted = isinstance(value, int | float | str) and not isinstance(value, bool)
-    else:
-        accepted = isinstance(value, int if kind is int else str) and not isinstance(value, bool)
-    if accepted:
-        with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
-            return kind(value)
-    wanted = KINDS.get(kind, getattr(kind, "__name__", "another value"))
-    advice = f', put it in quotes: "{value}"' if kind is str and isinstance(value, bool | int | float) else ""
-    raise UserError(f"{where} must be {wanted}, found {value!r} ({type(value).__name__}){advice}")

@@ -55,7 +55,9 @@ def entry_point(words: list[str]) -> tuple[str, list[str]] | None:
                 if word == "-m" and rest[place + 1] == "pytest":
                     return None
                 if word == "-m":
-                    return f"{rest[place + 1].replace('.', '/')}.py", rest[place + 2 :]
+                    module = rest[place + 1].replace(".", "/")
+                    package = (ROOT / module).is_dir()
+                    return f"{module}/__main__.py" if package else f"{module}.py", rest[place + 2 :]
     if "bash" in words:
         return words[words.index("bash") + 1], []
     return None
