@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import compare, timed
-from src.retrieval.search.faiss_index import ExactIndex, VectorShard
+from src.retrieval.search.exact import ExactIndex, VectorShard
 
 OURS, FAISS = "exact search", "FAISS Flat"
 

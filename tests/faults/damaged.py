@@ -30,7 +30,8 @@ from src.retrieval.models.encode import EncodeConfig
 from src.retrieval.ranking.evaluate import EvalConfig, EvalData, load_hits, report
 from src.retrieval.ranking.files import Hits
 from src.retrieval.search.bm25.engine import BM25Config, build_bm25_searcher
-from src.retrieval.search.faiss_index import FaissIndex, VectorShard
+from src.retrieval.search.exact import VectorShard
+from src.retrieval.search.faiss_index import FaissIndex
 from src.retrieval.search.searcher import DenseSearchConfig, _load_indexes, _save_indexes
 from src.retrieval.search.vector_store import IndexIdentity, create_store, finish_store, load_store
 from src.utils.errors import UserError, describe_os_error

@@ -14,7 +14,8 @@ import numpy as np
 
 from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.models.encode import EncodeConfig, encode, progress
-from src.retrieval.search.faiss_index import ExactIndex, FaissIndex, Index, VectorShard, check_factory, merge_hits
+from src.retrieval.search.exact import ExactIndex, Index, VectorShard, merge_hits
+from src.retrieval.search.faiss_index import FaissIndex, check_factory
 from src.retrieval.search.vector_store import IndexIdentity, VectorStore, create_store, finish_store, load_store
 from src.utils import distributed
 from src.utils.files import atomic_path

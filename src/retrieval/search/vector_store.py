@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from src.retrieval.search.faiss_index import VectorShard
+from src.retrieval.search.exact import VectorShard
 from src.utils import distributed
 from src.utils.errors import UserError, first_line
 from src.utils.files import atomic_write, file_hash, text_hash

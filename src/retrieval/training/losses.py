@@ -34,23 +34,6 @@ class LossParts:
     distillation: Tensor | None
 
 
-def similarity(queries: Tensor, keys: Tensor, metric: str, cos_temperature: float) -> Tensor:
-    """Scores of all pairs, fp32 ``(B, K)``; higher is more alike.
-
-    Args:
-        queries: ``(B, D)``, of unit length for ``cos``.
-        keys: ``(K, D)``, likewise.
-        metric: ``cos`` (divided by `cos_temperature`), ``ip``, or ``l2`` (negative squared distance).
-    """
-    queries, keys = queries.float(), keys.float()
-    products = queries @ keys.T
-    if metric == "cos":
-        return products / cos_temperature
-    if metric == "ip":
-        return products
-    return 2 * products - queries.square().sum(1, keepdim=True) - keys.square().sum(1)
-
-
 def group_positions(batch: int, group: int, offset: int, device: torch.device) -> Tensor:
     """int64 ``(batch, group)``: columns of each query's own keys, which begin at key `offset`."""
     return offset + torch.arange(batch * group, device=device).view(batch, group)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from src.retrieval.models.pooling import leading_dimensions
+from src.retrieval.models.similarity import similarity
 from src.retrieval.training.collator import in_order
-from src.retrieval.training.losses import LossConfig, group_positions, similarity
+from src.retrieval.training.losses import LossConfig, group_positions
 from src.utils import distributed
 
 

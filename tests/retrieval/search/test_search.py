@@ -17,17 +17,9 @@ from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import load_eval_rows
 from src.retrieval.ranking.files import open_hits
 from src.retrieval.ranking.own_rows import without_own_rows
-from src.retrieval.search.faiss_index import (
-    NO_HIT,
-    ExactIndex,
-    FaissIndex,
-    VectorShard,
-    check_factory,
-    default_search_parameters,
-    from_ranks,
-    merge_hits,
-    to_ranks,
-)
+from src.retrieval.search import exact
+from src.retrieval.search.exact import ExactIndex, VectorShard, merge_hits
+from src.retrieval.search.faiss_index import FaissIndex, check_factory, default_search_parameters
 from src.utils.errors import UserError
 from tests.helpers import read_rows, run, write_rows
 
@@ -56,8 +48,8 @@ def shards(vectors: np.ndarray, *bounds: int) -> list[VectorShard]:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_indexes_find_what_brute_force_finds(metric, dtype, monkeypatch):
     """With blocks and query batches far smaller than the input, over shards of different size."""
-    monkeypatch.setattr("src.retrieval.search.faiss_index.CPU_SCORES", 150)
-    monkeypatch.setattr("src.retrieval.search.faiss_index.CPU_QUERIES", 3)
+    monkeypatch.setattr(exact, "BLOCK", 24)
+    monkeypatch.setattr(exact, "QUERIES", 3)
     rng = np.random.default_rng(0)
     vectors, queries = rng.normal(size=(301, 8)).astype(dtype), rng.normal(size=(7, 8)).astype(np.float32)
     expected = brute_force(vectors, queries, metric, 20)
@@ -73,33 +65,21 @@ def test_indexes_find_what_brute_force_finds(metric, dtype, monkeypatch):
     np.testing.assert_array_equal(rows, expected)
 
 
+@pytest.mark.parametrize("engine", ["by_faiss", "by_torch"])
 @pytest.mark.parametrize("order", ["random", "rising", "falling"])
-def test_exact_search_gives_equal_scores_to_the_lower_row(order, monkeypatch):
+def test_exact_search_gives_equal_scores_to_the_lower_row(order, engine, monkeypatch):
     """Whole numbers, so that many scores are equal to the last bit; rising rows beat all that came before."""
-    monkeypatch.setattr("src.retrieval.search.faiss_index.CPU_SCORES", 400)
+    monkeypatch.setattr(exact, "by_faiss", getattr(exact, engine))
+    monkeypatch.setattr(exact, "BLOCK", 70)
     rng = np.random.default_rng(1)
     vectors = rng.integers(-2, 3, size=(500, 4)).astype(np.float32)
     queries = rng.integers(-2, 3, size=(9, 4)).astype(np.float32)
     if order != "random":
         by_score = np.argsort(vectors @ queries[0], kind="stable")
         vectors = vectors[by_score if order == "rising" else by_score[::-1]]
-    _, rows = ExactIndex(shards(vectors, 120, 121), "ip", CPU).search(queries, 30)
-    np.testing.assert_array_equal(rows, brute_force(vectors, queries, "ip", 30))
-
-
-def test_ranks_order_by_score_and_then_by_lower_row():
-    """Against Python's sort of pairs; -0 and 0 are equal, and no hit comes after all others."""
-    rng = np.random.default_rng(3)
-    special = [0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38, 1.0, np.nextafter(np.float32(1), np.float32(2)), -1.0]
-    scores = rng.choice(np.array([*special, *rng.normal(size=20)], dtype=np.float32), 500)
-    rows = rng.permutation(2**32 - 1 - np.arange(1, 501))
-    ranks = to_ranks(torch.from_numpy(scores), torch.from_numpy(rows))
-    order = sorted(range(500), key=lambda i: (-scores[i], rows[i]))
-    assert ranks.argsort(descending=True).tolist() == order
-    assert int(ranks.min()) > NO_HIT
-    back = from_ranks(torch.cat([ranks, torch.tensor([NO_HIT])]))
-    assert back[0].tolist() == [*scores.tolist(), -np.inf]
-    assert back[1].tolist() == [*rows.tolist(), -1]
+    for metric, hits in (("ip", 30), ("l2", 30), ("cos", 120)):
+        _, rows = ExactIndex(shards(vectors, 120, 121), metric, CPU).search(queries, hits)
+        np.testing.assert_array_equal(rows, brute_force(vectors, queries, metric, hits))
 
 
 def test_more_hits_than_rows():

@@ -130,12 +130,12 @@ def test_interrupted_encoding_goes_on_where_it_stopped(tmp_path, small_shards, m
 LIMITED = """
 import resource, sys
 import numpy as np, torch
-from src.retrieval.search.faiss_index import ExactIndex
+from src.retrieval.search.exact import ExactIndex
 from src.retrieval.search.vector_store import IndexIdentity, create_store
 torch.set_num_threads(1)
 folder, rows, width = sys.argv[1], 400_000, 64
 identity = IndexIdentity("w", "c", rows, "{text}", "", 32, "right", "mean", "ip", "fp32")
-import src.retrieval.search.vector_store as store
+from src.retrieval.search import vector_store
 vector_store.SHARD_BYTES = 2 << 20
 made = create_store(folder, identity, width, "float32")
 queries = np.eye(width, dtype=np.float32)[:4]

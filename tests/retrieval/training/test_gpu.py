@@ -25,7 +25,8 @@ from src.lm.generate import Decoding, generate
 from src.lm.model import LMConfig, load_lm
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.models.encode import EncodeConfig, encode
-from src.retrieval.search.faiss_index import ExactIndex, FaissIndex, VectorShard
+from src.retrieval.search.exact import ExactIndex, VectorShard
+from src.retrieval.search.faiss_index import FaissIndex
 from tests.conftest import VOCABULARY, make_tokenizer
 from tests.helpers import environment, free_port, read_rows, run, write_rows
 from tests.training_bench import Bench, assert_same_checkpoint, make_rows, names, weights, without_dropout, write_data
@@ -167,14 +168,14 @@ def test_exact_hits_are_those_of_faiss(metric: str, stored: type):
 def test_faiss_indexes_lie_on_the_gpu_where_they_can(tmp_path: Path, factory: str):
     vectors = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32)
     shards = [VectorShard(10, 3000, lambda: vectors)]
-    index = FaissIndex.build(shards, factory, "ip", GPU)
+    index = FaissIndex.build(shards, factory, "ip", GPU, 5)
     assert isinstance(index.index, faiss.GpuIndex) == (factory != "HNSW16")
     scores, rows = index.search(vectors[:50], 5)
-    on_cpu = FaissIndex.build(shards, factory, "ip", CPU)
+    on_cpu = FaissIndex.build(shards, factory, "ip", CPU, 5)
     np.testing.assert_allclose(scores, on_cpu.search(vectors[:50], 5)[0], atol=1e-4)
     assert rows.min() >= 10
     index.save(str(tmp_path / "index"))
-    again = FaissIndex.load(str(tmp_path / "index"), 10, GPU).search(vectors[:50], 5)
+    again = FaissIndex.load(str(tmp_path / "index"), 10, GPU, 5).search(vectors[:50], 5)
     np.testing.assert_array_equal(again[1], rows)
 
 

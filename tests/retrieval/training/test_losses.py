@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from src.retrieval.models.similarity import similarity
 from src.retrieval.training.losses import (
     LossConfig,
     combine,
@@ -17,7 +18,6 @@ from src.retrieval.training.losses import (
     graded_distillation,
     group_positions,
     mask_false_negatives,
-    similarity,
 )
 from tests.reference import losses as reference
 

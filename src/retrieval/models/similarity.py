@@ -1,0 +1,22 @@
+"""How alike the vectors of queries and keys are."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def similarity(queries: Tensor, keys: Tensor, metric: str, cos_temperature: float = 1.0) -> Tensor:
+    """Scores of all pairs, fp32 ``(B, K)``; higher is more alike.
+
+    Args:
+        queries: ``(B, D)``, of unit length for ``cos``.
+        keys: ``(K, D)``, likewise.
+        metric: ``cos`` (divided by `cos_temperature`), ``ip``, or ``l2`` (negative squared distance).
+    """
+    queries, keys = queries.float(), keys.float()
+    products = queries @ keys.T
+    if metric == "cos" and cos_temperature != 1:
+        return products / cos_temperature
+    if metric == "l2":
+        return 2 * products - queries.square().sum(1, keepdim=True) - keys.square().sum(1)
+    return products

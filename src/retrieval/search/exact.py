@@ -1,0 +1,121 @@
+"""Exact search: every query against every vector, by FAISS on a CPU and by torch on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.retrieval.models.similarity import similarity
+from src.retrieval.search.faiss_trial import faiss_metric
+
+#: Vectors and queries compared at a time: on a GPU their scores take 2 GiB.
+BLOCK = 1 << 16
+QUERIES = 1 << 13
+
+
+@dataclass(frozen=True)
+class VectorShard:
+    """A run of consecutive corpus rows whose vectors are in memory, or on the disk until they are needed.
+
+    Attributes:
+        first: corpus row number of the first vector.
+        rows: how many there are.
+        load: returns them, fp32 or fp16 ``(rows, D)``.
+    """
+
+    first: int
+    rows: int
+    load: Callable[[], np.ndarray]
+
+
+class Index(Protocol):
+    """Finds the best corpus rows for query vectors."""
+
+    def search(self, queries: np.ndarray, hits: int) -> tuple[np.ndarray, np.ndarray]:
+        """fp32 scores (higher is better) and int64 corpus row numbers, both ``(queries, hits)``; -1 fills up.
+
+        Args:
+            queries: fp32 ``(queries, D)``.
+            hits: how many per query.
+        """
+
+
+class ExactIndex:
+    """Compares every query with every vector; equal scores go to the lower row number.
+
+    Shards are loaded one at a time, so memory is bounded by the largest of them.
+    """
+
+    def __init__(self, shards: Sequence[VectorShard], metric: str, device: torch.device) -> None:
+        self.shards = sorted(shards, key=lambda shard: shard.first)
+        self.metric = metric
+        self.device = device
+
+    def search(self, queries: np.ndarray, hits: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Index.search`."""
+        parts = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(self.device).split(QUERIES)
+        scores = [torch.full((len(part), hits), -torch.inf, device=self.device) for part in parts]
+        rows = [torch.full((len(part), hits), -1, device=self.device) for part in parts]
+        for shard in self.shards:
+            vectors = torch.from_numpy(shard.load())
+            for start in range(0, len(vectors), BLOCK):
+                block = vectors[start : start + BLOCK].to(self.device).float()
+                for number, part in enumerate(parts):
+                    more_scores, more_rows = best_of_block(part, block, self.metric, hits)
+                    # Earlier hits come first, and a stable sort leaves equal scores in that order.
+                    scores[number], order = _best(torch.cat([scores[number], more_scores], 1), hits)
+                    found = torch.cat([rows[number], more_rows + shard.first + start], 1)
+                    rows[number] = found.gather(1, order)
+        return torch.cat(scores).cpu().numpy(), torch.cat(rows).cpu().numpy()
+
+
+def best_of_block(queries: Tensor, block: Tensor, metric: str, hits: int) -> tuple[Tensor, Tensor]:
+    """The `hits` best rows of a block by rising number, or all: fp32 scores and int64 rows ``(queries, n)``.
+
+    FAISS and topk choose any of equal scores. So one more is asked for, and where it is as good as the last hit, all
+    scores of the query are sorted.
+    """
+    most = min(hits + 1, len(block))
+    candidates = by_faiss if queries.device.type == "cpu" else by_torch
+    scores, rows = candidates(queries, block, metric, most)
+    if most > hits:
+        for query in (scores[:, -1] == scores[:, -2]).nonzero():
+            scores[query, :hits], rows[query, :hits] = _best(similarity(queries[query], block, metric), hits)
+    scores, (rows, order) = scores[:, :hits], rows[:, :hits].sort(dim=1)
+    return scores.gather(1, order), rows
+
+
+def by_faiss(queries: Tensor, block: Tensor, metric: str, hits: int) -> tuple[Tensor, Tensor]:
+    """The best rows of a block, best first, on a CPU."""
+    scores, rows = faiss.knn(queries.numpy(), block.numpy(), hits, faiss_metric(metric))
+    return torch.from_numpy(0 - scores if metric == "l2" else scores), torch.from_numpy(rows)
+
+
+def by_torch(queries: Tensor, block: Tensor, metric: str, hits: int) -> tuple[Tensor, Tensor]:
+    """The same on any device."""
+    found = similarity(queries, block, metric).topk(hits)
+    return found.values, found.indices
+
+
+def _best(scores: Tensor, hits: int) -> tuple[Tensor, Tensor]:
+    """The highest scores of each row, best first, and their columns; of equal ones the first."""
+    found = scores.sort(dim=1, descending=True, stable=True)
+    return found.values[:, :hits], found.indices[:, :hits]
+
+
+def merge_hits(scores: list[np.ndarray], rows: list[np.ndarray], hits: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best `hits` of several result lists per query; equal scores go to the lower row number.
+
+    Args:
+        scores: fp32 ``(queries, h)`` arrays, higher is better.
+        rows: int64 arrays alike, -1 where there is no hit.
+    """
+    all_scores, all_rows = np.concatenate(scores, axis=1), np.concatenate(rows, axis=1)
+    order = np.lexsort((all_rows, np.where(all_rows < 0, np.inf, -all_scores)), axis=1)[:, :hits]
+    return np.take_along_axis(all_scores, order, 1), np.take_along_axis(all_rows, order, 1)
