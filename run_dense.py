@@ -15,7 +15,6 @@ from src.retrieval.args import RetrievalArgs
 from src.retrieval.jobs.builders import (
     check_outputs,
     check_widths,
-    encoder_config,
     eval_config,
     load_eval_data,
     log_file,
@@ -24,7 +23,7 @@ from src.retrieval.jobs.builders import (
 from src.retrieval.jobs.evaluate import dense_evaluator, recorded
 from src.retrieval.jobs.train import check_flags, hold_checkpoints, load_sources, train
 from src.retrieval.models.checkpoint_folders import checkpoint_to_resume
-from src.retrieval.models.dense import load_dense_retriever
+from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.ranking.evaluate import hold_outputs
 from src.retrieval.report.training_record import card_writer, encoder_uses
 from src.retrieval.training.args import RetrievalTrainingArgs
@@ -77,7 +76,7 @@ def work(args: RetrievalArgs, training: RetrievalTrainingArgs, given: frozenset[
     sources = load_sources(args, training)
     resume = distributed.on_main(lambda: checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir))
     set_seed(training.seed)
-    model = load_dense_retriever(encoder_config(args, given, training if sources else None))
+    model = load_dense_retriever(EncoderConfig.from_args(args, given, training if sources else None))
     check_widths(model, training)
     lengths = (args.query_max_length, args.key_max_length)
     collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, ChunkPolicy.from_args(training))

@@ -20,12 +20,11 @@ from src.retrieval.jobs.builders import (
     eval_config,
     load_eval_data,
     log_file,
-    ranker_config,
 )
 from src.retrieval.jobs.evaluate import ranker_evaluator, recorded
 from src.retrieval.jobs.train import check_flags, hold_checkpoints, load_sources, train
 from src.retrieval.models.checkpoint_folders import checkpoint_to_resume
-from src.retrieval.models.cross_encoder import load_cross_encoder
+from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
 from src.retrieval.ranking.evaluate import hold_outputs
 from src.retrieval.report.training_record import card_writer, ranker_uses
 from src.retrieval.training.args import RetrievalTrainingArgs
@@ -76,7 +75,7 @@ def work(args: RankerArgs, training: RetrievalTrainingArgs, given: frozenset[str
     sources = load_sources(args, training)
     resume = distributed.on_main(lambda: checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir))
     set_seed(training.seed)
-    model = load_cross_encoder(ranker_config(args), new_head=bool(sources))
+    model = load_cross_encoder(RankerConfig.from_args(args), new_head=bool(sources))
     collator = PairCollator(model.pairs, ChunkPolicy.from_args(training))
     if args.dry_run:
         evaluates = eval_data is not None

@@ -35,9 +35,8 @@ from benchmarks.common import Numbers, compare, peak_mib, wait_for_device
 from benchmarks.flops import encoder_flops, matmul_rate
 from benchmarks.texts import passages
 from src.retrieval.args import RetrievalArgs
-from src.retrieval.jobs.builders import encoder_config
 from src.retrieval.jobs.train import load_sources
-from src.retrieval.models.dense import load_dense_retriever
+from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import ChunkPolicy, TrainCollator
 from src.retrieval.training.dataset import TrainDataset
@@ -155,7 +154,7 @@ def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], fol
     """Seconds of the steps of run_dense.py's training."""
     flags = our_flags(args, setting, rows, folder)
     (data, training), given = parse_args([RetrievalArgs, RetrievalTrainingArgs], flags)
-    model = load_dense_retriever(encoder_config(data, given))
+    model = load_dense_retriever(EncoderConfig.from_args(data, given))
     lengths = (QUERY_LENGTH, setting.key_length)
     collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, ChunkPolicy.from_args(training))
     scores = DenseBatchScores(model.metric, training.negative_cross_device)

@@ -22,13 +22,12 @@ from src.plan.retrieval import evaluation_lines
 from src.retrieval.args import EvalOutputArgs, RetrievalArgs
 from src.retrieval.jobs.builders import (
     check_outputs,
-    dense_scorer,
-    encoder_config,
     load_eval_data,
     log_file,
 )
 from src.retrieval.jobs.evaluate import evaluate, record
-from src.retrieval.models.dense import DenseRetriever, load_dense_retriever
+from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
+from src.retrieval.models.pair_scorer import DensePairScorer
 from src.retrieval.ranking.evaluate import retrieve
 from src.retrieval.search.searcher import Searcher
 from src.utils import distributed
@@ -61,7 +60,7 @@ def main(name: str = "retrieval", **defaults: Any) -> None:
     (args,), given = parse_args([EvalRetrievalArgs], **defaults)
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)
     distributed.on_main(lambda: check_outputs(args, results_folder(args), args.log_path))
-    config, encoder = results_config(args), encoder_config(args, given)
+    config, encoder = results_config(args), EncoderConfig.from_args(args, given)
     data = load_eval_data(args, config)
     assert data is not None
 
@@ -77,7 +76,10 @@ def main(name: str = "retrieval", **defaults: Any) -> None:
     config = replace(config, retriever=retriever_identity(args, data, encoder))
     searcher: Callable[[], Searcher] = partial(build_searcher, args, data, device, load_model)
     metrics = evaluate(
-        data, config, lambda: dense_scorer(args, device, load_model()), lambda: retrieve(data, config, searcher)
+        data,
+        config,
+        lambda: DensePairScorer.from_args(args, device, load_model()),
+        lambda: retrieve(data, config, searcher),
     )
     facts = {"task": name, "retriever": retriever_name(args)}
     log = log_file(args, args.log_path)

@@ -23,9 +23,9 @@ from src.lm.eval_args import GenerateArgs, LMEvalArgs
 from src.lm.memory import ResponseMemory
 from src.lm.model import LMConfig, lm_max_length, load_lm, load_lm_tokenizer, model_identity
 from src.lm.prompts import make_frame
-from src.retrieval.jobs.builders import check_outputs, encoder_config, log_file
+from src.retrieval.jobs.builders import check_outputs, log_file
 from src.retrieval.jobs.evaluate import record
-from src.retrieval.models.dense import load_dense_retriever
+from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.models.encode import progress
 from src.retrieval.ranking.evaluate import LABEL_METRICS, EvalData
 from src.retrieval.ranking.files import query_id
@@ -60,7 +60,7 @@ def run_task(task: EvalTask, argv: Sequence[str] | None = None) -> None:
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)
     distributed.on_main(lambda: check_outputs(args, results_folder(args), args.log_path))
     args, data = open_data(task, args, given)
-    lm, encoder = lm_config(args, given, device), encoder_config(args, given)
+    lm, encoder = lm_config(args, given, device), EncoderConfig.from_args(args, given)
     path = output_path(args, data.rows.path)
     asker = None
     if task.asks(args):

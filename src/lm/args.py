@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from src.retrieval.data.rows import ROW_FIELDS
 from src.retrieval.data.tasks import TASKS
+from src.utils.devices import DTYPES
 from src.utils.distributed import TIMEOUT
 from src.utils.errors import UserError
 from src.utils.flags import check_choice, check_name, check_positive, default_data_root, dry_run_flag, flag
 
-DTYPES = ("fp32", "fp16", "bf16")
 SIDES = ("left", "right")
 ANSWER_SELECT = ("random", "first", "best", "mean")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")

@@ -31,11 +31,11 @@ from transformers.cache_utils import DynamicLayer
 
 from src.retrieval.models.loading import check_vocabulary, empty_model, position_limit, read_tokenizer
 from src.retrieval.models.model_files import check_weights, loading, safe_only
+from src.utils.devices import DTYPES
 from src.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WHAT = "language model"
 
 
@@ -362,7 +362,7 @@ def load_lm(config: LMConfig) -> LanguageModel:
     options["use_safetensors"] = safe_only(config.allow_pickle)
     with loading(name, WHAT):
         model, info = _auto_class(model_config).from_pretrained(
-            name, dtype=TORCH_DTYPES[config.dtype], device_map=config.device_map, output_loading_info=True, **options
+            name, dtype=DTYPES[config.dtype], device_map=config.device_map, output_loading_info=True, **options
         )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{name!r} lacks {len(missing)} weights of a {WHAT}, among them {missing[0]}: it cannot score")

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
-from src.lm.model import TORCH_DTYPES, LMConfig
+from src.lm.model import LMConfig
 from src.lm.prompts import PromptEncoder
 from src.lm.score import ScoreData, encode_row
 from src.plan.retrieval import count_tasks
+from src.utils.devices import DTYPES
 from src.utils.display import Line, describe, describe_tasks, human_bytes
 from src.utils.jsonl import sample
 
@@ -37,5 +38,5 @@ def scoring_lines(data: ScoreData, encoder: PromptEncoder) -> Iterator[Line]:
 def lm_lines(model: PreTrainedModel, config: LMConfig) -> Iterator[Line]:
     """Size of an LM, which may be without weights."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    size = human_bytes(parameters * TORCH_DTYPES[config.dtype].itemsize)
+    size = human_bytes(parameters * DTYPES[config.dtype].itemsize)
     yield "LM", f"{config.model_name_or_path}: {parameters:,} parameters, {size} in {config.dtype}; batches come on top"

@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from src.plan.memory import ModelSize, Sharing, activation_bytes, step_counts, training_memory
 from src.retrieval.args import RankerArgs, RetrievalArgs
-from src.retrieval.jobs.builders import bm25_config, encode_configs
+from src.retrieval.jobs.builders import bm25_config
 from src.retrieval.models.dense import DenseRetriever
+from src.retrieval.models.encode import EncodeConfig
 from src.retrieval.models.loading import TrainableModel
 from src.retrieval.ranking.evaluate import SCORE, EvalConfig, EvalData
 from src.retrieval.search.bm25.engine import choose_engine
@@ -213,7 +214,7 @@ def _corpus_lines(
     keys = token_counts(model.key_tokenizer, data.keys, args.key_max_length)
     in_all = sum(keys) / len(keys) * rows
     yield "tokens", f"a passage: {describe(keys)} (of {len(keys)}); about {in_all:,.0f} in all"
-    width, dtype = vector_width(model), encode_configs(args, device)[1].stored_dtype
+    width, dtype = vector_width(model), EncodeConfig.from_args(args, args.key_max_length, device).stored_dtype
     factory = args.faiss_index_factory
     smallest = max(1, rows // distributed.world_size())
     distributed.on_main(partial(check_factory, factory, width, model.metric, smallest, args.faiss_search_params))

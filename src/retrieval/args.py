@@ -12,12 +12,12 @@ from typing import ClassVar
 from src.retrieval.data.rows import ROW_FIELDS
 from src.retrieval.data.tasks import VERSIONS
 from src.retrieval.models.pooling import DENSE_METRICS, POOLING_METHODS
+from src.utils.devices import DTYPES
 from src.utils.distributed import TIMEOUT
 from src.utils.errors import UserError
 from src.utils.flags import check_choice, check_name, check_positive, default_data_root, dry_run_flag, flag
 
 METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg", "collate_score")
-DTYPES = ("fp32", "fp16", "bf16")
 RANKER_METHODS = ("cross-encoder",)
 RETRIEVAL_METHODS = ("dense", "bm25", "random", "no")
 BM25_BACKENDS = ("auto", "anserini", "bm25s")

@@ -1,8 +1,11 @@
-"""Getting a device ready."""
+"""Devices and precisions."""
 
 from __future__ import annotations
 
 import torch
+
+#: Precisions by the names that flags take.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def prepared(device: torch.device) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import field
 from typing import Any
 
@@ -21,7 +22,7 @@ def dry_run_flag() -> Any:
     return flag(False, "Check flags, data and models' settings, print what the run would do, and write nothing.")
 
 
-def check_choice(flag: str, value: str | None, choices: tuple[str, ...]) -> None:
+def check_choice(flag: str, value: str | None, choices: Collection[str]) -> None:
     """Raise a UserError naming the choices unless `value` is one of them (or None)."""
     if value is not None and value not in choices:
         raise UserError(f"--{flag} {value!r} is unknown: choose from {', '.join(choices)}")

@@ -16,11 +16,8 @@ from src.retrieval.data.corpus import load_corpus, load_eval_rows
 from src.retrieval.data.rows import FurtherCheck
 from src.retrieval.data.tasks import InstructionOf, instruction_for, load_task_config, no_instruction
 from src.retrieval.models.checkpoint_folders import check_places
-from src.retrieval.models.cross_encoder import CrossEncoder, RankerConfig
-from src.retrieval.models.dense import DenseRetriever, EncoderConfig, weights_fingerprint
+from src.retrieval.models.dense import DenseRetriever, weights_fingerprint
 from src.retrieval.models.encode import EncodeConfig
-from src.retrieval.models.lora import LoraSettings
-from src.retrieval.models.pair_scorer import DensePairScorer, RankerPairScorer
 from src.retrieval.ranking.evaluate import (
     LABEL_METRICS,
     SCORE,
@@ -32,7 +29,7 @@ from src.retrieval.ranking.evaluate import (
 )
 from src.retrieval.ranking.mining import MiningConfig
 from src.retrieval.search.bm25.engine import BM25Config
-from src.retrieval.search.searcher import DenseSearchConfig, DenseSearcher, build_dense_searcher, encode_config
+from src.retrieval.search.searcher import DenseSearchConfig, DenseSearcher, build_dense_searcher
 from src.retrieval.search.vector_store import IndexIdentity, file_fingerprint
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.utils import distributed
@@ -45,39 +42,6 @@ logger = logging.getLogger(__name__)
 
 #: Folder of BM25's indexes.
 BM25 = "bm25"
-
-
-def lora_settings(training: RetrievalTrainingArgs) -> LoraSettings | None:
-    """Adapters to train; None to train all weights."""
-    if training.lora_r is None:
-        return None
-    alpha = training.lora_alpha or 2 * training.lora_r
-    return LoraSettings(training.lora_r, alpha, training.lora_dropout, tuple(training.lora_target_modules))
-
-
-def encoder_config(
-    args: RetrievalArgs, given: frozenset[str], training: RetrievalTrainingArgs | None = None
-) -> EncoderConfig:
-    """How to load the encoder, maybe for training; pooling and similarity count only when they were `given`."""
-    return EncoderConfig(
-        args.query_encoder,
-        args.key_encoder,
-        args.tie_encoders,
-        tuple(args.pooling_method) if "pooling_method" in given else None,
-        args.dense_metric if "dense_metric" in given else None,
-        args.dense_dim,
-        args.truncation_side,
-        args.query_max_length,
-        args.key_max_length,
-        args.model_cache_dir,
-        args.trust_remote_code,
-        lora_settings(training) if training is not None else None,
-        args.truncate_dim,
-        args.dry_run,
-        args.allow_pickle,
-        new_dense=training is not None,
-        instructed=args.add_instruction,
-    )
 
 
 def resolved_arguments(args: RetrievalArgs, training: RetrievalTrainingArgs, model: DenseRetriever) -> dict[str, Any]:
@@ -237,14 +201,6 @@ def load_eval_data(
     return data
 
 
-def encode_configs(args: RetrievalArgs, device: torch.device) -> tuple[EncodeConfig, EncodeConfig]:
-    """Encoding settings of queries and of keys."""
-    return (
-        encode_config(args.query_max_length, device, args.dtype, args.batch_size),
-        encode_config(args.key_max_length, device, args.dtype, args.batch_size),
-    )
-
-
 def _identity(args: RetrievalArgs, data: EvalData, model: DenseRetriever, dtype: str) -> IndexIdentity:
     assert data.corpus is not None
     return IndexIdentity(
@@ -266,7 +222,8 @@ def dense_searcher(
     args: RetrievalArgs, data: EvalData, output_dir: str, device: torch.device, model: DenseRetriever
 ) -> DenseSearcher:
     """Encode and index the corpus (or load what was saved) with a model in eval mode on `device`."""
-    query, key = encode_configs(args, device)
+    query = EncodeConfig.from_args(args, args.query_max_length, device)
+    key = EncodeConfig.from_args(args, args.key_max_length, device)
     stored = (args.load_encode, args.save_encode, args.load_index, args.save_index)
     index = (args.hits, args.faiss_index_factory, args.faiss_search_params)
     config = DenseSearchConfig(query, key, *index, vector_folder(args, output_dir), *stored)
@@ -288,26 +245,3 @@ def bm25_config(args: RetrievalArgs, output_dir: str) -> BM25Config:
         args.load_index,
         args.load_collection,
     )
-
-
-def ranker_config(args: RankerArgs) -> RankerConfig:
-    """How to load the cross-encoder."""
-    return RankerConfig(
-        args.ranker,
-        args.query_max_length,
-        args.key_max_length,
-        args.model_cache_dir,
-        args.trust_remote_code,
-        args.dry_run,
-        args.allow_pickle,
-    )
-
-
-def dense_scorer(args: RetrievalArgs, device: torch.device, model: DenseRetriever) -> DensePairScorer:
-    """A scorer of pairs out of an encoder in eval mode on `device`."""
-    return DensePairScorer(model, *encode_configs(args, device))
-
-
-def ranker_scorer(args: RankerArgs, device: torch.device, model: CrossEncoder) -> RankerPairScorer:
-    """A scorer of pairs out of a cross-encoder in eval mode on `device`."""
-    return RankerPairScorer(model, encode_config(model.pairs.max_length, device, args.dtype, args.batch_size))

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 
 from src.retrieval.args import RankerArgs, RetrievalArgs
-from src.retrieval.jobs.builders import dense_scorer, dense_searcher, ranker_scorer
+from src.retrieval.jobs.builders import dense_searcher
 from src.retrieval.models.cross_encoder import CrossEncoder
 from src.retrieval.models.dense import DenseRetriever
-from src.retrieval.models.pair_scorer import PairScorer
+from src.retrieval.models.pair_scorer import DensePairScorer, PairScorer, RankerPairScorer
 from src.retrieval.ranking.evaluate import (
     SCORE,
     EvalConfig,
@@ -81,7 +81,7 @@ def dense_evaluator(
     """A function from an encoder (in eval mode, on `device`) to its metrics on `data`."""
 
     def compute(model: DenseRetriever) -> dict[str, float]:
-        scorer = dense_scorer(args, device, model)
+        scorer = DensePairScorer.from_args(args, device, model)
 
         def hits() -> Iterable[Hits]:
             if config.rerank:
@@ -99,7 +99,7 @@ def ranker_evaluator(
     """A function from a cross-encoder (in eval mode, on `device`) to its metrics on `data`."""
 
     def compute(model: CrossEncoder) -> dict[str, float]:
-        scorer = ranker_scorer(args, device, model)
+        scorer = RankerPairScorer.from_args(args, device, model)
         hits = partial(load_hits, data, config) if config.load_result else partial(rerank, data, scorer, config.hits)
         return evaluate(data, config, lambda: scorer, hits)
 

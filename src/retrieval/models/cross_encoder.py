@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from src.retrieval.models.pooling import read_module_list
 from src.utils.errors import UserError
 from src.utils.files import read_object
 
+if TYPE_CHECKING:
+    from src.retrieval.args import RankerArgs
+
 logger = logging.getLogger(__name__)
 
 FOLDER = "ranker"
@@ -51,6 +54,19 @@ class RankerConfig:
     trust_remote_code: bool = False
     empty: bool = False
     allow_pickle: bool = False
+
+    @classmethod
+    def from_args(cls, args: RankerArgs) -> RankerConfig:
+        """Settings by flags."""
+        return cls(
+            ranker=args.ranker,
+            query_max_length=args.query_max_length,
+            key_max_length=args.key_max_length,
+            cache_dir=args.model_cache_dir,
+            trust_remote_code=args.trust_remote_code,
+            empty=args.dry_run,
+            allow_pickle=args.allow_pickle,
+        )
 
 
 class CrossEncoder(TrainableModel):

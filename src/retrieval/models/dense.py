@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,10 @@ from src.retrieval.models.pooling import (
 )
 from src.utils.errors import UserError
 
+if TYPE_CHECKING:
+    from src.retrieval.args import RetrievalArgs
+    from src.retrieval.training.args import RetrievalTrainingArgs
+
 logger = logging.getLogger(__name__)
 
 TIED = "encoder"
@@ -101,6 +105,31 @@ class EncoderConfig:
     new_dense: bool = False
     #: Instructions go before texts.
     instructed: bool = False
+
+    @classmethod
+    def from_args(
+        cls, args: RetrievalArgs, given: frozenset[str], training: RetrievalTrainingArgs | None = None
+    ) -> EncoderConfig:
+        """Settings by flags, those of `training` too; pooling and similarity count only when they were `given`."""
+        return cls(
+            query_encoder=args.query_encoder,
+            key_encoder=args.key_encoder,
+            tie_encoders=args.tie_encoders,
+            pooling_method=tuple(args.pooling_method) if "pooling_method" in given else None,
+            dense_metric=args.dense_metric if "dense_metric" in given else None,
+            dense_dim=args.dense_dim,
+            truncation_side=args.truncation_side,
+            query_max_length=args.query_max_length,
+            key_max_length=args.key_max_length,
+            cache_dir=args.model_cache_dir,
+            trust_remote_code=args.trust_remote_code,
+            lora=LoraSettings.from_args(training) if training is not None else None,
+            truncate_dim=args.truncate_dim,
+            empty=args.dry_run,
+            allow_pickle=args.allow_pickle,
+            new_dense=training is not None,
+            instructed=args.add_instruction,
+        )
 
 
 class TextEncoder(nn.Module):

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from src.retrieval.models.padding import pad
+from src.utils.devices import DTYPES
 from src.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from src.retrieval.args import RankerArgs, RetrievalArgs
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -26,8 +30,6 @@ FIRST_WINDOW = 1_024
 #: Padded tokens per batch that keep the device busy without spilling its caches.
 CPU_BATCH_TOKENS = 1_024
 GPU_BATCH_TOKENS = 65_536
-
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,12 @@ class EncodeConfig:
     dtype: str = "fp32"
     batch_size: int = 1000
     batch_tokens: int | None = None
+
+    @classmethod
+    def from_args(cls, args: RetrievalArgs | RankerArgs, max_length: int, device: torch.device) -> EncodeConfig:
+        """Settings by flags; a CPU computes in fp32."""
+        dtype = "fp32" if device.type == "cpu" else args.dtype
+        return cls(max_length=max_length, device=device, dtype=dtype, batch_size=args.batch_size)
 
     @property
     def stored_dtype(self) -> str:
@@ -70,7 +78,7 @@ def cut_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> l
 def _autocast(config: EncodeConfig) -> contextlib.AbstractContextManager:
     if config.device.type == "cpu" or config.dtype == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(config.device.type, dtype=_DTYPES[config.dtype])
+    return torch.autocast(config.device.type, dtype=DTYPES[config.dtype])
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:

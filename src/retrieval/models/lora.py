@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from src.retrieval.models.model_files import loading
 from src.utils.errors import UserError
 from src.utils.files import read_object
+
+if TYPE_CHECKING:
+    from src.retrieval.training.args import RetrievalTrainingArgs
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -43,6 +46,18 @@ class LoraSettings:
     alpha: float
     dropout: float = 0.0
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
+
+    @classmethod
+    def from_args(cls, training: RetrievalTrainingArgs) -> LoraSettings | None:
+        """Settings by flags; None to train all weights."""
+        if training.lora_r is None:
+            return None
+        return cls(
+            r=training.lora_r,
+            alpha=training.lora_alpha or 2 * training.lora_r,
+            dropout=training.lora_dropout,
+            target_modules=tuple(training.lora_target_modules),
+        )
 
 
 def _peft() -> Any:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from src.retrieval.models.cross_encoder import CrossEncoder
 from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.models.encode import EncodeConfig, compute, encode
 from src.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from src.retrieval.args import RankerArgs, RetrievalArgs
 
 #: Pairs tokenized and sorted at a time; they are longer than single texts.
 PAIR_WINDOW = 4_096
@@ -49,6 +53,12 @@ class DensePairScorer:
     query: EncodeConfig
     key: EncodeConfig
 
+    @classmethod
+    def from_args(cls, args: RetrievalArgs, device: torch.device, model: DenseRetriever) -> DensePairScorer:
+        """A scorer by flags, of an encoder in eval mode on `device`."""
+        query = EncodeConfig.from_args(args, args.query_max_length, device)
+        return cls(model, query, EncodeConfig.from_args(args, args.key_max_length, device))
+
     def __call__(self, queries: Sequence[str], keys: Sequence[Sequence[str]], bar: tqdm) -> np.ndarray:
         """See `PairScorer`."""
         places = {text: place for place, text in enumerate(dict.fromkeys(chain.from_iterable(keys)))}
@@ -78,6 +88,11 @@ class RankerPairScorer:
 
     model: CrossEncoder
     config: EncodeConfig
+
+    @classmethod
+    def from_args(cls, args: RankerArgs, device: torch.device, model: CrossEncoder) -> RankerPairScorer:
+        """A scorer by flags, of a cross-encoder in eval mode on `device`."""
+        return cls(model, EncodeConfig.from_args(args, model.pairs.max_length, device))
 
     def __call__(self, queries: Sequence[str], keys: Sequence[Sequence[str]], bar: tqdm) -> np.ndarray:
         """See `PairScorer`."""

@@ -268,8 +268,3 @@ class NoSearcher:
     def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Searcher.search`."""
         return np.full((len(queries), hits), -np.inf, np.float32), np.full((len(queries), hits), -1, np.int64)
-
-
-def encode_config(max_length: int, device: Any, dtype: str, batch_size: int) -> EncodeConfig:
-    """`EncodeConfig` with the precision that the device has: fp32 on a CPU."""
-    return EncodeConfig(max_length, device, "fp32" if device.type == "cpu" else dtype, batch_size)
