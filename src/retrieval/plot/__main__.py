@@ -1,4 +1,4 @@
-"""Run `src.retrieval.report.plot`: python -m src.retrieval.plot --help."""
+"""``python -m src.retrieval.plot``: see `src.retrieval.report.plot`."""
 
 from src.retrieval.report.plot import main
 from src.utils.cli import run

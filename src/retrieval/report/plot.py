@@ -14,7 +14,6 @@ from typing import Any
 
 from src.retrieval.models.checkpoint_folders import is_whole, read_state, whole_checkpoints
 from src.retrieval.ranking.metrics import by_cutoff
-from src.utils.cli import run
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output
 
@@ -23,7 +22,7 @@ logger = logging.getLogger(__name__)
 FIGURE = "training.png"
 #: Parts of a sum that has a line of its own.
 PARTS = ("contrastive", "distillation")
-#: Panel → what it shows, by the names in the log. Metrics of evaluations get panels of their own.
+#: Panel → what it shows, by the names in the log; each metric of evaluations has one, too.
 PANELS = {
     "loss": ("loss", *PARTS),
     "similarity": ("positive_similarity", "hardest_negative_similarity"),
@@ -44,22 +43,17 @@ def panels_of(history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
         history: ``log_history`` of trainer_state.json; entries without a step, and values that are no numbers, are left
             out.
     """
-    panel_of = {name: panel for panel, names in PANELS.items() for name in names}
-    found: dict[str, Series] = {panel: {} for panel in PANELS}
+    logged: Series = {}
     for entry in history:
-        if not isinstance(entry.get("step"), int):
-            continue
-        for name, value in entry.items():
-            metric = name.removeprefix(EVALUATION)
-            panel = metric.partition("@")[0] if name.startswith(EVALUATION) else panel_of.get(name)
-            if panel is not None and isinstance(value, int | float):
-                found.setdefault(panel, {}).setdefault(metric, []).append((entry["step"], value))
-    # Files have the names in alphabetical order.
-    order = list(panel_of)
-    ordered = {
-        panel: sorted(series, key=order.index if panel in PANELS else by_cutoff) for panel, series in found.items()
-    }
-    return {panel: {name: found[panel][name] for name in names} for panel, names in ordered.items() if names}
+        if isinstance(entry.get("step"), int):
+            for name, value in entry.items():
+                if isinstance(value, int | float):
+                    logged.setdefault(name, []).append((entry["step"], value))
+    panels = {panel: {name: logged[name] for name in names if name in logged} for panel, names in PANELS.items()}
+    metrics = [name.removeprefix(EVALUATION) for name in logged if name.startswith(EVALUATION)]
+    for metric in sorted(metrics, key=by_cutoff):
+        panels.setdefault(metric.partition("@")[0], {})[metric] = logged[EVALUATION + metric]
+    return {panel: series for panel, series in panels.items() if series}
 
 
 def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str) -> None:
@@ -77,29 +71,23 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("the figure needs matplotlib: pip install -e '.[eval]'") from error
-    found = {name: panels_of(history) for name, history in runs.items()}
-    panels = list(dict.fromkeys(panel for own in found.values() for panel in own))
+    panels_by_run = {name: panels_of(history) for name, history in runs.items()}
+    panels = list(dict.fromkeys(panel for panels in panels_by_run.values() for panel in panels))
     if not panels:
         raise UserError("nothing was logged: give --logging_steps below the number of steps")
     rows = -(-len(panels) // WIDE)
     # A "$" in a name is no mathematics.
-    with rc_context({"text.parse_math": False}):
+    with rc_context({"text.parse_math": False}), atomic_write(path, "wb") as file:
         figure = Figure(figsize=(5 * WIDE, 3.6 * rows), layout="constrained")
         for number, panel in enumerate(panels, 1):
-            axes = figure.add_subplot(rows, WIDE, number)
-            for name, own in found.items():
-                for label, points in own.get(panel, {}).items():
-                    steps, values = zip(*points, strict=True)
-                    style = "--" if label in PARTS else "-"
-                    axes.plot(
-                        steps, values, style, label=f"{name} {label}".strip(), marker="." if len(steps) < 30 else ""
-                    )
-            axes.set_title(panel)
-            axes.set_xlabel("step")
+            axes = figure.add_subplot(rows, WIDE, number, title=panel, xlabel="step")
+            for name, series in panels_by_run.items():
+                for label, points in series.get(panel, {}).items():
+                    style = ("--" if label in PARTS else "-") + ("." if len(points) < 30 else "")
+                    axes.plot(*zip(*points, strict=True), style, label=f"{name} {label}".strip())
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
-        with atomic_write(path, "wb") as file:
-            figure.savefig(file, format="png", dpi=110)
+        figure.savefig(file, format="png", dpi=110)
 
 
 def read_history(folder: str) -> list[dict[str, Any]]:
@@ -115,7 +103,7 @@ def read_history(folder: str) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read, draw."""
+    """Read the logs of runs and draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="of training runs, or checkpoints in them")
     parser.add_argument("--output", help=f"file to write (default: {FIGURE} in the folder; needed for several)")
@@ -127,7 +115,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_output(path, "output")
     draw(dict(zip(names, map(read_history, args.folders), strict=True)), path)
     logger.info("figure: %s", path)
-
-
-if __name__ == "__main__":
-    run(main)

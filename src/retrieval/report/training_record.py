@@ -41,8 +41,8 @@ NOT_OF_THE_MODEL = frozenset(
 
 
 def encoder_uses(model: DenseRetriever, query_max_length: int, key_max_length: int) -> Uses:
-    """The encoders of a dual encoder."""
-    found = {}
+    """How each encoder of a dual encoder is used."""
+    uses = {}
     for name, encoder in model.encoders.items():
         usual: Any = MODEL_MAPPING.get(type(encoder.backbone.config), object)
         use = EncoderUse(
@@ -55,28 +55,28 @@ def encoder_uses(model: DenseRetriever, query_max_length: int, key_max_length: i
             query_max_length=query_max_length,
             key_max_length=key_max_length,
         )
-        found[name] = (model.bases[name], use)
+        uses[name] = (model.bases[name], use)
         if has_adapters(encoder.backbone):
-            found[f"{ADAPTERS}/{name}"] = (model.bases[name], replace(use, adapters=True))
-    return found
+            uses[f"{ADAPTERS}/{name}"] = (model.bases[name], replace(use, adapters=True))
+    return uses
 
 
 def ranker_uses(model: CrossEncoder, base: str) -> Uses:
-    """The one model of a cross-encoder that was loaded from `base`."""
+    """How a cross-encoder that was loaded from `base` is used."""
     pairs = model.pairs
     return {FOLDER: (base, RankerUse(pairs.query_max_length, pairs.key_max_length, pairs.max_length))}
 
 
 def data_files(sources: Sequence[Source], data_root: str) -> list[DataFile]:
-    """The training files; reads all their bytes, those of a file named twice once."""
+    """List the training files; reads all their bytes, those of a file named twice once."""
     hashes = {path: file_hash(path, hashlib.sha256()) for path in {source.rows.path for source in sources}}
     return [
         DataFile(
-            _short(source.rows.path, data_root),
-            ", ".join(task or "" for task in source.tasks),
-            len(source.rows),
-            len(source),
-            hashes[source.rows.path],
+            name=_short(source.rows.path, data_root),
+            tasks=", ".join(task or "" for task in source.tasks),
+            rows=len(source.rows),
+            in_use=len(source),
+            sha256=hashes[source.rows.path],
         )
         for source in sources
     ]
@@ -96,7 +96,7 @@ def card_writer(
     given: frozenset[str],
     arguments: Mapping[str, Any],
 ) -> WriteCards:
-    """What writes README.md into each saved model; hashes the training files, once, where something is saved.
+    """Make what writes README.md into each saved model; hashes the training files, once, where something is saved.
 
     Args:
         uses: models by folder.
@@ -116,7 +116,7 @@ def card_writer(
         for name, (base, _) in uses.items()
     }
 
-    # What cannot be written is known before training, and not at the first save.
+    # What cannot be written shows before training, and not at the first save.
     for name, (_, use) in uses.items():
         model_card(use, instructions, records[name])
 
