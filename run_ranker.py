@@ -8,91 +8,77 @@ from __future__ import annotations
 import src  # noqa: F401  # isort: skip  (first: see there)
 
 import logging
-from dataclasses import asdict
+from collections.abc import Iterable
 
 import torch
-from transformers import set_seed
 
-from src.plan.retrieval import evaluation_lines, training_lines
 from src.retrieval.args import RankerArgs
-from src.retrieval.jobs.builders import (
-    check_outputs,
-    eval_config,
-    load_eval_data,
-    log_file,
-)
-from src.retrieval.jobs.evaluate import ranker_evaluator, recorded
-from src.retrieval.jobs.train import check_flags, hold_checkpoints, load_sources, train
-from src.retrieval.models.checkpoint_folders import checkpoint_to_resume
-from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
-from src.retrieval.ranking.evaluate import hold_outputs
-from src.retrieval.report.training_record import card_writer, ranker_uses
+from src.retrieval.jobs.train import Job
+from src.retrieval.models.cross_encoder import CrossEncoder, RankerConfig, load_cross_encoder
+from src.retrieval.models.pair_scorer import RankerPairScorer
+from src.retrieval.ranking.evaluate import EvalConfig, EvalData, load_hits
+from src.retrieval.ranking.files import Hits
+from src.retrieval.ranking.rerank import rerank
+from src.retrieval.report.training_record import Uses, ranker_uses
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import ChunkPolicy, PairCollator
-from src.retrieval.training.scores import ranker_batch_scores
-from src.utils import distributed
-from src.utils.cli import parse_args, run, show_plan
-from src.utils.devices import prepared
+from src.retrieval.training.scores import ScoreBatch, ranker_batch_scores
+from src.utils.cli import parse_args, run
 from src.utils.errors import UserError
 
 logger = logging.getLogger("run_ranker")
 
 
-def check_combinations(args: RankerArgs, training: RetrievalTrainingArgs, given: frozenset[str]) -> None:
-    """Refuse flags that contradict each other, before anything is read, and tell of those without effect."""
-    check_flags(args, training)
-    if args.train_data and training.train_group_size < 2:
-        raise UserError("--train_group_size 1: a ranker learns by comparing a query's keys, give 2 or more")
-    if training.lora_r is not None:
-        raise UserError("--lora_r: adapters are for run_dense.py, a ranker trains all its weights")
-    if training.grad_cache_chunk_size:
-        raise UserError(
-            f"--grad_cache_chunk_size {training.grad_cache_chunk_size}: a cross-encoder has no negatives across the "
-            "batch that would need one, so --gradient_accumulation_steps gives the same gradients in less memory"
-        )
-    for flag in ("negative_cross_device", "cos_temperature", "mask_margin", "matryoshka_dims"):
-        if args.train_data and flag in given:
-            logger.warning("--%s has no effect: a cross-encoder compares a query with its own keys only", flag)
-    if args.eval_data and training.eval_method != "rerank":
-        logger.info("--eval_method %s is taken as rerank: a ranker orders each row's keys", training.eval_method)
+class RankerJob(Job[RankerArgs, CrossEncoder]):
+    """Train a cross-encoder, or rerank and score with it."""
+
+    reranks = True
+
+    def check_flags(self) -> None:
+        """See `Job`; tell of flags without effect, too."""
+        super().check_flags()
+        args, training = self.args, self.training
+        if args.train_data and training.train_group_size < 2:
+            raise UserError("--train_group_size 1: a ranker learns by comparing a query's keys, give 2 or more")
+        if training.lora_r is not None:
+            raise UserError("--lora_r: adapters are for run_dense.py, a ranker trains all its weights")
+        if training.grad_cache_chunk_size:
+            raise UserError(
+                f"--grad_cache_chunk_size {training.grad_cache_chunk_size}: a cross-encoder has no negatives across "
+                "the batch that would need one, so --gradient_accumulation_steps gives the same gradients in less "
+                "memory"
+            )
+        for flag in ("negative_cross_device", "cos_temperature", "mask_margin", "matryoshka_dims"):
+            if args.train_data and flag in self.given:
+                logger.warning("--%s has no effect: a cross-encoder compares a query with its own keys only", flag)
+        if args.eval_data and training.eval_method != "rerank":
+            logger.info("--eval_method %s is taken as rerank: a ranker orders each row's keys", training.eval_method)
+
+    def load(self, trains: bool) -> CrossEncoder:
+        return load_cross_encoder(RankerConfig.from_args(self.args), new_head=trains)
+
+    def collator(self, model: CrossEncoder) -> PairCollator:
+        return PairCollator(model.pairs, ChunkPolicy.from_args(self.training))
+
+    def score_batch(self, model: CrossEncoder) -> ScoreBatch:
+        return ranker_batch_scores
+
+    def uses(self, model: CrossEncoder) -> Uses:
+        return ranker_uses(model, self.args.ranker)
+
+    def scorer(self, model: CrossEncoder, device: torch.device) -> RankerPairScorer:
+        return RankerPairScorer.from_args(self.args, device, model)
+
+    def hits(self, model: CrossEncoder, data: EvalData, config: EvalConfig, device: torch.device) -> Iterable[Hits]:
+        if config.load_result:
+            return load_hits(data, config)
+        return rerank(data, self.scorer(model, device), config.hits)
 
 
 def main() -> None:
-    """Parse, keep other runs away, and do it."""
+    """Parse the flags and do the job."""
     (args, training), given = parse_args([RankerArgs, RetrievalTrainingArgs])
-    check_combinations(args, training, given)
-    distributed.on_main(lambda: check_outputs(args, training.output_dir, training.log_path))
-    with hold_checkpoints(args, training):
-        work(args, training, given)
-
-
-def work(args: RankerArgs, training: RetrievalTrainingArgs, given: frozenset[str]) -> None:
-    """Load, train or evaluate."""
-    device = prepared(torch.device("cpu") if args.cpu else training.device)
-    arguments = {**asdict(args), **training.to_dict()}
-    evaluation = eval_config(args, training.output_dir, training.seed, rerank=True)
-    eval_data = load_eval_data(args, evaluation)
-    sources = load_sources(args, training)
-    resume = distributed.on_main(lambda: checkpoint_to_resume(training.resume_from_checkpoint, training.output_dir))
-    set_seed(training.seed)
-    model = load_cross_encoder(RankerConfig.from_args(args), new_head=bool(sources))
-    collator = PairCollator(model.pairs, ChunkPolicy.from_args(training))
-    if args.dry_run:
-        evaluates = eval_data is not None
-        lines = [*training_lines(model, training, sources, collator, resume, evaluates)] if sources else []
-        lines += evaluation_lines(args, eval_data, evaluation, device, None) if eval_data is not None else []
-        show_plan(lines)
-        return
-    evaluate_model = None
-    if eval_data is not None:
-        log = log_file(args, training.log_path)
-        evaluate_model = recorded(ranker_evaluator(args, eval_data, evaluation, device), log, arguments)
-    if sources:
-        cards = card_writer(ranker_uses(model, args.ranker), args, training, sources, given, arguments)
-        with hold_outputs(eval_data, evaluation):
-            train(model, training, sources, collator, ranker_batch_scores, evaluate_model, arguments, cards, resume)
-    elif evaluate_model is not None:
-        evaluate_model(model.to(device).eval())
+    RankerJob(args, training, given).run()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from src.lm.ask import Request
 from src.lm.budget import Layout, Prompt
 from src.lm.eval_args import SAME_TASK, ICLArgs
 from src.retrieval.data.rows import FurtherCheck
-from src.retrieval.jobs.builders import load_eval_data
+from src.retrieval.jobs.evaluate import load_eval_data
 from src.retrieval.ranking.evaluate import EvalConfig, EvalData
 from src.utils.errors import UserError
 from src.utils.flags import check_choice

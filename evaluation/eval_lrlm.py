@@ -17,7 +17,7 @@ from src.lm.ask import Request
 from src.lm.eval_args import HISTORY_NO_EFFECT, LRLMArgs
 from src.retrieval.data.rows import FurtherCheck, text_problems
 from src.retrieval.data.tasks import no_instruction
-from src.retrieval.jobs.builders import instructions
+from src.retrieval.jobs.evaluate import instructions
 from src.retrieval.ranking.evaluate import EvalConfig, EvalData
 from src.utils import distributed
 from src.utils.files import existing_file, resolve_path

@@ -20,12 +20,7 @@ from evaluation.runner.from_corpus import (
 )
 from src.plan.retrieval import evaluation_lines
 from src.retrieval.args import EvalOutputArgs, RetrievalArgs
-from src.retrieval.jobs.builders import (
-    check_outputs,
-    load_eval_data,
-    log_file,
-)
-from src.retrieval.jobs.evaluate import evaluate, record
+from src.retrieval.jobs.evaluate import check_outputs, evaluate, load_eval_data, log_file, record
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.models.pair_scorer import DensePairScorer
 from src.retrieval.ranking.evaluate import retrieve

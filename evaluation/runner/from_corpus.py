@@ -15,7 +15,7 @@ from evaluation.runner.task import ChooseHits, Context, EvalTask, Found, Retriev
 from src.lm.eval_args import ORACLE, HistoryArgs
 from src.lm.model import model_identity
 from src.retrieval.args import RetrievalArgs
-from src.retrieval.jobs.builders import bm25_config, dense_searcher, eval_config
+from src.retrieval.jobs.builders import bm25_config, dense_searcher
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, encoder_folders
 from src.retrieval.ranking.evaluate import WINDOW, EvalConfig, EvalData, hold_outputs, report, retrieve
 from src.retrieval.ranking.files import Hits
@@ -46,7 +46,7 @@ def results_folder(args: Any) -> str:
 
 def results_config(args: Any) -> EvalConfig:
     """What an evaluation computes, and where it writes."""
-    return eval_config(args, results_folder(args), args.seed)
+    return EvalConfig.from_args(args, output_dir=results_folder(args), seed=args.seed)
 
 
 def retriever_identity(args: RetrievalArgs, data: EvalData, encoder: EncoderConfig) -> dict[str, Any]:

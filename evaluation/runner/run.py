@@ -23,8 +23,7 @@ from src.lm.eval_args import GenerateArgs, LMEvalArgs
 from src.lm.memory import ResponseMemory
 from src.lm.model import LMConfig, lm_max_length, load_lm, load_lm_tokenizer, model_identity
 from src.lm.prompts import make_frame
-from src.retrieval.jobs.builders import check_outputs, log_file
-from src.retrieval.jobs.evaluate import record
+from src.retrieval.jobs.evaluate import check_outputs, log_file, record
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.models.encode import progress
 from src.retrieval.ranking.evaluate import LABEL_METRICS, EvalData

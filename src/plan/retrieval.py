@@ -171,7 +171,7 @@ def evaluation_lines(
     data: EvalData,
     config: EvalConfig,
     device: torch.device,
-    model: DenseRetriever | None,
+    model: TrainableModel | None,
 ) -> Iterator[Line]:
     """Queries, passages, tokens and the size of the index of an evaluation.
 
@@ -180,7 +180,7 @@ def evaluation_lines(
         data: rows and corpus.
         config: what is computed.
         device: that the model runs on.
-        model: the encoder, maybe without weights; None when there is none.
+        model: maybe without weights; None when there is none.
 
     Raises:
         UserError: the index or the engine asked for cannot be had.
@@ -192,7 +192,7 @@ def evaluation_lines(
         yield "evaluation", f"{int(columns['candidates'].sum()):,} candidates to score"
     if config.rerank and config.ranks:
         yield "evaluation", f"{int(columns['keys'].sum()):,} keys to reorder"
-    if isinstance(args, RetrievalArgs) and model is not None:
+    if isinstance(model, DenseRetriever):
         queries = token_counts(model.query_tokenizer, data.queries, args.query_max_length)
         yield "tokens", f"a query: {describe(queries)} (of {len(queries)})"
     if isinstance(args, RetrievalArgs) and data.corpus is not None and not config.rerank:
@@ -200,7 +200,7 @@ def evaluation_lines(
 
 
 def _corpus_lines(
-    args: RetrievalArgs, data: EvalData, config: EvalConfig, device: torch.device, model: DenseRetriever | None
+    args: RetrievalArgs, data: EvalData, config: EvalConfig, device: torch.device, model: TrainableModel | None
 ) -> Iterator[Line]:
     assert data.corpus is not None
     rows = len(data.corpus)
@@ -209,7 +209,7 @@ def _corpus_lines(
     if args.retrieval_method == "bm25":
         engine = distributed.on_main(partial(choose_engine, bm25_config(args, config.output_dir)))
         yield "corpus", f"by {'the embedded engine' if engine is None else f'Anserini ({engine.source})'}"
-    if model is None:
+    if not isinstance(model, DenseRetriever):
         return
     keys = token_counts(model.key_tokenizer, data.keys, args.key_max_length)
     in_all = sum(keys) / len(keys) * rows

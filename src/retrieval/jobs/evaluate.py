@@ -1,37 +1,113 @@
-"""What an evaluation consists of, and functions from a model to its metrics."""
+"""What all evaluations do: check outputs, load rows and corpus, compute, and log the metrics."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from src.retrieval.args import RankerArgs, RetrievalArgs
-from src.retrieval.jobs.builders import dense_searcher
-from src.retrieval.models.cross_encoder import CrossEncoder
-from src.retrieval.models.dense import DenseRetriever
-from src.retrieval.models.pair_scorer import DensePairScorer, PairScorer, RankerPairScorer
+from src.retrieval.args import DataArgs, RankerArgs, RetrievalArgs
+from src.retrieval.data.corpus import load_corpus, load_eval_rows
+from src.retrieval.data.rows import FurtherCheck
+from src.retrieval.data.tasks import InstructionOf, instruction_for, load_task_config, no_instruction
+from src.retrieval.models.checkpoint_folders import check_places
+from src.retrieval.models.pair_scorer import PairScorer
 from src.retrieval.ranking.evaluate import (
     SCORE,
     EvalConfig,
     EvalData,
+    check_files,
+    check_labels,
     hold_outputs,
-    load_hits,
+    make_eval_data,
     report,
-    retrieve,
     scored_path,
 )
 from src.retrieval.ranking.files import Hits
-from src.retrieval.ranking.rerank import rerank, write_scores
+from src.retrieval.ranking.rerank import write_scores
+from src.retrieval.search.searcher import stores_written
 from src.utils import distributed
-from src.utils.result_log import log_result
+from src.utils.errors import UserError
+from src.utils.files import check_writable, existing_file, resolve_path
+from src.utils.jsonl import JsonLines
+from src.utils.result_log import lines_path, log_result
 
 logger = logging.getLogger(__name__)
 
-ModelT = TypeVar("ModelT")
+
+def instructions(args: RetrievalArgs | RankerArgs) -> InstructionOf:
+    """Instruction by task."""
+    if not args.add_instruction:
+        return no_instruction
+    return partial(instruction_for, args.version, task_config=load_task_config(args.task_config))
+
+
+def log_file(args: DataArgs, log_path: str) -> str:
+    """The file that ``--log_path`` means: in a folder, or with a slash at its end, ``<folder of eval_data>.log``."""
+    named = args.log_folder and not os.path.splitext(log_path)[1] and not os.path.isfile(log_path)
+    if not (named or log_path.endswith("/") or os.path.isdir(log_path)):
+        return log_path
+    data = Path(resolve_path(args.eval_data or "", args.data_root)).absolute()
+    return os.path.join(log_path, f"{data.parent.name or data.stem}.log")
+
+
+def check_outputs(args: DataArgs, output_dir: str, log_path: str) -> None:
+    """Find out before the work whether its results can be written.
+
+    Raises:
+        UserError: they cannot.
+    """
+    check_writable(output_dir, "output_dir")
+    check_places(output_dir)
+    log = log_file(args, log_path)
+    check_writable(os.path.dirname(log) or ".", "log_path")
+    for path in (log, lines_path(log)):
+        if os.path.isdir(path):
+            raise UserError(f"--log_path: {path} is a folder, a file is needed")
+    for folder in stores_written(args, output_dir) if isinstance(args, RetrievalArgs) else ():
+        check_writable(folder, "output_dir")
+    collates = any(metric.startswith("collate") for metric in args.metrics)
+    if args.eval_data is not None and collates and not args.save_to_output:
+        check_writable(os.path.dirname(resolve_path(args.eval_data, args.data_root)) or ".", "eval_data")
+
+
+def load_eval_data(
+    args: RetrievalArgs | RankerArgs, config: EvalConfig, further: FurtherCheck | None = None
+) -> EvalData | None:
+    """Open and check the evaluation rows and the corpus; None without --eval_data.
+
+    Args:
+        args: flags.
+        config: what is computed.
+        further: check of fields that the evaluation needs besides.
+
+    Raises:
+        UserError: a file is missing or has problems, or the metrics cannot be computed on them.
+    """
+    if args.eval_data is None:
+        return None
+    path = existing_file(resolve_path(args.eval_data, args.data_root), "eval_data")
+    corpus: JsonLines | None = None
+    if args.corpus is not None:
+        corpus_path = existing_file(resolve_path(args.corpus, args.data_root), "corpus")
+        corpus = load_corpus(corpus_path, args.key_template, args.dataset_cache_dir)
+    elif config.ranks and not config.rerank:
+        raise UserError(
+            "--eval_data needs --corpus to retrieve from (run_dense.py --eval_method rerank orders each row's keys)"
+        )
+    size = len(corpus) if corpus is not None else None
+    rows = load_eval_rows(path, size, args.dataset_cache_dir, SCORE in config.metrics, further)
+    # Only models know instructions; to BM25 they would be words like others.
+    lexical = isinstance(args, RetrievalArgs) and args.retrieval_method != "dense"
+    instruction_of = no_instruction if lexical else instructions(args)
+    own = load_task_config(args.task_config)
+    data = make_eval_data(rows, corpus, args.key_template, args.task, instruction_of, own)
+    check_labels(data, config)
+    distributed.on_main(partial(check_files, data, config))
+    return data
 
 
 def evaluate(
@@ -60,47 +136,3 @@ def record(metrics: Mapping[str, float], log_path: str, arguments: Mapping[str, 
         logger.info("%s", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         log_result(log_path, metrics, arguments, **facts)
         logger.info("metrics appended to %s", log_path)
-
-
-def recorded(
-    compute: Callable[[ModelT], dict[str, float]], log_path: str, arguments: Mapping[str, Any]
-) -> Callable[[ModelT], dict[str, float]]:
-    """`compute`, whose metrics are recorded each time."""
-
-    def evaluate_model(model: ModelT) -> dict[str, float]:
-        metrics = compute(model)
-        record(metrics, log_path, arguments)
-        return metrics
-
-    return evaluate_model
-
-
-def dense_evaluator(
-    args: RetrievalArgs, data: EvalData, config: EvalConfig, device: torch.device
-) -> Callable[[DenseRetriever], dict[str, float]]:
-    """A function from an encoder (in eval mode, on `device`) to its metrics on `data`."""
-
-    def compute(model: DenseRetriever) -> dict[str, float]:
-        scorer = DensePairScorer.from_args(args, device, model)
-
-        def hits() -> Iterable[Hits]:
-            if config.rerank:
-                return rerank(data, scorer, None)
-            return retrieve(data, config, lambda: dense_searcher(args, data, config.output_dir, device, model))
-
-        return evaluate(data, config, lambda: scorer, hits)
-
-    return compute
-
-
-def ranker_evaluator(
-    args: RankerArgs, data: EvalData, config: EvalConfig, device: torch.device
-) -> Callable[[CrossEncoder], dict[str, float]]:
-    """A function from a cross-encoder (in eval mode, on `device`) to its metrics on `data`."""
-
-    def compute(model: CrossEncoder) -> dict[str, float]:
-        scorer = RankerPairScorer.from_args(args, device, model)
-        hits = partial(load_hits, data, config) if config.load_result else partial(rerank, data, scorer, config.hits)
-        return evaluate(data, config, lambda: scorer, hits)
-
-    return compute

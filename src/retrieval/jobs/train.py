@@ -1,22 +1,31 @@
-"""What the training entry points do alike: check flags, load rows, train."""
+"""What the training commands do alike: check flags, load rows and the model, then train, evaluate or plan."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import torch
+from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
+from src.plan.retrieval import evaluation_lines, training_lines
 from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.data.tasks import load_task_config
-from src.retrieval.jobs.builders import instructions, metric_names
-from src.retrieval.ranking.evaluate import SCORE
+from src.retrieval.jobs.evaluate import check_outputs, evaluate, instructions, load_eval_data, log_file, record
+from src.retrieval.models.checkpoint_folders import checkpoint_to_resume
+from src.retrieval.models.loading import TrainableModel
+from src.retrieval.models.pair_scorer import PairScorer
+from src.retrieval.ranking.evaluate import SCORE, EvalConfig, EvalData, hold_outputs, metric_names
+from src.retrieval.ranking.files import Hits
 from src.retrieval.report.plot import FIGURE
-from src.retrieval.report.training_record import WriteCards, draw_training
+from src.retrieval.report.training_record import Uses, card_writer, draw_training
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import (
     Source,
@@ -27,12 +36,151 @@ from src.retrieval.training.dataset import (
     load_train_sources,
 )
 from src.retrieval.training.scores import ScoreBatch
-from src.retrieval.training.trainer import ModelT, RetrievalTrainer
+from src.retrieval.training.trainer import RetrievalTrainer
 from src.utils import distributed, locks
+from src.utils.cli import show_plan
+from src.utils.devices import prepared
+from src.utils.display import Line
 from src.utils.errors import UserError
 from src.utils.files import expand_data_paths
 
 logger = logging.getLogger(__name__)
+
+ArgsT = TypeVar("ArgsT", RetrievalArgs, RankerArgs)
+ModelT = TypeVar("ModelT", bound=TrainableModel)
+
+
+@dataclass(frozen=True)
+class Job(ABC, Generic[ArgsT, ModelT]):
+    """Train a kind of model, or evaluate it: subclasses say what is particular to the kind.
+
+    Attributes:
+        args, training: flags.
+        given: names of the flags that the command line set itself.
+    """
+
+    args: ArgsT
+    training: RetrievalTrainingArgs
+    given: frozenset[str]
+
+    @property
+    def reranks(self) -> bool:
+        """Whether an evaluation orders each row's own keys, in place of retrieving from the corpus."""
+        return self.training.eval_method == "rerank"
+
+    def check_flags(self) -> None:
+        """Refuse flags that contradict each other, before anything is read."""
+        check_flags(self.args, self.training)
+
+    @abstractmethod
+    def load(self, trains: bool) -> ModelT:
+        """Load the model; one that `trains` may get new layers."""
+
+    @abstractmethod
+    def collator(self, model: ModelT) -> Callable[[Sequence[TrainExample]], dict[str, Any]]:
+        """Return what turns training examples into token tensors."""
+
+    @abstractmethod
+    def score_batch(self, model: ModelT) -> ScoreBatch:
+        """Return what turns token tensors into the scores that the losses compare."""
+
+    @abstractmethod
+    def uses(self, model: ModelT) -> Uses:
+        """Describe each saved model for its card."""
+
+    @abstractmethod
+    def scorer(self, model: ModelT, device: torch.device) -> PairScorer:
+        """Return what scores pairs; `model` is in eval mode on `device`."""
+
+    @abstractmethod
+    def hits(self, model: ModelT, data: EvalData, config: EvalConfig, device: torch.device) -> Iterable[Hits]:
+        """Find the hits of all rows; `model` is in eval mode on `device`."""
+
+    def arguments(self, model: ModelT) -> dict[str, Any]:
+        """All arguments, as checkpoints and the log keep them."""
+        return {**asdict(self.args), **self.training.to_dict()}
+
+    def run(self) -> None:
+        """Check, keep other runs away, and train, evaluate or plan."""
+        args, training = self.args, self.training
+        self.check_flags()
+        distributed.on_main(partial(check_outputs, args, training.output_dir, training.log_path))
+        with contextlib.ExitStack() as stack:
+            if args.train_data and not args.dry_run:
+                folder = training.output_dir
+                stack.enter_context(locks.hold(os.path.join(folder, FIGURE), folders=[folder]))
+            self._run()
+
+    def _run(self) -> None:
+        args, training = self.args, self.training
+        device = prepared(torch.device("cpu") if args.cpu else training.device)
+        config = EvalConfig.from_args(args, output_dir=training.output_dir, seed=training.seed, rerank=self.reranks)
+        data = load_eval_data(args, config)
+        sources = load_sources(args, training)
+        resume = distributed.on_main(
+            partial(checkpoint_to_resume, training.resume_from_checkpoint, training.output_dir)
+        )
+        set_seed(training.seed)
+        model = self.load(trains=bool(sources))
+        if args.dry_run:
+            lines: list[Line] = []
+            if sources:
+                evaluates = data is not None
+                lines += training_lines(model, training, sources, self.collator(model), resume, evaluates)
+            if data is not None:
+                lines += evaluation_lines(args, data, config, device, model)
+            show_plan(lines)
+            return
+        evaluate_model = self._evaluator(data, config, device, self.arguments(model)) if data is not None else None
+        if sources:
+            with hold_outputs(data, config):
+                self._train(model, sources, evaluate_model, resume)
+        elif evaluate_model is not None:
+            evaluate_model(model.to(device).eval())
+
+    def _evaluator(
+        self, data: EvalData, config: EvalConfig, device: torch.device, arguments: Mapping[str, Any]
+    ) -> Callable[[ModelT], dict[str, float]]:
+        """Return a function from a model, in eval mode on `device`, to its metrics, which it logs each time."""
+        log = log_file(self.args, self.training.log_path)
+
+        def evaluate_model(model: ModelT) -> dict[str, float]:
+            score, hits = partial(self.scorer, model, device), partial(self.hits, model, data, config, device)
+            metrics = evaluate(data, config, score, hits)
+            record(metrics, log, arguments)
+            return metrics
+
+        return evaluate_model
+
+    def _train(
+        self,
+        model: ModelT,
+        sources: Sequence[Source],
+        evaluate_model: Callable[[ModelT], dict[str, float]] | None,
+        resume: str | None,
+    ) -> None:
+        """Train, with checkpoints and evaluation as the settings say; go on from the checkpoint `resume`."""
+        training, arguments = self.training, self.arguments(model)
+        if evaluate_model is None:
+            training.set_evaluate("no")
+        if training.use_cpu and not training.bf16:
+            logger.info("training on the CPU in fp32 (it has no fp16 training)")
+        trainer = RetrievalTrainer(
+            model=model,
+            args=training,
+            train_dataset=TrainDataset(sources, training.seed),
+            collator=self.collator(model),
+            score_batch=self.score_batch(model),
+            evaluate_model=evaluate_model,
+            saved_args=arguments,
+            write_cards=card_writer(self.uses(model), self.args, training, sources, self.given, arguments),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        logger.info("trained for %d steps; checkpoints are in %s", trainer.state.global_step, training.output_dir)
+        if distributed.is_main():
+            draw_training(trainer.state.log_history, training.output_dir)
+        if trainer.state.best_model_checkpoint:
+            logger.info("best checkpoint: %s", trainer.state.best_model_checkpoint)
 
 
 def check_flags(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArgs) -> None:
@@ -72,19 +220,6 @@ def _who_compares(training: RetrievalTrainingArgs) -> str:
     schedule = SchedulerType(training.lr_scheduler_type).value
     by_metric = schedule in ("reduce_lr_on_plateau", "greedy")
     return f"--lr_scheduler_type {schedule}" if by_metric else "--metric_for_best_model"
-
-
-def hold_checkpoints(
-    args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArgs
-) -> contextlib.AbstractContextManager[None]:
-    """Keep other trainings out of the output folder, where this is one.
-
-    Raises:
-        UserError: another one is there.
-    """
-    if not args.train_data or args.dry_run:
-        return contextlib.nullcontext()
-    return locks.hold(os.path.join(training.output_dir, FIGURE), folders=[training.output_dir])
 
 
 def load_sources(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArgs) -> list[Source]:
@@ -139,38 +274,3 @@ def check_comparisons(sources: Sequence[Source], training: RetrievalTrainingArgs
         else:
             continue
         raise UserError(f"{source.rows.path}: --train_group_size 1 leaves nothing to learn: {problem}")
-
-
-def train(
-    model: ModelT,
-    training: RetrievalTrainingArgs,
-    sources: Sequence[Source],
-    collator: Callable[[Sequence[TrainExample]], dict[str, Any]],
-    score_batch: ScoreBatch,
-    evaluate_model: Callable[[ModelT], dict[str, float]] | None,
-    arguments: Mapping[str, Any],
-    write_cards: WriteCards,
-    resume: str | None,
-) -> None:
-    """Train, with checkpoints and evaluation as the settings say.
-
-    Args:
-        model, collator, score_batch, evaluate_model: see `RetrievalTrainer`.
-        training: settings.
-        sources: rows of all files.
-        arguments: all arguments, written into each checkpoint.
-        write_cards: writes the model cards of each checkpoint.
-        resume: checkpoint folder to go on from.
-    """
-    if evaluate_model is None:
-        training.set_evaluate("no")
-    if training.use_cpu and not training.bf16:
-        logger.info("training on the CPU in fp32 (it has no fp16 training)")
-    dataset = TrainDataset(sources, training.seed)
-    trainer = RetrievalTrainer(model, training, dataset, collator, score_batch, evaluate_model, arguments, write_cards)
-    trainer.train(resume_from_checkpoint=resume)
-    logger.info("trained for %d steps; checkpoints are in %s", trainer.state.global_step, training.output_dir)
-    if distributed.is_main():
-        draw_training(trainer.state.log_history, training.output_dir)
-    if trainer.state.best_model_checkpoint:
-        logger.info("best checkpoint: %s", trainer.state.best_model_checkpoint)

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from src.retrieval.args import DataArgs, RankerArgs, RetrievalArgs
 from src.retrieval.data.corpus import Texts, eval_task, render_key, render_query
 from src.retrieval.data.rows import template_columns
 from src.retrieval.data.tasks import InstructionOf
@@ -32,7 +33,7 @@ from src.retrieval.ranking.files import (
 from src.retrieval.ranking.metrics import retrieval_metrics
 from src.retrieval.ranking.mining import MiningConfig, MiningSummary
 from src.retrieval.ranking.own_rows import find_own_rows, without_own_rows
-from src.retrieval.search.searcher import NoSearcher, Searcher
+from src.retrieval.search.searcher import NoSearcher, Searcher, stores_written
 from src.utils import distributed, locks
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output, derived_path, existing_file, text_hash
@@ -84,10 +85,40 @@ class EvalConfig:
     stores: Sequence[str] = ()
     drop_query: bool = False
 
+    @classmethod
+    def from_args(
+        cls, args: RetrievalArgs | RankerArgs, *, output_dir: str, seed: int, rerank: bool = False
+    ) -> EvalConfig:
+        """Read the flags; results go to `output_dir`."""
+        return cls(
+            metrics=args.metrics,
+            cutoffs=args.cutoffs,
+            hits=args.hits,
+            output_dir=output_dir,
+            mining=MiningConfig.from_args(args, seed=seed),
+            save_name=args.save_name,
+            save_to_output=args.save_to_output,
+            load_result=args.load_result,
+            save_result=args.save_result,
+            save_per_query=args.save_per_query,
+            save_trec=args.save_trec,
+            rerank=rerank,
+            score_name=args.score_name,
+            stores=stores_written(args, output_dir) if isinstance(args, RetrievalArgs) and not rerank else (),
+            drop_query=isinstance(args, RetrievalArgs) and args.drop_query_from_hits,
+        )
+
     @property
     def ranks(self) -> bool:
         """Whether anything is asked for that needs hits."""
         return any(metric != SCORE for metric in self.metrics)
+
+
+def metric_names(args: DataArgs) -> list[str]:
+    """The names of all metrics that an evaluation reports."""
+    names = [metric for metric in args.metrics if metric in LABEL_METRICS]
+    names += ["nq_recall"] if "nq" in args.metrics else []
+    return [f"{name}@{cutoff}" for name in names for cutoff in sorted(set(args.cutoffs))]
 
 
 @dataclass(frozen=True)

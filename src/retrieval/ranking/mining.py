@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import regex
 
+from src.retrieval.args import DataArgs
 from src.retrieval.ranking.answer_recall import has_answer, token_string
 
 #: A word, or a sign that words differ by: of mathematics, money or feeling ("C++"); those of "C#", "A*", "5 %", "R&D",
@@ -49,6 +50,20 @@ class MiningConfig:
     sample: bool = False
     near_duplicate: float | None = None
     seed: int = 42
+
+    @classmethod
+    def from_args(cls, args: DataArgs, *, seed: int) -> MiningConfig:
+        """Read the flags."""
+        return cls(
+            max_neg_num=args.max_neg_num,
+            filter_answers=args.filter_answers,
+            margin_absolute=args.neg_margin_absolute,
+            margin_relative=args.neg_margin_relative,
+            ranks=(args.neg_range[0], args.neg_range[1]) if args.neg_range else None,
+            sample=args.neg_sample,
+            near_duplicate=args.neg_near_duplicate,
+            seed=seed,
+        )
 
     @property
     def has_margin(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from src.retrieval.args import RetrievalArgs
 from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.models.encode import EncodeConfig, encode, progress
 from src.retrieval.search.exact import ExactIndex, Index, VectorShard, merge_hits
@@ -36,6 +37,24 @@ class Searcher(Protocol):
 
         Equal scores go to the lower row number. Every process passes all queries and gets all results.
         """
+
+
+#: Folder of BM25's indexes.
+BM25 = "bm25"
+
+
+def vector_folder(args: RetrievalArgs, output_dir: str) -> str:
+    """Where vectors and indexes of them are kept."""
+    return os.path.join(output_dir, args.embedding_name)
+
+
+def stores_written(args: RetrievalArgs, output_dir: str) -> list[str]:
+    """Folders of vectors and indexes that a run writes."""
+    if args.load_result:
+        return []
+    if args.retrieval_method == "dense" and (args.save_encode or args.save_index):
+        return [vector_folder(args, output_dir)]
+    return [os.path.join(output_dir, BM25)] if args.retrieval_method == "bm25" and not args.load_index else []
 
 
 @dataclass(frozen=True)
