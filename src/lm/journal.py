@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from src.utils.files import remove_folder
-from src.utils.manifest import Manifest, check_identity, content_checksum, read_manifest
+from src.utils.manifest import Manifest, content_checksum, read_manifest
 
 MANIFEST = "manifest.json"
 #: Value of a number that was looked at and cannot be scored; NaN is one not looked at yet.
@@ -62,7 +62,7 @@ class Journal:
         """
         path, what = str(self.folder / MANIFEST), "scores of another run"
         remedy = f"remove {self.folder}, or choose another --save_name"
-        check_identity(read_manifest(path, what, remedy), identity, path, what, remedy)
+        read_manifest(path, what, remedy, identity)
 
     def claim(self, unit: int) -> bool:
         """Whether the unit is now this process's."""

@@ -39,46 +39,49 @@ class Manifest:
         write_json(path, {**content, "checksum": content_checksum(content)})
 
 
-def read_manifest(path: str | os.PathLike[str], what: str, remedy: str) -> Manifest:
-    """Read what `Manifest.write` wrote.
+def read_manifest(
+    path: str | os.PathLike[str],
+    what: str,
+    remedy: str,
+    made_from: Mapping[str, Any] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> Manifest:
+    """Read what `Manifest.write` wrote, and compare it.
 
     Args:
         path: of the manifest.
-        what: the flag that asks for what it tells of, for messages.
-        remedy: what to do when it is missing or damaged, for messages.
+        what: the flag that asks for what it describes, for messages.
+        remedy: what to do when that cannot be used, for messages.
+        made_from: the identity that it must have.
+        folder: where its files lie, when these are to be compared with their checksums.
 
     Raises:
-        UserError: it is.
+        UserError: it is missing or damaged, another identity's, or a file is missing or has changed.
     """
     if not os.path.exists(path):
         raise UserError(f"{what}: nothing was saved, there is no {path}: {remedy}")
     try:
-        found = read_json(path, what)
+        content = read_json(path, what)
     except UserError as error:
         raise UserError(f"{error}: {remedy}") from error
-    own = found.pop("checksum", None) if isinstance(found, dict) else None
-    if own is None or own != content_checksum(found):
+    written = content.pop("checksum", None) if isinstance(content, dict) else None
+    if written is None or written != content_checksum(content):
         raise UserError(f"{what}: {path} is damaged, or of another version: {remedy}")
-    return Manifest(**found)
-
-
-def check_identity(manifest: Manifest, wanted: Mapping[str, Any], path: str, what: str, remedy: str) -> None:
-    """Find out whether files were made from what is `wanted`; for the messages see `read_manifest`.
-
-    Raises:
-        UserError: they were made from something else, which it names.
-    """
+    manifest = Manifest(**content)
     # As JSON gives it back.
-    if other := differences(manifest.identity, json.loads(json.dumps(dict(wanted)))):
+    if other := differences(manifest.identity, json.loads(json.dumps(dict(made_from or {})))):
         raise UserError(f"{what}: {path} was made with {'; '.join(other)}: {remedy}")
+    if folder is not None:
+        check_undamaged(folder, manifest.files, remedy)
+    return manifest
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What differs, as ``name 'a' (this run: 'b')``."""
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, as ``name 'a' (this run: 'b')``."""
     return [
-        f"{name} {found.get(name)!r} (this run: {value!r})"
-        for name, value in wanted.items()
-        if found.get(name) != value
+        f"{name} {saved.get(name)!r} (this run: {value!r})"
+        for name, value in current.items()
+        if saved.get(name) != value
     ]
 
 
@@ -104,40 +107,33 @@ def folder_checksums(folder: str | os.PathLike[str], endings: tuple[str, ...] = 
 
 
 def check_undamaged(folder: str | os.PathLike[str], files: Mapping[str, str], remedy: str) -> None:
-    """Find out whether files are as they were written.
-
-    Raises:
-        UserError: one is missing or has changed; `remedy` says what to do.
-    """
-    for name, wanted in files.items():
+    """Raise a UserError for a file that is missing or not as it was written; `remedy` says what to do."""
+    for name, written in files.items():
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
             raise UserError(f"{path} is missing: {remedy}")
-        if file_checksum(path) != wanted:
-            raise UserError(f"{path} is damaged: it is not what was written ({wanted} is its checksum): {remedy}")
+        if file_checksum(path) != written:
+            raise UserError(f"{path} is damaged: it is not what was written ({written} is its checksum): {remedy}")
 
 
 def record_checksums(folder: str | os.PathLike[str]) -> None:
     """Write the checksums of weights and states below `folder` into each folder that holds some."""
     for place, _, names in os.walk(folder):
-        # DeepSpeed and FSDP divide theirs into folders of their own, which are large and have checks of their own.
+        # DeepSpeed and FSDP shard theirs into folders of their own, which are large and have checks of their own.
         if place != str(folder) and not any(name.endswith(".safetensors") for name in names):
             continue
         # Training goes on without the state of the loss scaler.
-        if sums := {name: found for name, found in folder_checksums(place, WEIGHTS).items() if name != SCALER}:
-            write_json(os.path.join(place, CHECKSUMS), sums)
+        checksums = folder_checksums(place, WEIGHTS)
+        checksums.pop(SCALER, None)
+        if checksums:
+            write_json(os.path.join(place, CHECKSUMS), checksums)
 
 
 def check_recorded(folder: str | os.PathLike[str]) -> None:
-    """Find out whether the files of which `record_checksums` wrote are as they were; others have no record.
-
-    Raises:
-        UserError: one is not.
-    """
+    """Raise a UserError for a file that is not as it was when `record_checksums` wrote of it; others have no record."""
     path = os.path.join(folder, CHECKSUMS)
-    if not os.path.isfile(path):
-        return
-    # What is missing is told by whoever needs it.
-    recorded = read_object(path, "checksums")
-    there = {name: recorded[name] for name in recorded.keys() & set(os.listdir(folder))}
-    check_undamaged(folder, there, f"take another checkpoint, or remove {path} if you changed the file on purpose")
+    if os.path.isfile(path):
+        # Whoever needs a file that is missing says so.
+        present = {name: own for name, own in read_object(path, "checksums").items() if name in os.listdir(folder)}
+        remedy = f"take another checkpoint, or remove {path} if you changed the file on purpose"
+        check_undamaged(folder, present, remedy)

@@ -21,7 +21,7 @@ from src.retrieval.search.vector_store import IndexIdentity, VectorStore, create
 from src.utils import distributed
 from src.utils.files import atomic_path
 from src.utils.locks import check_free
-from src.utils.manifest import Manifest, check_identity, check_undamaged, file_checksum, read_manifest
+from src.utils.manifest import Manifest, check_undamaged, file_checksum, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -248,9 +248,7 @@ def _load_indexes(config: DenseSearchConfig, identity: IndexIdentity) -> list[Fa
 
     def read() -> Manifest:
         check_free(config.folder)
-        manifest = read_manifest(path, "--load_index", REMEDY)
-        check_identity(manifest, wanted, path, "--load_index", REMEDY)
-        return manifest
+        return read_manifest(path, "--load_index", REMEDY, wanted)
 
     manifest = distributed.on_main(read)
     saved = list(zip(manifest.files.items(), manifest.facts["first_rows"], strict=True))

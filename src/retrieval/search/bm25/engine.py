@@ -23,11 +23,11 @@ import numpy as np
 from src.retrieval.models.checkpoint_folders import beside, replace_folder
 from src.retrieval.search.bm25.analyzer import EnglishAnalyzer, TermCounts, analyze, count_terms, first_terms
 from src.retrieval.search.bm25.anserini import (
+    NEW_INDEX,
     Anserini,
     BM25Config,
     CorpusIdentity,
     build_anserini_searcher,
-    check_saved,
     find_anserini,
 )
 from src.retrieval.search.searcher import Searcher
@@ -37,7 +37,7 @@ from src.utils.errors import UserError
 from src.utils.files import atomic_write, read_json, write_json
 from src.utils.jsonl import available_cores, process_pool
 from src.utils.locks import check_free
-from src.utils.manifest import Manifest, folder_checksums
+from src.utils.manifest import Manifest, folder_checksums, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Postings:
 
     @classmethod
     def load(cls, folder: str) -> Postings:
-        """Read what `save` wrote, and `check_saved` compared; the arrays stay on the disk until they are used."""
+        """Read what `save` wrote, and `read_manifest` compared; the arrays stay on the disk until they are used."""
         paths = {name: os.path.join(folder, f"{name}.npy") for name in ARRAYS}
         arrays = {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items()}
         terms = read_json(os.path.join(folder, "terms.json"), "BM25 index")
@@ -300,7 +300,7 @@ def _prepare_embedded(folder: str, corpus: Sequence[str], identity: CorpusIdenti
     wanted = {**asdict(identity), "format": 1, "language": config.language}
     if config.load_index:
         check_free(config.folder)
-        check_saved(manifest, folder, wanted, "load_index")
+        read_manifest(manifest, "--load_index", NEW_INDEX, wanted, folder)
         return
     partial_folder = beside(folder, "partial")
     shutil.rmtree(partial_folder, ignore_errors=True)
