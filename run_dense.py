@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from src.retrieval.args import RetrievalArgs
+from src.retrieval.data.corpus import EvalData
 from src.retrieval.jobs.builders import dense_searcher
 from src.retrieval.jobs.train import Job
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.models.pair_scorer import DensePairScorer
-from src.retrieval.ranking.evaluate import EvalConfig, EvalData, retrieve
+from src.retrieval.ranking.config import EvalConfig
+from src.retrieval.ranking.evaluate import retrieve
 from src.retrieval.ranking.files import Hits
 from src.retrieval.ranking.rerank import rerank
 from src.retrieval.report.training_record import Uses, encoder_uses

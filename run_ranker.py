@@ -13,12 +13,14 @@ from collections.abc import Iterable
 import torch
 
 from src.retrieval.args import RankerArgs
+from src.retrieval.data.corpus import EvalData
 from src.retrieval.jobs.train import Job
 from src.retrieval.models.cross_encoder import CrossEncoder, RankerConfig, load_cross_encoder
 from src.retrieval.models.pair_scorer import RankerPairScorer
-from src.retrieval.ranking.evaluate import EvalConfig, EvalData, load_hits
+from src.retrieval.ranking.config import EvalConfig
 from src.retrieval.ranking.files import Hits
 from src.retrieval.ranking.rerank import rerank
+from src.retrieval.ranking.saved_hits import load_hits
 from src.retrieval.report.training_record import Uses, ranker_uses
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import ChunkPolicy, PairCollator

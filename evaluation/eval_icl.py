@@ -17,9 +17,10 @@ from evaluation.tasks.icl import FAMILY_OF, chooses, problems, score, single_bla
 from src.lm.ask import Request
 from src.lm.budget import Layout, Prompt
 from src.lm.eval_args import SAME_TASK, ICLArgs
+from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.rows import FurtherCheck
 from src.retrieval.jobs.evaluate import load_eval_data
-from src.retrieval.ranking.evaluate import EvalConfig, EvalData
+from src.retrieval.ranking.config import EvalConfig
 from src.utils.errors import UserError
 from src.utils.flags import check_choice
 

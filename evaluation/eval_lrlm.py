@@ -15,10 +15,11 @@ from evaluation.self_retrieval.chunks_task import from_past, text_windows, windo
 from evaluation.self_retrieval.history_task import nll_values, perplexity
 from src.lm.ask import Request
 from src.lm.eval_args import HISTORY_NO_EFFECT, LRLMArgs
+from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.rows import FurtherCheck, text_problems
 from src.retrieval.data.tasks import no_instruction
 from src.retrieval.jobs.evaluate import instructions
-from src.retrieval.ranking.evaluate import EvalConfig, EvalData
+from src.retrieval.ranking.config import EvalConfig
 from src.utils import distributed
 from src.utils.files import existing_file, resolve_path
 from src.utils.jsonl import open_jsonl

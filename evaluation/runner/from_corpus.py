@@ -15,10 +15,13 @@ from evaluation.runner.task import ChooseHits, Context, EvalTask, Found, Retriev
 from src.lm.eval_args import ORACLE, HistoryArgs
 from src.lm.model import model_identity
 from src.retrieval.args import RetrievalArgs
+from src.retrieval.data.corpus import EvalData
 from src.retrieval.jobs.builders import bm25_config, dense_searcher
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, encoder_folders
-from src.retrieval.ranking.evaluate import WINDOW, EvalConfig, EvalData, hold_outputs, report, retrieve
+from src.retrieval.ranking.config import EvalConfig
+from src.retrieval.ranking.evaluate import hold_outputs, report, retrieve
 from src.retrieval.ranking.files import Hits
+from src.retrieval.ranking.saved_hits import WINDOW
 from src.retrieval.search.bm25.engine import build_bm25_searcher
 from src.retrieval.search.searcher import NoSearcher, RandomSearcher, Searcher
 from src.utils.files import path_name

@@ -23,10 +23,11 @@ from src.lm.eval_args import GenerateArgs, LMEvalArgs
 from src.lm.memory import ResponseMemory
 from src.lm.model import LMConfig, lm_max_length, load_lm, load_lm_tokenizer, model_identity
 from src.lm.prompts import make_frame
+from src.retrieval.data.corpus import EvalData
 from src.retrieval.jobs.evaluate import check_outputs, log_file, record
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.models.encode import progress
-from src.retrieval.ranking.evaluate import LABEL_METRICS, EvalData
+from src.retrieval.ranking.config import LABEL_METRICS
 from src.retrieval.ranking.files import query_id
 from src.utils import distributed, locks
 from src.utils.cli import parse_args, run, show_plan

@@ -11,10 +11,11 @@ import torch
 
 from src.lm.ask import Asker, Request, RequestEncoder, Response
 from src.lm.eval_args import LMEvalArgs
+from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.rows import FurtherCheck
 from src.retrieval.jobs.evaluate import load_eval_data
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig
-from src.retrieval.ranking.evaluate import EvalConfig, EvalData
+from src.retrieval.ranking.config import EvalConfig
 
 Row = dict[str, Any]
 Values = dict[str, float]

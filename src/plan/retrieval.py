@@ -16,11 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from src.plan.memory import ModelSize, Sharing, activation_bytes, step_counts, training_memory
 from src.retrieval.args import RankerArgs, RetrievalArgs
+from src.retrieval.data.corpus import EvalData
 from src.retrieval.jobs.builders import bm25_config
 from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.models.encode import EncodeConfig
 from src.retrieval.models.loading import TrainableModel
-from src.retrieval.ranking.evaluate import SCORE, EvalConfig, EvalData
+from src.retrieval.ranking.config import SCORE, EvalConfig
 from src.retrieval.search.bm25.engine import choose_engine
 from src.retrieval.search.faiss_index import bytes_per_vector, check_factory
 from src.retrieval.search.searcher import vector_width

@@ -24,11 +24,14 @@ import torch
 
 from src.lm.journal import Journal
 from src.lm.memory import Response, ResponseMemory, read_responses
+from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.rows import check_corpus_row, check_eval_row
 from src.retrieval.data.tasks import no_instruction
 from src.retrieval.models.encode import EncodeConfig
-from src.retrieval.ranking.evaluate import EvalConfig, EvalData, load_hits, report
+from src.retrieval.ranking.config import EvalConfig
+from src.retrieval.ranking.evaluate import report
 from src.retrieval.ranking.files import Hits
+from src.retrieval.ranking.saved_hits import load_hits
 from src.retrieval.search.bm25.engine import BM25Config, build_bm25_searcher
 from src.retrieval.search.exact import VectorShard
 from src.retrieval.search.faiss_index import FaissIndex

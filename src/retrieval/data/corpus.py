@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -93,18 +94,67 @@ def load_corpus(path: str, key_template: str, cache_dir: str | None) -> JsonLine
     return distributed.on_main(partial(open_jsonl, path, check, f"corpus-1 {columns}", cache_dir))
 
 
-def eval_task(rows: JsonLines, task: str | None, task_config: Collection[str] = ()) -> str | None:
-    """The task whose instruction keys get: that of the evaluation rows, which must agree.
+@dataclass(frozen=True)
+class EvalData:
+    """The evaluation rows and the corpus, with how each becomes text.
 
-    Args:
-        rows: of the evaluation file.
-        task: the ``--task`` flag.
-        task_config: names of tasks besides the released ones.
-
-    Raises:
-        UserError: the rows are of several tasks.
+    Attributes:
+        rows: evaluation rows.
+        corpus: corpus rows, None for reranking the keys in `rows`.
+        key_template: how a corpus row becomes a key.
+        task: of the rows, None when they name none.
+        instruction_of: instruction by task.
     """
-    tasks = distinct_tasks(rows, task or task_from_path(rows.path, task_config))
-    if len(tasks) > 1:
-        raise UserError(f"{rows.path} mixes the tasks {', '.join(map(str, tasks))}: evaluate one task at a time")
-    return tasks[0]
+
+    rows: JsonLines
+    corpus: JsonLines | None
+    key_template: str
+    task: str | None
+    instruction_of: InstructionOf
+
+    @classmethod
+    def of(
+        cls,
+        rows: JsonLines,
+        corpus: JsonLines | None,
+        key_template: str,
+        task: str | None,
+        instruction_of: InstructionOf,
+        task_config: Collection[str] = (),
+    ) -> EvalData:
+        """Bundle rows and corpus; the task is that of the rows, else the flag `task`, else the path's.
+
+        Raises:
+            UserError: rows of several tasks, or the instruction set needs a task and none is known.
+        """
+        tasks = distinct_tasks(rows, task or task_from_path(rows.path, task_config))
+        if len(tasks) > 1:
+            raise UserError(f"{rows.path} mixes the tasks {', '.join(map(str, tasks))}: evaluate one task at a time")
+        instruction_of(tasks[0])
+        return cls(rows, corpus, key_template, tasks[0], instruction_of)
+
+    @property
+    def queries(self) -> Texts:
+        """Query texts, instruction first."""
+        return Texts(self.rows, partial(render_query, instruction_of=self.instruction_of, default_task=self.task))
+
+    @property
+    def key_instruction(self) -> str:
+        """The text before every key."""
+        return self.instruction_of(self.task).key
+
+    @property
+    def keys(self) -> Texts:
+        """Corpus texts, instruction first."""
+        assert self.corpus is not None
+        return Texts(self.corpus, partial(render_key, template=self.key_template, prefix=self.key_instruction))
+
+    def key_text(self, index: int) -> str:
+        """A corpus row's text without instruction."""
+        assert self.corpus is not None
+        return render_key(self.corpus[index], self.key_template)
+
+    def key_body(self, index: int) -> str:
+        """The last of the columns that make a corpus row's text: its text without the title before it."""
+        assert self.corpus is not None
+        return str(self.corpus[index][template_columns(self.key_template)[-1]] or "")

@@ -7,9 +7,9 @@ import os
 import torch
 
 from src.retrieval.args import RetrievalArgs
+from src.retrieval.data.corpus import EvalData
 from src.retrieval.models.dense import DenseRetriever, weights_fingerprint
 from src.retrieval.models.encode import EncodeConfig
-from src.retrieval.ranking.evaluate import EvalData
 from src.retrieval.search.bm25.engine import BM25Config
 from src.retrieval.search.searcher import BM25, DenseSearchConfig, DenseSearcher, build_dense_searcher, vector_folder
 from src.retrieval.search.vector_store import IndexIdentity, file_fingerprint

@@ -10,22 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from src.retrieval.args import DataArgs, RankerArgs, RetrievalArgs
-from src.retrieval.data.corpus import load_corpus, load_eval_rows
+from src.retrieval.data.corpus import EvalData, load_corpus, load_eval_rows
 from src.retrieval.data.rows import FurtherCheck
 from src.retrieval.data.tasks import InstructionOf, instruction_for, load_task_config, no_instruction
 from src.retrieval.models.checkpoint_folders import check_places
 from src.retrieval.models.pair_scorer import PairScorer
-from src.retrieval.ranking.evaluate import (
-    SCORE,
-    EvalConfig,
-    EvalData,
-    check_files,
-    check_labels,
-    hold_outputs,
-    make_eval_data,
-    report,
-    scored_path,
-)
+from src.retrieval.ranking.config import SCORE, EvalConfig, scored_path
+from src.retrieval.ranking.evaluate import check_files, check_labels, hold_outputs, report
 from src.retrieval.ranking.files import Hits
 from src.retrieval.ranking.rerank import write_scores
 from src.retrieval.search.searcher import stores_written
@@ -104,7 +95,7 @@ def load_eval_data(
     lexical = isinstance(args, RetrievalArgs) and args.retrieval_method != "dense"
     instruction_of = no_instruction if lexical else instructions(args)
     own = load_task_config(args.task_config)
-    data = make_eval_data(rows, corpus, args.key_template, args.task, instruction_of, own)
+    data = EvalData.of(rows, corpus, args.key_template, args.task, instruction_of, own)
     check_labels(data, config)
     distributed.on_main(partial(check_files, data, config))
     return data

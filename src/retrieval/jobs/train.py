@@ -17,12 +17,14 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from src.plan.retrieval import evaluation_lines, training_lines
 from src.retrieval.args import RankerArgs, RetrievalArgs
+from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.tasks import load_task_config
 from src.retrieval.jobs.evaluate import check_outputs, evaluate, instructions, load_eval_data, log_file, record
 from src.retrieval.models.checkpoint_folders import checkpoint_to_resume
 from src.retrieval.models.loading import TrainableModel
 from src.retrieval.models.pair_scorer import PairScorer
-from src.retrieval.ranking.evaluate import SCORE, EvalConfig, EvalData, hold_outputs, metric_names
+from src.retrieval.ranking.config import SCORE, EvalConfig, metric_names
+from src.retrieval.ranking.evaluate import hold_outputs
 from src.retrieval.ranking.files import Hits
 from src.retrieval.report.plot import FIGURE
 from src.retrieval.report.training_record import Uses, card_writer, draw_training

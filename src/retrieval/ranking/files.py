@@ -1,20 +1,18 @@
-"""Lines of the files that retrieval yields: result files, mined negatives, collated keys, values per query."""
+"""Lines of the files that retrieval yields: hits, mined negatives, collated keys, metrics per query, TREC's formats."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from src.retrieval.data.rows import check_hits_row
 from src.retrieval.ranking.mining import MiningConfig, MiningSummary, mine_negatives
 from src.utils.errors import UserError
-from src.utils.files import existing_file, json_line
-from src.utils.jsonl import JsonLines, open_jsonl
+from src.utils.files import json_line
+from src.utils.jsonl import JsonLines
 
 
 @dataclass(frozen=True)
@@ -79,43 +77,12 @@ def per_query_lines(window: Window) -> Iterator[str]:
         yield json_line({"query_id": query_id(row, window.hits.first + offset), **shown})
 
 
-def key_lines(window: Window, texts_of: Callable[[dict[str, Any], list[int]], list[str]]) -> Iterator[str]:
-    """Every row with its hits as ``key`` and ``key_index``; `texts_of` gives the texts of a row's hits."""
+def key_lines(window: Window, text_of: Callable[[int], str] | None) -> Iterator[str]:
+    """Every row with its hits as ``key`` and ``key_index``; `text_of` a corpus row, None for the row's own keys."""
     for _, row, found, _ in window:
         index = found.tolist()
-        yield json_line({**row, "key": texts_of(row, index), "key_index": index})
-
-
-def open_hits(path: str, rows: JsonLines, corpus_size: int | None) -> JsonLines:
-    """Open and check what `result_lines` wrote.
-
-    Args:
-        path: result file.
-        rows: evaluation rows it was made from.
-        corpus_size: rows of the corpus; None when there is none to compare with.
-
-    Raises:
-        UserError: missing, broken, or made from other evaluation rows or another corpus.
-    """
-    saved = open_jsonl(existing_file(path, "load_result"), partial(check_hits_row, corpus_size=corpus_size), "hits")
-    if len(saved) != len(rows):
-        raise UserError(f"--load_result: {path} has {len(saved)} rows, {rows.path} has {len(rows)}")
-    for number, line in enumerate(saved):
-        if line["query_id"] != query_id(rows[number], number):
-            raise UserError(f"--load_result: {saved.where(number)} is not of {rows.where(number)}: query_ids differ")
-    return saved
-
-
-def read_hits(saved: JsonLines, first: int, end: int) -> Hits:
-    """The hits of the rows from `first` to before `end`."""
-    lines = saved[first:end]
-    width = max((len(line["pred"]) for line in lines), default=0)
-    found = np.full((len(lines), width), -1, dtype=np.int64)
-    scores = np.full((len(lines), width), -np.inf, dtype=np.float32)
-    for number, line in enumerate(lines):
-        found[number, : len(line["pred"])] = line["pred"]
-        scores[number, : len(line["score"])] = line["score"]
-    return Hits(first, found, scores)
+        own = dict(zip(row.get("key_index") or [], row.get("key") or [], strict=False))
+        yield json_line({**row, "key": list(map(text_of or own.__getitem__, index)), "key_index": index})
 
 
 def mined_lines(
@@ -129,3 +96,50 @@ def mined_lines(
         mined = mine_negatives(row, number, found, scores, texts[0], config, texts[1])
         summary.add(mined)
         yield json_line(mined.row)
+
+
+def run_lines(window: Window) -> Iterator[str]:
+    """``query_id Q0 row rank score tag`` per hit.
+
+    trec_eval orders by score and ignores the rank, equal scores by document id: so of equal scores all but the first
+    are lowered by the smallest step that fp32 has.
+    """
+    for number, row, found, scores in window:
+        name = query_id(row, number)
+        for rank, (index, score) in enumerate(zip(found.tolist(), shortest(strictly_falling(scores)), strict=True), 1):
+            yield f"{name} Q0 {index} {rank} {score!r} llm-embedder\n"
+
+
+def strictly_falling(scores: np.ndarray) -> np.ndarray:
+    """fp32 ``(hits,)`` scores, best first, each made smaller than the one before where it is not."""
+    falling = scores.astype(np.float32)
+    for place in range(1, len(falling)):
+        if falling[place] >= falling[place - 1]:
+            falling[place] = np.nextafter(falling[place - 1], np.float32(-np.inf))
+    return falling
+
+
+def qrels_lines(window: Window) -> Iterator[str]:
+    """``query_id 0 row 1`` per positive."""
+    for number, row, _, _ in window:
+        for index in sorted(set(row.get("pos_index") or [])):
+            yield f"{query_id(row, number)} 0 {index} 1\n"
+
+
+def check_query_ids(rows: JsonLines) -> None:
+    """Find out whether the query_ids can stand in TREC's format, whose fields are separated by blanks.
+
+    Raises:
+        UserError: an id is empty, holds white space, or occurs twice.
+    """
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        name = str(query_id(row, number))
+        if not name or name.split() != [name]:
+            raise UserError(f"{rows.where(number)}: query_id {name!r} is empty or holds white space (--save_trec)")
+        if name in seen:
+            raise UserError(
+                f"{rows.where(number)}: query_id {name!r} stands at {rows.where(seen[name])} already, and a TREC run "
+                "holds one result per id: make the ids unique, or leave them out (--save_trec)"
+            )
+        seen[name] = number

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
+from itertools import chain
 
 import numpy as np
 
+from src.retrieval.data.corpus import EvalData
 from src.retrieval.models.encode import progress
 from src.retrieval.ranking.mining import normalize
 from src.utils import distributed
 
 
-def find_own_rows(
-    queries: Iterable[str], forms_of: Callable[[int], Iterable[str]], corpus_size: int
-) -> dict[int, set[int]]:
+def find_own_rows(data: EvalData) -> dict[int, set[int]]:
     """Query number to the corpus rows with the same words (see `normalize`), on every process; all share the corpus.
 
-    Args:
-        queries: without instruction.
-        forms_of: the texts by which a corpus row may be known.
-        corpus_size: rows.
+    A corpus row may be known by its text or by its last column, without the title; one that ``pos_index`` names stays.
     """
+    assert data.corpus is not None
     numbers: dict[str, list[int]] = defaultdict(list)
-    for number, query in enumerate(queries):
-        numbers[normalize(query)].append(number)
-    part = distributed.part_of(corpus_size)
-    found = []
+    for number, row in enumerate(data.rows):
+        numbers[normalize(row["query"])].append(number)
+    part = distributed.part_of(len(data.corpus))
+    pairs = []
     with progress(len(part), "looking for queries in the corpus", distributed.is_main()) as bar:
         for index in part:
-            known = {number for form in forms_of(index) for number in numbers.get(normalize(form), ())}
-            found += [[number, index] for number in known]
+            words = map(normalize, (data.key_text(index), data.key_body(index)))
+            pairs += [[number, index] for number in {number for form in words for number in numbers.get(form, ())}]
             bar.update()
     own: dict[int, set[int]] = defaultdict(set)
-    for number, index in (pair for pairs in distributed.all_gather_json(found) for pair in pairs):
-        own[number].add(index)
+    for number, index in chain.from_iterable(distributed.all_gather_json(pairs)):
+        if index not in (data.rows[number].get("pos_index") or ()):
+            own[number].add(index)
     return dict(own)
 
 

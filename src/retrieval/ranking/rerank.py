@@ -10,10 +10,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.rows import candidates
 from src.retrieval.models.encode import progress
 from src.retrieval.models.pair_scorer import PairScorer
-from src.retrieval.ranking.evaluate import EvalData
 from src.retrieval.ranking.files import Hits, shortest
 from src.utils import distributed
 from src.utils.files import atomic_write, json_line

@@ -22,7 +22,7 @@ from src.retrieval.data.tasks import (
 )
 from src.retrieval.jobs.evaluate import load_eval_data
 from src.retrieval.jobs.train import load_sources
-from src.retrieval.ranking.evaluate import EvalConfig
+from src.retrieval.ranking.config import EvalConfig
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import TrainDataset
 from src.utils.errors import UserError

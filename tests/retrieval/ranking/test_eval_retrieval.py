@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
 
 from evaluation import eval_retrieval
-from src.retrieval.ranking.trec import strictly_falling
+from src.retrieval.ranking.files import strictly_falling
 from src.utils.cli import parse_args
 from src.utils.cli import run as run_entry
 from src.utils.files import path_name

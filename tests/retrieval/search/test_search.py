@@ -15,8 +15,8 @@ import torch
 
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import load_eval_rows
-from src.retrieval.ranking.files import open_hits
 from src.retrieval.ranking.own_rows import without_own_rows
+from src.retrieval.ranking.saved_hits import open_hits
 from src.retrieval.search import exact
 from src.retrieval.search.exact import ExactIndex, VectorShard, merge_hits
 from src.retrieval.search.faiss_index import FaissIndex, check_factory, default_search_parameters
