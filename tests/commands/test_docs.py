@@ -16,13 +16,17 @@ import evaluation.eval_retrieval
 import evaluation.runner.run
 import src.utils.cli
 from src.lm.prompts import SCORE_PROMPTS
+from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.rows import check_lm_row, check_train_row
 from src.retrieval.data.tasks import load_task_config
 from src.retrieval.training import args as args_module
 from src.retrieval.training import sharding
+from src.retrieval.training.args import RetrievalTrainingArgs
+from src.utils.cli import parse_args
 from tests.helpers import ROOT, environment
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = ROOT / "examples" / "run.yaml"
 FINE_TUNE = ROOT / "docs" / "fine-tune.md"
 
 
@@ -126,6 +130,12 @@ def test_the_guide_has_the_commands_it_promises():
     assert {"run_lm_score.py", "evaluation/eval_retrieval.py", "scripts/ours2st.py", "scripts/llm-embedder.sh"} <= {
         *entries
     }
+
+
+def test_the_example_of_a_file_of_flags_is_accepted():
+    (args, training), given = parse_args([RetrievalArgs, RetrievalTrainingArgs], ["--config", str(RUN), "--use_cpu"])
+    assert {"train_data", "key_template", "max_steps"} < given
+    assert (args.train_data, training.train_group_size) == (["train.json"], 8)
 
 
 def slug(heading: str) -> str:
