@@ -1,4 +1,4 @@
-"""Find out what this machine can do: packages, devices, engines, free room, and communication of processes.
+"""Show what this machine can do: packages, devices, engines, free room, and communication of processes.
 
 python -m src.doctor --processes 2
 
@@ -17,20 +17,8 @@ from dataclasses import asdict
 from src.doctor.packages import PROBLEM, Finding, check_packages
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m src.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--processes", type=int, default=0, help="let so many processes gather each other's tensors")
-    parser.add_argument("--output_dir", default="data/outputs/", help="folder of results (default: %(default)s)")
-    parser.add_argument("--anserini_dir", help="as of the commands: folder with Anserini's jar")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
-
-
 def examine(args: argparse.Namespace) -> Iterator[Finding]:
-    """All findings, as they are made."""
+    """All findings, as they are made; of the machine only when the packages are there."""
     failed = False
     for finding in check_packages():
         failed |= finding.failed
@@ -46,23 +34,22 @@ def examine(args: argparse.Namespace) -> Iterator[Finding]:
     yield from machine.examine(args.output_dir, args.anserini_dir, args.processes)
 
 
-def describe(finding: Finding) -> str:
-    """A line for the terminal."""
-    advice = f" → {finding.advice}" if finding.advice else ""
-    return f"{finding.status:<8} {finding.name}: {finding.detail}{advice}"
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Look, print, and return the exit code."""
-    parser = make_parser()
+    parser = argparse.ArgumentParser(
+        prog="python -m src.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=0, help="let so many processes gather each other's tensors")
+    parser.add_argument("--output_dir", default="data/outputs/", help="folder of results (default: %(default)s)")
+    parser.add_argument("--anserini_dir", help="as of the commands: folder with Anserini's jar")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    if args.processes < 0:
-        parser.error(f"--processes must be 0 (no check) or more, found {args.processes}")
     findings = []
     for finding in examine(args):
         findings.append(finding)
         if not args.json:
-            print(describe(finding), flush=True)
+            advice = f" → {finding.advice}" if finding.advice else ""
+            print(f"{finding.status:<8} {finding.name}: {finding.detail}{advice}", flush=True)
     failed = [finding.name for finding in findings if finding.failed]
     if args.json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}, indent=2))

@@ -1,11 +1,9 @@
-"""What each process of `src.doctor.__main__`'s check of torch's communication does: gather the numbers of all.
+"""Gather the ranks of all processes: what each does when `python -m src.doctor --processes N` starts them.
 
 torchrun --nproc_per_node 2 -m src.doctor.gather_check
 """
 
 from __future__ import annotations
-
-import numpy as np
 
 from src.utils import distributed
 from src.utils.cli import run
@@ -15,7 +13,7 @@ from src.utils.errors import UserError
 def main() -> None:
     """Gather, compare, print."""
     device = distributed.init_process_group(use_cpu=False)
-    gathered = np.concatenate(distributed.all_gather_array(np.array([distributed.rank()]))).tolist()
+    gathered = distributed.gather_sizes(distributed.rank(), device)
     if gathered != list(range(distributed.launched_processes())):
         raise UserError(f"{distributed.launched_processes()} processes gathered the ranks {gathered}")
     if distributed.is_main():

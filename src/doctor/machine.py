@@ -1,4 +1,4 @@
-"""Devices, engines, free room and communication: what this machine can do, for `src.doctor.__main__`."""
+"""Devices, engines, free room and communication: what this machine can do, once the packages are there."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ import psutil
 import torch
 from huggingface_hub import constants
 
-from src.doctor.packages import EXTRAS, MISSING, OK, PROBLEM, Finding, installed
+from src.doctor.packages import EXTRAS, MISSING, OK, PROBLEM, Finding, installed, judge
 from src.retrieval.search.bm25.anserini import find_anserini
-from src.utils.devices import DTYPES
 from src.utils.display import human_bytes
 from src.utils.errors import UserError
 from src.utils.files import check_writable
@@ -29,6 +28,7 @@ from src.utils.jsonl import available_cores
 LEAST_ROOM = 2 << 30
 #: Seconds that processes get to find each other.
 PATIENCE = 120
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def trains_in(device: torch.device, dtype: torch.dtype) -> bool:
@@ -38,39 +38,35 @@ def trains_in(device: torch.device, dtype: torch.dtype) -> bool:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             output = layer(torch.ones(8, 64, device=device))
         output.float().square().mean().backward()
-        finite = all(bool(part.grad is not None and part.grad.isfinite().all()) for part in layer.parameters())
         # Autocast does nothing, with a warning, in precisions that it does not know.
-        return finite and output.dtype == dtype
+        return layer.weight.grad is not None and bool(layer.weight.grad.isfinite().all()) and output.dtype == dtype
     except RuntimeError:
         return False
 
 
 def check_devices() -> Iterator[Finding]:
     """CPU and GPUs, and in which precisions they train."""
-    # What fp16 becomes on a CPU, see --fp16, is fp32.
-    cpu = [name for name in ("fp32", "bf16") if trains_in(torch.device("cpu"), DTYPES[name])]
-    cores = available_cores()
-    detail = f"{cores} cores, {platform.machine()}; trains in {', '.join(cpu)}"
-    yield Finding("cpu", OK if "fp32" in cpu else PROBLEM, detail, required=True)
+    # --fp16 means fp32 on a CPU.
+    good = [name for name in ("fp32", "bf16") if trains_in(torch.device("cpu"), PRECISIONS[name])]
+    detail = f"{available_cores()} cores, {platform.machine()}; trains in {', '.join(good)}"
+    yield judge("cpu", "fp32" in good, detail, required=True)
     if not torch.cuda.is_available():
         reason = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds none"
         yield Finding("gpu", MISSING, reason, "not required: small models train and search on a CPU")
-    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        return
+    for number in range(torch.cuda.device_count()):
         device = torch.device("cuda", number)
-        good = [name for name, dtype in DTYPES.items() if trains_in(device, dtype)]
+        good = [name for name, dtype in PRECISIONS.items() if trains_in(device, dtype)]
         free, total = torch.cuda.mem_get_info(device)
         detail = f"{torch.cuda.get_device_name(device)}, {human_bytes(free)} of {human_bytes(total)} free"
-        status = OK if "fp32" in good else PROBLEM
-        yield Finding(f"gpu {number}", status, f"{detail}; trains in {', '.join(good) or 'nothing'}")
+        yield judge(f"gpu {number}", "fp32" in good, f"{detail}; trains in {', '.join(good) or 'nothing'}")
 
 
 def check_engines(anserini_dir: str | None) -> Iterator[Finding]:
     """FAISS on a GPU, Anserini with its Java, and what DeepSpeed compiles with."""
     if hasattr(faiss, "StandardGpuResources"):
         count = faiss.get_num_gpus()
-        yield Finding(
-            "FAISS on a GPU", OK if count else PROBLEM, f"{count} GPUs", "" if count else "FAISS finds no GPU"
-        )
+        yield judge("FAISS on a GPU", count > 0, f"{count} GPUs", "FAISS finds no GPU")
     else:
         advice = f"pip install -e '.[gpu]', needed for {EXTRAS['gpu']} (exact search needs no FAISS)"
         yield Finding("FAISS on a GPU", MISSING, "this FAISS was built for CPUs", advice)
@@ -80,10 +76,10 @@ def check_engines(anserini_dir: str | None) -> Iterator[Finding]:
         advice = "needed for --bm25_backend anserini; the embedded engine ranks English alike"
         yield Finding("Anserini and Java", MISSING, str(error), advice)
     if installed("deepspeed"):
-        absent = [name for name in ("ninja", "g++") if shutil.which(name) is None]
-        detail = f"{' and '.join(absent)} not found" if absent else "ninja and g++ found"
-        advice = f"install {' and '.join(absent)}: DeepSpeed compiles operators when it first runs" if absent else ""
-        yield Finding("DeepSpeed's compiler", MISSING if absent else OK, detail, advice)
+        absent = " and ".join(name for name in ("ninja", "g++") if shutil.which(name) is None)
+        detail = f"{absent} not found" if absent else "ninja and g++ found"
+        advice = f"install {absent}: DeepSpeed compiles operators when it first runs"
+        yield judge("DeepSpeed's compiler", not absent, detail, advice, otherwise=MISSING)
 
 
 def check_room(output_dir: str) -> Iterator[Finding]:
@@ -104,27 +100,21 @@ def check_room(output_dir: str) -> Iterator[Finding]:
 
 
 def room(name: str, free: int, total: int, advice: str) -> Finding:
-    """A finding about free bytes of some."""
-    enough = free >= LEAST_ROOM
-    return Finding(
-        name, OK if enough else PROBLEM, f"{human_bytes(free)} of {human_bytes(total)} free", "" if enough else advice
-    )
+    """Judge free bytes."""
+    return judge(name, free >= LEAST_ROOM, f"{human_bytes(free)} of {human_bytes(total)} free", advice)
 
 
 def check_environment() -> Iterator[Finding]:
     """Where models and data are looked for."""
     cache = constants.HF_HUB_CACHE
-    where = cache if os.path.isdir(cache) else f"{cache} (not there yet)"
+    there = "" if os.path.isdir(cache) else " (not there yet)"
     names = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if name in os.environ]
     settings = ", ".join(f"{name}={os.environ[name]}" for name in names) or "HF_HUB_OFFLINE not set"
     offline = "models must be there already" if constants.HF_HUB_OFFLINE else "others are downloaded"
-    yield Finding("model cache", OK, f"{where}; {settings}: {offline}")
+    yield Finding("model cache", OK, f"{cache}{there}; {settings}: {offline}")
     root = default_data_root()
-    there = os.path.isdir(root)
-    advice = (
-        "" if there else "set LLM_EMBEDDER_DATA or give --data_root, needed for paths like llm-embedder:qa/train.json"
-    )
-    yield Finding("data root", OK if there else MISSING, root, "" if there else advice)
+    advice = "set LLM_EMBEDDER_DATA or give --data_root, needed for paths like llm-embedder:qa/train.json"
+    yield judge("data root", os.path.isdir(root), root, advice, otherwise=MISSING)
 
 
 def check_processes(processes: int, patience: float = PATIENCE) -> Finding:
@@ -142,10 +132,9 @@ def check_processes(processes: int, patience: float = PATIENCE) -> Finding:
                 for process in (launcher, *launcher.children(recursive=True)):
                     process.kill()
             return Finding(name, PROBLEM, f"did not find each other within {patience:g} seconds", advice, True)
-    if started.returncode == 0:
-        return Finding(name, OK, printed.strip(), "", True)
     lines = [line for line in errors.splitlines() if "rror" in line] or ["no message"]
-    return Finding(name, PROBLEM, f"exit code {started.returncode}: {lines[0].strip()}", advice, True)
+    detail = f"exit code {started.returncode}: {lines[0].strip()}" if started.returncode else printed.strip()
+    return judge(name, started.returncode == 0, detail, advice, True)
 
 
 def examine(output_dir: str, anserini_dir: str | None, processes: int) -> Iterator[Finding]:

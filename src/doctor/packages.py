@@ -1,4 +1,4 @@
-"""The installed packages against what the project asks for. Needs none of them."""
+"""The installed packages against those that the project requires. Needs none of them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of `src.doctor.__main__`.
+    """One line of the report.
 
     Attributes:
         name: what was looked at.
         status: ``ok``, ``missing`` or ``problem``.
-        detail: what was found.
+        detail: what is there.
         advice: what to do, and what it is needed for; empty when all is well.
         required: whether nothing works without it.
     """
@@ -50,6 +50,13 @@ class Finding:
         return self.required and self.status != OK
 
 
+def judge(
+    name: str, good: bool, detail: str, advice: str = "", required: bool = False, otherwise: str = PROBLEM
+) -> Finding:
+    """A finding that is ok, or has another status and advice."""
+    return Finding(name, OK if good else otherwise, detail, "" if good else advice, required)
+
+
 def installed(*names: str) -> str | None:
     """The version of the first of these packages that is there."""
     for name in names:
@@ -61,19 +68,18 @@ def installed(*names: str) -> str | None:
 
 
 def check_packages() -> Iterator[Finding]:
-    """Python, and each package that the project asks for with the versions it asks for."""
-    good = sys.version_info >= (3, 10)
-    advice = "" if good else "install Python 3.10 or newer"
-    yield Finding("python", OK if good else PROBLEM, f"{platform.python_version()} at {sys.executable}", advice, True)
+    """Python, and each required package with its versions."""
+    detail, good = f"{platform.python_version()} at {sys.executable}", sys.version_info >= (3, 10)
+    yield judge("python", good, detail, "install Python 3.10 or newer", True)
     try:
         from packaging.requirements import Requirement
 
-        wanted = [Requirement(text) for text in requires(PROJECT) or ()]
+        requirements = [Requirement(text) for text in requires(PROJECT) or ()]
     except (ImportError, PackageNotFoundError) as error:
         advice = "run pip install -e . in the project's folder"
         yield Finding("packages", MISSING, f"{PROJECT} is not installed ({error})", advice, True)
         return
-    for requirement in wanted:
+    for requirement in requirements:
         marker = requirement.marker
         extras = [extra for extra in ("", *EXTRAS) if marker is None or marker.evaluate({"extra": extra})]
         # What GPUs bring to FAISS is looked at where GPUs are.
@@ -82,12 +88,12 @@ def check_packages() -> Iterator[Finding]:
 
 
 def check_package(requirement: Any, extra: str) -> Finding:
-    """A package (a `packaging` requirement) of an extra, or one that all needs (an empty extra)."""
+    """A package (a `packaging` requirement) of an extra; of an empty one, a package that all needs."""
     name, required = requirement.name, not extra
-    found = installed(*(FAISS_PACKAGES if name in FAISS_PACKAGES else (name,)))
+    present = installed(*(FAISS_PACKAGES if name in FAISS_PACKAGES else (name,)))
     advice = f"pip install -e '.[{extra}]', needed for {EXTRAS[extra]}" if extra else "pip install -e ."
-    if found is None:
+    if present is None:
         return Finding(name, MISSING, "not installed", advice, required)
-    if not requirement.specifier.contains(found, prereleases=True):
-        return Finding(name, PROBLEM, f"{found}, where {requirement.specifier} is asked for", advice, required)
-    return Finding(name, OK, found, "", required)
+    good = requirement.specifier.contains(present, prereleases=True)
+    detail = present if good else f"{present}, where {requirement.specifier} is asked for"
+    return judge(name, good, detail, advice, required)
