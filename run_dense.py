@@ -41,12 +41,6 @@ class DenseJob(Job[RetrievalArgs, DenseRetriever]):
                 f"--retrieval_method {args.retrieval_method}: run_dense.py trains and evaluates dense encoders, "
                 "python -m evaluation.eval_retrieval takes the others"
             )
-        stored = ("load_encode", "load_index", "save_encode", "save_index")
-        if args.train_data and (asked := [flag for flag in stored if getattr(args, flag)]):
-            raise UserError(
-                f"--{asked[0]} is of no use in training, where the weights change from step to step: evaluate the "
-                "trained encoder in a run of its own, without --train_data"
-            )
         if args.train_data and args.truncate_dim is not None:
             raise UserError(
                 f"--truncate_dim {args.truncate_dim} is for searching; --matryoshka_dims trains encoders for it, and "

@@ -103,6 +103,15 @@ class DataArgs:
         if self.eval_data and self.eval_data.endswith(tuple("*?]")):
             raise UserError(f"--eval_data {self.eval_data!r}: one file is needed, no glob")
 
+    def check_cutoffs(self, hits: int | None) -> None:
+        """Refuse metrics of more hits than there are; None for all."""
+        cuts = any(not metric.startswith("collate") for metric in self.metrics)
+        if cuts and hits is not None and max(self.cutoffs) > hits:
+            raise UserError(
+                f"--cutoffs {' '.join(map(str, self.cutoffs))}: only --hits {hits} keys are kept, raise one or "
+                "lower the other"
+            )
+
 
 @dataclass
 class CandidateArgs(DataArgs):
@@ -247,12 +256,7 @@ class RankerArgs(CandidateArgs):
             hits=self.hits,
             batch_size=self.batch_size,
         )
-        cuts = any(not metric.startswith("collate") for metric in self.metrics)
-        if cuts and self.hits is not None and max(self.cutoffs) > self.hits:
-            raise UserError(
-                f"--cutoffs {' '.join(map(str, self.cutoffs))}: only --hits {self.hits} keys are kept, raise one or "
-                "lower the other"
-            )
+        self.check_cutoffs(self.hits)
 
 
 @dataclass
@@ -284,12 +288,7 @@ class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
                 f"--metrics collate_score scores with a model, not by --retrieval_method {self.retrieval_method}: take "
                 "dense, or run_ranker.py"
             )
-        cuts = any(not metric.startswith("collate") for metric in self.metrics)
-        if cuts and self.retrieval_method != "no" and max(self.cutoffs) > self.hits:
-            raise UserError(
-                f"--cutoffs {' '.join(map(str, self.cutoffs))}: only --hits {self.hits} keys are retrieved, raise "
-                "one or lower the other"
-            )
+        self.check_cutoffs(self.hits if self.retrieval_method != "no" else None)
         if self.neg_range is not None and self.neg_range[1] > self.hits:
             raise UserError(
                 f"--neg_range {self.neg_range[0]} {self.neg_range[1]}: only --hits {self.hits} are retrieved"

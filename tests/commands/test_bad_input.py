@@ -160,7 +160,7 @@ BAD_ARGUMENTS = {
     "no answers": ("--eval_data {eval} --corpus {corpus} --metrics nq", "no row has 'answers'"),
     "cutoff beyond the hits": (
         "--eval_data {eval} --corpus {corpus} --hits 10",
-        "--cutoffs 1 5 10 100: only --hits 10 keys are retrieved",
+        "--cutoffs 1 5 10 100: only --hits 10 keys are kept",
     ),
     "key_index beyond the corpus": (
         "--eval_data {keyed} --corpus {corpus} --eval_method rerank",

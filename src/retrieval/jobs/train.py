@@ -48,6 +48,9 @@ from src.utils.files import expand_data_paths
 
 logger = logging.getLogger(__name__)
 
+#: Flags for models that stay as they are.
+ONLY_FIXED_WEIGHTS = ("load_result", "load_encode", "load_index", "save_encode", "save_index")
+
 ArgsT = TypeVar("ArgsT", RetrievalArgs, RankerArgs)
 ModelT = TypeVar("ModelT", bound=TrainableModel)
 
@@ -189,15 +192,12 @@ def check_flags(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArg
     """Refuse flags that contradict each other, whatever the model, before anything is read."""
     if not args.train_data and not args.eval_data:
         raise UserError("nothing to do: give --train_data to train, --eval_data to evaluate, or both")
-    if args.train_data and args.load_result:
+    unused = [f"--{flag}" for flag in ONLY_FIXED_WEIGHTS if getattr(args, flag, False)]
+    unused += [f"--metrics {SCORE}"] if SCORE in args.metrics else []
+    if args.train_data and unused:
         raise UserError(
-            "--load_result is of no use in training, where the weights change from step to step: evaluate the trained "
-            "model in a run of its own, without --train_data"
-        )
-    if args.train_data and SCORE in args.metrics:
-        raise UserError(
-            f"--metrics {SCORE} is of no use in training, where the weights change from step to step: score with the "
-            "trained model in a run of its own, without --train_data"
+            f"{unused[0]} is of no use in training, where the weights change from step to step: give it in a run "
+            "of its own, of the trained model, without --train_data"
         )
     if args.train_data and args.cpu and not training.use_cpu:
         raise UserError("--cpu is for evaluation: give --use_cpu to train on the CPU as well")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,23 +76,17 @@ def check_labels(data: EvalData, config: EvalConfig) -> None:
 def window_metrics(data: EvalData, rows: Sequence[dict], hits: Hits, config: EvalConfig) -> dict[str, np.ndarray]:
     """Metric name to fp64 ``(queries,)``, NaN for a row without the labels that the metric needs."""
     values: dict[str, np.ndarray] = {}
-    labelled = np.array([bool(row.get("pos_index")) for row in rows])
+
+    def add(field: str, compute: Callable[[np.ndarray, list], dict[str, np.ndarray]]) -> None:
+        labelled = np.array([bool(row.get(field)) for row in rows])
+        for name, part in compute(hits.rows[labelled], [row[field] for row in rows if row.get(field)]).items():
+            values[name] = np.full(len(rows), np.nan)
+            values[name][labelled] = part
+
     if any(metric in config.metrics for metric in LABEL_METRICS):
-        positives = [row["pos_index"] for row in rows if row.get("pos_index")]
-        found = retrieval_metrics(hits.rows[labelled], positives, config.metrics, config.cutoffs)
-        values.update({name: _spread(part, labelled) for name, part in found.items()})
+        add("pos_index", partial(retrieval_metrics, metrics=config.metrics, cutoffs=config.cutoffs))
     if "nq" in config.metrics:
-        answered = np.array([bool(row.get("answers")) for row in rows])
-        answers = [row["answers"] for row in rows if row.get("answers")]
-        found = nq_recall(hits.rows[answered], answers, data.key_text, config.cutoffs)
-        values.update({name: _spread(part, answered) for name, part in found.items()})
-    return values
-
-
-def _spread(part: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """`part` at the places of `present`, NaN elsewhere."""
-    values = np.full(len(present), np.nan)
-    values[present] = part
+        add("answers", partial(nq_recall, text_of=data.key_text, cutoffs=config.cutoffs))
     return values
 
 
@@ -99,28 +94,24 @@ class MetricMeans:
     """Means over the rows that have labels; rows without are left out and counted."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
-        self._missing: dict[str, int] = {}
+        self._columns: dict[str, list[np.ndarray]] = defaultdict(list)
 
-    def add(self, values: dict[str, np.ndarray]) -> None:
+    def add(self, values: Mapping[str, np.ndarray]) -> None:
         """Add the values of a window, see `window_metrics`."""
         for name, column in values.items():
-            absent = np.isnan(column)
-            self._sums[name] = self._sums.get(name, 0.0) + float(column[~absent].sum())
-            self._counts[name] = self._counts.get(name, 0) + int((~absent).sum())
-            self._missing[name] = self._missing.get(name, 0) + int(absent.sum())
+            self._columns[name].append(column)
 
     def result(self) -> dict[str, float]:
-        """The means; what was left out goes to the log."""
-        fields = {
-            "answers" if name.startswith("nq") else "pos_index": (missing, self._counts[name] + missing)
-            for name, missing in self._missing.items()
+        """Return the means; what was left out goes to the log."""
+        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        missing = {
+            "answers" if name.startswith("nq") else "pos_index": (int(np.isnan(column).sum()), len(column))
+            for name, column in columns.items()
         }
-        for name, (missing, total) in fields.items():
-            if missing:
-                logger.info("%d of %d rows have no %s and are left out of its metrics", missing, total, name)
-        return {name: total / self._counts[name] for name, total in self._sums.items()}
+        for field, (without, rows) in missing.items():
+            if without:
+                logger.info("%d of %d rows have no %s and are left out of its metrics", without, rows, field)
+        return {name: float(np.nanmean(column)) for name, column in columns.items()}
 
 
 def retrieve(data: EvalData, config: EvalConfig, searcher: Callable[[], Searcher]) -> Iterator[Hits]:
@@ -260,6 +251,6 @@ def _write_window(
 ) -> None:
     rows = data.rows[hits.first : hits.first + len(hits.rows)]
     window = Window(rows, hits, window_metrics(data, rows, hits, config))
-    means.add(dict(window.values))
+    means.add(window.values)
     for file, output in files:
         file.writelines(output.lines(window))
