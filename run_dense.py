@@ -17,7 +17,7 @@ from src.retrieval.data.corpus import EvalData
 from src.retrieval.jobs.builders import dense_searcher
 from src.retrieval.jobs.train import Job
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
-from src.retrieval.models.pair_scorer import DensePairScorer
+from src.retrieval.models.pair_scorer import PairScorer, dense_scorer
 from src.retrieval.ranking.config import EvalConfig
 from src.retrieval.ranking.evaluate import retrieve
 from src.retrieval.ranking.files import Hits
@@ -67,8 +67,8 @@ class DenseJob(Job[RetrievalArgs, DenseRetriever]):
     def uses(self, model: DenseRetriever) -> Uses:
         return encoder_uses(model, self.args.query_max_length, self.args.key_max_length)
 
-    def scorer(self, model: DenseRetriever, device: torch.device) -> DensePairScorer:
-        return DensePairScorer.from_args(self.args, device, model)
+    def scorer(self, model: DenseRetriever, device: torch.device) -> PairScorer:
+        return dense_scorer(self.args, device, model)
 
     def hits(self, model: DenseRetriever, data: EvalData, config: EvalConfig, device: torch.device) -> Iterable[Hits]:
         if self.reranks:

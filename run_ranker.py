@@ -16,7 +16,7 @@ from src.retrieval.args import RankerArgs
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.jobs.train import Job
 from src.retrieval.models.cross_encoder import CrossEncoder, RankerConfig, load_cross_encoder
-from src.retrieval.models.pair_scorer import RankerPairScorer
+from src.retrieval.models.pair_scorer import PairScorer, ranker_scorer
 from src.retrieval.ranking.config import EvalConfig
 from src.retrieval.ranking.files import Hits
 from src.retrieval.ranking.rerank import rerank
@@ -68,8 +68,8 @@ class RankerJob(Job[RankerArgs, CrossEncoder]):
     def uses(self, model: CrossEncoder) -> Uses:
         return ranker_uses(model, self.args.ranker)
 
-    def scorer(self, model: CrossEncoder, device: torch.device) -> RankerPairScorer:
-        return RankerPairScorer.from_args(self.args, device, model)
+    def scorer(self, model: CrossEncoder, device: torch.device) -> PairScorer:
+        return ranker_scorer(self.args, device, model)
 
     def hits(self, model: CrossEncoder, data: EvalData, config: EvalConfig, device: torch.device) -> Iterable[Hits]:
         if config.load_result:

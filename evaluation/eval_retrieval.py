@@ -22,7 +22,7 @@ from src.plan.retrieval import evaluation_lines
 from src.retrieval.args import EvalOutputArgs, RetrievalArgs
 from src.retrieval.jobs.evaluate import check_outputs, evaluate, load_eval_data, log_file, record
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
-from src.retrieval.models.pair_scorer import DensePairScorer
+from src.retrieval.models.pair_scorer import dense_scorer
 from src.retrieval.ranking.evaluate import retrieve
 from src.retrieval.search.searcher import Searcher
 from src.utils import distributed
@@ -73,7 +73,7 @@ def main(name: str = "retrieval", **defaults: Any) -> None:
     metrics = evaluate(
         data,
         config,
-        lambda: DensePairScorer.from_args(args, device, load_model()),
+        lambda: dense_scorer(args, device, load_model()),
         lambda: retrieve(data, config, searcher),
     )
     facts = {"task": name, "retriever": retriever_name(args)}

@@ -26,11 +26,11 @@ from transformers import PreTrainedTokenizerBase
 
 from src.retrieval.args import DENSE_METRICS, POOLING_METHODS
 from src.retrieval.models.checkpoint_folders import beside, replace_folder, whole_checkpoints
+from src.retrieval.models.checks import position_limit
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, TextEncoder, load_dense_retriever
-from src.retrieval.models.encode import EncodeConfig, encode
-from src.retrieval.models.loading import position_limit
+from src.retrieval.models.encode import EncodeConfig
+from src.retrieval.models.loading import loading
 from src.retrieval.models.lora import is_adapter_folder
-from src.retrieval.models.model_files import loading
 from src.retrieval.report.model_card import CARD_FILE, converted_card, model_card
 from src.retrieval.report.training_record import encoder_uses
 from src.utils import locks
@@ -155,7 +155,7 @@ def st_modules(
 
 def max_difference(model: DenseRetriever, converted: SentenceTransformer, max_length: int) -> float:
     """Largest absolute difference of any coordinate between both models' embeddings of a few sentences."""
-    ours = encode(model.embed_query, model.query_tokenizer, SENTENCES, EncodeConfig(max_length, torch.device("cpu")))
+    ours = model.encode_queries(SENTENCES, EncodeConfig(max_length, torch.device("cpu")))
     theirs = converted.encode(list(SENTENCES), convert_to_numpy=True, batch_size=len(SENTENCES))
     return float(np.abs(ours - theirs).max())
 

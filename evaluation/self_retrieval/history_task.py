@@ -20,7 +20,7 @@ from evaluation.self_retrieval.history import (
 )
 from src.lm.ask import Request
 from src.retrieval.models.encode import progress
-from src.retrieval.models.pair_scorer import DensePairScorer
+from src.retrieval.models.pair_scorer import dense_scorer
 from src.utils import distributed
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def case_scorer(context: Context, oracle: ScoreCases) -> ScoreCases | None:
     """
     args, data = context.args, context.data
     if args.retrieval_method == "dense":
-        scorer = DensePairScorer.from_args(args, context.device, context.retriever())
+        scorer = dense_scorer(args, context.device, context.retriever())
         instruction = data.instruction_of(data.task)
         return lambda cases: model_scores(cases, scorer, instruction.query, instruction.key)
     scorers: dict[str, ScoreCases] = {

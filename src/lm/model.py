@@ -18,7 +18,6 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     DynamicCache,
@@ -29,8 +28,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from src.retrieval.models.loading import check_vocabulary, empty_model, position_limit, read_tokenizer
-from src.retrieval.models.model_files import check_weights, loading, safe_only
+from src.retrieval.models.checks import check_vocabulary, position_limit
+from src.retrieval.models.loading import Checkpoint, loading
 from src.utils.devices import DTYPES
 from src.utils.errors import UserError
 
@@ -313,11 +312,15 @@ def _gguf_file(path: str) -> str | None:
     return files[0] if files else None
 
 
-def _options(config: LMConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
-    if (gguf := _gguf_file(config.model_name_or_path)) is not None:
-        options["gguf_file"] = gguf
-    return options
+def _checkpoint(config: LMConfig) -> Checkpoint:
+    return Checkpoint(
+        path=config.model_name_or_path,
+        what=WHAT,
+        cache_dir=config.cache_dir,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+        gguf_file=_gguf_file(config.model_name_or_path),
+    )
 
 
 def load_lm_tokenizer(config: LMConfig) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
@@ -326,10 +329,8 @@ def load_lm_tokenizer(config: LMConfig) -> tuple[PreTrainedTokenizerBase, Pretra
     Raises:
         UserError: they cannot be loaded.
     """
-    name, options = config.model_name_or_path, _options(config)
-    tokenizer = read_tokenizer(name, WHAT, **options)
-    with loading(name, WHAT, "its configuration"):
-        return tokenizer, AutoConfig.from_pretrained(name, **options)
+    checkpoint = _checkpoint(config)
+    return checkpoint.tokenizer(), checkpoint.config()
 
 
 def _auto_class(config: PretrainedConfig) -> Any:
@@ -342,12 +343,7 @@ def empty_lm(config: LMConfig, model_config: PretrainedConfig) -> PreTrainedMode
     Raises:
         UserError: it is no LM, or its folder holds no weights.
     """
-    name = config.model_name_or_path
-    # Weights in a .gguf file were found by that name.
-    checkpoint = "" if _gguf_file(name) else name
-    check_weights(checkpoint, model_config, config.allow_pickle, config.cache_dir)
-    code = {"trust_remote_code": config.trust_remote_code}
-    return empty_model(_auto_class(model_config), model_config, checkpoint, WHAT, **code)
+    return _checkpoint(config).empty(_auto_class(model_config), model_config)
 
 
 def load_lm(config: LMConfig) -> LanguageModel:
@@ -356,17 +352,11 @@ def load_lm(config: LMConfig) -> LanguageModel:
     Raises:
         UserError: it cannot be loaded, is no LM, or lacks weights.
     """
-    name, options = config.model_name_or_path, _options(config)
+    name, checkpoint = config.model_name_or_path, _checkpoint(config)
     tokenizer, model_config = load_lm_tokenizer(config)
-    check_weights(name, model_config, config.allow_pickle, config.cache_dir)
-    options["use_safetensors"] = safe_only(config.allow_pickle)
-    with loading(name, WHAT):
-        model, info = _auto_class(model_config).from_pretrained(
-            name, dtype=DTYPES[config.dtype], device_map=config.device_map, output_loading_info=True, **options
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{name!r} lacks {len(missing)} weights of a {WHAT}, among them {missing[0]}: it cannot score")
-    check_vocabulary(tokenizer, model, name, WHAT)
+    options = {"dtype": DTYPES[config.dtype], "device_map": config.device_map}
+    model: Any = checkpoint.load_whole(_auto_class(model_config), model_config, **options)
+    check_vocabulary(tokenizer, model, checkpoint)
     if config.device_map is None:
         model = model.to(config.device)
     # How a model likes to sample (temperature, penalties) is no part of an evaluation; where its texts end is.

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from src.retrieval.models.model_files import loading
+from src.retrieval.models.loading import loading
 from src.utils.errors import UserError
 
 

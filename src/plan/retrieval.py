@@ -20,7 +20,7 @@ from src.retrieval.data.corpus import EvalData
 from src.retrieval.jobs.builders import bm25_config
 from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.models.encode import EncodeConfig
-from src.retrieval.models.loading import TrainableModel
+from src.retrieval.models.trainable import TrainableModel
 from src.retrieval.ranking.config import SCORE, EvalConfig
 from src.retrieval.search.bm25.engine import choose_engine
 from src.retrieval.search.faiss_index import bytes_per_vector, check_factory

@@ -21,8 +21,8 @@ from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.tasks import load_task_config
 from src.retrieval.jobs.evaluate import check_outputs, evaluate, instructions, load_eval_data, log_file, record
 from src.retrieval.models.checkpoint_folders import checkpoint_to_resume
-from src.retrieval.models.loading import TrainableModel
 from src.retrieval.models.pair_scorer import PairScorer
+from src.retrieval.models.trainable import TrainableModel
 from src.retrieval.ranking.config import SCORE, EvalConfig, metric_names
 from src.retrieval.ranking.evaluate import hold_outputs
 from src.retrieval.ranking.files import Hits

@@ -8,25 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from src.retrieval.models.loading import (
-    TrainableModel,
-    below,
-    check_padding,
-    check_vocabulary,
-    counted_positions,
-    empty_model,
-    inner_folder,
-    load_backbone_weights,
-    load_tokenizer,
-    position_limit,
-)
-from src.retrieval.models.model_files import check_weights, find_file, loading, safe_only
-from src.retrieval.models.pair_tokenizer import PairTokenizer, read_layout
+from src.retrieval.models.checks import check_padding, check_vocabulary, counted_positions, position_limit
+from src.retrieval.models.encode import EncodeConfig, compute
+from src.retrieval.models.loading import Checkpoint, inner_folder
+from src.retrieval.models.pair_tokenizer import Pair, PairTokenizer, read_layout
 from src.retrieval.models.pooling import read_module_list
+from src.retrieval.models.trainable import TrainableModel, below
 from src.utils.errors import UserError
 from src.utils.files import read_object
 
@@ -36,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOLDER = "ranker"
+#: Pairs tokenized and sorted at a time; they are longer than single texts.
+PAIR_WINDOW = 4_096
 #: What sentence-transformers' CrossEncoder reads from config.json: without it, it would squash scores by a sigmoid.
 ST_SETTINGS = {"activation_fn": "torch.nn.modules.linear.Identity"}
 
@@ -82,9 +77,41 @@ class CrossEncoder(TrainableModel):
         self.backbone = backbone
         self.pairs = pairs
 
+    @classmethod
+    def from_pretrained(cls, path: str, device: str | torch.device = "cpu", **settings: Any) -> CrossEncoder:
+        """Load for use what `load_cross_encoder` loads; `settings` are those of `RankerConfig`.
+
+        Raises:
+            UserError: it cannot be loaded, or has no head to score with.
+        """
+        return load_cross_encoder(RankerConfig(path, **settings), new_head=False).to(device).eval()
+
     def score(self, pairs: Mapping[str, Tensor]) -> Tensor:
         """Token tensors ``(n, length)`` of pairs to fp32 scores ``(n,)``, the plain logits."""
         return self.backbone(**pairs).logits.squeeze(-1).float()
+
+    def score_pairs(
+        self, pairs: Sequence[Pair], config: EncodeConfig | None = None, bar: tqdm | None = None
+    ) -> np.ndarray:
+        """Score (query, key) texts, instruction included.
+
+        Args:
+            pairs: texts.
+            config: precision and batches; fp32 when None.
+            bar: moved on by the number of pairs of each batch.
+
+        Returns:
+            fp32 ``(n,)``, higher is more relevant.
+
+        Raises:
+            UserError: scores leave the range of the precision.
+        """
+        config = config or EncodeConfig(self.pairs.max_length, self.device)
+        windows = compute(self.score, self.pairs, self.pairs.tokenizer, pairs, config, bar, PAIR_WINDOW)
+        scores = np.concatenate([np.empty(0, dtype=np.float32), *windows])
+        if not np.isfinite(scores).all():
+            raise UserError(f"--dtype {config.dtype}: scores leave the range of half precision, use --dtype fp32")
+        return scores
 
     def forward(self, pair: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
         """Chunks of pairs, token tensors ``(n, length)``, to fp32 scores ``(n,)`` of each chunk."""
@@ -111,7 +138,7 @@ class CrossEncoder(TrainableModel):
         source = os.path.join(folder, FOLDER)
         if not os.path.isdir(source):
             raise UserError(f"{folder} has no {FOLDER!r} folder: it is no checkpoint of run_ranker.py")
-        load_backbone_weights(self.backbone, source, "ranker")
+        Checkpoint(source, "ranker").load_into(self.backbone)
 
 
 def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEncoder:
@@ -123,85 +150,76 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
     Raises:
         UserError: it cannot be loaded, has another kind of head, or does not take texts of these lengths.
     """
-    checkpoint = inner_folder(config.ranker, (FOLDER,))
-    options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
-    tokenizer, _ = load_tokenizer(checkpoint, config.cache_dir, config.trust_remote_code, "ranker")
-    with loading(checkpoint, "ranker", "its config.json"):
-        model_config = AutoConfig.from_pretrained(checkpoint, **options)
-    check_weights(checkpoint, model_config, config.allow_pickle, config.cache_dir)
-    _check_kind(checkpoint, model_config, config.cache_dir)
+    path = inner_folder(config.ranker, (FOLDER,))
+    checkpoint = Checkpoint(path, "ranker", config.cache_dir, config.trust_remote_code, config.allow_pickle)
+    tokenizer = checkpoint.padding_tokenizer()
+    model_config = checkpoint.config()
+    _check_kind(checkpoint, model_config)
     model_config.num_labels = 1
     model_config.sentence_transformers = dict(ST_SETTINGS)
     if config.empty:
-        code = {"trust_remote_code": config.trust_remote_code}
-        backbone = empty_model(AutoModelForSequenceClassification, model_config, checkpoint, "ranker", **code)
+        backbone = checkpoint.empty(AutoModelForSequenceClassification, model_config)
     else:
-        options["use_safetensors"] = safe_only(config.allow_pickle)
-        backbone = _load_backbone(checkpoint, model_config, options, new_head)
-    if check_vocabulary(tokenizer, backbone, checkpoint, "ranker"):
+        backbone, missing = checkpoint.load(AutoModelForSequenceClassification, model_config)
+        _check_head(checkpoint, missing, f"{backbone.base_model_prefix}.", new_head)
+    if check_vocabulary(tokenizer, backbone, checkpoint):
         tokenizer.split_special_tokens = True
     ranker = CrossEncoder(backbone, _pair_tokenizer(checkpoint, tokenizer, backbone, config))
-    text_config = backbone.config.get_text_config()
     if counted_positions(backbone) is None:
         # Decoders read the score at the last token that is not this one.
-        text_config.pad_token_id = tokenizer.pad_token_id
+        backbone.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if hasattr(backbone.config, "use_cache"):
         backbone.config.use_cache = False
     if not config.empty:
         texts = ranker.pairs([("a", "b"), ("a", "b c d e f g h i")])
-        check_padding(ranker.score, tokenizer, texts, backbone, checkpoint, "ranker")
+        check_padding(ranker.score, tokenizer, texts, backbone, checkpoint)
     return ranker
 
 
-def _check_kind(checkpoint: str, config: PretrainedConfig, cache_dir: str | None) -> None:
+def _check_kind(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
     """Refuse heads that give more than one number, and sentence-transformers pipelines beyond a plain transformer."""
-    with loading(checkpoint, "ranker"):
+    with checkpoint.loading():
         architecture = str((config.architectures or [""])[0])
     if architecture.endswith("ForSequenceClassification") and config.num_labels != 1:
         raise UserError(
-            f"{checkpoint!r} is a classifier with {config.num_labels} labels: a ranker has one, start from its encoder"
+            f"{checkpoint.path!r} is a classifier with {config.num_labels} labels: a ranker has one, start from its "
+            "encoder"
         )
-    modules = find_file(checkpoint, "modules.json", cache_dir)
-    settings = find_file(checkpoint, "config_sentence_transformers.json", cache_dir)
+    modules = checkpoint.find("modules.json")
+    settings = checkpoint.find("config_sentence_transformers.json")
     if modules is None or settings is None:
         return
     # The folder of a bi-encoder is an encoder like any other: its pooling is not used.
     if read_object(settings, "sentence-transformers settings").get("model_type") == "CrossEncoder":
         kinds = [kind for kind, _ in read_module_list(modules)]
         if kinds != ["Transformer"]:
-            raise UserError(f"{checkpoint!r}: a CrossEncoder of the modules {', '.join(kinds)} is not supported")
+            raise UserError(f"{checkpoint.path!r}: a CrossEncoder of the modules {', '.join(kinds)} is not supported")
 
 
-def _pair_tokenizer(checkpoint: str, tokenizer: Any, model: PreTrainedModel, config: RankerConfig) -> PairTokenizer:
-    with loading(checkpoint, "ranker"):
-        layout = read_layout(tokenizer, checkpoint)
-    wanted = config.query_max_length + config.key_max_length + layout.special
-    limit = position_limit(model.config, model) or wanted
+def _check_head(checkpoint: Checkpoint, missing: Sequence[str], body: str, new_head: bool) -> None:
+    """Refuse an encoder that lacks weights (their names begin with `body`), and a head that does unless `new_head`."""
+    checkpoint.refuse([name for name in missing if name.startswith(body) and ".pooler." not in name])
+    if missing and not new_head:
+        raise UserError(
+            f"{checkpoint.path!r} has no head to score with: it is no ranker yet, train it with --train_data"
+        )
+    if missing:
+        names = ", ".join(dict.fromkeys(name.removeprefix(body).partition(".")[0] for name in missing))
+        logger.info("%s has no head to score with: a new one is made (%s), to be trained", checkpoint.path, names)
+
+
+def _pair_tokenizer(
+    checkpoint: Checkpoint, tokenizer: Any, model: PreTrainedModel, config: RankerConfig
+) -> PairTokenizer:
+    with checkpoint.loading():
+        layout = read_layout(tokenizer, checkpoint.path)
+    longest = config.query_max_length + config.key_max_length + layout.special
+    limit = position_limit(model.config, model) or longest
     if config.query_max_length + layout.special >= limit:
         raise UserError(
-            f"--query_max_length {config.query_max_length} leaves no room for a key: {checkpoint!r} takes {limit} "
+            f"--query_max_length {config.query_max_length} leaves no room for a key: {checkpoint.path!r} takes {limit} "
             "tokens at most"
         )
     # Encoders with a decoder read the score where texts end, and count the tokens that say so.
     plain = model.config.is_encoder_decoder
-    return PairTokenizer(tokenizer, layout, config.query_max_length, config.key_max_length, min(wanted, limit), plain)
-
-
-def _load_backbone(
-    checkpoint: str, config: PretrainedConfig, options: dict[str, Any], new_head: bool
-) -> PreTrainedModel:
-    with loading(checkpoint, "ranker"):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
-        )
-    missing = sorted(info["missing_keys"])
-    body = f"{model.base_model_prefix}."
-    lost = [name for name in missing if name.startswith(body) and ".pooler." not in name]
-    if lost:
-        raise UserError(f"{checkpoint!r} lacks {len(lost)} weights of the encoder, among them {lost[0]}")
-    if missing and not new_head:
-        raise UserError(f"{checkpoint!r} has no head to score with: it is no ranker yet, train it with --train_data")
-    if missing:
-        names = ", ".join(dict.fromkeys(name.removeprefix(body).partition(".")[0] for name in missing))
-        logger.info("%s has no head to score with: a new one is made (%s), to be trained", checkpoint, names)
-    return model
+    return PairTokenizer(tokenizer, layout, config.query_max_length, config.key_max_length, min(longest, limit), plain)

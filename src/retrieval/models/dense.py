@@ -7,20 +7,21 @@ import inspect
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import normalizers
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     MODEL_MAPPING,
-    AutoConfig,
     AutoModel,
     AutoModelForTextEncoding,
     PretrainedConfig,
@@ -28,18 +29,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from src.retrieval.models.loading import (
-    TrainableModel,
-    below,
-    check_padding,
-    check_vocabulary,
-    empty_model,
-    inner_folder,
-    load_backbone_weights,
-    load_tokenizer,
-    position_limit,
-    trial_run,
-)
+from src.retrieval.models.checks import check_padding, check_vocabulary, position_limit, trial_run
+from src.retrieval.models.encode import EncodeConfig, encode
+from src.retrieval.models.loading import Checkpoint, inner_folder, loading
 from src.retrieval.models.lora import (
     LoraSettings,
     add_adapters,
@@ -51,7 +43,6 @@ from src.retrieval.models.lora import (
     merged_weights,
     save_adapters,
 )
-from src.retrieval.models.model_files import check_weights, loading, safe_only
 from src.retrieval.models.padding import pad
 from src.retrieval.models.pooling import (
     DENSE_FOLDER,
@@ -62,6 +53,7 @@ from src.retrieval.models.pooling import (
     read_pooling_spec,
     write_own_file,
 )
+from src.retrieval.models.trainable import TrainableModel, below
 from src.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,6 +68,8 @@ ADAPTERS = "adapters"
 UNTIED = ("query_encoder", "key_encoder")
 DEFAULT_POOLING = ("cls",)
 DEFAULT_METRIC = "cos"
+#: Most tokens of a text, instruction included.
+DEFAULT_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -133,14 +127,7 @@ class EncoderConfig:
 
 
 class TextEncoder(nn.Module):
-    """A transformer, a pooling method and possibly a dense layer.
-
-    Args:
-        backbone: the transformer.
-        pooling_method: see `pooling.pool`; ``dense`` may follow.
-        pooled_width: dimensions of pooled vectors.
-        dense: layer over them.
-    """
+    """A transformer, a pooling method (see `pooling.pool`) and possibly a dense layer over pooled vectors."""
 
     def __init__(
         self,
@@ -183,7 +170,7 @@ class DenseRetriever(TrainableModel):
             of the checkpoint's folders.
         tokenizers: one per encoder.
         metric: ``cos`` (vectors are scaled to unit length), ``ip`` or ``l2``.
-        bases: what each encoder with adapters was loaded from.
+        bases: what each encoder was loaded from.
         truncate_dim: vectors are their first so many dimensions; None for all.
 
     Raises:
@@ -195,32 +182,34 @@ class DenseRetriever(TrainableModel):
         encoders: Mapping[str, TextEncoder],
         tokenizers: Mapping[str, PreTrainedTokenizerBase],
         metric: str,
-        bases: Mapping[str, str] | None = None,
+        bases: Mapping[str, str],
         truncate_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.modules_by_name = nn.ModuleDict(dict(encoders))
-        self.tokenizers = dict(tokenizers)
+        self.tokenizers = tokenizers
         self.metric = metric
-        self.bases = dict(bases or {})
+        self.bases = bases
         self.truncate_dim = truncate_dim
+        self.query_name, self.key_name = (TIED, TIED) if TIED in encoders else UNTIED
         if truncate_dim is not None and truncate_dim >= self.width:
             raise UserError(f"--truncate_dim {truncate_dim}: the vectors have {self.width} dimensions, give less")
+
+    @classmethod
+    def from_pretrained(cls, path: str, device: str | torch.device = "cpu", **settings: Any) -> DenseRetriever:
+        """Load for use what `load_dense_retriever` loads; `settings` are those of `EncoderConfig`.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        tied = not os.path.isdir(os.path.join(path, UNTIED[0]))
+        config = EncoderConfig(**{"query_encoder": path, "key_encoder": path, "tie_encoders": tied, **settings})
+        return load_dense_retriever(config).to(device).eval()
 
     @property
     def encoders(self) -> dict[str, TextEncoder]:
         """The encoders by name."""
         return {name: cast(TextEncoder, module) for name, module in self.modules_by_name.items()}
-
-    @property
-    def query_name(self) -> str:
-        """Name of the encoder of queries."""
-        return TIED if TIED in self.encoders else UNTIED[0]
-
-    @property
-    def key_name(self) -> str:
-        """Name of the encoder of keys."""
-        return TIED if TIED in self.encoders else UNTIED[1]
 
     @property
     def query_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -253,6 +242,20 @@ class DenseRetriever(TrainableModel):
     def embed_key(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Token tensors ``(n, length)`` to fp32 vectors ``(n, D)``."""
         return self._embed(self.key_name, inputs)
+
+    def encode_queries(
+        self, texts: Sequence[str], config: EncodeConfig | None = None, bar: tqdm | None = None
+    ) -> np.ndarray:
+        """Embed texts, instruction included, of at most 256 tokens in fp32 when `config` is None; see `encode`."""
+        config = config or EncodeConfig(DEFAULT_LENGTH, self.device)
+        return encode(self.embed_query, self.query_tokenizer, texts, config, bar)
+
+    def encode_keys(
+        self, texts: Sequence[str], config: EncodeConfig | None = None, bar: tqdm | None = None
+    ) -> np.ndarray:
+        """Embed texts as `encode_queries` does, by the key encoder."""
+        config = config or EncodeConfig(DEFAULT_LENGTH, self.device)
+        return encode(self.embed_key, self.key_tokenizer, texts, config, bar)
 
     def forward(
         self, query: Sequence[Mapping[str, Tensor]], key: Sequence[Mapping[str, Tensor]]
@@ -296,7 +299,7 @@ class DenseRetriever(TrainableModel):
             if has_adapters(encoder.backbone):
                 load_adapters(encoder.backbone, adapters)
             else:
-                load_backbone_weights(encoder.backbone, source, "encoder", **_no_pooler(type(encoder.backbone)))
+                Checkpoint(source, "encoder").load_into(encoder.backbone, **_no_pooler(type(encoder.backbone)))
             if encoder.dense is not None:
                 saved = DenseLayer.load(os.path.join(source, DENSE_FOLDER))
                 with loading(source, "encoder"):
@@ -318,54 +321,35 @@ def _no_pooler(model_class: type) -> dict[str, Any]:
     return {"add_pooling_layer": False} if accepts else {}
 
 
-def _load_backbone(
-    checkpoint: str, decoder: bool, config: EncoderConfig, above: tuple[str, ...] = ()
-) -> PreTrainedModel:
-    """One transformer; of adapters with what they belong to, which may be adapters in turn (`above` belong to them)."""
-    if is_adapter_folder(checkpoint):
-        origin = base_of(checkpoint)
-        if origin in (*above, checkpoint):
-            raise UserError(f"{checkpoint} holds adapters of {origin}, which are adapters of it in turn")
+def _load_backbone(checkpoint: Checkpoint, decoder: bool, empty: bool, above: tuple[str, ...] = ()) -> PreTrainedModel:
+    """Load a transformer; of adapters what they belong to, maybe adapters in turn (`above` belong to them), merged."""
+    path = checkpoint.path
+    if is_adapter_folder(path):
+        origin = base_of(path)
+        if origin in (*above, path):
+            raise UserError(f"{path} holds adapters of {origin}, which are adapters of it in turn")
         try:
-            base = _load_backbone(origin, decoder, config, (*above, checkpoint))
+            base = _load_backbone(replace(checkpoint, path=origin), decoder, empty, (*above, path))
         except UserError as error:
-            raise UserError(f"{checkpoint} holds adapters of another encoder, {origin}: {error}") from error
-        return base if config.empty else merge_into(base, checkpoint)
-    options = {"cache_dir": config.cache_dir, "trust_remote_code": config.trust_remote_code}
-    with loading(checkpoint, "encoder", "its config.json"):
-        model_config = AutoConfig.from_pretrained(checkpoint, **options)
-        # Also of an encoder that was saved alone, whose settings no longer tell of a decoder.
-        known = type(model_config) in MODEL_FOR_TEXT_ENCODING_MAPPING
-        family_decodes = model_config.is_encoder_decoder or (known and type(model_config)().is_encoder_decoder)
-    check_weights(checkpoint, model_config, config.allow_pickle, config.cache_dir)
+            raise UserError(f"{path} holds adapters of another encoder, {origin}: {error}") from error
+        return base if empty else merge_into(base, path)
+    config = checkpoint.config()
+    # Also of an encoder that was saved alone, whose settings no longer tell of a decoder.
+    known = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    family_decodes = config.is_encoder_decoder or (known and type(config)().is_encoder_decoder)
     auto_class: Any = AutoModel
     pooler: dict[str, Any] = {}
     if family_decodes and not decoder:
         if not known:
-            raise UserError(f"{checkpoint!r}: the encoder of this model type cannot be used alone, T5's can")
+            raise UserError(f"{path!r}: the encoder of this model type cannot be used alone, T5's can")
         auto_class = AutoModelForTextEncoding
-        model_config.is_encoder_decoder = False
-    elif family_decodes and not model_config.is_encoder_decoder:
-        raise UserError(f"--pooling_method decoder: {checkpoint!r} is an encoder that was saved without its decoder")
-    elif type(model_config) in MODEL_MAPPING:
-        pooler = _no_pooler(MODEL_MAPPING[type(model_config)])  # type: ignore[arg-type]
-    if config.empty:
-        code = {"trust_remote_code": config.trust_remote_code}
-        return empty_model(auto_class, model_config, checkpoint, "encoder", **code, **pooler)
-    with loading(checkpoint, "encoder"):
-        model, info = auto_class.from_pretrained(
-            checkpoint,
-            config=model_config,
-            dtype=torch.float32,
-            use_safetensors=safe_only(config.allow_pickle),
-            output_loading_info=True,
-            **options,
-            **pooler,
-        )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise UserError(f"{checkpoint!r} lacks {len(missing)} weights of the encoder, among them {missing[0]}")
-    return model
+        config.is_encoder_decoder = False
+    elif family_decodes and not config.is_encoder_decoder:
+        raise UserError(f"--pooling_method decoder: {path!r} is an encoder that was saved without its decoder")
+    elif type(config) in MODEL_MAPPING:
+        pooler = _no_pooler(MODEL_MAPPING[type(config)])  # type: ignore[arg-type]
+    load = checkpoint.empty if empty else checkpoint.load_whole
+    return load(auto_class, config, **pooler)
 
 
 def _is_causal(config: PretrainedConfig) -> bool:
@@ -376,60 +360,61 @@ def _is_causal(config: PretrainedConfig) -> bool:
     return causal and not both_ways
 
 
-def _load_tokenizer(checkpoint: str, config: EncoderConfig, lower_case: bool) -> PreTrainedTokenizerBase:
-    tokenizer, borrowed = load_tokenizer(checkpoint, config.cache_dir, config.trust_remote_code, "encoder")
-    tokenizer.truncation_side = config.truncation_side
+def _load_tokenizer(checkpoint: Checkpoint, truncation_side: str, lower_case: bool) -> PreTrainedTokenizerBase:
+    tokenizer = checkpoint.padding_tokenizer()
+    tokenizer.truncation_side = truncation_side
     if lower_case and not tokenizer.is_fast:
-        raise UserError(f"{checkpoint!r}: do_lower_case of sentence-transformers needs a tokenizer.json")
+        raise UserError(f"{checkpoint.path!r}: do_lower_case of sentence-transformers needs a tokenizer.json")
     if lower_case:
         # As sentence-transformers does it.
-        own = tokenizer.backend_tokenizer.normalizer
-        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Lowercase(), *([own] if own else [])]
-        )
-    if borrowed:
-        logger.info("%s: the tokenizer has no padding token, its end token is used (and masked)", checkpoint)
+        steps = [normalizers.Lowercase(), tokenizer.backend_tokenizer.normalizer]
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([step for step in steps if step is not None])
     return tokenizer
 
 
 def _check_lengths(
-    backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint: str, config: EncoderConfig
+    backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, spec: PoolingSpec, config: EncoderConfig
 ) -> None:
     special = tokenizer.num_special_tokens_to_add()
     limit = position_limit(backbone.config, backbone)
-    for flag, length in (("query_max_length", config.query_max_length), ("key_max_length", config.key_max_length)):
-        if length is not None and length <= special:
-            raise UserError(f"--{flag} {length} leaves no room for text: {checkpoint!r} adds {special} special tokens")
-        if limit and length is not None and length > limit:
-            raise UserError(f"--{flag} {length}: {checkpoint!r} takes {limit} tokens at most")
+    lengths = {"query_max_length": config.query_max_length or 0, "key_max_length": config.key_max_length or 0}
+    for flag, length in lengths.items():
+        if 0 < length <= special:
+            raise UserError(f"--{flag} {length} leaves no room for text: {path!r} adds {special} special tokens")
+        if limit and length > limit:
+            raise UserError(f"--{flag} {length}: {path!r} takes {limit} tokens at most")
+    longest = max(lengths.values())
+    if spec.max_length is not None and (theirs := min(spec.max_length, tokenizer.model_max_length)) < longest:
+        cut = "%s: sentence-transformers cuts texts to %d tokens (max_seq_length), here they are cut to %d as flags say"
+        logger.info(cut, path, theirs, longest)
 
 
-def _load_dense(spec: PoolingSpec, width: int, checkpoint: str, config: EncoderConfig) -> DenseLayer:
+def _load_dense(spec: PoolingSpec, width: int, path: str, config: EncoderConfig) -> DenseLayer:
     if spec.dense is not None:
         layer = DenseLayer.load(spec.dense, config.allow_pickle)
         if layer.linear.in_features != width:
             raise UserError(
-                f"{spec.dense}: a dense layer for vectors of {layer.linear.in_features} dimensions, {checkpoint!r} "
+                f"{spec.dense}: a dense layer for vectors of {layer.linear.in_features} dimensions, {path!r} "
                 f"gives {width}"
             )
         if config.dense_dim not in (None, layer.linear.out_features):
             raise UserError(
-                f"--dense_dim {config.dense_dim}: {checkpoint!r} brings a dense layer of {layer.linear.out_features} "
+                f"--dense_dim {config.dense_dim}: {path!r} brings a dense layer of {layer.linear.out_features} "
                 "dimensions: leave the flag out"
             )
         return layer
     if not config.new_dense:
         raise UserError(
-            f"--pooling_method names dense, but {checkpoint!r} has no dense layer, and one that nobody has trained is "
+            f"--pooling_method names dense, but {path!r} has no dense layer, and one that nobody has trained is "
             "of no use: train it with run_dense.py, or leave dense out"
         )
     return DenseLayer(width, config.dense_dim or width, bias=False)
 
 
 def _chosen_pooling(
-    spec: PoolingSpec, checkpoint: str, model: PretrainedConfig, config: EncoderConfig
+    spec: PoolingSpec, path: str, model: PretrainedConfig, config: EncoderConfig
 ) -> tuple[tuple[str, ...], str | None]:
-    """The pooling that a flag names, else the checkpoint, else that of the kind of model; and which of them."""
+    """Take the pooling that a flag names, else the checkpoint, else that of the kind of model; and which of them."""
     if config.pooling_method is not None:
         return config.pooling_method, "flag"
     if spec.pooling_method is None:
@@ -438,54 +423,47 @@ def _chosen_pooling(
         return DEFAULT_POOLING, "default"
     if spec.without_prompt and config.instructed:
         raise UserError(
-            f"{checkpoint!r} pools without the tokens of an instruction (include_prompt false), which is not "
+            f"{path!r} pools without the tokens of an instruction (include_prompt false), which is not "
             "supported: give --add_instruction False, or --pooling_method to pool all tokens"
         )
     return spec.pooling_method, spec.origin
 
 
-def _load_encoder(checkpoint: str, config: EncoderConfig) -> tuple[TextEncoder, PreTrainedTokenizerBase, str]:
-    """One encoder, its tokenizer and the metric."""
-    spec = read_pooling_spec(checkpoint, config.cache_dir, config.pooling_method is not None)
-    metric = config.dense_metric or spec.dense_metric or DEFAULT_METRIC
-    tokenizer = _load_tokenizer(checkpoint, config, spec.lower_case)
-    backbone = _load_backbone(checkpoint, "decoder" in (config.pooling_method or spec.pooling_method or ()), config)
+def _load_encoder(path: str, config: EncoderConfig) -> tuple[TextEncoder, PreTrainedTokenizerBase, str]:
+    """Load one encoder with its tokenizer, and tell its metric."""
+    checkpoint = Checkpoint(path, "encoder", config.cache_dir, config.trust_remote_code, config.allow_pickle)
+    spec = read_pooling_spec(checkpoint, config.pooling_method is not None)
+    tokenizer = _load_tokenizer(checkpoint, config.truncation_side, spec.lower_case)
+    decoder = "decoder" in (config.pooling_method or spec.pooling_method or ())
+    backbone = _load_backbone(checkpoint, decoder, config.empty)
     backbone.config.use_cache = False
-    if check_vocabulary(tokenizer, backbone, checkpoint, "encoder"):
+    if check_vocabulary(tokenizer, backbone, checkpoint):
         tokenizer.split_special_tokens = True
-    _check_lengths(backbone, tokenizer, checkpoint, config)
-    longest = max(config.query_max_length or 0, config.key_max_length or 0)
-    if spec.max_length is not None and (theirs := min(spec.max_length, tokenizer.model_max_length)) < longest:
-        cut = "%s: sentence-transformers cuts texts to %d tokens (max_seq_length), here they are cut to %d as flags say"
-        logger.info(cut, checkpoint, theirs, longest)
+    _check_lengths(backbone, tokenizer, path, spec, config)
     if spec.prompts:
         unused = "%s: its prompts (%s) are not used: instructions are those of --version and --task_config"
-        logger.info(unused, checkpoint, ", ".join(spec.prompts))
-    methods, origin = _chosen_pooling(spec, checkpoint, backbone.config, config)
+        logger.info(unused, path, ", ".join(spec.prompts))
+    methods, origin = _chosen_pooling(spec, path, backbone.config, config)
     if methods[0] == "decoder" and not backbone.config.is_encoder_decoder:
         # What the original takes of the states of a model without a decoder.
         methods = ("cls", *methods[1:])
     # Without a mask, which transformers looks into: models without weights have none.
     tokens = {"input_ids": pad(tokenizer, tokenizer(["a"]), [0])["input_ids"].to(backbone.device)}
-    states = trial_run(partial(_states, backbone, methods[0]), tokens, checkpoint, "encoder")
+    states = trial_run(partial(_states, backbone, methods[0]), tokens, checkpoint)
     width = backbone.config.hidden_size if states is None else states.shape[-1]
+    encoder = TextEncoder(backbone, methods, width)
     if not config.empty:
-        texts = tokenizer(["a", "a b c d e f g h"])
-        check_padding(TextEncoder(backbone, methods, width), tokenizer, texts, backbone, checkpoint, "encoder")
+        check_padding(encoder, tokenizer, tokenizer(["a", "a b c d e f g h"]), backbone, checkpoint)
     if config.lora is not None:
         add_adapters(backbone, config.lora)
-    if "dense" not in methods and config.dense_dim is not None:
+    if "dense" in methods:
+        encoder.dense = _load_dense(spec, width, path, config)
+    elif config.dense_dim is not None:
         raise UserError(f"--dense_dim {config.dense_dim} needs a dense layer: --pooling_method {methods[0]} dense")
-    dense = _load_dense(spec, width, checkpoint, config) if "dense" in methods else None
-    logger.info(
-        "%s: pooling %s (%s), similarity %s (%s)",
-        checkpoint,
-        "+".join(methods),
-        origin,
-        metric,
-        "flag" if config.dense_metric else spec.origin if spec.dense_metric else "default",
-    )
-    return TextEncoder(backbone, methods, width, dense), tokenizer, metric
+    metric = config.dense_metric or spec.dense_metric or DEFAULT_METRIC
+    said_by = "flag" if config.dense_metric else spec.origin if spec.dense_metric else "default"
+    logger.info("%s: pooling %s (%s), similarity %s (%s)", path, "+".join(methods), origin, metric, said_by)
+    return encoder, tokenizer, metric
 
 
 def encoder_folders(config: EncoderConfig) -> dict[str, str]:
@@ -505,11 +483,9 @@ def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:
         UserError: a checkpoint cannot be loaded, or does not fit the settings.
     """
     folders = encoder_folders(config)
-    if config.tie_encoders:
-        encoder, tokenizer, metric = _load_encoder(folders[TIED], config)
-        return DenseRetriever({TIED: encoder}, {TIED: tokenizer}, metric, folders, config.truncate_dim)
-    query, query_tokenizer, metric = _load_encoder(folders[UNTIED[0]], config)
-    key, key_tokenizer, key_metric = _load_encoder(folders[UNTIED[1]], config)
+    loaded = {name: _load_encoder(folder, config) for name, folder in folders.items()}
+    (query, _, metric), *_ = loaded.values()
+    *_, (key, _, key_metric) = loaded.values()
     if metric != key_metric:
         raise UserError(f"the query encoder compares by {metric}, the key encoder by {key_metric}: give --dense_metric")
     if query.width != key.width:
@@ -518,8 +494,8 @@ def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:
             "or give both a layer of --dense_dim N (--pooling_method … dense)"
         )
     return DenseRetriever(
-        dict(zip(UNTIED, (query, key), strict=True)),
-        dict(zip(UNTIED, (query_tokenizer, key_tokenizer), strict=True)),
+        {name: encoder for name, (encoder, _, _) in loaded.items()},
+        {name: tokenizer for name, (_, tokenizer, _) in loaded.items()},
         metric,
         folders,
         config.truncate_dim,

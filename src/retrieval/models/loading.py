@@ -1,29 +1,33 @@
-"""What both kinds of models have in common: what the trainer asks of them, and how they are loaded."""
+"""Find, check and load what a model's folder or hub name holds; whatever a library raises is one line for the user."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
+    cached_file,
 )
 
-from src.retrieval.models.model_files import loading
-from src.retrieval.models.padding import pad
-from src.utils.errors import UserError, first_line
+from src.utils.errors import UserError, first_line, is_out_of_memory
+from src.utils.files import read_object
+from src.utils.manifest import check_recorded
 
 logger = logging.getLogger(__name__)
 
@@ -31,285 +35,245 @@ logger = logging.getLogger(__name__)
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
-class TrainableModel(nn.Module, ABC):
-    """A model of the trainer's: transformers inside, saved and loaded below a checkpoint-N folder."""
+@contextlib.contextmanager
+def loading(path: str, what: str, part: str = "") -> Iterator[None]:
+    """Tell in one line why something of a checkpoint cannot be used, whatever it makes a library raise.
 
-    @property
-    @abstractmethod
-    def backbones(self) -> list[PreTrainedModel]:
-        """The transformers inside."""
+    Only for calls of libraries on what a checkpoint holds: our mistakes must stay visible.
 
-    @abstractmethod
-    def save(self, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write each transformer with its tokenizer into a folder of its own below `folder`.
+    Args:
+        path: folder or hub name.
+        what: kind of model.
+        part: of it, that is read.
 
-        Args:
-            folder: made when missing.
-            state_dict: weights of this module gathered from elsewhere (see `engines`); its own when None.
-        """
-
-    @abstractmethod
-    def load_weights(self, folder: str) -> None:
-        """Take the weights that `save` wrote below `folder`.
-
-        Raises:
-            UserError: some are missing there.
-        """
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return next(self.parameters()).device
-
-    @property
-    def _no_split_modules(self) -> set[str]:
-        """Names of the layers' classes: what accelerate makes FSDP divide one by one."""
-        return set().union(*map(_layer_classes, self.backbones))
-
-    def activation_checkpointing_enable(
-        self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
-        every_n_layers: int = 1,
-        offload: bool = False,
-    ) -> None:
-        """Recompute activations in the backward pass; called by the Trainer.
-
-        Non-reentrant, because the other kind fails under DistributedDataParallel when one encoder runs twice.
-        """
-        kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
-        for backbone in self.backbones:
-            backbone.activation_checkpointing_enable(
-                activation_checkpointing_kwargs=kwargs, every_n_layers=every_n_layers, offload=offload
-            )
+    Raises:
+        UserError: in place of any exception but want of memory.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # A panic of the tokenizers library is none of Python's exceptions, and can be imported from nowhere.
+        expected = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not expected or isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        raise _load_error(path, error, what, part) from error
 
 
-def _layer_classes(backbone: PreTrainedModel) -> set[str]:
-    """Names as transformers has them; where it has none, that of the modules in the longest list of them."""
-    named = {type(module).__name__ for module in backbone.modules()} & set(backbone._no_split_modules or ())
-    if named:
-        return named
-    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
-    return {type(layer).__name__ for layer in max(lists, key=len, default=())}
+def _load_error(path: str, error: BaseException, what: str, part: str) -> UserError:
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"the {what} {path!r} brings Python code of its own, which is not run unasked: read it, and give "
+            "--trust_remote_code if you trust it"
+        )
+    reason = first_line(error)
+    if isinstance(error, ImportError):
+        advice = "install what is missing, or take a model that does without"
+    elif isinstance(error, pickle.UnpicklingError):
+        reason, advice = "its pickle holds more than weights", "take weights in safetensors"
+    elif os.path.isabs(path) and not os.path.exists(path):
+        # What the hub's client says of a path is about names of repositories.
+        reason, advice = "no such folder", "name one that is there, or a model of the hub"
+    elif not isinstance(error, OSError | ValueError | RuntimeError):
+        # The messages of these alone say little.
+        reason = f"{type(error).__name__}: {reason}"
+        advice = "a file is damaged, or has a value of another kind than it should: fetch or save the model anew"
+    elif os.path.isdir(path):
+        advice = "the folder must hold config.json, model.safetensors and the tokenizer's files"
+    else:
+        advice = "no such folder here; as a hub name it must be in the cache already when there is no network, "
+        advice += "see --model_cache_dir; weights in another format than safetensors need --allow_pickle"
+    where = f" ({part})" if part and os.path.isdir(path) else ""
+    return UserError(f"cannot load the {what} {path!r}{where}: {reason} ({advice})")
+
+
+def find_file(path: str, name: str, cache_dir: str | None) -> str | None:
+    """A file of a local folder or of a hub repository, None when it is not there."""
+    if os.path.isdir(path):
+        file = os.path.join(path, name)
+        return file if os.path.isfile(file) else None
+    try:
+        return cached_file(
+            path,
+            name,
+            cache_dir=cache_dir,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+    except OSError:
+        return None
 
 
 def inner_folder(path: str, names: Sequence[str]) -> str:
     """The model folder that `path` means: itself, or when it is a checkpoint-N the first of `names` inside."""
-    for name in names:
-        if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "config.json")):
-            candidate = os.path.join(path, name)
-            if os.path.isfile(os.path.join(candidate, "config.json")):
-                return candidate
-    return path
+    if not os.path.isdir(path) or os.path.isfile(os.path.join(path, CONFIG_NAME)):
+        return path
+    inside = [os.path.join(path, name) for name in names]
+    return next((folder for folder in inside if os.path.isfile(os.path.join(folder, CONFIG_NAME))), path)
 
 
-def load_backbone_weights(backbone: PreTrainedModel, folder: str, what: str, **options: Any) -> None:
-    """Take the weights of a transformer that was saved to `folder`, all of them.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model to load with transformers.
 
-    Args:
-        backbone: of the same kind and size.
-        folder: see `PreTrainedModel.save_pretrained`.
+    Every method raises a UserError that names the model where a file is missing, damaged or of another kind.
+
+    Attributes:
+        path: folder or hub name.
         what: kind of model, for messages.
-        options: for the making of the model.
-
-    Raises:
-        UserError: some are missing or damaged, or there are those of another shape.
+        cache_dir: of the hub.
+        trust_remote_code: run the code that comes with it.
+        allow_pickle: load weights that are kept in a pickle.
+        gguf_file: file in the folder that holds all of the model.
     """
-    loader: Any = type(backbone)
-    with loading(folder, what):
-        saved, info = loader.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{folder} lacks {len(missing)} weights, among them {missing[0]}: take another checkpoint")
-    with loading(folder, what):
-        backbone.load_state_dict(saved.state_dict())
 
+    path: str
+    what: str
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    gguf_file: str | None = None
 
-def read_tokenizer(checkpoint: str, what: str, **options: Any) -> PreTrainedTokenizerBase:
-    """A tokenizer as it stands in a checkpoint; `what` is the kind of model it belongs to.
+    @property
+    def _options(self) -> dict[str, Any]:
+        gguf = {"gguf_file": self.gguf_file} if self.gguf_file is not None else {}
+        return {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code, **gguf}
 
-    Raises:
-        UserError: it cannot be loaded, or not used.
-    """
-    with loading(checkpoint, what, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
-        # What is wrong with its files may show in use only.
-        tokenizer("a")
-        tokenizer.convert_tokens_to_ids(["a", *tokenizer.all_special_tokens])
-    return tokenizer
+    def loading(self, part: str = "") -> contextlib.AbstractContextManager[None]:
+        """See `loading`."""
+        return loading(self.path, self.what, part)
 
+    def find(self, name: str) -> str | None:
+        """See `find_file`."""
+        return find_file(self.path, name, self.cache_dir)
 
-def load_tokenizer(
-    checkpoint: str, cache_dir: str | None, trust_remote_code: bool, what: str
-) -> tuple[PreTrainedTokenizerBase, bool]:
-    """A tokenizer that pads on the right, and whether its end token had to serve as padding.
+    def config(self) -> PretrainedConfig:
+        """Read the configuration."""
+        with self.loading("its config.json"):
+            return AutoConfig.from_pretrained(self.path, **self._options)
 
-    Right padding keeps absolute positions and causal attention untouched by padding; models read the mask.
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer as it stands there."""
+        with self.loading("its tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(self.path, **self._options)
+            # What is wrong with its files may show in use only.
+            tokenizer("a")
+            tokenizer.convert_tokens_to_ids(["a", *tokenizer.all_special_tokens])
+        return tokenizer
 
-    Raises:
-        UserError: it cannot be loaded; `what` is the kind of model it belongs to.
-    """
-    tokenizer = read_tokenizer(checkpoint, what, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    # Without its files transformers makes one up that knows the special tokens only.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise UserError(f"{checkpoint!r} has no files of a tokenizer: copy them there from where the {what} comes from")
-    tokenizer.padding_side = "right"
-    # sentence-transformers would put every text into it.
-    tokenizer.chat_template = None
-    borrowed = tokenizer.pad_token is None
-    if borrowed:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None:
-        raise UserError(
-            f"the tokenizer of {checkpoint!r} has neither a token to pad with nor one that ends texts: name one in its "
-            "tokenizer_config.json (pad_token)"
-        )
-    return tokenizer, borrowed
+    def padding_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer to pad on the right, by its end token where it has none for that.
 
-
-def empty_model(
-    auto_class: Any, config: PretrainedConfig, checkpoint: str, what: str, **options: Any
-) -> PreTrainedModel:
-    """A model as its configuration describes it, on the meta device: shapes, but no weights and no memory.
-
-    Args:
-        auto_class: of transformers, such as AutoModel.
-        config: of the model.
-        checkpoint: where it comes from.
-        what: kind of model, for messages.
-        options: passed on.
-
-    Raises:
-        UserError: the configuration describes no model, or the checkpoint is a folder without weights or with damaged
-            ones, so that the model could not be loaded.
-    """
-    if os.path.isdir(checkpoint) and not any(os.path.isfile(os.path.join(checkpoint, name)) for name in _WEIGHTS):
-        raise UserError(f"{checkpoint!r} holds no weights: one of {', '.join(_WEIGHTS)} is needed")
-    for path in sorted(Path(checkpoint).glob("*.safetensors")) if checkpoint else ():
-        try:
-            # Reads the header and compares the size of the file with it.
-            with safe_open(path, "pt"):
-                pass
-        except SafetensorError as error:
+        Right padding keeps absolute positions and causal attention untouched by padding; models read the mask.
+        """
+        tokenizer = self.tokenizer()
+        # Without its files transformers makes one up that knows the special tokens only.
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
             raise UserError(
-                f"{path} is damaged or cut off ({first_line(error)}): fetch or save the model anew"
-            ) from error
-    with loading(checkpoint, what), torch.device("meta"):
-        if quantization := getattr(config, "quantization_config", None):
-            AutoHfQuantizer.from_config(quantization).validate_environment()
-        return auto_class.from_config(config, dtype=torch.float32, **options)
+                f"{self.path!r} has no files of a tokenizer: copy them there from where the {self.what} comes from"
+            )
+        tokenizer.padding_side = "right"
+        # sentence-transformers would put every text into it.
+        tokenizer.chat_template = None
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+            logger.info("%s: the tokenizer has no padding token, its end token is used (and masked)", self.path)
+        if tokenizer.pad_token_id is None:
+            raise UserError(
+                f"the tokenizer of {self.path!r} has neither a token to pad with nor one that ends texts: name one in "
+                "its tokenizer_config.json (pad_token)"
+            )
+        return tokenizer
 
+    def load(
+        self, auto_class: Any, config: PretrainedConfig | None, dtype: torch.dtype = torch.float32, **options: Any
+    ) -> tuple[PreTrainedModel, list[str]]:
+        """Load the model with a class of transformers.
 
-def counted_positions(model: nn.Module) -> nn.Embedding | None:
-    """The table of positions that are counted from the padding token's id on, as RoBERTa's are; None without such."""
-    for name, table in model.named_modules():
-        if "position" in name and isinstance(table, nn.Embedding) and table.padding_idx is not None:
-            return table
-    return None
+        Returns:
+            The model, and the names of weights that the checkpoint lacks.
+        """
+        self.check_weights(config)
+        safetensors_only = None if self.allow_pickle else True
+        with self.loading():
+            model, info = auto_class.from_pretrained(
+                self.path,
+                config=config,
+                dtype=dtype,
+                use_safetensors=safetensors_only,
+                output_loading_info=True,
+                **self._options,
+                **options,
+            )
+        return model, sorted(info["missing_keys"])
 
+    def load_whole(self, auto_class: Any, config: PretrainedConfig | None, **options: Any) -> PreTrainedModel:
+        """Load the model; see `load`. No weight may be missing."""
+        model, missing = self.load(auto_class, config, **options)
+        self.refuse(missing)
+        return model
 
-def position_limit(config: PretrainedConfig, model: nn.Module | None = None) -> int | None:
-    """Most tokens that a model takes; None when its configuration sets no limit.
+    def load_into(self, backbone: PreTrainedModel, **options: Any) -> None:
+        """Give a transformer the weights that `PreTrainedModel.save_pretrained` wrote here of one of its kind."""
+        saved = self.load_whole(type(backbone), None, **options)
+        with self.loading():
+            backbone.load_state_dict(saved.state_dict())
 
-    Args:
-        config: of the model.
-        model: maybe without weights; not every limit shows in a configuration.
-    """
-    if model is not None and (table := counted_positions(model)) is not None and table.padding_idx is not None:
-        return table.num_embeddings - table.padding_idx - 1
-    limit = getattr(config, "max_position_embeddings", None)
-    # XLNet says -1 for none.
-    return limit if isinstance(limit, int) and limit > 0 else None
+    def refuse(self, missing: Sequence[str]) -> None:
+        """Raise a UserError where weights are missing."""
+        if missing:
+            raise UserError(
+                f"{self.path!r} lacks {len(missing)} weights, among them {missing[0]}: take another checkpoint of the "
+                f"{self.what}"
+            )
 
+    def empty(self, auto_class: Any, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+        """Build the model as its configuration describes it, on the meta device: shapes, no weights and no memory.
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, checkpoint: str, what: str) -> bool:
-    """Compare a tokenizer with the table of embeddings that its tokens are looked up in.
+        Weights must be there all the same, and undamaged.
+        """
+        self.check_weights(config)
+        if os.path.isdir(self.path) and self.gguf_file is None:
+            if not any(os.path.isfile(os.path.join(self.path, name)) for name in _WEIGHTS):
+                raise UserError(f"{self.path!r} holds no weights: one of {', '.join(_WEIGHTS)} is needed")
+            for file in sorted(Path(self.path).glob("*.safetensors")):
+                try:
+                    # Reads the header and compares the size of the file with it.
+                    with safe_open(file, "pt"):
+                        pass
+                except SafetensorError as error:
+                    reason = first_line(error)
+                    raise UserError(f"{file} is damaged or cut off ({reason}): fetch or save the model anew") from error
+        with self.loading(), torch.device("meta"):
+            if quantization := getattr(config, "quantization_config", None):
+                AutoHfQuantizer.from_config(quantization).validate_environment()
+            code = {"trust_remote_code": self.trust_remote_code}
+            return auto_class.from_config(config, dtype=torch.float32, **code, **options)
 
-    Returns:
-        Whether it has special tokens beyond the table that only a text which spells them out would need.
-
-    Raises:
-        UserError: it has other tokens beyond the table.
-    """
-    try:
-        table = model.get_input_embeddings()
-    except NotImplementedError:
-        # Models that hash characters have none.
-        return False
-    if not isinstance(table, nn.Embedding):
-        return False
-    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= table.num_embeddings}
-    added: Any = getattr(tokenizer, "added_tokens_decoder", {})
-    needed = {number for number in beyond if number not in added or not added[number].special}
-    needed |= beyond.keys() & {tokenizer.pad_token_id, *tokenizer("a")["input_ids"]}
-    if needed:
-        raise UserError(
-            f"the {what} {checkpoint!r} does not fit its tokenizer: tokenizer {len(tokenizer)} tokens, model "
-            f"{table.num_embeddings}, without {beyond[min(needed)]!r}: resize the model (resize_token_embeddings) and "
-            "save both, or take the tokenizer that belongs to it"
-        )
-    return bool(beyond)
-
-
-def trial_run(
-    compute: Callable[[Mapping[str, Tensor]], Tensor], tokens: Mapping[str, Tensor], checkpoint: str, what: str
-) -> Tensor | None:
-    """What a model makes of a few tokens: whatever its settings break shows here.
-
-    Args:
-        compute: the model, in eval mode.
-        tokens: where its weights are.
-        checkpoint: where it comes from.
-        what: kind of model, for messages.
-
-    Returns:
-        What it computes; None where a model without weights cannot tell, or one on the CPU of a machine with a GPU,
-        which may have kernels for that only.
-
-    Raises:
-        UserError: it fails.
-    """
-    try:
-        with loading(checkpoint, what), torch.no_grad():
-            return compute(tokens)
-    except UserError:
-        device = tokens["input_ids"].device.type
-        if device == "meta" or (device == "cpu" and torch.cuda.is_available()):
-            return None
-        raise
-
-
-def check_padding(
-    compute: Callable[[Mapping[str, Tensor]], Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    encoded: Mapping[str, list],
-    model: PreTrainedModel,
-    checkpoint: str,
-    what: str,
-) -> None:
-    """Run a model on a text alone and beside a longer one, and warn where that makes a difference.
-
-    Args:
-        compute: the model, in eval mode: token tensors ``(n, length)`` to ``(n, ...)``.
-        tokenizer: pads.
-        encoded: two texts, the longer one last.
-        model: whose device it is.
-        checkpoint: where it comes from.
-        what: kind of model, for messages.
-
-    Raises:
-        UserError: it fails.
-    """
-    batches = (pad(tokenizer, encoded, places) for places in ([0], [0, 1]))
-    inputs = ({name: part.to(model.device) for name, part in batch.items()} for batch in batches)
-    alone, beside = (trial_run(compute, tokens, checkpoint, what) for tokens in inputs)
-    if alone is None or beside is None:
-        return
-    if not torch.allclose(alone[0], beside[0], rtol=1e-3, atol=1e-4, equal_nan=True):
-        reads = "%s: this %s (%s) reads padding: what it makes of a text depends on the longest one in the batch"
-        logger.warning(reads, checkpoint, what, model.config.model_type)
-
-
-def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The weights whose names begin with `prefix`, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    def check_weights(self, config: PretrainedConfig | None) -> None:
+        """Refuse weights that are damaged or only in a pickle, and adapters that transformers would load unasked."""
+        names = sorted(os.listdir(self.path)) if os.path.isdir(self.path) else []
+        if CONFIG_NAME in names and ADAPTER_CONFIG_NAME in names:
+            raise UserError(
+                f"{self.path!r} holds a model ({CONFIG_NAME}) and adapters ({ADAPTER_CONFIG_NAME}): give each a folder"
+            )
+        check_recorded(self.path)
+        if self.allow_pickle:
+            return
+        pickles = [name for name in names if name.startswith("pytorch_model")]
+        if pickles and any(name.endswith((".safetensors", ".gguf")) for name in names):
+            pickles = []
+        # An index may name files of any format.
+        indexes = [os.path.join(self.path, name) for name in names if name.endswith(".safetensors.index.json")]
+        for index in indexes or filter(None, [self.find(SAFE_WEIGHTS_INDEX_NAME)]):
+            shards = read_object(index, "index of weights").get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise UserError(f"{index} is damaged: 'weight_map' must name the file of each weight")
+            pickles += sorted({shard for shard in shards.values() if not shard.endswith(".safetensors")})
+        if (named := getattr(config, "transformers_weights", None)) and ".safetensors" not in str(named):
+            pickles.append(str(named))
+        if pickles:
+            raise UserError(
+                f"{self.path!r} keeps its weights in a pickle ({pickles[0]}), a format that can carry code: convert it "
+                "to model.safetensors, or give --allow_pickle if you trust where it comes from"
+            )

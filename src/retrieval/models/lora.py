@@ -6,16 +6,17 @@ other, and the adapters alone in peft's format, from which training goes on.
 
 from __future__ import annotations
 
-import json
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from src.retrieval.models.model_files import loading
+from src.retrieval.models.loading import loading
 from src.utils.errors import UserError
 from src.utils.files import read_object
 
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-#: Name of the adapter, which peft wants.
+#: Name of the adapter in peft.
 NAME = "default"
+#: What peft puts before the names of weights in files.
+PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
 #: Kinds of layers whose adapters can be merged here.
 LINEAR = (nn.Linear, Conv1D)
@@ -70,7 +73,7 @@ def _peft() -> Any:
 
 
 def add_adapters(backbone: nn.Module, settings: LoraSettings) -> None:
-    """Put adapters into a transformer, whose own weights no longer train.
+    """Put adapters into a transformer, whose weights no longer train.
 
     Raises:
         UserError: peft is missing, the model has none of the layers, or they are of another kind.
@@ -108,17 +111,14 @@ def has_adapters(backbone: nn.Module) -> bool:
 
 
 def merged_weights(backbone: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a transformer as if it had no adapters: W + alpha / r * B A in their place.
+    """Merge adapters into the weights of a transformer, as if it had none: W + alpha / r * B A.
 
     Args:
-        backbone: with adapters or without.
-        state: its weights, maybe gathered from elsewhere.
+        backbone: with adapters or without; it stays as it is, since training goes on.
+        state: its weights, maybe gathered from sharded training.
     """
-    merged = {name: tensor for name, tensor in state.items() if ".lora_" not in name and ".base_layer." not in name}
+    merged = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
     for name, layer in _adapted(backbone).items():
-        for part in ("weight", "bias"):
-            if (own := state.get(f"{name}.base_layer.{part}")) is not None:
-                merged[f"{name}.{part}"] = own
         down, up = (state[f"{name}.lora_{side}.{NAME}.weight"] for side in "AB")
         product = (up.float() @ down.float()) * layer.scaling[NAME]
         if layer.fan_in_fan_out:
@@ -129,55 +129,42 @@ def merged_weights(backbone: nn.Module, state: Mapping[str, Tensor]) -> dict[str
     return merged
 
 
-def save_adapters(backbone: nn.Module, state: Mapping[str, Tensor], folder: str, base: str) -> None:
+def save_adapters(backbone: Any, state: Mapping[str, Tensor], folder: str, base: str) -> None:
     """Write the adapters alone, as peft and transformers load them.
 
     Args:
         backbone: see `add_adapters`.
         state: its weights.
-        folder: made when missing.
+        folder: created when missing.
         base: the encoder that the adapters belong to.
     """
-    from safetensors.torch import save_file
-
-    os.makedirs(folder, exist_ok=True)
-    adapted: Any = backbone
-    config = adapted.peft_config[NAME].to_dict()
-    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    config = copy.copy(backbone.peft_config[NAME])
     # A relative path would mean another folder elsewhere.
-    base = os.path.abspath(base) if os.path.isdir(base) else base
-    plain |= {"base_model_name_or_path": base, "inference_mode": True}
-    with open(os.path.join(folder, ADAPTER_CONFIG), "w", encoding="utf-8") as file:
-        json.dump(plain, file, indent=2, default=str)
-    weights = {
-        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": tensor.contiguous()
-        for name, tensor in state.items()
-        if ".lora_" in name
-    }
-    save_file(weights, os.path.join(folder, ADAPTER_WEIGHTS))
+    config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
+    config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)
+    config.save_pretrained(folder)
+    weights = _peft().get_peft_model_state_dict(backbone, dict(state), NAME, save_embedding_layers=False)
+    save_file(
+        {PREFIX + name: tensor.contiguous() for name, tensor in weights.items()}, os.path.join(folder, ADAPTER_WEIGHTS)
+    )
 
 
-def load_adapters(backbone: nn.Module, folder: str) -> None:
+def load_adapters(backbone: Any, folder: str) -> None:
     """Take the adapters that `save_adapters` wrote.
 
     Raises:
         UserError: there are none, they are damaged, or of another size.
     """
-    from safetensors.torch import load_file
-
     path = os.path.join(folder, ADAPTER_WEIGHTS)
     if not os.path.isfile(path):
         raise UserError(f"{folder} has no adapters: was the checkpoint trained without --lora_r?")
     with loading(folder, "adapters"):
-        saved = load_file(path)
-    found = {
-        name.removeprefix("base_model.model.").replace(".weight", f".{NAME}.weight"): tensor
-        for name, tensor in saved.items()
-    }
-    own = {name: tensor for name, tensor in backbone.state_dict().items() if ".lora_" in name}
-    if {name: tensor.shape for name, tensor in found.items()} != {name: tensor.shape for name, tensor in own.items()}:
+        saved = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+    present = _peft().get_peft_model_state_dict(backbone, adapter_name=NAME, save_embedding_layers=False)
+    if {name: tensor.shape for name, tensor in saved.items()} != {name: each.shape for name, each in present.items()}:
         raise UserError(f"{folder}: its adapters are of another size or place: give the same --lora_ flags again")
-    backbone.load_state_dict(found, strict=False)
+    _peft().set_peft_model_state_dict(backbone, saved, NAME)
 
 
 def is_adapter_folder(path: str) -> bool:
@@ -186,7 +173,7 @@ def is_adapter_folder(path: str) -> bool:
 
 
 def base_of(folder: str) -> str:
-    """The encoder that a folder of adapters belongs to.
+    """Name the encoder that a folder of adapters belongs to.
 
     Raises:
         UserError: its settings do not tell.
@@ -198,7 +185,7 @@ def base_of(folder: str) -> str:
 
 
 def merge_into(backbone: Any, folder: str) -> Any:
-    """A transformer with the adapters of `folder` merged into its weights, all of which can be trained.
+    """Merge the adapters of `folder` into the weights of a transformer, all of which can be trained.
 
     Raises:
         UserError: they are not kept as safetensors, or do not fit.

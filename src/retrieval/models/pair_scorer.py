@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,14 +14,11 @@ from tqdm import tqdm
 
 from src.retrieval.models.cross_encoder import CrossEncoder
 from src.retrieval.models.dense import DenseRetriever
-from src.retrieval.models.encode import EncodeConfig, compute, encode
-from src.utils.errors import UserError
+from src.retrieval.models.encode import EncodeConfig
+from src.retrieval.models.similarity import similarity
 
 if TYPE_CHECKING:
     from src.retrieval.args import RankerArgs, RetrievalArgs
-
-#: Pairs tokenized and sorted at a time; they are longer than single texts.
-PAIR_WINDOW = 4_096
 
 
 class PairScorer(Protocol):
@@ -40,69 +38,41 @@ class PairScorer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class DensePairScorer:
-    """Similarity of embeddings; every distinct text is embedded once. See `PairScorer`.
-
-    Attributes:
-        model: in eval mode, on the device of the settings.
-        query, key: settings of encoding.
-    """
-
-    model: DenseRetriever
-    query: EncodeConfig
-    key: EncodeConfig
-
-    @classmethod
-    def from_args(cls, args: RetrievalArgs, device: torch.device, model: DenseRetriever) -> DensePairScorer:
-        """A scorer by flags, of an encoder in eval mode on `device`."""
-        query = EncodeConfig.from_args(args, args.query_max_length, device)
-        return cls(model, query, EncodeConfig.from_args(args, args.key_max_length, device))
-
-    def __call__(self, queries: Sequence[str], keys: Sequence[Sequence[str]], bar: tqdm) -> np.ndarray:
-        """See `PairScorer`."""
-        places = {text: place for place, text in enumerate(dict.fromkeys(chain.from_iterable(keys)))}
-        if not places:
-            return np.empty(0, dtype=np.float32)
-        model = self.model
-        wanted = encode(model.embed_query, model.query_tokenizer, queries, self.query)
-        vectors = encode(model.embed_key, model.key_tokenizer, list(places), self.key)
-        scores = []
-        for query, own in zip(wanted, keys, strict=True):
-            found = vectors[[places[key] for key in own]].astype(np.float32)
-            vector = query.astype(np.float32)
-            scores.append(-np.square(found - vector).sum(1) if model.metric == "l2" else (found * vector).sum(1))
-            bar.update(len(own))
-        return np.concatenate(scores)
+def dense_scorer(args: RetrievalArgs, device: torch.device, model: DenseRetriever) -> PairScorer:
+    """Make a scorer of an encoder in eval mode on `device`: similarity of embeddings, each distinct text's once."""
+    query = EncodeConfig.from_args(args, args.query_max_length, device)
+    return partial(_similarities, model, query, EncodeConfig.from_args(args, args.key_max_length, device))
 
 
-@dataclass(frozen=True)
-class RankerPairScorer:
-    """Scores of a cross-encoder. See `PairScorer`.
+def _similarities(
+    model: DenseRetriever,
+    query_config: EncodeConfig,
+    key_config: EncodeConfig,
+    queries: Sequence[str],
+    keys: Sequence[Sequence[str]],
+    bar: tqdm,
+) -> np.ndarray:
+    places = {text: place for place, text in enumerate(dict.fromkeys(chain.from_iterable(keys)))}
+    if not places:
+        return np.empty(0, dtype=np.float32)
+    query_vectors = torch.from_numpy(model.encode_queries(queries, query_config))
+    key_vectors = torch.from_numpy(model.encode_keys(list(places), key_config))
+    scores = []
+    for query, own_keys in zip(query_vectors, keys, strict=True):
+        vectors = key_vectors[[places[key] for key in own_keys]]
+        scores.append(similarity(query[None], vectors, model.metric)[0])
+        bar.update(len(own_keys))
+    return torch.cat(scores).numpy()
 
-    Attributes:
-        model: in eval mode, on the device of the settings.
-        config: precision and batches; a batch holds as many pairs at most as `batch_size` queries with the largest
-            number of keys have.
-    """
 
-    model: CrossEncoder
-    config: EncodeConfig
+def ranker_scorer(args: RankerArgs, device: torch.device, model: CrossEncoder) -> PairScorer:
+    """Make a scorer of a cross-encoder in eval mode on `device`."""
+    return partial(_ranker_scores, model, EncodeConfig.from_args(args, model.pairs.max_length, device))
 
-    @classmethod
-    def from_args(cls, args: RankerArgs, device: torch.device, model: CrossEncoder) -> RankerPairScorer:
-        """A scorer by flags, of a cross-encoder in eval mode on `device`."""
-        return cls(model, EncodeConfig.from_args(args, model.pairs.max_length, device))
 
-    def __call__(self, queries: Sequence[str], keys: Sequence[Sequence[str]], bar: tqdm) -> np.ndarray:
-        """See `PairScorer`."""
-        pairs = [(query, key) for query, own in zip(queries, keys, strict=True) for key in own]
-        if not pairs:
-            return np.empty(0, dtype=np.float32)
-        config = replace(self.config, batch_size=self.config.batch_size * max(map(len, keys)))
-        tokenizer = self.model.pairs.tokenizer
-        windows = compute(self.model.score, self.model.pairs, tokenizer, pairs, config, bar, PAIR_WINDOW)
-        scores = np.concatenate(list(windows))
-        if not np.isfinite(scores).all():
-            raise UserError(f"--dtype {config.dtype}: scores leave the range of half precision, use --dtype fp32")
-        return scores
+def _ranker_scores(
+    model: CrossEncoder, config: EncodeConfig, queries: Sequence[str], keys: Sequence[Sequence[str]], bar: tqdm
+) -> np.ndarray:
+    """Score pairs; a batch holds as many as `batch_size` queries with the largest number of keys have, at most."""
+    pairs = [(query, key) for query, own_keys in zip(queries, keys, strict=True) for key in own_keys]
+    return model.score_pairs(pairs, replace(config, batch_size=config.batch_size * max(map(len, keys), default=1)), bar)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.retrieval.models.model_files import find_file, loading
+from src.retrieval.models.loading import Checkpoint, loading
 from src.utils.errors import UserError
 from src.utils.files import read_json, read_object, write_json
 
@@ -25,6 +25,7 @@ OWN_FILE = "embedder.json"
 DENSE_FOLDER = "dense"
 #: The dense layer of the original toolkit: one weight, in a pickle.
 ORIGINAL_DENSE = "dense_pooler.bin"
+DENSE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 _ST_POOLING = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 _ST_SIMILARITY = {"cosine": "cos", "dot": "ip", "euclidean": "l2"}
@@ -145,8 +146,7 @@ class DenseLayer(nn.Module):
         activation = getattr(nn, name, None)
         if not (isinstance(activation, type) and issubclass(activation, nn.Module)):
             raise UserError(f"{path}: unknown activation {name!r}, a class of torch.nn is needed")
-        files = [os.path.join(path, name) for name in ("model.safetensors", "pytorch_model.bin")]
-        weights = next(filter(os.path.isfile, files), None)
+        weights = next(filter(os.path.isfile, (os.path.join(path, name) for name in DENSE_WEIGHTS)), None)
         if weights is None:
             raise UserError(f"{path} holds no weights of a dense layer: model.safetensors is needed")
         with loading(path, "dense layer"):
@@ -194,101 +194,95 @@ def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:
     return states[torch.arange(len(states), device=states.device), position]
 
 
-def _checked(saved: Any, path: str) -> tuple[str, ...]:
-    """The pooling methods of our own file.
-
-    Raises:
-        UserError: it says something that is unknown.
-    """
-    settings = saved if isinstance(saved, dict) else {}
-    methods = settings.get("pooling_method")
-    if not isinstance(methods, list) or not methods or not set(map(str, methods)) <= set(POOLING_METHODS):
-        raise UserError(f"{path}: 'pooling_method' must be a list of {', '.join(POOLING_METHODS)}, found {methods!r}")
-    if settings.get("dense_metric") not in DENSE_METRICS:
-        found = settings.get("dense_metric")
-        raise UserError(f"{path}: 'dense_metric' must be one of {', '.join(DENSE_METRICS)}, found {found!r}")
-    return tuple(methods)
-
-
-def read_pooling_spec(checkpoint: str, cache_dir: str | None = None, pooling_given: bool = False) -> PoolingSpec:
-    """What our own or sentence-transformers' files in a checkpoint say of pooling and similarity.
+def read_pooling_spec(checkpoint: Checkpoint, pooling_given: bool = False) -> PoolingSpec:
+    """Read what our file or those of sentence-transformers in a checkpoint say of pooling and similarity.
 
     Args:
-        checkpoint: folder or hub name.
-        cache_dir: of the hub.
+        checkpoint: of an encoder.
         pooling_given: the pooling is chosen already, so that only the dense layer and how texts are read matter.
 
     Raises:
         UserError: the files are damaged, or describe what cannot be expressed here.
     """
-    own = find_file(checkpoint, OWN_FILE, cache_dir)
-    if own is not None:
-        saved = read_object(own, "encoder settings")
-        methods = _checked(saved, own)
-        dense = os.path.join(os.path.dirname(own), DENSE_FOLDER) if "dense" in methods else None
-        return PoolingSpec(methods, saved["dense_metric"], dense, own)
-    modules_file = find_file(checkpoint, "modules.json", cache_dir)
-    if modules_file is None:
-        return PoolingSpec(dense=find_file(checkpoint, ORIGINAL_DENSE, cache_dir))
-    return _read_modules(checkpoint, modules_file, cache_dir, pooling_given)
+    if (own_file := checkpoint.find(OWN_FILE)) is not None:
+        return _read_own_file(own_file)
+    if (modules_file := checkpoint.find("modules.json")) is not None:
+        return _read_modules(checkpoint, modules_file, pooling_given)
+    return PoolingSpec(dense=checkpoint.find(ORIGINAL_DENSE))
 
 
-def _read_modules(checkpoint: str, modules_file: str, cache_dir: str | None, pooling_given: bool) -> PoolingSpec:
+def _read_own_file(path: str) -> PoolingSpec:
+    settings = read_object(path, "encoder settings")
+    methods, metric = settings.get("pooling_method"), settings.get("dense_metric")
+    if not isinstance(methods, list) or not methods or not set(map(str, methods)) <= set(POOLING_METHODS):
+        raise UserError(f"{path}: 'pooling_method' must be a list of {', '.join(POOLING_METHODS)}, found {methods!r}")
+    if metric not in DENSE_METRICS:
+        raise UserError(f"{path}: 'dense_metric' must be one of {', '.join(DENSE_METRICS)}, found {metric!r}")
+    dense = os.path.join(os.path.dirname(path), DENSE_FOLDER) if "dense" in methods else None
+    return PoolingSpec(tuple(methods), metric, dense, path)
+
+
+def write_own_file(folder: str, pooling_method: tuple[str, ...], dense_metric: str) -> None:
+    """Record beside an encoder how it pools and compares, for `read_pooling_spec`."""
+    write_json(Path(folder) / OWN_FILE, {"pooling_method": list(pooling_method), "dense_metric": dense_metric})
+
+
+def _read_modules(checkpoint: Checkpoint, modules_file: str, pooling_given: bool) -> PoolingSpec:
+    """Read the files of sentence-transformers."""
     modules = read_module_list(modules_file)
-    kinds, paths = [kind for kind, _ in modules], [path for _, path in modules]
-    places = [_ST_ORDER.index(kind) if kind in _ST_ORDER else -1 for kind in kinds]
-    if not pooling_given and (-1 in places or places != sorted(set(places))):
+    kinds, folders = [kind for kind, _ in modules], dict(modules)
+    if not pooling_given and kinds != [kind for kind in _ST_ORDER if kind in kinds]:
         raise UserError(
             f"{modules_file}: modules {', '.join(kinds)} of sentence-transformers: only {', '.join(_ST_ORDER)} in this "
             "order are supported: give --pooling_method to use another pooling"
         )
     methods: list[str] = []
-    dense = None
     pooling: dict[str, Any] = {}
-    if "Pooling" in kinds and not pooling_given:
-        folder = paths[kinds.index("Pooling")]
-        config_file = find_file(checkpoint, f"{folder}/config.json", cache_dir)
-        pooling = read_object(config_file or f"{checkpoint}/{folder}/config.json", "pooling settings")
-        methods.append(_st_pooling(pooling, checkpoint))
-    if "Dense" in kinds:
-        folder = paths[kinds.index("Dense")]
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if find_file(checkpoint, f"{folder}/{name}", cache_dir):
-                break
-        config_file = find_file(checkpoint, f"{folder}/config.json", cache_dir)
-        dense = os.path.dirname(config_file) if config_file else os.path.join(checkpoint, folder)
+    dense = None
+    if "Pooling" in folders and not pooling_given:
+        name = f"{folders['Pooling']}/config.json"
+        pooling = read_object(checkpoint.find(name) or f"{checkpoint.path}/{name}", "pooling settings")
+        methods.append(_st_pooling(pooling, checkpoint.path))
+    if "Dense" in folders:
+        folder = folders["Dense"]
+        # Of a hub name, this fetches them.
+        any(checkpoint.find(f"{folder}/{name}") for name in DENSE_WEIGHTS)
+        dense = os.path.dirname(checkpoint.find(f"{folder}/config.json") or f"{checkpoint.path}/{folder}/config.json")
         methods.append("dense")
-    settings_file = find_file(checkpoint, "config_sentence_transformers.json", cache_dir)
-    settings = read_object(settings_file, "sentence-transformers settings") if settings_file else {}
-    similarity = settings.get("similarity_fn_name")
-    metric = "cos" if "Normalize" in kinds else _ST_SIMILARITY.get(str(similarity))
-    if metric is None and similarity is not None:
+    settings_file, settings = _read_settings(checkpoint, ("config_sentence_transformers.json",))
+    similarity = "cosine" if "Normalize" in kinds else settings.get("similarity_fn_name")
+    if similarity is not None and str(similarity) not in _ST_SIMILARITY:
         raise UserError(
             f"{settings_file}: similarity {similarity!r} is not supported: one of {', '.join(_ST_SIMILARITY)}"
         )
     prompts, default = settings.get("prompts"), settings.get("default_prompt_name")
-    if default is not None and not pooling_given and (not isinstance(prompts, dict) or prompts.get(str(default)) != ""):
+    prompts = prompts if isinstance(prompts, dict) else {}
+    if default is not None and not pooling_given and prompts.get(str(default)) != "":
         raise UserError(
             f"{settings_file}: default_prompt_name {default!r} puts a text before each that is embedded, which is not "
             "supported: remove it there (run_dense.py and evaluations take instructions: --version, --task_config)"
         )
-    text_files = (find_file(checkpoint, f"sentence_{name}_config.json", cache_dir) for name in _ST_FAMILIES)
-    text_file = next(filter(None, text_files), None)
-    texts = read_object(text_file, "sentence-transformers settings") if text_file else {}
+    text_file, texts = _read_settings(checkpoint, [f"sentence_{name}_config.json" for name in _ST_FAMILIES])
     for name, value in texts.items():
         # What is set to nothing changes nothing.
         if value and not _HARMLESS.get(name, lambda value: False)(value):
             raise UserError(f"{text_file}: {name} {json.dumps(value)[:80]} is not supported: remove it there")
     return PoolingSpec(
-        None if pooling_given else tuple(methods) or None,
-        metric,
-        dense,
-        modules_file,
-        bool(texts.get("do_lower_case")),
-        texts.get("max_seq_length") or sys.maxsize,
-        pooling.get("include_prompt") is False,
-        tuple(str(name) for name, text in prompts.items() if text) if isinstance(prompts, dict) else (),
+        pooling_method=None if pooling_given else tuple(methods) or None,
+        dense_metric=_ST_SIMILARITY[str(similarity)] if similarity is not None else None,
+        dense=dense,
+        origin=modules_file,
+        lower_case=bool(texts.get("do_lower_case")),
+        max_length=texts.get("max_seq_length") or sys.maxsize,
+        without_prompt=pooling.get("include_prompt") is False,
+        prompts=tuple(str(name) for name, text in prompts.items() if text),
     )
+
+
+def _read_settings(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    """The first of some files that is there, and what it holds."""
+    path = next(filter(None, map(checkpoint.find, names)), None)
+    return path, read_object(path, "sentence-transformers settings") if path else {}
 
 
 def read_module_list(modules_file: str) -> list[tuple[str, str]]:
@@ -322,8 +316,3 @@ def _st_pooling(config: Mapping[str, Any], checkpoint: str) -> str:
             "give --pooling_method to use another"
         )
     return _ST_POOLING[mode]
-
-
-def write_own_file(folder: str, pooling_method: tuple[str, ...], dense_metric: str) -> None:
-    """Record beside an encoder how it pools and compares, for `read_pooling_spec`."""
-    write_json(Path(folder) / OWN_FILE, {"pooling_method": list(pooling_method), "dense_metric": dense_metric})

@@ -30,7 +30,7 @@ from src.retrieval.models.checkpoint_folders import (
     replace_folder,
     whole_checkpoints,
 )
-from src.retrieval.models.loading import TrainableModel
+from src.retrieval.models.trainable import TrainableModel
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import TrainDataset, TrainExample
 from src.retrieval.training.grad_cache import GradCache

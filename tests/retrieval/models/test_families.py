@@ -20,10 +20,10 @@ import run_dense
 import run_ranker
 from scripts import ours2st
 from src.lm.model import LMConfig, load_lm
+from src.retrieval.models.checks import position_limit
 from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.models.encode import EncodeConfig, encode
-from src.retrieval.models.loading import position_limit
 from src.retrieval.models.padding import pad
 from src.utils.cli import run as run_entry
 from src.utils.errors import UserError

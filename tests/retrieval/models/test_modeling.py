@@ -18,7 +18,6 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from scripts import ours2st
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.models.encode import EncodeConfig, cut_batches, encode
-from src.retrieval.models.loading import load_tokenizer
 from src.retrieval.models.pooling import DenseLayer, pool
 from src.utils.cli import run as run_entry
 from src.utils.errors import UserError
@@ -271,6 +270,6 @@ def test_leading_dimensions_are_those_of_sentence_transformers(tiny_bert, tmp_pa
 def test_untied_encoders_of_different_width_are_refused(tiny_bert, tmp_path):
     config = BertConfig.from_pretrained(tiny_bert, hidden_size=16)
     BertModel(config).save_pretrained(tmp_path)
-    load_tokenizer(tiny_bert, None, False, "encoder")[0].save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="vectors of queries have 32 dimensions, those of keys 16"):
         load_dense_retriever(EncoderConfig(tiny_bert, str(tmp_path), tie_encoders=False))

@@ -1,0 +1,77 @@
+"""What the trainer asks of a model, whether dual encoder or cross-encoder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+class TrainableModel(nn.Module, ABC):
+    """A model with transformers inside, saved and loaded below a checkpoint-N folder."""
+
+    @property
+    @abstractmethod
+    def backbones(self) -> list[PreTrainedModel]:
+        """The transformers inside."""
+
+    @abstractmethod
+    def save(self, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write each transformer with its tokenizer into a folder of its own below `folder`.
+
+        Args:
+            folder: created when missing.
+            state_dict: weights of this module gathered from sharded training; those it holds when None.
+        """
+
+    @abstractmethod
+    def load_weights(self, folder: str) -> None:
+        """Take the weights that `save` wrote below `folder`.
+
+        Raises:
+            UserError: some are missing there, damaged, or of another shape.
+        """
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.parameters()).device
+
+    @property
+    def _no_split_modules(self) -> set[str]:
+        """Names of the layers' classes: what accelerate makes FSDP shard one by one."""
+        return set().union(*map(_layer_classes, self.backbones))
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute activations in the backward pass; called by the Trainer.
+
+        Non-reentrant, because the other kind fails under DistributedDataParallel when one encoder runs twice.
+        """
+        kwargs = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
+        for backbone in self.backbones:
+            backbone.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=kwargs, every_n_layers=every_n_layers, offload=offload
+            )
+
+
+def _layer_classes(backbone: PreTrainedModel) -> set[str]:
+    """Names as transformers has them; where it has none, that of the modules in the longest list of them."""
+    named = {type(module).__name__ for module in backbone.modules()} & set(backbone._no_split_modules or ())
+    if named:
+        return named
+    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    return {type(layer).__name__ for layer in max(lists, key=len, default=())}
+
+
+def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
