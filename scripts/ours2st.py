@@ -25,7 +25,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 from transformers import PreTrainedTokenizerBase
 
 from src.retrieval.args import DENSE_METRICS, POOLING_METHODS
-from src.retrieval.models.checkpoint_folders import beside, replace_folder, whole_checkpoints
+from src.retrieval.models.checkpoint_folders import beside, complete_checkpoints, replace_folder
 from src.retrieval.models.checks import position_limit
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, TextEncoder, load_dense_retriever
 from src.retrieval.models.encode import EncodeConfig
@@ -107,7 +107,7 @@ def _hint(encoder: str) -> str:
     """The encoder that may be meant: in a folder, or in the newest checkpoint of it or of those around it."""
     path = Path(encoder).absolute()
     for folder in (path, path.parent, path.parent.parent):
-        for place in (folder, *reversed(whole_checkpoints(str(folder)))):
+        for place in (folder, *reversed(complete_checkpoints(str(folder)))):
             if inside := sorted(str(found.parent) for found in Path(place).glob("*encoder/config.json")):
                 return f"; did you mean {inside[0]}?"
     return ""

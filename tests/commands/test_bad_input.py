@@ -243,7 +243,7 @@ BAD_ARGUMENTS = {
     ),
     "checkpoint to resume is missing": (
         "--train_data {train} --resume_from_checkpoint {missing}",
-        "no whole checkpoint",
+        "no complete checkpoint",
     ),
     "best model by an unknown metric": (
         "--train_data {train} --eval_data {eval} --corpus {corpus} --load_best_model_at_end --metric_for_best_model f1",

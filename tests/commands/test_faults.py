@@ -30,7 +30,7 @@ from src.lm.args import LMScoreArgs
 from src.lm.eval_args import LMEvalArgs
 from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.data.rows import check_train_row
-from src.retrieval.models.checkpoint_folders import whole_checkpoints
+from src.retrieval.models.checkpoint_folders import complete_checkpoints
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.utils import distributed, locks
 from src.utils.cli import run as run_entry
@@ -313,7 +313,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_job_goes_on_when_there_is_room(
     assert "Traceback" not in output
     assert not list(small_disk.rglob(".*.partial"))
     if name == "training":
-        assert whole_checkpoints(str(small_disk))
+        assert complete_checkpoints(str(small_disk))
     else:
         filler.unlink()
         codes, output = runs(job.script, job.command(small_disk), constants=job.constants)
@@ -391,7 +391,7 @@ def test_training_on_a_file_that_changes_ends_in_one_line(runs, jobs, tmp_path, 
     done: list[tuple[list[int], str]] = []
     thread = threading.Thread(target=lambda: done.append(runs(job.script, flags)))
     thread.start()
-    while thread.is_alive() and not whole_checkpoints(str(tmp_path / "out")):
+    while thread.is_alive() and not complete_checkpoints(str(tmp_path / "out")):
         thread.join(0.05)
     with open(own, "ab") as file:
         file.write(b"\n")
@@ -414,7 +414,7 @@ def test_a_loss_that_is_no_number_stops_training_before_it_spoils_a_checkpoint(r
     assert "error: step " in output
     assert "lower --learning_rate" in output
     assert "Traceback" not in output
-    checkpoints = whole_checkpoints(str(tmp_path))
+    checkpoints = complete_checkpoints(str(tmp_path))
     assert checkpoints[0] == str(tmp_path / "checkpoint-1")
     for checkpoint in checkpoints:
         model = BertModel.from_pretrained(f"{checkpoint}/encoder", add_pooling_layer=False)
@@ -432,7 +432,7 @@ def test_a_model_with_damaged_weights_is_not_trained(runs, jobs, tmp_path, tiny_
     )
     assert codes == [2]
     assert "error: step 1: the loss is nan, so training stops" in output
-    assert not whole_checkpoints(str(tmp_path / "out"))
+    assert not complete_checkpoints(str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("length", [1, 60])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from src.retrieval.models.checkpoint_folders import whole_checkpoints
+from src.retrieval.models.checkpoint_folders import complete_checkpoints
 from tests.conftest import make_bert, make_tokenizer
 from tests.helpers import environment, read_rows, write_rows
 from tests.lm.test_score import make_model
@@ -58,8 +58,8 @@ class Job:
 
 def check_checkpoints(whole: Path, out: Path, ended: bool) -> None:
     """Every checkpoint is bit for bit that of the undisturbed run."""
-    found = [Path(path).name for path in whole_checkpoints(str(out))]
-    assert not ended or found == [Path(path).name for path in whole_checkpoints(str(whole))]
+    found = [Path(path).name for path in complete_checkpoints(str(out))]
+    assert not ended or found == [Path(path).name for path in complete_checkpoints(str(whole))]
     for name in found:
         assert_same_checkpoint(out / name, whole / name)
 

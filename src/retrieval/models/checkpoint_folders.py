@@ -1,6 +1,6 @@
-"""Checkpoint folders: which are whole, how one is put in place, and which are removed.
+"""Checkpoint folders: which are complete, how one is put in place, which are removed, and from which to go on.
 
-A folder is written under another name and renamed, so that a kill at any moment leaves none that only looks whole.
+A folder is written under another name and renamed, so that a kill at any moment leaves none that only looks complete.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -66,7 +67,7 @@ def restore_replaced(target: str) -> None:
 
 
 def remove_checkpoint(folder: str) -> None:
-    """Remove a checkpoint folder; renamed first, so that a kill on the way leaves none that looks whole."""
+    """Remove a checkpoint folder; renamed first, so that a kill on the way leaves none that looks complete."""
     _remove_as(beside(folder, "old"), folder)
 
 
@@ -78,56 +79,51 @@ def _remove_as(old: str, folder: str) -> None:
 
 def restore_checkpoints(output_dir: str) -> None:
     """Put back the checkpoints that a run was killed replacing."""
-    for entry in list(os.scandir(output_dir)) if os.path.isdir(output_dir) else ():
-        if (match := UNFINISHED.fullmatch(entry.name)) and match[1] == "replaced":
-            restore_replaced(os.path.join(output_dir, entry.name[1:].removesuffix(".replaced")))
+    for path in list(Path(output_dir).glob(".checkpoint-*.replaced")):
+        restore_replaced(str(path.with_name(path.name[1:].removesuffix(".replaced"))))
 
 
 def remove_unfinished(output_dir: str) -> None:
     """Remove what a killed run left of checkpoints half written or half removed; put back what it was replacing."""
     restore_checkpoints(output_dir)
-    for entry in list(os.scandir(output_dir)) if os.path.isdir(output_dir) else ():
-        if UNFINISHED.fullmatch(entry.name):
-            shutil.rmtree(entry.path, ignore_errors=True)
+    for path in list(Path(output_dir).glob(".checkpoint-*")):
+        if UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_oldest(output_dir: str, limit: int | None, keep: set[str]) -> None:
-    """Remove checkpoints until `limit` are left, those written longest ago first.
+    """Remove checkpoints until `limit` are left, those written longest ago first; None or 0 for no limit.
 
-    By time and not by step: a folder may still hold checkpoints of an earlier run that went further.
-
-    Args:
-        output_dir: folder of the checkpoints.
-        limit: None or 0 for no limit.
-        keep: absolute paths of checkpoints that stay, whatever the limit.
+    By time and not by step: a folder may still hold checkpoints of an earlier run that went further. Those of the
+    absolute paths in `keep` stay, whatever the limit.
     """
     if not limit or limit < 0:
         return
-    others = [path for path in whole_checkpoints(output_dir) if os.path.abspath(path) not in keep]
+    others = [path for path in complete_checkpoints(output_dir) if os.path.abspath(path) not in keep]
     others.sort(key=lambda path: os.path.getmtime(os.path.join(path, TRAINER_STATE)))
     surplus = len(others) - max(limit - len(keep), 0)
     for path in others[: max(surplus, 0)]:
         remove_checkpoint(path)
 
 
-def is_whole(folder: str) -> bool:
-    """Whether `folder` is a complete checkpoint: its last file is there, and it has got its final name."""
+def is_complete(folder: str) -> bool:
+    """Whether the last file of a checkpoint is there, and the folder has its final name."""
     finished = UNFINISHED.fullmatch(os.path.basename(os.path.abspath(folder))) is None
     return finished and os.path.isfile(os.path.join(folder, TRAINER_STATE))
 
 
-def whole_checkpoints(output_dir: str) -> list[str]:
-    """The complete checkpoints below `output_dir`, by step."""
-    found = []
-    for entry in os.scandir(output_dir) if os.path.isdir(output_dir) else ():
-        match = CHECKPOINT.fullmatch(entry.name)
-        if match and is_whole(entry.path):
-            found.append((int(match[1]), entry.path))
-    return [path for _, path in sorted(found)]
+def complete_checkpoints(output_dir: str) -> list[str]:
+    """List the complete checkpoints below `output_dir`, by step."""
+    steps = {
+        str(path): int(match[1])
+        for path in Path(output_dir).glob("checkpoint-*")
+        if (match := CHECKPOINT.fullmatch(path.name)) and is_complete(str(path))
+    }
+    return sorted(steps, key=steps.__getitem__)
 
 
 def read_state(folder: str) -> dict[str, Any]:
-    """What trainer_state.json of a checkpoint holds.
+    """Read trainer_state.json of a checkpoint.
 
     Raises:
         UserError: it is damaged.
@@ -151,8 +147,8 @@ def read_state(folder: str) -> dict[str, Any]:
 
 
 def processes_saved(folder: str) -> int | None:
-    """How many processes wrote a checkpoint; None when it has no state of random numbers, which tells."""
-    ranks = [found.group(1) for name in os.listdir(folder) if (found := RNG_STATE.fullmatch(name))]
+    """Count the processes that wrote a checkpoint, by their states of random numbers; None without any."""
+    ranks = [match[1] for name in os.listdir(folder) if (match := RNG_STATE.fullmatch(name))]
     if not ranks:
         return None
     # A rank in a name tells of two processes at least, whichever file is lost.
@@ -162,11 +158,7 @@ def processes_saved(folder: str) -> int | None:
 def check_complete(folder: str, rank: int, processes: int) -> None:
     """Refuse to resume without what transformers would do without, and not say so.
 
-    Args:
-        folder: the checkpoint.
-        rank: of this process.
-        processes: how many go on from the checkpoint. Another number than saved it is told of: each draws dropout from
-            a state of its own.
+    Another number of `processes` than saved the checkpoint is told of: each draws dropout from a state of its own.
 
     Raises:
         UserError: there is no state of the learning rate's schedule, or none of this process's random numbers.
@@ -203,19 +195,19 @@ def _fits(name: str, value: Any, hint: Any) -> bool:
 
 
 def check_places(output_dir: str) -> None:
-    """Find out before training whether checkpoints can be put into `output_dir`, which may not exist yet.
+    """Check before training that checkpoints can be put into `output_dir`, which may not exist yet.
 
     Raises:
         UserError: a file has the name of one.
     """
-    for entry in os.scandir(output_dir) if os.path.isdir(output_dir) else ():
-        if CHECKPOINT.fullmatch(entry.name) and not entry.is_dir():
-            raise UserError(f"--output_dir: {entry.path} is no folder, so no checkpoint can be put there: remove it")
+    for path in Path(output_dir).glob("checkpoint-*"):
+        if CHECKPOINT.fullmatch(path.name) and not path.is_dir():
+            raise UserError(f"--output_dir: {path} is no folder, so no checkpoint can be put there: remove it")
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Of what a training step consists."""
+    """What a training step consists of."""
 
     processes: int
     queries: int
@@ -235,7 +227,7 @@ def check_steps(folder: str, now: Batches, settings: Mapping[str, Any]) -> None:
 
     Args:
         folder: the checkpoint.
-        now: of this run.
+        now: batches of this run.
         settings: all arguments of this run.
 
     Raises:
@@ -272,33 +264,30 @@ def check_steps(folder: str, now: Batches, settings: Mapping[str, Any]) -> None:
 
 
 def checkpoint_to_resume(resume: str | None, output_dir: str) -> str | None:
-    """What ``--resume_from_checkpoint`` means: a folder, the last whole checkpoint for True, or None.
+    """Choose by ``--resume_from_checkpoint``: a folder, the last complete checkpoint for True, or None.
 
     Raises:
-        UserError: the folder is no whole checkpoint, or its state is damaged.
+        UserError: the folder is no complete checkpoint, or is damaged.
     """
     if resume is None or str(resume).lower() == "false":
         return None
     restore_checkpoints(output_dir)
-    known = whole_checkpoints(output_dir)
+    known = complete_checkpoints(output_dir)
     if str(resume).lower() == "true":
-        for name in sorted(os.listdir(output_dir) if os.path.isdir(output_dir) else ()):
-            if CHECKPOINT.fullmatch(name) and (path := os.path.join(output_dir, name)) not in known:
-                logger.warning("%s is passed over: it is not whole, %s is missing", path, TRAINER_STATE)
+        for path in sorted(map(str, Path(output_dir).glob("checkpoint-*"))):
+            if CHECKPOINT.fullmatch(os.path.basename(path)) and path not in known:
+                logger.warning("%s is passed over: it is not complete, %s is missing", path, TRAINER_STATE)
         if not known:
             logger.info("--resume_from_checkpoint: no checkpoint in %s, training starts from the beginning", output_dir)
             return None
-        logger.info("resuming from %s", known[-1])
-        _check_undamaged(known[-1])
-        return known[-1]
-    if not is_whole(resume):
-        listed = f"; whole checkpoints in {output_dir}: {', '.join(known)}" if known else ""
-        raise UserError(f"--resume_from_checkpoint {resume}: no whole checkpoint (it needs a {TRAINER_STATE}){listed}")
-    _check_undamaged(resume)
-    return resume
-
-
-def _check_undamaged(folder: str) -> None:
-    read_state(folder)
-    for place, *_ in os.walk(folder):
+        resume = known[-1]
+        logger.info("resuming from %s", resume)
+    elif not is_complete(resume):
+        listed = f"; complete checkpoints in {output_dir}: {', '.join(known)}" if known else ""
+        raise UserError(
+            f"--resume_from_checkpoint {resume}: no complete checkpoint (it needs a {TRAINER_STATE}){listed}"
+        )
+    read_state(resume)
+    for place, *_ in os.walk(resume):
         check_recorded(place)
+    return resume

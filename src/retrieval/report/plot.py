@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from src.retrieval.models.checkpoint_folders import is_whole, read_state, whole_checkpoints
+from src.retrieval.models.checkpoint_folders import complete_checkpoints, is_complete, read_state
 from src.retrieval.ranking.metrics import by_cutoff
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output
@@ -96,7 +96,7 @@ def read_history(folder: str) -> list[dict[str, Any]]:
     Raises:
         UserError: there is no checkpoint, or its log is damaged.
     """
-    checkpoints = [folder] if is_whole(folder) else whole_checkpoints(folder)
+    checkpoints = [folder] if is_complete(folder) else complete_checkpoints(folder)
     if not checkpoints:
         raise UserError(f"{folder} has no checkpoint: give the --output_dir of a training run, or a checkpoint")
     return read_state(checkpoints[-1])["log_history"]

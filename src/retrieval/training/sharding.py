@@ -167,7 +167,7 @@ def check_optimizer_state(folder: str, own: str) -> None:
     """Refuse to resume without the optimizer's state, which the Trainer would do silently, or with another's.
 
     Args:
-        folder: a whole checkpoint.
+        folder: a complete checkpoint.
         own: the `optimizer_layout` of this run.
 
     Raises:

@@ -24,11 +24,11 @@ from src.retrieval.models.checkpoint_folders import (
     Batches,
     check_complete,
     check_steps,
+    complete_checkpoints,
     read_state,
     remove_oldest,
     remove_unfinished,
     replace_folder,
-    whole_checkpoints,
 )
 from src.retrieval.models.trainable import TrainableModel
 from src.retrieval.training.args import RetrievalTrainingArgs
@@ -128,7 +128,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             args, micro = self.args, self.args.per_device_train_batch_size
             batches = Batches(distributed.world_size(), micro, args.gradient_accumulation_steps)
             check_steps(resume_from_checkpoint, batches, {**self.saved_args, **args.to_dict()})
-        elif older := whole_checkpoints(self.args.output_dir):
+        elif older := complete_checkpoints(self.args.output_dir):
             logger.warning(
                 "training starts from the beginning, but %s is there from an earlier run: "
                 "--resume_from_checkpoint True would go on from it",

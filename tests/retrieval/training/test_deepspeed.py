@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from src.retrieval.models.checkpoint_folders import whole_checkpoints
+from src.retrieval.models.checkpoint_folders import complete_checkpoints
 from src.retrieval.training.sharding import zero_stage
 from src.utils.errors import UserError
 from tests.helpers import ROOT, environment, read_rows, run, write_rows
@@ -176,7 +176,7 @@ def test_half_precision_saves_the_weights_that_are_trained(bench: Bench, tmp_pat
 )
 def test_killed_in_a_save(bench: Bench, uninterrupted: dict[int, Path], tmp_path: Path, stage: int, kill: Kill):
     bench.train(tmp_path, 2, None, *zero(stage), kill=kill)
-    assert whole_checkpoints(str(tmp_path)) == [str(tmp_path / "checkpoint-2")]
+    assert complete_checkpoints(str(tmp_path)) == [str(tmp_path / "checkpoint-2")]
     bench.train(tmp_path, 2, None, *zero(stage), "--resume_from_checkpoint", True)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert_same_checkpoint(tmp_path / "checkpoint-6", uninterrupted[stage] / "checkpoint-6")

@@ -28,8 +28,8 @@ from src.retrieval.models import checkpoint_folders
 from src.retrieval.models.checkpoint_folders import (
     check_complete,
     checkpoint_to_resume,
+    complete_checkpoints,
     remove_oldest,
-    whole_checkpoints,
 )
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.training.sampler import ShuffledBatches
@@ -77,8 +77,8 @@ def test_killed_within_an_epoch(bench: Bench, tmp_path: Path, processes: int, po
 def test_killed_in_a_save(bench: Bench, tmp_path: Path, point: str, processes: int, policy: str | None, rank: int):
     bench.train(tmp_path, processes, policy, kill=Kill(point, 4, rank))
     assert names(tmp_path) == ["checkpoint-2", ".checkpoint-4.partial"]
-    assert whole_checkpoints(str(tmp_path)) == [str(tmp_path / "checkpoint-2")]
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    assert complete_checkpoints(str(tmp_path)) == [str(tmp_path / "checkpoint-2")]
+    with pytest.raises(UserError, match="no complete checkpoint"):
         checkpoint_to_resume(str(tmp_path / ".checkpoint-4.partial"), str(tmp_path))
     output = bench.train(tmp_path, processes, policy, "--resume_from_checkpoint", True)
     assert f"resuming from {tmp_path}/checkpoint-2" in output
@@ -94,7 +94,7 @@ def test_killed_while_an_old_checkpoint_is_removed(bench: Bench, tmp_path: Path,
     assert names(tmp_path) == ["checkpoint-4", ".checkpoint-2.old"]
     left = [path.name for path in (tmp_path / ".checkpoint-2.old").rglob("*") if path.is_file()]
     assert left == ["trainer_state.json"]
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         checkpoint_to_resume(str(tmp_path / ".checkpoint-2.old"), str(tmp_path))
     bench.train(tmp_path, processes, None, *limit, "--resume_from_checkpoint", True)
     assert names(tmp_path) == ["checkpoint-6"]
@@ -265,7 +265,7 @@ def test_what_resume_means(tmp_path: Path):
     assert checkpoint_to_resume(str(tmp_path / "checkpoint-9"), out) == str(tmp_path / "checkpoint-9")
     assert checkpoint_to_resume(str(tmp_path / "checkpoint-best"), out) == str(tmp_path / "checkpoint-best")
     for bad in ("missing", "checkpoint-11", ".checkpoint-12.partial", "checkpoint-13"):
-        with pytest.raises(UserError, match=r"no whole checkpoint .*checkpoint-9, .*checkpoint-10$"):
+        with pytest.raises(UserError, match=r"no complete checkpoint .*checkpoint-9, .*checkpoint-10$"):
             checkpoint_to_resume(str(tmp_path / bad), out)
 
 
@@ -291,7 +291,7 @@ def test_optimizer_state_is_needed(tmp_path: Path):
 
 def test_unusable_checkpoints_end_in_one_line(bench: Bench, tmp_path: Path):
     bench.train(tmp_path, 1, None, "--save_only_model", "--early_exit_steps", 1)
-    for path, message in ((True, "it has no optimizer state"), (tmp_path / "nowhere", "no whole checkpoint")):
+    for path, message in ((True, "it has no optimizer state"), (tmp_path / "nowhere", "no complete checkpoint")):
         codes, output = bench.forked("run_dense.py", bench.flags(tmp_path, 1, None, "--resume_from_checkpoint", path))
         assert codes == [2]
         assert message in output
@@ -518,9 +518,9 @@ def test_a_kill_between_the_renames_loses_no_checkpoint(tmp_path: Path):
     """What is then on the disk: the old one set aside, the new one not yet named."""
     fake_checkpoint(tmp_path / ".checkpoint-4.replaced", "trainer_state.json", "old.pt")
     fake_checkpoint(tmp_path / ".checkpoint-4.partial", "trainer_state.json")
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         checkpoint_to_resume(str(tmp_path / ".checkpoint-4.partial"), str(tmp_path / "elsewhere"))
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no complete checkpoint"):
         checkpoint_to_resume(str(tmp_path / ".checkpoint-4.replaced"), str(tmp_path / "elsewhere"))
     assert checkpoint_to_resume("True", str(tmp_path)) == str(tmp_path / "checkpoint-4")
     assert (tmp_path / "checkpoint-4" / "old.pt").is_file()
