@@ -28,9 +28,7 @@ def counted_positions(model: nn.Module) -> nn.Embedding | None:
 def position_limit(config: PretrainedConfig, model: nn.Module | None = None) -> int | None:
     """Most tokens that a model takes; None when its configuration sets no limit.
 
-    Args:
-        config: of the model.
-        model: maybe without weights; not every limit shows in a configuration.
+    Not every limit shows in a configuration: the model, maybe without weights, tells more.
     """
     if model is not None and (table := counted_positions(model)) is not None and table.padding_idx is not None:
         return table.num_embeddings - table.padding_idx - 1
@@ -71,12 +69,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
 def trial_run(
     compute: Callable[[Mapping[str, Tensor]], Tensor], tokens: Mapping[str, Tensor], checkpoint: Checkpoint
 ) -> Tensor | None:
-    """Run a model on a few tokens: whatever its settings break shows here.
-
-    Args:
-        compute: the model, in eval mode.
-        tokens: where its weights are.
-        checkpoint: where it comes from.
+    """Run a model in eval mode on a few tokens, where its weights are: whatever its settings break shows here.
 
     Returns:
         What it computes; None where a model without weights cannot tell, or one on the CPU of a machine with a GPU,
@@ -102,13 +95,13 @@ def check_padding(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
 ) -> None:
-    """Run a model on a text alone and beside a longer one, and warn where that makes a difference.
+    """Run a model in eval mode on a text alone and beside a longer one, and warn where that makes a difference.
 
     Args:
-        compute: the model, in eval mode: token tensors ``(n, length)`` to ``(n, ...)``.
+        compute: token tensors ``(n, length)`` to ``(n, ...)``.
         tokenizer: pads.
         encoded: two texts, the longer one last.
-        model: whose device it is.
+        model: what `compute` runs.
         checkpoint: where it comes from.
 
     Raises:

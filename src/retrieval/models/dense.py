@@ -53,6 +53,7 @@ from src.retrieval.models.pooling import (
     read_pooling_spec,
     write_own_file,
 )
+from src.retrieval.models.similarity import similarity
 from src.retrieval.models.trainable import TrainableModel, below
 from src.utils.errors import UserError
 
@@ -256,6 +257,10 @@ class DenseRetriever(TrainableModel):
         """Embed texts as `encode_queries` does, by the key encoder."""
         config = config or EncodeConfig(DEFAULT_LENGTH, self.device)
         return encode(self.embed_key, self.key_tokenizer, texts, config, bar)
+
+    def similarity(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """Compare vectors ``(B, D)`` and ``(K, D)`` by the metric: fp32 ``(B, K)``, higher is more alike."""
+        return similarity(torch.from_numpy(queries), torch.from_numpy(keys), self.metric).numpy()
 
     def forward(
         self, query: Sequence[Mapping[str, Tensor]], key: Sequence[Mapping[str, Tensor]]

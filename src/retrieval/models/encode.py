@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -75,12 +74,6 @@ def cut_batches(lengths: Sequence[int], batch_size: int, batch_tokens: int) -> l
     return batches
 
 
-def _autocast(config: EncodeConfig) -> contextlib.AbstractContextManager:
-    if config.device.type == "cpu" or config.dtype == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(config.device.type, dtype=DTYPES[config.dtype])
-
-
 def _ahead(items: Iterator[T]) -> Iterator[T]:
     """The same items; each is computed in a thread while the one before is in use."""
     with ThreadPoolExecutor(1) as pool:
@@ -124,21 +117,23 @@ def compute(
 
     Args:
         function: token tensors ``(n, length)`` to ``(n, ...)``.
-        tokenize: items to ``input_ids`` and the like, not padded.
+        tokenize: items to ``input_ids`` and the like, cut to `EncodeConfig.max_length` and not padded.
         tokenizer: pads them.
         items: read window by window, the first ones smaller.
-        config: device, precision and batches; its `max_length` is for `tokenize` to keep.
+        config: device, precision and batches.
         bar: moved on by the number of items of each batch.
         window: most items tokenized and sorted at a time.
 
     Yields:
         fp32 ``(window, ...)``, in the order of `items`.
     """
+    half = config.device.type != "cpu" and config.dtype != "fp32"
+    autocast = torch.autocast(config.device.type, DTYPES[config.dtype], enabled=half)
     for batches in _ahead(_token_windows(tokenize, tokenizer, items, config, window)):
         parts = []
         for positions, tokens in batches:
             inputs = {name: tensor.to(config.device, non_blocking=True) for name, tensor in tokens.items()}
-            with torch.no_grad(), _autocast(config):
+            with torch.no_grad(), autocast:
                 # Left on the device until the window is done: a copy would wait for the batch.
                 parts.append(function(inputs).float())
             if bar is not None:
@@ -157,14 +152,7 @@ def encode(
     config: EncodeConfig,
     bar: tqdm | None = None,
 ) -> np.ndarray:
-    """Embed `texts`.
-
-    Args:
-        embed: token tensors to vectors ``(n, D)``.
-        tokenizer: fitting `embed`.
-        texts: at least one; read window by window.
-        config: device, precision, lengths and batches.
-        bar: moved on by the number of texts of each batch.
+    """Embed texts, at least one: token tensors to vectors ``(n, D)`` by `embed`.
 
     Returns:
         ``(len(texts), D)`` of `EncodeConfig.stored_dtype`, in the order of `texts`.
@@ -180,18 +168,13 @@ def encode(
     for vectors in compute(embed, tokenize, tokenizer, texts, config, bar):
         # What becomes infinite is told below.
         with np.errstate(over="ignore"):
-            stored = vectors.astype(config.stored_dtype, copy=False)
-        if not np.isfinite(stored).all():
-            raise UserError(_not_finite(config))
-        windows.append(stored)
+            windows.append(vectors.astype(config.stored_dtype, copy=False))
+        if not np.isfinite(windows[-1]).all():
+            reason = "the vectors of some texts are no numbers: the weights are damaged, or training had diverged"
+            if config.stored_dtype != "float32":
+                reason += f"; or they leave the range of --dtype {config.dtype}, which --dtype fp32 would show"
+            raise UserError(reason)
     return windows[0] if len(windows) == 1 else np.concatenate(windows)
-
-
-def _not_finite(config: EncodeConfig) -> str:
-    damaged = "the vectors of some texts are no numbers: the weights are damaged, or training had diverged"
-    if config.stored_dtype == "float32":
-        return damaged
-    return f"{damaged}; or they leave the range of --dtype {config.dtype}, which --dtype fp32 would show"
 
 
 def progress(total: int, description: str, shown: bool, unit: str = "text") -> tqdm:

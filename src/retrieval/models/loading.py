@@ -86,24 +86,6 @@ def _load_error(path: str, error: BaseException, what: str, part: str) -> UserEr
     return UserError(f"cannot load the {what} {path!r}{where}: {reason} ({advice})")
 
 
-def find_file(path: str, name: str, cache_dir: str | None) -> str | None:
-    """A file of a local folder or of a hub repository, None when it is not there."""
-    if os.path.isdir(path):
-        file = os.path.join(path, name)
-        return file if os.path.isfile(file) else None
-    try:
-        return cached_file(
-            path,
-            name,
-            cache_dir=cache_dir,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-        )
-    except OSError:
-        return None
-
-
 def inner_folder(path: str, names: Sequence[str]) -> str:
     """The model folder that `path` means: itself, or when it is a checkpoint-N the first of `names` inside."""
     if not os.path.isdir(path) or os.path.isfile(os.path.join(path, CONFIG_NAME)):
@@ -144,8 +126,18 @@ class Checkpoint:
         return loading(self.path, self.what, part)
 
     def find(self, name: str) -> str | None:
-        """See `find_file`."""
-        return find_file(self.path, name, self.cache_dir)
+        """The path of a file, fetched from the hub where need be; None when it is not there."""
+        try:
+            return cached_file(
+                self.path,
+                name,
+                cache_dir=self.cache_dir,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+        except OSError:
+            return None
 
     def config(self) -> PretrainedConfig:
         """Read the configuration."""

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from src.retrieval.models.cross_encoder import CrossEncoder
 from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.models.encode import EncodeConfig
-from src.retrieval.models.similarity import similarity
 
 if TYPE_CHECKING:
     from src.retrieval.args import RankerArgs, RetrievalArgs
@@ -55,14 +54,14 @@ def _similarities(
     places = {text: place for place, text in enumerate(dict.fromkeys(chain.from_iterable(keys)))}
     if not places:
         return np.empty(0, dtype=np.float32)
-    query_vectors = torch.from_numpy(model.encode_queries(queries, query_config))
-    key_vectors = torch.from_numpy(model.encode_keys(list(places), key_config))
+    query_vectors = model.encode_queries(queries, query_config)
+    key_vectors = model.encode_keys(list(places), key_config)
     scores = []
     for query, own_keys in zip(query_vectors, keys, strict=True):
         vectors = key_vectors[[places[key] for key in own_keys]]
-        scores.append(similarity(query[None], vectors, model.metric)[0])
+        scores.append(model.similarity(query[None], vectors)[0])
         bar.update(len(own_keys))
-    return torch.cat(scores).numpy()
+    return np.concatenate(scores)
 
 
 def ranker_scorer(args: RankerArgs, device: torch.device, model: CrossEncoder) -> PairScorer:
