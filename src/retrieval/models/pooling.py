@@ -170,7 +170,7 @@ def _read_weights(path: str, allow_pickle: bool) -> dict[str, Tensor]:
 
 
 def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:
-    """One vector per text.
+    """Pool token states into one vector per text.
 
     Args:
         states: ``(n, length, D)`` token states.
@@ -244,10 +244,9 @@ def _read_modules(checkpoint: Checkpoint, modules_file: str, pooling_given: bool
         pooling = read_object(checkpoint.find(name) or f"{checkpoint.path}/{name}", "pooling settings")
         methods.append(_st_pooling(pooling, checkpoint.path))
     if "Dense" in folders:
-        folder = folders["Dense"]
-        # Of a hub name, this fetches them.
-        any(checkpoint.find(f"{folder}/{name}") for name in DENSE_WEIGHTS)
-        dense = os.path.dirname(checkpoint.find(f"{folder}/config.json") or f"{checkpoint.path}/{folder}/config.json")
+        # From the hub, this fetches them.
+        config_file, *_ = [checkpoint.find(f"{folders['Dense']}/{name}") for name in ("config.json", *DENSE_WEIGHTS)]
+        dense = os.path.dirname(config_file) if config_file else os.path.join(checkpoint.path, folders["Dense"])
         methods.append("dense")
     settings_file, settings = _read_settings(checkpoint, ("config_sentence_transformers.json",))
     similarity = "cosine" if "Normalize" in kinds else settings.get("similarity_fn_name")
