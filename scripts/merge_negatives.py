@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from src.utils import locks
 from src.utils.cli import parse_args, run
 from src.utils.errors import UserError
 from src.utils.files import check_output, expand_data_paths, resolve_path, write_jsonl
-from src.utils.flags import check_positive, default_data_root, flag
+from src.utils.flags import check_positive, data_root_flag, flag
 from src.utils.jsonl import JsonLines, open_jsonl
 
 logger = logging.getLogger("scripts.merge_negatives")
@@ -32,15 +32,9 @@ logger = logging.getLogger("scripts.merge_negatives")
 class MergeArgs:
     """Settings of the merge."""
 
-    files: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Files of mined negatives of the same rows, globs allowed; the first one's rows stay."},
-    )
+    files: list[str] = flag([], "Files of mined negatives of the same rows, globs allowed; the first one's rows stay.")
     output_file: str | None = flag(None, "File to write.")
-    data_root: str = field(
-        default_factory=default_data_root,
-        metadata={"help": "What the path prefix llm-embedder: stands for (LLM_EMBEDDER_DATA sets the default)."},
-    )
+    data_root: str = data_root_flag()
     max_neg_num: int | None = flag(None, "Most negatives per row; all when None.")
 
     def __post_init__(self) -> None:
@@ -57,31 +51,24 @@ def merge_rows(rows: Sequence[dict[str, Any]], max_neg_num: int | None) -> dict[
     one file.
     """
     indexed = all(len(row.get("neg_index") or []) == len(row["neg"]) for row in rows)
-    lists = [list(zip(row["neg"], row["neg_index"] if indexed else row["neg"], strict=True)) for row in rows]
+    lists = [zip(row["neg"], row["neg_index"] if indexed else row["neg"], strict=True) for row in rows]
     texts = {normalize(text) for row in rows for text in (row["query"], *row["pos"])}
     indexes = {index for row in rows for index in row.get("pos_index") or []}
-    negatives = []
-    for place in zip_longest(*lists):
-        for candidate in place:
-            if candidate is None or normalize(candidate[0]) in texts or candidate[1] in indexes:
-                continue
-            texts.add(normalize(candidate[0]))
-            indexes.add(candidate[1])
-            negatives.append(candidate)
-    negatives = negatives[:max_neg_num]
+    negatives: dict[str, Any] = {}
+    for text, index in filter(None, chain.from_iterable(zip_longest(*lists))):
+        if normalize(text) not in texts and index not in indexes:
+            texts.add(normalize(text))
+            indexes.add(index)
+            negatives[text] = index
     kept = {name: value for name, value in rows[0].items() if name not in ("teacher_scores", "neg_index")}
-    kept["neg"] = [text for text, _ in negatives]
+    kept["neg"] = list(negatives)[:max_neg_num]
     if indexed:
-        kept["neg_index"] = [index for _, index in negatives]
+        kept["neg_index"] = list(negatives.values())[:max_neg_num]
     return kept
 
 
 def check_same_rows(files: Sequence[JsonLines]) -> None:
-    """Find out whether the files have the same rows in the same order.
-
-    Raises:
-        UserError: they have not, with the first row that differs.
-    """
+    """Raise a UserError for the first row that differs between the files."""
     first = files[0]
     for number, row in enumerate(first):
         if row.get("history") is not None:
@@ -90,11 +77,8 @@ def check_same_rows(files: Sequence[JsonLines]) -> None:
         if len(other) != len(first):
             raise UserError(f"{first.path} has {len(first)} rows, {other.path} has {len(other)}: mine the same rows")
         for number, (one, two) in enumerate(zip(first, other, strict=True)):
-            for name, a, b in (
-                ("query_id", query_id(one, number), query_id(two, number)),
-                ("query", one["query"], two["query"]),
-                ("pos", one.get("pos"), two.get("pos")),
-            ):
+            for name in ("query_id", "query", "pos"):
+                a, b = (query_id(row, number) if name == "query_id" else row.get(name) for row in (one, two))
                 if a != b:
                     raise UserError(f"{first.where(number)} and {other.where(number)} differ in {name!r}: {a!r}, {b!r}")
 

@@ -9,8 +9,7 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,7 +36,7 @@ from src.utils import locks
 from src.utils.cli import parse_args, run
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_writable
-from src.utils.flags import check_choice
+from src.utils.flags import check_choice, flag
 from src.utils.manifest import record_checksums
 
 logger = logging.getLogger("scripts.ours2st")
@@ -61,43 +60,31 @@ SENTENCES = (
 class ConvertArgs:
     """Settings of the conversion."""
 
-    encoder: str | None = field(default=None, metadata={"help": "Encoder folder to convert."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder to write; the encoder folder itself gets the missing files when None."}
+    encoder: str | None = flag(None, "Encoder folder to convert.")
+    output_dir: str | None = flag(None, "Folder to write; the encoder folder itself gets the missing files when None.")
+    pooling_method: list[str] = flag(["cls"], "When the encoder does not tell: cls, mean or last, + dense.")
+    dense_metric: str = flag("cos", "When the encoder does not tell: cos, ip or l2.")
+    model_cache_dir: str | None = flag(None, "Folder where models from the hub are kept.")
+    max_length: int | None = flag(None, "Most tokens of a text; what the model takes, up to 512, when None.")
+    allow_pickle: bool = flag(
+        False, "Load weights that are kept as pickles (pytorch_model.bin), a format that can carry code."
     )
-    pooling_method: list[str] = field(
-        default_factory=lambda: ["cls"],
-        metadata={"help": "When the encoder does not tell: cls, mean or last, + dense."},
-    )
-    dense_metric: str = field(default="cos", metadata={"help": "When the encoder does not tell: cos, ip or l2."})
-    model_cache_dir: str | None = field(default=None, metadata={"help": "Folder where models from the hub are kept."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Most tokens of a text; what the model takes, up to 512, when None."}
-    )
-
-    allow_pickle: bool = field(
-        default=False,
-        metadata={"help": "Load weights that are kept as pickles (pytorch_model.bin), a format that can carry code."},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with the encoder, to load it and to compare."}
-    )
+    trust_remote_code: bool = flag(False, "Run model code that comes with the encoder, to load it and to compare.")
 
     def __post_init__(self) -> None:
         if not self.encoder:
             raise UserError("--encoder is needed: the folder of the encoder to convert")
+        where, is_folder = f"--encoder {self.encoder}", os.path.isdir(self.encoder)
         if is_adapter_folder(self.encoder):
             if not self.output_dir:
-                raise UserError(f"--encoder {self.encoder} holds adapters alone: give --output_dir for the whole model")
-        elif os.path.isdir(self.encoder) and not os.path.isfile(os.path.join(self.encoder, "config.json")):
-            raise UserError(f"--encoder {self.encoder}: no encoder folder (it has no config.json){_hint(self.encoder)}")
-        elif not os.path.isdir(self.encoder) and os.path.isdir(aside := beside(self.encoder, "replaced")):
-            raise UserError(f"--encoder {self.encoder}: a killed conversion left it as {aside}: rename it back")
-        elif not os.path.isdir(self.encoder) and not self.output_dir:
+                raise UserError(f"{where} holds adapters alone: give --output_dir for the whole model")
+        elif is_folder and not os.path.isfile(os.path.join(self.encoder, "config.json")):
+            raise UserError(f"{where}: no encoder folder (it has no config.json){_hint(self.encoder)}")
+        elif not is_folder and os.path.isdir(aside := beside(self.encoder, "replaced")):
+            raise UserError(f"{where}: a killed conversion left it as {aside}: rename it back")
+        elif not is_folder and not self.output_dir:
             hint = _hint(self.encoder)
-            raise UserError(
-                f"--encoder {self.encoder}: no such folder; to convert a model of the hub give --output_dir{hint}"
-            )
+            raise UserError(f"{where}: no such folder; to convert a model of the hub give --output_dir{hint}")
         for method in self.pooling_method:
             check_choice("pooling_method", method, POOLING_METHODS)
         check_choice("dense_metric", self.dense_metric, DENSE_METRICS)
@@ -161,30 +148,15 @@ def max_difference(model: DenseRetriever, converted: SentenceTransformer, max_le
 
 
 def check_target(source: str, target: str) -> None:
-    """Refuse an output folder whose replacement would take more with it than an earlier conversion.
-
-    Args:
-        source: encoder, an absolute path when it is a folder.
-        target: absolute path of the output folder.
-
-    Raises:
-        UserError: `target` holds the encoder, is the folder of adapters, or holds files that are no converted model.
-    """
+    """Refuse an output folder that holds the encoder, or files that are no earlier conversion; paths are absolute."""
     if is_adapter_folder(source) and os.path.realpath(target) == os.path.realpath(source):
         raise UserError(f"--output_dir {target} holds the adapters themselves: name another folder for the whole model")
-    if target != source and os.path.commonpath([target, os.path.abspath(source)]) == target:
+    if target == source:
+        return
+    if os.path.commonpath([target, os.path.abspath(source)]) == target:
         raise UserError(f"--output_dir {target} holds the encoder itself: name another folder, or none")
-    is_foreign = os.path.isdir(target) and os.listdir(target) and not os.path.isfile(os.path.join(target, ST_FILE))
-    if target != source and is_foreign:
+    if os.path.isdir(target) and os.listdir(target) and not os.path.isfile(os.path.join(target, ST_FILE)):
         raise UserError(f"--output_dir {target} holds other files: name a new folder, or an earlier conversion")
-
-
-def _copy_missing(source: str, target: str) -> None:
-    """Copy what stands in `source` and not in `target`, such as our own record of the pooling."""
-    for entry in os.scandir(source):
-        copy = os.path.join(target, entry.name)
-        if not os.path.exists(copy):
-            shutil.copytree(entry.path, copy) if entry.is_dir() else shutil.copy2(entry.path, copy)
 
 
 def _whole(source: str, model: DenseRetriever, folder: str) -> str:
@@ -197,15 +169,9 @@ def _whole(source: str, model: DenseRetriever, folder: str) -> str:
 
 
 def write_card(source: str, model: DenseRetriever, max_length: int, folder: str) -> None:
-    """The card that the encoder has, telling of its new files; a short one when it has none.
+    """Write the card of the encoder, with its new files, into `folder`; a short one when it has none.
 
     What sentence-transformers writes by itself knows neither training nor lengths.
-
-    Args:
-        source: the encoder.
-        model: loaded from there.
-        max_length: most tokens of a text.
-        folder: of the converted model.
     """
     own = os.path.join(source, CARD_FILE)
     if os.path.isfile(own) and not is_adapter_folder(source):
@@ -245,12 +211,13 @@ def convert(args: ConvertArgs, given: frozenset[str], source: str, target: str) 
     if args.max_length is not None and args.max_length > limit:
         raise UserError(f"--max_length {args.max_length}: {source!r} takes {limit} tokens at most")
     max_length = args.max_length or min(tokenizer.model_max_length, limit, 512)
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    staging = tempfile.mkdtemp(prefix=f".{Path(target).name}.", suffix=".partial", dir=Path(target).parent)
-    # mkdtemp makes it for the owner alone; the result shall be as readable as any other folder.
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(staging, 0o777 & ~umask)
+    staging = beside(target, "partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    if target == source:
+        # The encoder's other files, such as our own record of the pooling, stay.
+        shutil.copytree(source, staging)
+    else:
+        os.makedirs(staging)
     try:
         folder = _whole(source, model, os.path.join(staging, "merged"))
         modules = st_modules(folder, encoder, tokenizer, model.metric, max_length, args.trust_remote_code)
@@ -263,8 +230,6 @@ def convert(args: ConvertArgs, given: frozenset[str], source: str, target: str) 
             raise UserError(f"the converted model embeds differently: by up to {difference:.2e}, above {TOLERANCE:.0e}")
         write_card(source, model, max_length, staging)
         record_checksums(staging)
-        if target == source:
-            _copy_missing(target, staging)
         replace_folder(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

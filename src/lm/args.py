@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from src.retrieval.data.rows import ROW_FIELDS
 from src.retrieval.data.tasks import TASKS
 from src.utils.devices import DTYPES
 from src.utils.distributed import TIMEOUT
 from src.utils.errors import UserError
-from src.utils.flags import check_choice, check_name, check_positive, default_data_root, dry_run_flag, flag
+from src.utils.flags import check_choice, check_name, check_positive, data_root_flag, dry_run_flag, flag
 
 SIDES = ("left", "right")
 ANSWER_SELECT = ("random", "first", "best", "mean")
@@ -83,10 +83,7 @@ class LMScoreArgs(LMArgs):
     """What to score and where to write it."""
 
     eval_data: str | None = flag(None, "Rows to score (JSON lines): query, answers, and pos + neg or history.")
-    data_root: str = field(
-        default_factory=default_data_root,
-        metadata={"help": "What the path prefix llm-embedder: stands for (LLM_EMBEDDER_DATA sets the default)."},
-    )
+    data_root: str = data_root_flag()
     dataset_cache_dir: str | None = flag(None, "Folder where the scans of data files are kept.")
     task: str | None = flag(None, f"Task of rows that name none: {', '.join(TASKS)} or one of --task_config.")
     task_config: str | None = flag(

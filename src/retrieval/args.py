@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from src.retrieval.data.rows import ROW_FIELDS
@@ -15,7 +15,7 @@ from src.retrieval.models.pooling import DENSE_METRICS, POOLING_METHODS
 from src.utils.devices import DTYPES
 from src.utils.distributed import TIMEOUT
 from src.utils.errors import UserError
-from src.utils.flags import check_choice, check_name, check_positive, default_data_root, dry_run_flag, flag
+from src.utils.flags import check_choice, check_name, check_positive, data_root_flag, dry_run_flag, flag
 
 METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg", "collate_score")
 RANKER_METHODS = ("cross-encoder",)
@@ -34,10 +34,7 @@ class DataArgs:
     dataset_cache_dir: str | None = flag(
         None, "Folder where the scans of data files are kept, so that a restart on unchanged files is quick."
     )
-    data_root: str = field(
-        default_factory=default_data_root,
-        metadata={"help": "What the path prefix llm-embedder: stands for (LLM_EMBEDDER_DATA sets the default)."},
-    )
+    data_root: str = data_root_flag()
     train_data: list[str] | None = flag(
         None, "Training files (JSON lines), globs allowed; a file named twice counts twice."
     )

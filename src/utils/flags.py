@@ -22,6 +22,12 @@ def dry_run_flag() -> Any:
     return flag(False, "Check flags, data and models' settings, print what the run would do, and write nothing.")
 
 
+def data_root_flag() -> Any:
+    """The field of ``--data_root``, the same in all entry points."""
+    text = "What the path prefix llm-embedder: stands for (LLM_EMBEDDER_DATA sets the default)."
+    return field(default_factory=default_data_root, metadata={"help": text})
+
+
 def check_choice(flag: str, value: str | None, choices: Collection[str]) -> None:
     """Raise a UserError naming the choices unless `value` is one of them (or None)."""
     if value is not None and value not in choices:
