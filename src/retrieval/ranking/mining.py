@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -65,11 +65,6 @@ class MiningConfig:
             seed=seed,
         )
 
-    @property
-    def has_margin(self) -> bool:
-        """Whether negatives are compared with the positive's score."""
-        return self.margin_absolute is not None or self.margin_relative is not None
-
 
 @dataclass(frozen=True)
 class Mined:
@@ -98,36 +93,77 @@ def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
     return len(first & second) / union if union else 0.0
 
 
-def score_limit(positive: float, config: MiningConfig) -> float:
-    """The highest score that a negative may have beside a positive of that score."""
-    limit = np.inf
-    if config.margin_absolute is not None:
-        limit = min(limit, positive - config.margin_absolute)
-    if config.margin_relative is not None:
-        limit = min(limit, positive - config.margin_relative * abs(positive))
-    return float(limit)
+def score_limit(positive: float | None, config: MiningConfig) -> float:
+    """Return the highest score that a negative may have: infinite without a margin.
+
+    Args:
+        positive: score of the best-ranked positive; None when none was retrieved, below which nothing is known to be.
+        config: margins.
+    """
+    absolute, relative = config.margin_absolute, config.margin_relative
+    if absolute is None and relative is None:
+        return np.inf
+    if positive is None:
+        return -np.inf
+    return positive - max(absolute or 0.0, (relative or 0.0) * abs(positive))
 
 
-class _Texts:
-    """The texts that a further negative must differ from."""
+class _Filters:
+    """What keeps a hit of one row from becoming a negative."""
 
-    def __init__(self, texts: Iterable[str], near_duplicate: float | None) -> None:
-        self.near_duplicate = near_duplicate
-        self._exact: set[str] = set()
-        self._words: list[frozenset[str]] = []
-        for text in texts:
-            self.add(normalize(text))
+    def __init__(
+        self, row: dict[str, Any], text_of: Callable[[int], str], body_of: Callable[[int], str], config: MiningConfig
+    ) -> None:
+        self.config = config
+        self.text_of = text_of
+        self._words_of = cache(lambda index: normalize(text_of(index)))
+        self._forms_of = cache(lambda index: {self._words_of(index), normalize(body_of(index))})
+        index = row.get("pos_index") or []
+        self.positives = list(row["pos"]) if row.get("pos") else [text_of(number) for number in index]
+        self._positive_index = set(index)
+        self._positive_words = {*map(normalize, self.positives), *map(self._words_of, self._positive_index)}
+        self._query = normalize(row["query"])
+        self._answers = row.get("answers") or []
+        self._seen = set(self._positive_words)
+        self._word_sets = [frozenset(words.split()) for words in self._seen]
+        self._limit = np.inf
 
-    def add(self, normalized: str) -> None:
-        self._exact.add(normalized)
-        if self.near_duplicate is not None:
-            self._words.append(frozenset(normalized.split()))
+    def is_positive(self, index: int) -> bool:
+        """Whether a hit is a positive, by number or by text."""
+        return index in self._positive_index or bool(self._positive_words & self._forms_of(index))
 
-    def has(self, normalized: str) -> bool:
-        if normalized in self._exact:
-            return True
-        words = frozenset(normalized.split())
-        return any(jaccard(words, other) >= (self.near_duplicate or 0) for other in self._words)
+    def set_limit(self, positive: float | None) -> None:
+        """Set the highest score of a negative by that of the best positive."""
+        self._limit = score_limit(positive, self.config)
+
+    def reason(self, rank: int, index: int, score: float) -> str | None:
+        """Why a hit becomes no negative; None when it does."""
+        first, last = self.config.ranks or (1, rank)
+        if index in self._positive_index:
+            return "positive"
+        if not first <= rank <= last:
+            return "outside of --neg_range"
+        if score > self._limit:
+            return "too close to the positive's score"
+        if self.is_positive(index) or self._seen_before(self._words_of(index)):
+            return "same text as a positive or an earlier negative"
+        if self._query in self._forms_of(index):
+            return "the query itself"
+        if self.config.filter_answers and has_answer(token_string(self.text_of(index)), self._answers):
+            return "contains an answer"
+        return None
+
+    def _seen_before(self, words: str) -> bool:
+        least = self.config.near_duplicate
+        if words in self._seen or least is None:
+            return words in self._seen
+        return any(jaccard(frozenset(words.split()), other) >= least for other in self._word_sets)
+
+    def add(self, index: int) -> None:
+        """Take a hit as a negative, which later ones must differ from."""
+        words = self._words_of(index)
+        self._seen.add(words)
+        self._word_sets.append(frozenset(words.split()))
 
 
 def mine_negatives(
@@ -139,7 +175,7 @@ def mine_negatives(
     config: MiningConfig,
     body_of: Callable[[int], str] | None = None,
 ) -> Mined:
-    """The row with the hits that are no positives as ``neg`` and ``neg_index``, in the order of rank.
+    """Return the row with the hits that are no positives as ``neg`` and ``neg_index``, in the order of rank.
 
     A positive is never a negative: neither by index nor by text; nor is the query itself, nor are texts listed twice,
     where texts with the same words are the same (see `normalize`). With a margin, the positive's score is that of the
@@ -157,59 +193,33 @@ def mine_negatives(
         body_of: text of a corpus row without its title, by which positives and the query may be known too; None for
             `text_of`.
     """
-    words_of = cache(lambda index: normalize(text_of(index)))
-    forms_of = cache(lambda index: {words_of(index), *([normalize(body_of(index))] if body_of is not None else [])})
-    positive_index = set(row.get("pos_index") or [])
-    positives = list(row["pos"]) if row.get("pos") else [text_of(index) for index in row.get("pos_index") or []]
-    seen = _Texts([*positives, *map(text_of, positive_index)], config.near_duplicate)
-    positive_words = {*map(normalize, positives), *map(words_of, positive_index)}
-    query = normalize(row["query"])
-    answers = row.get("answers") or []
-    ranked = enumerate(hits.tolist())
-    first_positive = next((n for n, hit in ranked if hit in positive_index or positive_words & forms_of(hit)), None)
-    best = -np.inf if first_positive is None else float(scores[first_positive])
-    limit = score_limit(best, config) if config.has_margin else np.inf
-    first, last = config.ranks or (1, len(hits))
-
+    filters = _Filters(row, text_of, body_of or text_of, config)
+    ranked = list(zip(hits.tolist(), scores.tolist(), strict=True))
+    best = next((score for index, score in ranked if filters.is_positive(index)), None)
+    filters.set_limit(best)
     dropped: Counter[str] = Counter()
-    negatives: list[tuple[int, str]] = []
-    for rank, (index, score) in enumerate(zip(hits.tolist(), scores.tolist(), strict=True), 1):
+    negatives: list[int] = []
+    for rank, (index, score) in enumerate(ranked, 1):
         if len(negatives) == config.max_neg_num and not config.sample:
             break
-        if index in positive_index:
-            dropped["positive"] += 1
-            continue
-        if not first <= rank <= last:
-            dropped["outside of --neg_range"] += 1
-            continue
-        if score > limit:
-            dropped["too close to the positive's score"] += 1
-            continue
-        text, words = text_of(index), words_of(index)
-        if seen.has(words) or positive_words & forms_of(index):
-            dropped["same text as a positive or an earlier negative"] += 1
-            continue
-        if query in forms_of(index):
-            dropped["the query itself"] += 1
-            continue
-        if config.filter_answers and has_answer(token_string(text), answers):
-            dropped["contains an answer"] += 1
-            continue
-        seen.add(words)
-        negatives.append((index, text))
+        if reason := filters.reason(rank, index, score):
+            dropped[reason] += 1
+        else:
+            filters.add(index)
+            negatives.append(index)
     if config.sample and len(negatives) > config.max_neg_num:
         drawn = np.random.default_rng((config.seed, number)).choice(len(negatives), config.max_neg_num, replace=False)
         negatives = [negatives[place] for place in sorted(drawn.tolist())]
     kept = {name: value for name, value in row.items() if name != "teacher_scores"}
-    kept |= {"pos": positives, "neg": [text for _, text in negatives], "neg_index": [index for index, _ in negatives]}
-    return Mined(kept, dropped, first_positive is not None)
+    kept |= {"pos": filters.positives, "neg": list(map(text_of, negatives)), "neg_index": negatives}
+    return Mined(kept, dropped, best is not None)
 
 
 @dataclass
 class MiningSummary:
     """Counts over all rows."""
 
-    wanted: int
+    most: int
     rows: int = 0
     negatives: int = 0
     short: int = 0
@@ -219,11 +229,11 @@ class MiningSummary:
 
     def add(self, mined: Mined) -> None:
         """Count one row."""
-        found = len(mined.row["neg"])
+        count = len(mined.row["neg"])
         self.rows += 1
-        self.negatives += found
-        self.short += found < self.wanted
-        self.empty += found == 0
+        self.negatives += count
+        self.short += count < self.most
+        self.empty += count == 0
         self.not_retrieved += not mined.positive_found
         self.dropped += mined.dropped
 
@@ -231,7 +241,7 @@ class MiningSummary:
         """A few lines for the log."""
         lines = [
             f"{self.rows} rows mined, {self.negatives} negatives ({self.negatives / max(self.rows, 1):.1f} a row); "
-            f"{self.short} rows have fewer than {self.wanted}, {self.empty} have none",
+            f"{self.short} rows have fewer than {self.most}, {self.empty} have none",
             f"{self.not_retrieved} rows without a positive among their hits",
         ]
         lines += [f"{count} hits dropped: {reason}" for reason, count in self.dropped.most_common()]

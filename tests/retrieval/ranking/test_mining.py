@@ -53,6 +53,9 @@ def test_margins():
     assert indexes(margin_relative=0.5, margin_absolute=0.6) == [7]
     assert score_limit(-2.0, MiningConfig(margin_relative=0.1)) == pytest.approx(-2.2)
     assert score_limit(2.0, MiningConfig(margin_relative=0.1)) == pytest.approx(1.8)
+    assert score_limit(2.0, MiningConfig(margin_relative=0.1, margin_absolute=0.3)) == pytest.approx(1.7)
+    assert score_limit(None, MiningConfig(margin_relative=0.0)) == float("-inf"), "a margin of 0 is one"
+    assert score_limit(None, MiningConfig()) == float("inf")
 
 
 def test_margin_without_a_retrieved_positive():
@@ -165,7 +168,7 @@ def test_the_query_itself_is_never_mined():
 
 
 def test_summary_counts_rows_and_reasons():
-    summary = MiningSummary(wanted=5)
+    summary = MiningSummary(most=5)
     for hits, scores in ((HITS, SCORES), (HITS[:2], SCORES[:2]), (HITS[:0], SCORES[:0])):
         summary.add(mine_negatives(ROW, 0, hits, scores, CORPUS.__getitem__, MiningConfig(max_neg_num=5)))
     assert (summary.rows, summary.negatives, summary.short, summary.empty, summary.not_retrieved) == (3, 4, 3, 2, 1)
