@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from src.plan.memory import ModelSize, Sharing, activation_bytes, step_counts, training_memory
+from src.plan.memory import ModelSize, activation_bytes, step_counts, training_memory
 from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.jobs.builders import bm25_config
@@ -41,24 +41,17 @@ ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_
 
 
 def model_size(backbone: PreTrainedModel, parameters: int, trainable: int, fused_attention: bool) -> ModelSize:
-    """What memory depends on, told by a transformer that may be without weights.
+    """What memory depends on, of a model of that many parameters whose `backbone` may be without weights.
 
-    Args:
-        backbone: the transformer.
-        parameters: of the whole model, which may hold several.
-        trainable: of it.
-        fused_attention: the device keeps no attention weights for the backward pass.
+    With `fused_attention` the device keeps no attention weights for the backward pass.
     """
     config = backbone.config.get_text_config()
-    widths = [
-        module.out_features if isinstance(module, nn.Linear) else module.nf
-        for module in backbone.modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    ]
+    maps = [module for module in backbone.modules() if isinstance(module, nn.Linear | Conv1D)]
+    outputs = sum(module.out_features if isinstance(module, nn.Linear) else module.nf for module in maps)
     dropout = any(getattr(config, name, 0) for name in ATTENTION_DROPOUT)
     # Weights, dropout's mask and their product, of every head.
     kept = 0 if fused_attention or not dropout else 3 * config.num_attention_heads
-    return ModelSize(parameters, trainable, config.num_hidden_layers, config.hidden_size, sum(widths), kept)
+    return ModelSize(parameters, trainable, config.num_hidden_layers, config.hidden_size, outputs, kept)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -88,16 +81,7 @@ def training_lines(
     resume: str | None,
     evaluates: bool,
 ) -> Iterator[Line]:
-    """Rows, batches, steps, tokens and memory of a training run.
-
-    Args:
-        model: maybe without weights.
-        training: settings.
-        sources: rows of all files.
-        collator: examples to token tensors.
-        resume: checkpoint folder to go on from.
-        evaluates: during training.
-    """
+    """Rows, batches, steps, tokens and memory of a training run; `model` may be without weights."""
     yield from source_lines(sources)
     world, queries = distributed.world_size(), training.per_device_train_batch_size
     accumulation = training.gradient_accumulation_steps
@@ -114,18 +98,21 @@ def training_lines(
 
     batches = [collator([dataset[place] for place in batch]) for batch in islice(sampler, SAMPLED_BATCHES)]
     yield from _token_lines(batches, accumulation * world)
-    half = "fp16" if training.fp16 else "bf16" if training.bf16 else None
+    half = training.fp16 or training.bf16
     size = model_size(model.backbones[0], *count_parameters(model), fused_attention=not training.use_cpu)
-    most = _most_activations(size, batches, training, half is not None)
-    sharing = Sharing(
-        world,
-        training.divided,
-        bool(training.deepspeed) and training.divided > 0,
-        sharding.offloaded(training.deepspeed) if training.deepspeed else frozenset(),
-        evaluates and training.eval_strategy != "no",
+    memory = training_memory(
+        size,
+        _most_activations(size, batches, training, half),
+        str(training.optim),
+        half,
+        processes=world,
+        sharded=training.divided,
+        fp32_copies=bool(training.deepspeed) and training.divided > 0,
+        offloaded=sharding.offloaded(training.deepspeed) if training.deepspeed else (),
+        evaluates=evaluates and training.eval_strategy != "no",
     )
-    memory = training_memory(size, most, str(training.optim), half is not None, sharing)
-    yield "model", f"{size.parameters:,} parameters, {size.trainable:,} of them trained, in {half or 'fp32'}"
+    precision = "fp16" if training.fp16 else "bf16" if training.bf16 else "fp32"
+    yield "model", f"{size.parameters:,} parameters, {size.trainable:,} of them trained, in {precision}"
     yield "memory", f"{memory.describe()} (each process; an estimate, see src/plan/memory.py)"
     yield "output", training.output_dir
 
@@ -155,10 +142,12 @@ def _most_activations(
         groups = [[chunk] for group in groups for chunk in group]
         groups += [[part["chunks"][-1] for part in batch.values() if isinstance(part, dict)] for batch in batches]
     checkpointing = bool(training.activation_checkpointing)
-    shapes = [[chunk["input_ids"].shape for chunk in group] for group in groups]
-    return max(
-        sum(activation_bytes(size, rows * width, width, half, checkpointing) for rows, width in own) for own in shapes
-    )
+
+    def needed(chunk: dict[str, Tensor]) -> int:
+        tokens = chunk["input_ids"]
+        return activation_bytes(size, tokens.numel(), tokens.shape[1], half, checkpointing)
+
+    return max(sum(map(needed, group)) for group in groups)
 
 
 def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[int]:
@@ -174,14 +163,7 @@ def evaluation_lines(
     device: torch.device,
     model: TrainableModel | None,
 ) -> Iterator[Line]:
-    """Queries, passages, tokens and the size of the index of an evaluation.
-
-    Args:
-        args: flags.
-        data: rows and corpus.
-        config: what is computed.
-        device: that the model runs on.
-        model: maybe without weights; None when there is none.
+    """Queries, passages, tokens and the size of the index of an evaluation; `model` may be without weights, or None.
 
     Raises:
         UserError: the index or the engine asked for cannot be had.

@@ -19,14 +19,7 @@ import run_ranker
 from evaluation import eval_retrieval
 from evaluation.runner.run import run_task
 from src.lm.model import LMConfig, empty_lm
-from src.plan.memory import (
-    Memory,
-    ModelSize,
-    Sharing,
-    activation_bytes,
-    step_counts,
-    training_memory,
-)
+from src.plan.memory import Memory, ModelSize, activation_bytes, step_counts, training_memory
 from src.plan.retrieval import count_parameters, model_size
 from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
@@ -115,10 +108,10 @@ def test_steps_of_an_epoch_and_of_the_run():
 
 def test_memory_adds_up():
     size = model_size(BertModel(BertConfig(vocab_size=10, hidden_size=4, num_attention_heads=2)), 100, 60, True)
-    assert training_memory(size, 7, "adamw_torch", False, Sharing()) == Memory(400, 240, 480, 7)
-    assert training_memory(size, 7, "adamw_torch_fused", True, Sharing()).weights == 600
-    assert training_memory(size, 7, "adamw_bnb_8bit", False, Sharing(2)) == Memory(400, 480, 120, 7)
-    assert training_memory(size, 7, "sgd", False, Sharing()).optimizer == 0
+    assert training_memory(size, 7, "adamw_torch", False) == Memory(400, 240, 480, 7)
+    assert training_memory(size, 7, "adamw_torch_fused", True).weights == 600
+    assert training_memory(size, 7, "adamw_bnb_8bit", False, processes=2) == Memory(400, 480, 120, 7)
+    assert training_memory(size, 7, "sgd", False).optimizer == 0
     assert Memory(1024, 1024, 2048, 1024).describe().startswith("about 5 KiB: weights 1 KiB, gradients 1 KiB")
     assert Memory(512, 0, 0, 1024, 3072).describe().startswith("about 3.5 KiB: ")
     assert (
@@ -135,21 +128,21 @@ def test_memory_adds_up():
     ("half", "sharing", "weights", "gradients", "optimizer", "evaluation", "offloaded"),
     [
         # FSDP, of 100 weights 60 of which are trained, on four processes: a quarter of 4 or 6 bytes each.
-        (False, Sharing(4, 3), 100, 60, 120, 0, 0),
-        (True, Sharing(4, 3, evaluates=True), 150, 60, 120, 400, 0),
+        (False, {"sharded": 3}, 100, 60, 120, 0, 0),
+        (True, {"sharded": 3, "evaluates": True}, 150, 60, 120, 400, 0),
         # ZeRO: all 100 of 4 or 2 bytes, and 60 of 4 bytes divided by four.
-        (False, Sharing(4, 1, True), 400 + 60, 240, 120, 0, 0),
-        (True, Sharing(4, 1, True, evaluates=True), 200 + 60, 240, 120, 0, 0),
-        (True, Sharing(4, 2, True), 200 + 60, 60, 120, 0, 0),
-        (True, Sharing(4, 3, True, evaluates=True), 50 + 60, 60, 120, 400, 0),
+        (False, {"sharded": 1, "fp32_copies": True}, 400 + 60, 240, 120, 0, 0),
+        (True, {"sharded": 1, "fp32_copies": True, "evaluates": True}, 200 + 60, 240, 120, 0, 0),
+        (True, {"sharded": 2, "fp32_copies": True}, 200 + 60, 60, 120, 0, 0),
+        (True, {"sharded": 3, "fp32_copies": True, "evaluates": True}, 50 + 60, 60, 120, 400, 0),
         # Offloaded: 60 of copies and 120 of the optimizer, then 50 of weights too.
-        (True, Sharing(4, 2, True, frozenset({"optimizer"})), 200, 60, 0, 0, 60 + 120),
-        (True, Sharing(4, 3, True, frozenset({"optimizer", "weights"})), 0, 60, 0, 0, 60 + 120 + 50),
+        (True, {"sharded": 2, "fp32_copies": True, "offloaded": {"optimizer"}}, 200, 60, 0, 0, 60 + 120),
+        (True, {"sharded": 3, "fp32_copies": True, "offloaded": {"optimizer", "weights"}}, 0, 60, 0, 0, 60 + 120 + 50),
     ],
 )
 def test_memory_of_engines_adds_up(half, sharing, weights, gradients, optimizer, evaluation, offloaded):
     size = ModelSize(100, 60, layers=1, hidden=1, linear_outputs=1)
-    found = training_memory(size, 7, "adamw_torch", half, sharing)
+    found = training_memory(size, 7, "adamw_torch", half, processes=4, **sharing)
     assert found == Memory(weights, gradients, optimizer, 7, evaluation, offloaded)
 
 
