@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.models.encode import EncodeConfig
 from src.utils.errors import UserError
+from tests.helpers import ROOT
 
 QUERIES = ["who keeps the lighthouse", "when is bread baked"]
 KEYS = ["the lighthouse is kept by ada brand", "bread is baked before dawn", "a"]
@@ -32,6 +35,18 @@ def test_a_retriever_from_a_checkpoint(tied, tiny_bert, tmp_path):
     np.testing.assert_allclose(retriever.similarity(queries, keys), queries @ keys.T, atol=1e-6)
     short = retriever.encode_keys(KEYS, EncodeConfig(4, torch.device("cpu")))
     assert not np.allclose(short, keys)
+
+
+def test_the_example_of_the_readme_runs(tiny_bert, tmp_path, capsys):
+    load_dense_retriever(EncoderConfig(tiny_bert)).save(str(tmp_path / "retriever"))
+    load_cross_encoder(RankerConfig(tiny_bert, 60, 60)).save(str(tmp_path / "ranker"))
+    (code,) = re.findall(r"^```python\n(from .*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    for kind in ("retriever", "ranker"):
+        code = code.replace(f"data/outputs/my-{kind}/checkpoint-2000", str(tmp_path / kind))
+    exec(code, {})
+    vectors, scores = capsys.readouterr().out.splitlines()
+    assert vectors.startswith("[[")
+    assert len(scores.strip("[]").split()) == 2
 
 
 def test_similarity_is_that_of_the_checkpoint(tiny_bert):
