@@ -106,8 +106,8 @@ def training_lines(
         str(training.optim),
         half,
         processes=world,
-        sharded=training.divided,
-        fp32_copies=bool(training.deepspeed) and training.divided > 0,
+        sharded=training.sharded,
+        fp32_copies=bool(training.deepspeed) and training.sharded > 0,
         offloaded=sharding.offloaded(training.deepspeed) if training.deepspeed else (),
         evaluates=evaluates and training.eval_strategy != "no",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import field
 from typing import Any
 
@@ -47,6 +47,13 @@ def check_positive(**values: float | None) -> None:
         # A NaN is not above 0 either.
         if value is not None and not value > 0:
             raise UserError(f"--{flag} must be above 0, found {value}")
+
+
+def refuse(cases: Mapping[str, object]) -> None:
+    """Raise a UserError with the first message whose case is true."""
+    for message, case in cases.items():
+        if case:
+            raise UserError(message)
 
 
 def default_data_root() -> str:

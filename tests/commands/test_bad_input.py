@@ -213,7 +213,10 @@ BAD_ARGUMENTS = {
         '--train_data {train} --fsdp --fsdp_config {{"activation_checkpointing":true}}',
         "activation_checkpointing is not supported, give --gradient_checkpointing",
     ),
-    "FSDP settings broken": ("--train_data {train} --fsdp --fsdp_config {{", "--fsdp_config '{{' is not valid JSON"),
+    "FSDP settings broken": (
+        "--train_data {train} --fsdp --fsdp_config {{",
+        "--fsdp_config '{{' must be a JSON object",
+    ),
     "weights and no optimizer state": (
         "--train_data {train} --deepspeed data/deepspeed/stage2.json --save_only_model --load_best_model_at_end "
         "--eval_data {eval} --corpus {corpus} --metric_for_best_model mrr@10",

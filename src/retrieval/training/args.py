@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -23,18 +22,14 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.optimization import GreedyLR
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
 
 from src.retrieval.data.tasks import SELECT_NEGATIVE, SELECT_POSITIVE
 from src.retrieval.models.lora import ALL_LINEAR
 from src.retrieval.training import sharding
 from src.utils import distributed
 from src.utils.errors import UserError, first_line
-from src.utils.flags import check_choice, check_positive, flag
+from src.utils.flags import check_choice, flag, refuse
 
-INBATCH_POLICIES = ("epoch", "epoch-static", "epoch-random", "random")
-EVAL_METHODS = ("retrieval", "rerank")
 #: Packages that training can report to, by the names of pip.
 REPORTERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "clearml", "swanlab")
 #: Flags whose fields are filled in or replaced when settings are made, by other flags or by what the machine has.
@@ -48,8 +43,34 @@ WITHOUT_EFFECT = {
     **{"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "train_sampling_strategy": "random"},
     **{"use_liger_kernel": False, "push_to_hub": False},
 }
-#: Flags of transformers that count or measure something, and the least that each may be.
-LEAST = {"save_total_limit": 0, "eval_delay": 0, "ddp_bucket_cap_mb": 1, "dataloader_prefetch_factor": 1}
+#: What flags must be: in words, as a test, and the names. None passes; a NaN is in no range.
+RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
+    "above 0": (
+        lambda value: value > 0,
+        "train_group_size cos_temperature teacher_temperature student_temperature max_sample_num early_exit_steps "
+        "per_device_train_batch_size gradient_accumulation_steps lora_r lora_alpha save_steps logging_steps eval_steps",
+    ),
+    "0 or more": (lambda value: value >= 0, "contrastive_weight distill_weight save_total_limit eval_delay"),
+    "0 (off) or more": (lambda value: value >= 0, "grad_cache_chunk_size length_split_tokens"),
+    "1 or more": (lambda value: value >= 1, "ddp_bucket_cap_mb dataloader_prefetch_factor"),
+    "above 0, or -1 to train --num_train_epochs": (lambda value: value > 0 or value == -1, "max_steps"),
+    "a number of 0 or more": (
+        lambda value: 0 <= value < math.inf,
+        "learning_rate weight_decay adam_epsilon max_grad_norm",
+    ),
+    "from 0 to below 1": (lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 lora_dropout"),
+    "a share of the steps, from 0 to 1": (lambda value: 0 <= value <= 1, "warmup_ratio"),
+    "a number": (math.isfinite, "mask_margin"),
+}
+#: Flags that take one of a few words.
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "eval_method": ("retrieval", "rerank"),
+    "inbatch_same_dataset": ("epoch", "epoch-static", "epoch-random", "random"),
+    "select_positive": SELECT_POSITIVE,
+    "select_negative": SELECT_NEGATIVE,
+    "evaluation_strategy": ("no", "steps", "epoch"),
+    "eval_strategy": ("no", "steps", "epoch"),
+}
 #: What --dataloader_ flags say of the processes that load batches.
 LOADER = ("num_workers", "prefetch_factor", "persistent_workers")
 #: What --gradient_checkpointing_kwargs may set.
@@ -164,12 +185,8 @@ class RetrievalTrainingArgs(TrainingArguments):
         self.use_cpu = self.use_cpu or self.no_cuda or not torch.cuda.is_available()
         if self.fp16 and (self.bf16 or self.use_cpu):
             self.fp16 = False
-        for name in ("grad_cache_chunk_size", "length_split_tokens"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"--{name} must be 0 (off) or more, found {getattr(self, name)}")
         self._check_json()
-        with self._told():
-            self._check_engine()
+        self._check_engine()
         _check_report_to(self.report_to)
         if self.gradient_checkpointing:
             self.activation_checkpointing, self.gradient_checkpointing = True, None
@@ -184,22 +201,11 @@ class RetrievalTrainingArgs(TrainingArguments):
             self.eval_steps = self.save_steps
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
-        with self._told():
-            if "use_configured_state" in str(self.accelerator_config):
-                raise UserError(
-                    "--accelerator_config: use_configured_state needs a state that nobody made: leave it out"
-                )
+        with self._naming(*self._VALID_DICT_FIELDS):
             super().__post_init__()
             configured = cast("AcceleratorConfig", self.accelerator_config)
             GradientAccumulationPlugin(num_steps=1, **(configured.gradient_accumulation_kwargs or {}))
-        if self.grad_cache_chunk_size and self.torch_compile:
-            raise UserError(
-                f"--grad_cache_chunk_size {self.grad_cache_chunk_size} does not work with --torch_compile, whose "
-                "dropout is not the same in both passes: leave one of them out"
-            )
-        self._check_schedule()
-        self._check_optimizer()
-        self._check_loader()
+        self._try_out()
         sharding.load_whole()
         if self.fsdp_plugin_args is not None and (self.fp16 or self.bf16):
             self.fsdp_plugin_args["mixed_precision_policy"] = sharding.half_precision(
@@ -209,58 +215,43 @@ class RetrievalTrainingArgs(TrainingArguments):
         self._n_gpu = min(self._n_gpu, 1)
 
     def _check_values(self) -> None:
-        """Refuse values that nobody could mean."""
-        check_choice("eval_method", self.eval_method, EVAL_METHODS)
-        check_choice("inbatch_same_dataset", self.inbatch_same_dataset, INBATCH_POLICIES)
-        check_choice("select_positive", self.select_positive, SELECT_POSITIVE)
-        check_choice("select_negative", self.select_negative, SELECT_NEGATIVE)
-        for name in ("evaluation_strategy", "eval_strategy"):
-            check_choice(name, getattr(self, name), ("no", "steps", "epoch"))
-        check_positive(
-            train_group_size=self.train_group_size,
-            cos_temperature=self.cos_temperature,
-            teacher_temperature=self.teacher_temperature,
-            student_temperature=self.student_temperature,
-            max_sample_num=self.max_sample_num,
-            early_exit_steps=self.early_exit_steps,
-            per_device_train_batch_size=self.per_device_train_batch_size,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-        )
-        if self.contrastive_weight < 0 or self.distill_weight < 0:
-            raise UserError("--contrastive_weight and --distill_weight must not be negative")
-        check_positive(**{f"matryoshka_dims ({n})": width for n, width in enumerate(self.matryoshka_dims or (), 1)})
-        if len(set(self.matryoshka_dims or ())) < len(self.matryoshka_dims or ()):
-            raise UserError(f"--matryoshka_dims {' '.join(map(str, self.matryoshka_dims or ()))}: each only once")
-        check_positive(lora_r=self.lora_r, lora_alpha=self.lora_alpha)
-        if self.lora_r is None and (
-            self.lora_alpha is not None or self.lora_dropout or self.lora_target_modules != [ALL_LINEAR]
-        ):
-            raise UserError("--lora_alpha, --lora_dropout and --lora_target_modules need --lora_r, the adapters' rank")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout must be from 0 to below 1, found {self.lora_dropout}")
-        check_positive(save_steps=self.save_steps, logging_steps=self.logging_steps, eval_steps=self.eval_steps)
-        for name, least in LEAST.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"--{name} must be {least} or more, found {value}")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise UserError(f"--max_steps must be above 0, or -1 to train --num_train_epochs, found {self.max_steps}")
-        for name in ("learning_rate", "weight_decay", "warmup_ratio", "adam_epsilon", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name} must be a number of 0 or more, found {getattr(self, name)}")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} must be from 0 to below 1, found {getattr(self, name)}")
-        if self.warmup_ratio > 1:
-            raise UserError(f"--warmup_ratio is a share of the steps, at most 1, found {self.warmup_ratio}")
-        if self.mask_margin is not None and not math.isfinite(self.mask_margin):
-            raise UserError(f"--mask_margin must be a number, found {self.mask_margin}")
-        if self.max_steps <= 0 and not self.num_train_epochs > 0:
-            raise UserError(f"--num_train_epochs {self.num_train_epochs}: nothing would be trained, give more than 0")
+        """Refuse values that nobody could mean, and flags that do not go together."""
+        for name, choices in CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        for words, (is_valid, names) in RANGES.items():
+            for name in names.split():
+                if (value := getattr(self, name)) is not None and not is_valid(value):
+                    raise UserError(f"--{name} must be {words}, found {value}")
         for name, value in WITHOUT_EFFECT.items():
             if getattr(self, name) != value:
                 raise UserError(f"--{name} {getattr(self, name)} would have no effect on this training: leave it out")
-        if self.remove_unused_columns:
-            raise UserError("--remove_unused_columns must stay False: the collator needs every column")
+        dims = self.matryoshka_dims or []
+        adapters = self.lora_alpha is not None or self.lora_dropout or self.lora_target_modules != [ALL_LINEAR]
+        refuse(
+            {
+                f"--matryoshka_dims {' '.join(map(str, dims))}: each only once, and above 0": (
+                    len(set(dims)) < len(dims) or min(dims, default=1) < 1
+                ),
+                "--lora_alpha, --lora_dropout and --lora_target_modules need --lora_r, the adapters' rank": (
+                    adapters and self.lora_r is None
+                ),
+                f"--num_train_epochs {self.num_train_epochs}: nothing would be trained, give more than 0": (
+                    self.max_steps <= 0 and not self.num_train_epochs > 0
+                ),
+                "--remove_unused_columns must stay False: the collator needs every column": self.remove_unused_columns,
+                "--accelerator_config: use_configured_state needs a state that nobody made: leave it out": (
+                    "use_configured_state" in str(self.accelerator_config)
+                ),
+                f"--grad_cache_chunk_size {self.grad_cache_chunk_size} does not work with --torch_compile, whose "
+                "dropout is not the same in both passes: leave one of them out": (
+                    self.grad_cache_chunk_size and self.torch_compile
+                ),
+            }
+        )
+        if self.torch_compile_backend is not None:
+            backends = tuple(backend.value.lower() for backend in DynamoBackend)
+            check_choice("torch_compile_backend", self.torch_compile_backend.lower(), backends)
+        check_choice("torch_compile_mode", self.torch_compile_mode, tuple(list_mode_options()))
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, such that a file of them can be given as --config; without tokens, which are secrets.
@@ -277,16 +268,16 @@ class RetrievalTrainingArgs(TrainingArguments):
         return "deepspeed" if self.deepspeed else "fsdp" if self.fsdp else None
 
     @property
-    def divided(self) -> int:
-        """What is divided over processes: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too."""
+    def sharded(self) -> int:
+        """What is sharded over processes: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too."""
         if self.fsdp:
             return 3
         return sharding.zero_stage(self.deepspeed) if self.deepspeed else 0
 
     @property
-    def weights_are_divided(self) -> bool:
+    def weights_are_sharded(self) -> bool:
         """Whether a process holds a part of each weight only."""
-        return self.divided == 3
+        return self.sharded == 3
 
     @property
     def optimizer_layout(self) -> str:
@@ -302,139 +293,99 @@ class RetrievalTrainingArgs(TrainingArguments):
         return super()._setup_devices
 
     def _check_json(self) -> None:
-        """Find settings given as JSON that are none, or hold what nobody reads."""
+        """Refuse settings given as JSON that are none, or hold what nobody reads."""
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
-            if not isinstance(value, str):
-                continue
-            if value.startswith("{"):
-                try:
-                    json.loads(value)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"--{name} {value[:200]!r} is not valid JSON: {error}") from error
-            elif name.endswith("_kwargs") or not value.strip():
-                raise UserError(f"--{name} {value!r} must be a JSON object, such as '{{\"name\": 1}}'")
-        for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
-            value = getattr(self, name)
-            settings = json.loads(value) if isinstance(value, str) else value or {}
-            if unknown := [
-                key for key, set_to in settings.items() if key not in RECOMPUTING or set_to not in (True, False)
-            ]:
-                raise UserError(
-                    f"--{name}: {unknown[0]!r} is {settings[unknown[0]]!r}: give true or false for one of "
-                    f"{', '.join(RECOMPUTING)}"
-                )
+            if isinstance(value, str) and (value.startswith("{") or name.endswith("_kwargs") or not value.strip()):
+                value = sharding.parse_json(value, name)
+            for key, setting in (value or {}).items() if name.endswith("checkpointing_kwargs") else ():
+                if key not in RECOMPUTING or setting not in (True, False):
+                    raise UserError(
+                        f"--{name}: {key!r} is {setting!r}: give true or false for one of {', '.join(RECOMPUTING)}"
+                    )
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Tell in one line of settings that a library cannot read: their kinds and names are known to it alone."""
+    def _naming(self, *names: str) -> Iterator[None]:
+        """Say in one line what a library has against the values of flags: which it takes is known to it alone."""
         try:
             yield
         except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, ImportError) as error:
             if isinstance(error, UserError):
                 raise
-            if type(error) is ValueError:
-                raise UserError(str(error)) from error
-            objects = [f"--{name} {getattr(self, name)}" for name in self._VALID_DICT_FIELDS if getattr(self, name)]
-            raise UserError(
-                f"{', '.join(objects) or 'the flags of training'}: these settings cannot be used "
-                f"({type(error).__name__}: {first_line(error)})"
-            ) from error
+            values = {name: getattr(self, name) for name in names}
+            flags = [f"--{name} {getattr(value, 'value', value)}" for name, value in values.items() if value]
+            raise UserError(": ".join([*filter(None, [" with ".join(flags)]), first_line(error)])) from error
 
-    def _check_schedule(self) -> None:
-        """Make a schedule, as the Trainer does when the model is loaded: some need settings, and none takes any."""
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
-        settings = self.lr_scheduler_kwargs if isinstance(self.lr_scheduler_kwargs, dict) else None
-        try:
+    def _try_out(self) -> None:
+        """Make the schedule, the optimizer and a loader of batches, as the Trainer does once the model is loaded."""
+        weight = torch.zeros(1, requires_grad=True)
+        with self._naming("lr_scheduler_type", "lr_scheduler_kwargs"):
+            optimizer = torch.optim.SGD([weight], 1.0)
+            settings = cast("dict[str, Any] | None", self.lr_scheduler_kwargs)
             schedule = get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, settings or None)
             for _ in range(0 if isinstance(schedule, BY_METRIC) else 10):
                 optimizer.step()
                 schedule.step()
-        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            name = SchedulerType(self.lr_scheduler_type).value
-            raise UserError(
-                f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {settings or {}}: {first_line(error)} (the "
-                "settings are a JSON object)"
-            ) from error
+        with self._naming("optim", "optim_args"):
+            self._try_optimizer(weight)
+        loader = {name: getattr(self, f"dataloader_{name}") for name in LOADER}
+        with self._naming(*(f"dataloader_{name}" for name in LOADER)):
+            DataLoader(TensorDataset(weight), **loader)
 
-    def _check_optimizer(self) -> None:
-        """Look for the optimizer and its package, as the Trainer does when the model is loaded."""
-        backends = tuple(backend.value.lower() for backend in DynamoBackend)
-        if self.torch_compile_backend is not None:
-            check_choice("torch_compile_backend", self.torch_compile_backend.lower(), backends)
-        if self.torch_compile and self.torch_compile_mode is not None:
-            check_choice("torch_compile_mode", self.torch_compile_mode, tuple(list_mode_options()))
-        name = OptimizerNames(self.optim).value
-        settings = f" with --optim_args {self.optim_args!r} (name=value, name=value)" if self.optim_args else ""
+    def _try_optimizer(self, weight: torch.Tensor) -> None:
         try:
             kind, options = Trainer.get_optimizer_cls_and_kwargs(self)
-            if kind.__module__.startswith("torch."):
-                kind([torch.zeros(1, requires_grad=True)], **options)
-            plain = copy.copy(self)
-            plain.optim_args = None
-            unread = bool(self.optim_args) and options == Trainer.get_optimizer_cls_and_kwargs(plain)[1]
-        except (ImportError, ValueError, TypeError) as error:
-            # Some look into the model, which is not there yet.
-            if "model" not in str(error):
-                raise UserError(f"--optim {name}{settings}: {first_line(error)}") from error
-            unread = False
-        if unread:
-            raise UserError(f"--optim {name}{settings}: it has no settings of these names, leave them out")
-
-    def _check_loader(self) -> None:
-        """Make a loader of batches, as the Trainer does when the model is loaded."""
-        settings = {name: getattr(self, f"dataloader_{name}") for name in LOADER}
-        try:
-            DataLoader(TensorDataset(torch.zeros(1)), **settings)
         except ValueError as error:
-            shown = " ".join(f"--dataloader_{name} {value}" for name, value in settings.items() if value is not None)
-            raise UserError(f"{shown}: {first_line(error)}") from error
+            # Some look into the model, which is not there yet.
+            if "model" in str(error):
+                return
+            raise
+        if kind.__module__.startswith("torch."):
+            kind([weight], **options)
+        plain = copy.copy(self)
+        plain.optim_args = None
+        if self.optim_args and options == Trainer.get_optimizer_cls_and_kwargs(plain)[1]:
+            raise ValueError("it has no settings of these names, leave them out")
 
     def _check_engine(self) -> None:
         """Refuse engines that could not do their work, and what does not work with them."""
-        if self.fsdp_config and not self.fsdp:
-            raise UserError("--fsdp_config has settings of --fsdp: give that flag too")
+        refuse(
+            {
+                "--fsdp_config has settings of --fsdp: give that flag too": self.fsdp_config and not self.fsdp,
+                "--deepspeed and --fsdp do the same work: leave one of them out": self.deepspeed and self.fsdp,
+            }
+        )
         if self.engine is None:
             return
-        flag = f"--{self.engine}"
-        if self.deepspeed and self.fsdp:
-            raise UserError("--deepspeed and --fsdp do the same work: leave one of them out")
         if self.fsdp:
             self.fsdp_config = sharding.fsdp_settings(self.fsdp_config or {}, self.fsdp)
-        # Reads the settings of DeepSpeed, too, and refuses bad ones.
-        divided = self.divided
-        if self.fsdp and self.use_cpu:
-            raise UserError(
-                "--fsdp divides weights over GPUs only, on a CPU it would be ignored: leave it out (--deepspeed "
-                "data/deepspeed/stage3.json divides them on a CPU too)"
-            )
-        if self.deepspeed and divided == 0 and (self.fp16 or self.bf16):
-            raise UserError(
+        least = 2 if self.fsdp else 1
+        refuse(
+            {
+                "--fsdp shards weights over GPUs only, on a CPU it would be ignored: leave it out (--deepspeed "
+                "data/deepspeed/stage3.json shards them on a CPU too)": self.fsdp and self.use_cpu,
                 f"--deepspeed: ZeRO stage 0 with {'--bf16' if self.bf16 else '--fp16 (the default on a GPU)'} keeps no "
                 "fp32 weights that could be saved: use stage 1 (data/deepspeed/stage1.json), leave out --deepspeed "
-                "(plain torchrun), or train in fp32 (--fp16 False and no --bf16)"
-            )
-        if self.grad_cache_chunk_size:
-            raise UserError(
+                "(plain torchrun), or train in fp32 (--fp16 False and no --bf16)": (
+                    self.sharded == 0 and (self.fp16 or self.bf16)
+                ),
                 f"--grad_cache_chunk_size {self.grad_cache_chunk_size} works with one process or plain torchrun, where "
-                "the weights are whole on each process: leave out --deepspeed and --fsdp, or set it to 0"
-            )
-        if self.save_only_model and self.fsdp:
-            raise UserError(
-                "--save_only_model does not work with --fsdp, which saves the parts of all processes: leave it out"
-            )
-        if self.save_only_model and self.load_best_model_at_end:
-            raise UserError(f"--save_only_model leaves nothing that --load_best_model_at_end could load with {flag}")
-        least = 2 if self.fsdp else 1
-        if not distributed.is_launched() or distributed.launched_processes() < least:
-            raise UserError(
-                f"{flag} needs a launcher that starts {least} or more processes: torchrun --nproc_per_node N …"
-            )
-        if not self.weights_are_divided:
-            return
-        if self.length_split_tokens:
-            raise UserError(
-                f"--length_split_tokens {self.length_split_tokens}: where weights are divided over processes, all must "
-                "call the model equally often: set it to 0, or leave it out"
-            )
-        self.length_split_tokens = 0
+                "each process has all weights: leave out --deepspeed and --fsdp, or set it to 0": (
+                    self.grad_cache_chunk_size
+                ),
+                "--save_only_model does not work with --fsdp, which saves the parts of all processes: leave it out": (
+                    self.save_only_model and self.fsdp
+                ),
+                f"--save_only_model leaves nothing that --load_best_model_at_end could load with --{self.engine}": (
+                    self.save_only_model and self.load_best_model_at_end
+                ),
+                f"--{self.engine} needs a launcher that starts {least} or more processes: torchrun --nproc_per_node N "
+                "…": not distributed.is_launched() or distributed.launched_processes() < least,
+                f"--length_split_tokens {self.length_split_tokens}: where weights are sharded over processes, all must "
+                "call the model equally often: set it to 0, or leave it out": (
+                    self.weights_are_sharded and self.length_split_tokens
+                ),
+            }
+        )
+        if self.weights_are_sharded:
+            self.length_split_tokens = 0

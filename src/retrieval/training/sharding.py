@@ -1,4 +1,4 @@
-"""Engines that train large models: DeepSpeed (ZeRO) and FSDP. Their settings, and whole weights out of divided ones.
+"""Engines that train large models: DeepSpeed (ZeRO) and FSDP. Their settings, and whole weights out of sharded ones.
 
 ZeRO-3 and FSDP leave each process a part of every weight. Layers gather theirs when they are called, on all processes
 at once, so all must call the model equally often. Training does; an evaluation, which shares out its texts, does not,
@@ -19,34 +19,54 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from src.utils.errors import UserError
 from src.utils.files import read_json
+from src.utils.flags import refuse
 
 #: How FSDP saves what training goes on from: each process its parts.
 SHARDED = "SHARDED_STATE_DICT"
+#: Parts of DeepSpeed's settings that have settings of their own.
+SECTIONS = ("zero_optimization", "optimizer", "scheduler", "fp16", "bf16", "amp", "activation_checkpointing")
 #: DeepSpeed settings that transformers would take from the configuration of a single transformer.
 _SIZES = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+_OFFLOAD = "use --deepspeed data/deepspeed/stage3_offload.json in place of --fsdp"
+#: FSDP settings that are not supported, and what to do instead.
+_UNSUPPORTED = {
+    "cpu_offload": _OFFLOAD,
+    "xla": "leave it out",
+    "cpu_ram_efficient_loading": "leave it out",
+    # It recomputes layers with other dropout than they had, so gradients are not those of the loss.
+    "activation_checkpointing": "give --gradient_checkpointing in its place",
+}
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-#: Parts of DeepSpeed's settings that have settings of their own.
-SECTIONS = ("zero_optimization", "optimizer", "scheduler", "fp16", "bf16", "amp", "activation_checkpointing")
+def parse_json(text: str, flag: str) -> dict[str, Any]:
+    """Parse the JSON object that a flag is given as.
+
+    Raises:
+        UserError: it is none.
+    """
+    problem = ""
+    try:
+        settings = json.loads(text)
+        if isinstance(settings, dict):
+            return settings
+    except (ValueError, RecursionError) as error:
+        problem = f": it is not valid JSON ({error})"
+    raise UserError(f"--{flag} {text[:200]!r} must be a JSON object, such as '{{\"name\": 1}}'{problem}")
 
 
 def read_settings(given: Any, flag: str) -> dict[str, Any]:
-    """The settings that a flag names: a JSON file, or the JSON itself.
+    """Read the settings that a flag names: a JSON file, or the JSON itself.
 
     Raises:
         UserError: the file is missing or broken, or holds no settings.
     """
-    if isinstance(given, str) and given.startswith("{"):
-        try:
-            given = json.loads(given)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--{flag}: no valid JSON: {error}") from error
-    settings = read_json(given, f"--{flag}") if isinstance(given, str) else given
-    if not isinstance(settings, dict):
+    if isinstance(given, str):
+        given = parse_json(given, flag) if given.startswith("{") else read_json(given, f"--{flag}")
+    if not isinstance(given, dict):
         raise UserError(f"--{flag}: {given} must hold a JSON object with settings")
-    return settings
+    return given
 
 
 def _zero_settings(given: Any) -> dict[str, Any]:
@@ -58,7 +78,7 @@ def _zero_settings(given: Any) -> dict[str, Any]:
 
 
 def zero_stage(given: Any) -> int:
-    """The ZeRO stage that ``--deepspeed`` asks for.
+    """Return the ZeRO stage that ``--deepspeed`` asks for.
 
     Raises:
         UserError: the settings cannot be read, or do not fit this toolkit.
@@ -77,14 +97,14 @@ def zero_stage(given: Any) -> int:
 
 
 def offloaded(given: Any) -> frozenset[str]:
-    """What ``--deepspeed`` puts into the memory of the CPU: ``optimizer``, ``weights``."""
+    """Return what ``--deepspeed`` puts into the memory of the CPU: ``optimizer``, ``weights``."""
     zero = _zero_settings(given)
-    names = {"offload_optimizer": "optimizer", "offload_param": "weights"}
-    return frozenset(own for name, own in names.items() if (zero.get(name) or {}).get("device") == "cpu")
+    parts = {"offload_optimizer": "optimizer", "offload_param": "weights"}
+    return frozenset(part for name, part in parts.items() if (zero.get(name) or {}).get("device") == "cpu")
 
 
 def fsdp_settings(given: Any, fsdp: Any = True) -> dict[str, Any]:
-    """The settings that ``--fsdp_config`` names, with what this toolkit wants.
+    """Return the settings that ``--fsdp_config`` names, with those that this toolkit needs.
 
     Args:
         given: of ``--fsdp_config``.
@@ -94,26 +114,20 @@ def fsdp_settings(given: Any, fsdp: Any = True) -> dict[str, Any]:
         UserError: they cannot be read, or ask for what is not supported.
     """
     settings = {name.removeprefix("fsdp_"): value for name, value in read_settings(given, "fsdp_config").items()}
-    if str(settings.get("version", 2)) != "2":
-        raise UserError(f"--fsdp_config: version {settings['version']} is not supported, use 2 (or leave it out)")
-    offload = "use --deepspeed data/deepspeed/stage3_offload.json in place of --fsdp"
-    if "offload" in str(fsdp):
-        raise UserError(f"--fsdp {fsdp}: offload is not supported, {offload}")
-    for name, instead in (
-        ("cpu_offload", offload),
-        ("xla", "leave it out"),
-        ("cpu_ram_efficient_loading", "leave it out"),
-        # It recomputes layers with other dropout than they had, so gradients are not those of the loss.
-        ("activation_checkpointing", "give --gradient_checkpointing in its place"),
-    ):
-        if str(settings.get(name, False)).lower() != "false":
-            raise UserError(f"--fsdp_config: {name} is not supported, {instead}")
-    # The processes wait for each other for ever when the other kind is loaded again.
-    if settings.setdefault("state_dict_type", SHARDED) != SHARDED:
-        raise UserError(
-            f"--fsdp_config: state_dict_type {settings['state_dict_type']} is not supported, use {SHARDED} (or leave "
-            "it out): the encoder is saved whole in any case"
-        )
+    version, saving = settings.get("version", 2), settings.setdefault("state_dict_type", SHARDED)
+    refuse(
+        {
+            f"--fsdp_config: version {version} is not supported, use 2 (or leave it out)": str(version) != "2",
+            f"--fsdp {fsdp}: offload is not supported, {_OFFLOAD}": "offload" in str(fsdp),
+            **{
+                f"--fsdp_config: {name} is not supported, {instead}": str(settings.get(name, False)).lower() != "false"
+                for name, instead in _UNSUPPORTED.items()
+            },
+            # The processes wait for each other for ever when the other kind is loaded again.
+            f"--fsdp_config: state_dict_type {saving} is not supported, use {SHARDED} (or leave it out): the encoder "
+            "is saved whole in any case": saving != SHARDED,
+        }
+    )
     return settings
 
 
@@ -128,19 +142,19 @@ def half_precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
 def load_whole() -> None:
     """Make `from_pretrained` give whole weights to each process.
 
-    With ZeRO-3 announced, it would divide each transformer by itself, before adapters are put in or merged, new layers
-    drawn and fp32 weights rounded. The engine divides the finished model. transformers is told anew whenever settings
-    or a Trainer are made.
+    With ZeRO-3 announced, it would shard each transformer by itself, before adapters are put in or merged, new layers
+    drawn and fp32 weights rounded. The engine shards the finished model. transformers announces it anew whenever
+    settings or a Trainer are made.
     """
     unset_hf_deepspeed_config()
 
 
 def optimizer_layout(stage: int | None, fsdp: bool, processes: int) -> str:
-    """How a run keeps the optimizer's state in checkpoints, in words that name the flags.
+    """Name how a run keeps the optimizer's state in checkpoints, by its flags.
 
     Args:
         stage: of ZeRO, None without DeepSpeed.
-        fsdp: whether FSDP divides the weights.
+        fsdp: whether FSDP shards the weights.
         processes: of the run; in ZeRO each writes its part, which only it can read.
     """
     if stage is not None:
@@ -150,7 +164,7 @@ def optimizer_layout(stage: int | None, fsdp: bool, processes: int) -> str:
 
 
 def saved_layout(folder: str) -> str | None:
-    """The `optimizer_layout` of a checkpoint folder, by the files in it; None when it has no optimizer state."""
+    """Name the `optimizer_layout` of a checkpoint folder by its files; None when it has no optimizer state."""
     parts = len(list(Path(folder).glob("global_step*/*_optim_states.pt")))
     for pattern, stage, fsdp in (
         ("optimizer.pt", None, False),
@@ -163,51 +177,42 @@ def saved_layout(folder: str) -> str | None:
     return None
 
 
-def check_optimizer_state(folder: str, own: str) -> None:
-    """Refuse to resume without the optimizer's state, which the Trainer would do silently, or with another's.
+def check_optimizer_state(folder: str, layout: str) -> None:
+    """Refuse to resume a complete checkpoint without the optimizer's state, or with one of another `layout`.
 
-    Args:
-        folder: a complete checkpoint.
-        own: the `optimizer_layout` of this run.
+    The Trainer would go on silently without.
 
     Raises:
-        UserError: it cannot go on from there.
+        UserError: this run cannot go on from there.
     """
     saved = saved_layout(folder)
-    if saved == own:
+    if saved == layout:
         return
+    problem = f"it was saved with {saved}, and this run has {layout}: give the same"
     if saved is None:
         problem = "it has no optimizer state (--save_only_model?)"
-    else:
-        problem = f"it was saved with {saved}, and this run has {own}: give the same"
     raise UserError(
         f"--resume_from_checkpoint {folder}: {problem}, or start a new run from its weights: name it as the model"
     )
 
 
 def whole_state(model: nn.Module, device: torch.device | None) -> dict[str, Tensor]:
-    """The weights of a model in training, gathered from all processes, in fp32; every process must call this.
+    """Gather the weights of a model in training from all processes, in fp32; every process must call this.
 
     Args:
         model: what the engine trains, not wrapped.
-        device: where the weights are wanted; None to take part without getting any.
+        device: where to put the weights; None to take part without getting any.
 
     Returns:
-        What ``model.state_dict()`` of the whole model would be.
+        What ``model.state_dict()`` of the whole model would be; weights that layers share are shared.
     """
-    state: dict[str, Tensor] = {}
-    names: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in names:
-            # Layers that share a weight go on to share it; it is gathered once.
-            if device is not None:
-                state[name] = state[names[id(tensor)]]
-            continue
-        names[id(tensor)] = name
+    tensors = model.state_dict(keep_vars=True)
+    gathered: dict[int, Tensor] = {}
+    for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():
         whole = _whole(tensor)
         if device is not None:
-            state[name] = whole.to(device, torch.float32 if whole.is_floating_point() else whole.dtype)
-    return state
+            gathered[id(tensor)] = whole.to(device, torch.float32 if whole.is_floating_point() else whole.dtype)
+    return {} if device is None else {name: gathered[id(tensor)] for name, tensor in tensors.items()}
 
 
 def _whole(tensor: Any) -> Tensor:
@@ -229,13 +234,13 @@ def _whole(tensor: Any) -> Tensor:
 
 
 def hollow_copy(model: ModelT) -> ModelT:
-    """A copy of a model without its weights, for `fill`; the model must not be in an engine's hands yet."""
+    """Copy a model without its weights, for `filled`; the engine must not have it yet."""
     empty = {id(weight): nn.Parameter(torch.empty_like(weight, device="meta"), False) for weight in model.parameters()}
     return copy.deepcopy(model, empty)
 
 
 def filled(hollow: ModelT, state: dict[str, Tensor], device: torch.device) -> ModelT:
-    """A copy of what `hollow_copy` gave, with weights, in eval mode on `device`."""
+    """Copy what `hollow_copy` returned, with weights, in eval mode on `device`."""
     model = hollow_copy(hollow)
     model.load_state_dict(state, assign=True)
     return model.to(device).eval()

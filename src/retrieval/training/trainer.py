@@ -101,7 +101,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         load_whole()
         self.score_batch = score_batch
         self.evaluate_model = evaluate_model
-        self._hollow = hollow_copy(self.model) if evaluate_model and args.weights_are_divided else None
+        self._hollow = hollow_copy(self.model) if evaluate_model and args.weights_are_sharded else None
         self.saved_args = dict(saved_args)
         self.write_cards = write_cards
         self.loss_configs: list[LossConfig] = [source.settings.loss for source in train_dataset.sources]

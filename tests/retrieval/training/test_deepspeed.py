@@ -228,7 +228,7 @@ def test_divided_weights_take_batches_in_one_piece(bench: Bench, tmp_path: Path)
     flags = bench.flags(tmp_path, 2, None, *zero(3), "--length_split_tokens", 64)
     codes, output = bench.forked("run_dense.py", flags, 2)
     assert (codes[0], output.count("error:")) == (2, 1), output
-    assert "--length_split_tokens 64: where weights are divided over processes" in output
+    assert "--length_split_tokens 64: where weights are sharded over processes" in output
 
 
 def test_half_precision_needs_a_stage_that_keeps_fp32_weights(bench: Bench, tmp_path: Path):

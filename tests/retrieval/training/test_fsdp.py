@@ -94,7 +94,7 @@ def test_half_precision_rounds_neither_vectors_nor_sums_of_gradients(bench: Benc
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((*FLAGS, "--length_split_tokens", 64), "--length_split_tokens 64: where weights are divided over processes"),
+        ((*FLAGS, "--length_split_tokens", 64), "--length_split_tokens 64: where weights are sharded over processes"),
         ((*FLAGS, "--save_only_model"), "--save_only_model does not work with --fsdp"),
         (("--fsdp", "full_shard offload"), "--fsdp full_shard offload: offload is not supported, use --deepspeed"),
         (("--fsdp", "--fsdp_config", '{"cpu_offload": true}'), "--fsdp_config: cpu_offload is not supported, use"),
