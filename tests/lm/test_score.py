@@ -428,7 +428,7 @@ GOOD = {"query": "q", "pos": ["a"], "neg": ["b"], "answers": ["c"], "task": "qa"
         ({"history": ["h"]}, "field 'pos' stands beside 'history'"),
         ({"neg": None}, "field 'neg' is missing"),
         ({"score_inputs": [[1]], "query_inputs": [1]}, "field 'context_inputs' is missing"),
-        (TOKENS | {"score_inputs": [[1], ["x"]]}, "'score_inputs[1]'[0] must be a token number"),
+        (TOKENS | {"score_inputs": [[1], ["x"]]}, "'score_inputs'[1][0] must be a token number"),
         (TOKENS | {"answer_inputs": []}, "field 'answer_inputs' is empty"),
         (TOKENS, "field 'score_inputs' stands in a row of task 'qa'"),
         (TOKENS | {"task": "lrlm", "score_inputs": [[1]]}, "'score_inputs' has 1 lists for 2 candidates"),

@@ -1,4 +1,4 @@
-"""Row types of the training, evaluation and corpus files, and the checks a row must pass.
+"""The fields of the training, evaluation and corpus files, and the checks a row must pass.
 
 A check takes one parsed row and returns (problems, numbers): texts for the user without file and line,
 which the reader adds, and the few numbers per row that filters need without parsing the row again.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any, TypedDict
+from typing import Any
 
 from src.utils.errors import UserError
 
@@ -22,149 +22,129 @@ LM_CHECK = "lm-4"
 
 #: Row numbers and tokens are kept as 64-bit integers, names of tasks in an array as wide as the longest.
 LARGEST_INT = 2**63 - 1
+#: Of fp32, in which scores are computed with.
 LARGEST_FLOAT = 3.4e38
 LONGEST_TASK = 64
 
 #: Field of the scores that training distils from, unless another is named.
 TEACHER_SCORES = "teacher_scores"
 
-
-class TrainRow(TypedDict, total=False):
-    """A training row; chat rows carry `history` in place of `pos` and `neg`."""
-
-    query: str
-    pos: list[str]
-    neg: list[str]
-    history: list[str]
-    pos_index: list[int]
-    neg_index: list[int]
-    teacher_scores: list[float]
-    answers: list[str]
-    context: str
-    task: str
-    query_id: int | str
+Row = Mapping[str, Any]
+#: (problems, numbers) of a row.
+Checked = tuple[list[str], dict[str, Any]]
+#: What is wrong with a value, to be put after its name; None when nothing is.
+Kind = Callable[[Any], str | None]
 
 
-class EvalRow(TypedDict, total=False):
-    """An evaluation row."""
-
-    query: str
-    pos_index: list[int]
-    answers: list[str]
-    key: list[str]
-    key_index: list[int]
-    task: str
-    query_id: int | str
-
-
-#: Fields of rows with a meaning of their own: no name for further scores. (teacher_scores is where scores go.)
-ROW_FIELDS = ({*TrainRow.__annotations__} | {*EvalRow.__annotations__}) - {"teacher_scores"}
+def _string(value: Any) -> str | None:
+    if not isinstance(value, str):
+        return f" must be a string, found {type(value).__name__}"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # JSON can express it, and UTF-8, thus no tokenizer, can.
+        return " holds half of a surrogate pair (such as \\ud83d alone): the text was cut inside a character"
+    return None
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _task(value: Any) -> str | None:
+    if (problem := _string(value)) or not value or (value.isprintable() and len(value) <= LONGEST_TASK):
+        return problem
+    return f" is no name of a task, found {reprlib.repr(value)}"
+
+
+def _query_id(value: Any) -> str | None:
+    if isinstance(value, str):
+        return _string(value)
+    return None if type(value) is int else f" must be an integer or a string, found {type(value).__name__}"
 
 
 def _is_index(value: Any) -> bool:
-    return _is_int(value) and 0 <= value <= LARGEST_INT
+    return type(value) is int and 0 <= value <= LARGEST_INT
 
 
-def _is_finite(value: Any) -> bool:
-    """Of fp32, in which scores are computed with."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= LARGEST_FLOAT
 
 
-def _is_encodable(text: str) -> bool:
-    """False for text with half of a surrogate pair, which JSON can express and UTF-8, thus no tokenizer, can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _must_be(words: str, is_valid: Callable[[Any], bool]) -> Kind:
+    return lambda value: None if is_valid(value) else f" must be {words}, found {reprlib.repr(value)}"
 
 
-def _string_problem(name: str, value: Any) -> list[str]:
-    if not isinstance(value, str):
-        return [f"{name} must be a string, found {type(value).__name__}"]
-    if not _is_encodable(value):
-        return [f"{name} holds half of a surrogate pair (such as \\ud83d alone): the text was cut inside a character"]
-    return []
+def _list(words: str, item_kind: Kind) -> Kind:
+    def kind(value: Any) -> str | None:
+        if not isinstance(value, list):
+            return f" must be a list of {words}, found {type(value).__name__}"
+        for position, item in enumerate(value):
+            if problem := item_kind(item):
+                return f"[{position}]{problem}"
+        return None
+
+    return kind
 
 
-def _text_problems(row: dict[str, Any], field: str, required: bool) -> list[str]:
-    value = row.get(field)
-    if value is None:
-        return [f"field {field!r} is missing: every row needs it as a string"] if required else []
-    return _string_problem(f"field {field!r}", value)
+_STRINGS = _list("strings", _string)
+_NUMBERS = _list("numbers", _must_be("a finite number", _is_number))
+_INDICES = _list("indices", _must_be("a row number of the corpus (0 or more)", _is_index))
+_TOKENS = _list("tokens", _must_be("a token number (0 or more)", _is_index))
 
-
-def _list_problems(row: dict[str, Any], field: str, kind: str, required: bool = False) -> list[str]:
-    """Problems of an (optional) list of 'strings', 'indices', 'tokens' or 'numbers'."""
-    value = row.get(field)
-    if value is None:
-        return [f"field {field!r} is missing: give a list of {kind} (or 'history' for a chat row)"] if required else []
-    if not isinstance(value, list):
-        return [f"field {field!r} must be a list of {kind}, found {type(value).__name__}"]
-    for position, item in enumerate(value):
-        if kind == "strings":
-            if problems := _string_problem(f"field {field!r}[{position}]", item):
-                return problems
-            continue
-        is_valid, wanted = _ITEMS[kind]
-        if not is_valid(item):
-            return [f"field {field!r}[{position}] must be {wanted}, found {reprlib.repr(item)}"]
-    return []
-
-
-#: What the items of a list must be, by its kind.
-_ITEMS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "indices": (_is_index, "a row number of the corpus (0 or more)"),
-    "tokens": (_is_index, "a token number (0 or more)"),
-    "numbers": (_is_finite, "a finite number"),
+#: Fields of rows with a meaning of their own, all but those of scores; a chat row has `history` for `pos` and `neg`.
+ROW_FIELDS: Mapping[str, Kind] = {
+    "query": _string,
+    "task": _task,
+    "answers": _STRINGS,
+    "pos_index": _INDICES,
+    "query_id": _query_id,
+    "pos": _STRINGS,
+    "neg": _STRINGS,
+    "history": _STRINGS,
+    "neg_index": _INDICES,
+    "key": _STRINGS,
+    "key_index": _INDICES,
+    "context": _string,
 }
+_COMMON = ("query", "task", "answers", "pos_index", "query_id")
+#: Fields of an lrlm row that carries tokens of the LM in place of text; one list of tokens per candidate in the first.
+TOKEN_FIELDS = ("score_inputs", "context_inputs", "query_inputs", "answer_inputs")
 
 
-def _common_problems(row: dict[str, Any]) -> list[str]:
-    problems = _text_problems(row, "query", required=True)
-    problems += _task_problems(row)
-    problems += _list_problems(row, "answers", "strings")
-    problems += _list_problems(row, "pos_index", "indices")
-    query_id = row.get("query_id")
-    if isinstance(query_id, str):
-        problems += _string_problem("field 'query_id'", query_id)
-    elif query_id is not None and not _is_int(query_id):
-        problems.append(f"field 'query_id' must be an integer or a string, found {type(query_id).__name__}")
+def _problems(row: Row, kinds: Mapping[str, Kind], required: Collection[str] = ()) -> list[str]:
+    """List what is wrong with the fields that `kinds` names; null counts as missing."""
+    problems = []
+    for name, kind in kinds.items():
+        if (value := row.get(name)) is not None:
+            problem = kind(value)
+        elif kind is _string:
+            problem = " is missing: every row needs it as a string"
+        else:
+            problem = " is missing: give a list of strings (or 'history' for a chat row)"
+        if problem and (value is not None or name in required):
+            problems.append(f"field {name!r}{problem}")
     return problems
 
 
-def _task_problems(row: dict[str, Any]) -> list[str]:
-    problems = _text_problems(row, "task", required=False)
-    task = row.get("task")
-    if not problems and task and not (task.isprintable() and len(task) <= LONGEST_TASK):
-        return [f"field 'task' is no name of a task, found {reprlib.repr(task)}"]
-    return problems
+def _row_problems(row: Row, *fields: str) -> list[str]:
+    return _problems(row, {name: ROW_FIELDS[name] for name in (*_COMMON, *fields)}, required=("query",))
 
 
-def candidates(row: TrainRow | dict[str, Any]) -> tuple[list[str], list[str]]:
-    """(positives, negatives) of a training row; a chat row's past turns are all negatives."""
+def candidates(row: Row) -> tuple[list[str], list[str]]:
+    """Return (positives, negatives) of a training row; a chat row's past turns are all negatives."""
     if row.get("history") is not None:
         return [], row["history"]
     return row["pos"], row["neg"]
 
 
-def _candidate_problems(row: dict[str, Any]) -> list[str]:
+def _candidate_problems(row: Row) -> list[str]:
     if row.get("history") is None:
-        return _list_problems(row, "pos", "strings", required=True) + _list_problems(
-            row, "neg", "strings", required=True
-        )
-    return _list_problems(row, "history", "strings") + [
+        return _problems(row, {"pos": _STRINGS, "neg": _STRINGS}, required=("pos", "neg"))
+    return _problems(row, {"history": _STRINGS}) + [
         f"field {field!r} stands beside 'history': a chat row's candidates are its past turns, remove one of them"
         for field in ("pos", "neg")
         if row.get(field)
     ]
 
 
-def check_train_row(row: dict[str, Any], score_field: str = TEACHER_SCORES) -> tuple[list[str], dict[str, Any]]:
+def check_train_row(row: Row, score_field: str = TEACHER_SCORES) -> Checked:
     """Check one training row, whose teacher scores are in `score_field`.
 
     Returns:
@@ -172,13 +152,10 @@ def check_train_row(row: dict[str, Any], score_field: str = TEACHER_SCORES) -> t
         ``score_spread`` (highest minus lowest teacher score; NaN without scores), ``best`` (position of
         the highest score in pos + neg, -1 without scores), ``task`` (str, empty when missing).
     """
-    problems = _common_problems(row)
-    problems += _candidate_problems(row)
-    problems += _list_problems(row, "neg_index", "indices")
-    problems += _list_problems(row, score_field, "numbers")
+    problems = _row_problems(row) + _candidate_problems(row)
+    problems += _problems(row, {"neg_index": _INDICES, score_field: _NUMBERS})
     if problems:
         return problems, {}
-
     positives, negatives = candidates(row)
     scores = row.get(score_field)
     if scores is not None and len(scores) != len(positives) + len(negatives):
@@ -196,7 +173,7 @@ def check_train_row(row: dict[str, Any], score_field: str = TEACHER_SCORES) -> t
     }
 
 
-def check_eval_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def check_eval_row(row: Row) -> Checked:
     """Check one evaluation row.
 
     Returns:
@@ -204,25 +181,21 @@ def check_eval_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
         ``keys`` and ``key_indices`` (counts), ``key_index_max`` (like that of the positives), ``task`` (str, empty
         when missing).
     """
-    problems = _common_problems(row)
-    problems += _list_problems(row, "pos", "strings")
-    problems += _list_problems(row, "key", "strings")
-    problems += _list_problems(row, "key_index", "indices")
-    if problems:
+    if problems := _row_problems(row, "pos", "key", "key_index"):
         return problems, {}
-    pos_index = row.get("pos_index") or []
+    pos_index, key_index = row.get("pos_index") or [], row.get("key_index") or []
     return [], {
         "positives": len(pos_index),
         "pos_index_max": max(pos_index, default=-1),
         "answers": len(row.get("answers") or []),
         "keys": len(row.get("key") or []),
-        "key_indices": len(row.get("key_index") or []),
-        "key_index_max": max(row.get("key_index") or [], default=-1),
+        "key_indices": len(key_index),
+        "key_index_max": max(key_index, default=-1),
         "task": row.get("task") or "",
     }
 
 
-def check_scoring_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def check_scoring_row(row: Row) -> Checked:
     """Check one evaluation row whose candidates are to be scored: as `check_eval_row`, and ``candidates`` (count)."""
     problems, numbers = check_eval_row(row)
     problems += [problem for problem in _candidate_problems(row) if problem not in problems]
@@ -245,80 +218,69 @@ class FurtherCheck:
 
 
 def check_further(
-    row: dict[str, Any],
-    check: Callable[[dict[str, Any]], tuple[list[str], dict[str, Any]]],
-    further: Callable[[dict[str, Any]], list[str]],
-) -> tuple[list[str], dict[str, Any]]:
+    row: dict[str, Any], check: Callable[[dict[str, Any]], Checked], further: Callable[[dict[str, Any]], list[str]]
+) -> Checked:
     """`check`, then, of a row without problems, `further`."""
     problems, numbers = check(row)
     problems = problems or further(row)
     return problems, {} if problems else numbers
 
 
-def text_list_problems(row: dict[str, Any], field: str, least: int = 0) -> list[str]:
-    """Problems of a field that must hold at least `least` strings; when 0 it may be missing."""
+def text_problems(row: Row, *fields: str) -> list[str]:
+    """List problems of fields that must be strings."""
+    return _problems(row, dict.fromkeys(fields, _string), required=fields)
+
+
+def text_list_problems(row: Row, field: str, least: int = 0) -> list[str]:
+    """List problems of a field that must hold at least `least` strings; when 0 it may be missing."""
     value = row.get(field)
-    problems = _list_problems(row, field, "strings")
+    problems = _problems(row, {field: _STRINGS})
     if not problems and len(value or []) < least:
         return [f"field {field!r} needs {least} or more strings, found {len(value) if value else 'none'}"]
     return problems
 
 
-def blank_problems(row: dict[str, Any], field: str) -> list[str]:
-    """Problems of a list of strings of which none may be blank."""
+def blank_problems(row: Row, field: str) -> list[str]:
+    """List problems of a list of strings of which none may be blank."""
     blank = [place for place, text in enumerate(row.get(field) or ()) if not text.strip()]
     return [f"field {field!r}[{blank[0]}] is blank: it needs text"] if blank else []
 
 
-def text_problems(row: dict[str, Any], *fields: str) -> list[str]:
-    """Problems of fields that must be strings."""
-    return [problem for field in fields for problem in _text_problems(row, field, required=True)]
-
-
-#: Fields of an lrlm row that carries tokens of the LM in place of text; one list of tokens per candidate in the first.
-TOKEN_FIELDS = ("score_inputs", "context_inputs", "query_inputs", "answer_inputs")
-
-
-def check_lm_row(row: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+def check_lm_row(row: Row) -> Checked:
     """Check one row whose candidates an LM is to score.
 
     Returns:
         The problems, and ``candidates`` and ``answers`` (counts), ``token_max`` (the highest token number, -1 in rows
         of text), ``task`` (str, empty when missing).
     """
-    problems = _common_problems(row) + _candidate_problems(row) + _text_problems(row, "context", required=False)
-    tokens = has_tokens(row)
-    if tokens and not problems:
-        problems += _token_problems(row)
-    if not problems and not tokens:
-        answers = row.get("answers")
-        if not answers:
-            problems.append("field 'answers' is missing or empty: the LM is scored by how likely it finds an answer")
-        elif blank := [position for position, answer in enumerate(answers) if not answer.strip()]:
-            problems.append(f"field 'answers'[{blank[0]}] is blank: an answer needs text")
+    problems = _row_problems(row, "context") + _candidate_problems(row)
+    if not problems and has_tokens(row):
+        problems = _token_problems(row)
+    elif not problems and not row.get("answers"):
+        problems = ["field 'answers' is missing or empty: the LM is scored by how likely it finds an answer"]
+    elif not problems:
+        problems = blank_problems(row, "answers")
     if problems:
         return problems, {}
     task = row.get("task") or ""
-    if tokens:
-        every = [*row["score_inputs"], *(row[field] for field in TOKEN_FIELDS[1:])]
-        highest = max(max(own, default=-1) for own in every)
+    if has_tokens(row):
+        lists = [*row["score_inputs"], *(row[field] for field in TOKEN_FIELDS[1:])]
+        highest = max(max(tokens, default=-1) for tokens in lists)
         return [], {"candidates": len(row["score_inputs"]), "answers": 1, "token_max": highest, "task": task}
     count = sum(map(len, candidates(row)))
     return [], {"candidates": count, "answers": len(row["answers"]), "token_max": -1, "task": task}
 
 
-def has_tokens(row: dict[str, Any]) -> bool:
+def has_tokens(row: Row) -> bool:
     """Whether a row is scored by the tokens it carries in place of its texts."""
     return row.get("score_inputs") is not None
 
 
-def _token_problems(row: dict[str, Any]) -> list[str]:
+def _token_problems(row: Row) -> list[str]:
     if missing := [field for field in TOKEN_FIELDS if not isinstance(row.get(field), list)]:
         return [f"field {missing[0]!r} is missing: beside 'score_inputs' a row needs {', '.join(TOKEN_FIELDS[1:])}"]
-    problems = [problem for field in TOKEN_FIELDS[1:] for problem in _list_problems(row, field, "tokens")]
-    for position, tokens in enumerate(row["score_inputs"]):
-        name = f"score_inputs[{position}]"
-        problems += _list_problems({name: tokens}, name, "tokens")
+    kinds = {**dict.fromkeys(TOKEN_FIELDS, _TOKENS), "score_inputs": _list("lists of tokens", _TOKENS)}
+    problems = _problems(row, kinds)
     if row.get("task") not in (None, "lrlm"):
         problems.append(f"field 'score_inputs' stands in a row of task {row['task']!r}: only lrlm rows carry tokens")
     count = sum(map(len, candidates(row)))
@@ -329,12 +291,11 @@ def _token_problems(row: dict[str, Any]) -> list[str]:
     return problems
 
 
-def check_hits_row(row: dict[str, Any], corpus_size: int | None) -> tuple[list[str], dict[str, Any]]:
+def check_hits_row(row: Row, corpus_size: int | None) -> Checked:
     """Check one row of a result file: ``query_id``, ``pred`` and ``score``, one score per hit."""
     if missing := [field for field in ("query_id", "pred", "score") if row.get(field) is None]:
         return [f"field {field!r} is missing: a result file has query_id, pred and score" for field in missing], {}
-    problems = _list_problems(row, "pred", "indices") + _list_problems(row, "score", "numbers")
-    if problems:
+    if problems := _problems(row, {"pred": _INDICES, "score": _NUMBERS}):
         return problems, {}
     if len(row["pred"]) != len(row["score"]):
         problems.append(f"{len(row['pred'])} pred for {len(row['score'])} score: one score per hit is needed")
@@ -343,8 +304,25 @@ def check_hits_row(row: dict[str, Any], corpus_size: int | None) -> tuple[list[s
     return problems, {}
 
 
+def check_corpus_row(row: Row, columns: Sequence[str]) -> Checked:
+    """Check that a corpus row has the template's `columns` as strings (null counts as empty)."""
+    problems = []
+    for column in columns:
+        if column not in row:
+            problems.append(f"column {column!r} of --key_template is missing (this row has: {_column_names(row)})")
+        elif row[column] is not None and (problem := _string(row[column])):
+            problems.append(f"column {column!r}{problem}")
+    return problems, {}
+
+
+def _column_names(row: Iterable[str]) -> str:
+    """The columns of a row, for a message: not too many of them, and none that is more than a name."""
+    names = [name if name.isprintable() and len(name) < 30 else reprlib.repr(name) for name in sorted(row)]
+    return ", ".join([*names[:10], *(["…"] if len(names) > 10 else [])]) or "none"
+
+
 def template_columns(template: str) -> list[str]:
-    """The columns that a key template such as ``{title} {text}`` names.
+    """List the columns that a key template such as ``{title} {text}`` names.
 
     Raises:
         UserError: it names none, or holds anything but plain ``{column}`` fields.
@@ -363,21 +341,3 @@ def template_columns(template: str) -> list[str]:
     if not columns:
         raise UserError(f"--key_template {template!r} names no column: use for example '{{title}} {{text}}'")
     return columns
-
-
-def _column_names(row: dict[str, Any]) -> str:
-    """The columns of a row, for a message: not too many of them, and none that is more than a name."""
-    names = [name if name.isprintable() and len(name) < 30 else reprlib.repr(name) for name in sorted(row)]
-    return ", ".join([*names[:10], *(["…"] if len(names) > 10 else [])]) or "none"
-
-
-def check_corpus_row(row: dict[str, Any], columns: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Check that a corpus row has the template's `columns` as strings (null counts as empty)."""
-    problems = []
-    for column in columns:
-        if column not in row:
-            present = _column_names(row)
-            problems.append(f"column {column!r} of --key_template is missing (this row has: {present})")
-        elif row[column] is not None:
-            problems += _string_problem(f"column {column!r}", row[column])
-    return problems, {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from src.retrieval.data.rows import TrainRow, candidates
+from src.retrieval.data.rows import Row, candidates
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Group:
     scores: list[float] | None
 
 
-def select_group(row: TrainRow, policy: SelectionPolicy, rng: np.random.Generator) -> Group:
+def select_group(row: Row, policy: SelectionPolicy, rng: np.random.Generator) -> Group:
     """Choose one positive and ``group_size - 1`` negatives.
 
     Args:
