@@ -1,12 +1,7 @@
-"""Batching policies: one class each. A batch is drawn for all processes together, then sliced by rank.
-
-The batches of an epoch are a function of (file sizes, global batch size, seed, epoch) alone, so the same
-global batch comes out however it is split over processes.
-"""
+"""Which rows form a batch. A batch is drawn for all processes together, then sliced by rank."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,14 +11,24 @@ _ORDER = 1
 _STATIC = 2
 
 
-class GlobalBatchSampler(Sampler[list[tuple[int, int]]], ABC):
+class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     """Yields this process's part of every global batch, as (epoch, row) pairs.
 
-    Every row comes once an epoch (`RandomBatches` apart). The last batch of an epoch (of a file, for homogeneous
-    policies) may be short and is split as evenly as it goes; one with fewer rows than processes is filled up by
-    repeating its rows.
+    The batches of an epoch are a function of (policy, file sizes, global batch size, seed, epoch) alone, so the same
+    global batch comes out however it is split over processes. By policy:
+
+    - None: rows of all files, shuffled together;
+    - ``epoch``: batches of one file each, cut and ordered anew each epoch;
+    - ``epoch-static``: batches of one file each, cut once; only their order changes from epoch to epoch;
+    - ``epoch-random``: for each step a file is drawn in proportion to the rows left in it;
+    - ``random``: for each step a file is drawn by size, then rows of it, none twice within the batch. Rows may repeat
+      within an epoch, which is as many steps as the other policies take.
+
+    Else every row comes once an epoch. The last batch of an epoch (of a file, unless the policy is None) may be short
+    and is split as evenly as it goes; one with fewer rows than processes is filled up by repeating its rows.
 
     Args:
+        policy: of ``--inbatch_same_dataset``.
         sizes: rows per file.
         global_batch_size: rows per batch over all processes.
         seed: source of all randomness.
@@ -33,6 +38,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]], ABC):
 
     def __init__(
         self,
+        policy: str | None,
         sizes: Sequence[int],
         global_batch_size: int,
         seed: int,
@@ -40,6 +46,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]], ABC):
         world_size: int = 1,
         drop_last: bool = False,
     ) -> None:
+        self.policy = policy
         self.sizes = list(sizes)
         self.global_batch_size = global_batch_size
         self.seed = seed
@@ -52,12 +59,9 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]], ABC):
         """Choose the epoch that the next iteration yields."""
         self.epoch = epoch
 
-    @abstractmethod
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        """All global batches of an epoch: int64 row numbers over the files joined."""
-
     def __len__(self) -> int:
-        return sum(self._batch_count(size) for size in self._pools())
+        pools = [sum(self.sizes)] if self.policy is None else self.sizes
+        return sum(map(self._batch_count, pools))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
@@ -66,98 +70,45 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]], ABC):
                 batch = np.resize(batch, self.world_size)
             yield [(epoch, int(row)) for row in np.array_split(batch, self.world_size)[self.rank]]
 
-    def _pools(self) -> list[int]:
-        """Sizes of the sets of rows that batches are cut from."""
-        return self.sizes
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """All global batches of an epoch: int64 row numbers over the files joined."""
+        rng = np.random.default_rng((self.seed, _ORDER, epoch))
+        if self.policy is None:
+            return self._cut(rng.permutation(sum(self.sizes)))
+        starts = np.cumsum([0, *self.sizes])
+        if self.policy == "random":
+            shares = np.array(self.sizes) / sum(self.sizes)
+            files = rng.choice(len(self.sizes), size=len(self), p=shares)
+            most = self.global_batch_size
+            return [starts[f] + rng.choice(self.sizes[f], min(most, self.sizes[f]), replace=False) for f in files]
+        cutter = np.random.default_rng((self.seed, _STATIC)) if self.policy == "epoch-static" else rng
+        queues = [
+            self._cut(start + cutter.permutation(size)) for start, size in zip(starts[:-1], self.sizes, strict=True)
+        ]
+        if self.policy == "epoch-random":
+            return _draw(queues, rng)
+        batches = [batch for queue in queues for batch in queue]
+        return [batches[i] for i in rng.permutation(len(batches))]
 
     def _batch_count(self, size: int) -> int:
         full, rest = divmod(size, self.global_batch_size)
         return full + (1 if rest and (full == 0 or not self.drop_last) else 0)
 
-    def _generator(self, *key: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, *key))
-
     def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
         size = self.global_batch_size
         return [rows[i * size : (i + 1) * size] for i in range(self._batch_count(len(rows)))]
 
-    def _cut_by_file(self, rng: np.random.Generator) -> list[list[np.ndarray]]:
-        starts = np.cumsum([0, *self.sizes])
-        return [self._cut(start + rng.permutation(size)) for start, size in zip(starts[:-1], self.sizes, strict=True)]
 
-
-def _shuffled(batches: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
-class ShuffledBatches(GlobalBatchSampler):
-    """Rows of all files, shuffled together."""
-
-    def _pools(self) -> list[int]:
-        return [sum(self.sizes)]
-
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        return self._cut(self._generator(_ORDER, epoch).permutation(sum(self.sizes)))
-
-
-class EpochBatches(GlobalBatchSampler):
-    """``epoch``: batches of one file each, cut and ordered anew each epoch."""
-
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        rng = self._generator(_ORDER, epoch)
-        return _shuffled([batch for file in self._cut_by_file(rng) for batch in file], rng)
-
-
-class StaticBatches(GlobalBatchSampler):
-    """``epoch-static``: batches of one file each, cut once; only their order changes from epoch to epoch."""
-
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        cut = [batch for file in self._cut_by_file(self._generator(_STATIC)) for batch in file]
-        return _shuffled(cut, self._generator(_ORDER, epoch))
-
-
-class DrawnBatches(GlobalBatchSampler):
-    """``epoch-random``: for each step a file is drawn in proportion to the rows left in it."""
-
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        rng = self._generator(_ORDER, epoch)
-        queues = self._cut_by_file(rng)
-        left = np.array([sum(map(len, queue)) for queue in queues], dtype=np.float64)
-        taken = [0] * len(queues)
-        drawn = []
-        for _ in range(len(self)):
-            file = int(rng.choice(len(queues), p=left / left.sum()))
-            batch = queues[file][taken[file]]
-            taken[file] += 1
-            left[file] -= len(batch)
-            drawn.append(batch)
-        return drawn
-
-
-class RandomBatches(GlobalBatchSampler):
-    """``random``: for each step a file is drawn by size, then rows of it, none twice within the batch.
-
-    Rows may repeat within an epoch, which is as many steps as the other policies take.
-    """
-
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        rng = self._generator(_ORDER, epoch)
-        sizes = np.array(self.sizes, dtype=np.float64)
-        starts = np.cumsum([0, *self.sizes])
-        files = rng.choice(len(sizes), size=len(self), p=sizes / sizes.sum())
-        return [
-            starts[file] + rng.choice(self.sizes[file], min(self.global_batch_size, self.sizes[file]), replace=False)
-            for file in files
-        ]
-
-
-POLICIES: dict[str | None, type[GlobalBatchSampler]] = {
-    None: ShuffledBatches,
-    "epoch": EpochBatches,
-    "epoch-static": StaticBatches,
-    "epoch-random": DrawnBatches,
-    "random": RandomBatches,
-}
+def _draw(queues: list[list[np.ndarray]], rng: np.random.Generator) -> list[np.ndarray]:
+    """Merge the batches of files, each drawn from a file in proportion to the rows left in it."""
+    left = np.array([sum(map(len, queue)) for queue in queues], dtype=np.float64)
+    waiting = [iter(queue) for queue in queues]
+    drawn = []
+    for _ in range(sum(map(len, queues))):
+        file = int(rng.choice(len(queues), p=left / left.sum()))
+        drawn.append(next(waiting[file]))
+        left[file] -= len(drawn[-1])
+    return drawn
 
 
 class EpochDataLoader(DataLoader):

@@ -35,7 +35,7 @@ from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import TrainDataset, TrainExample
 from src.retrieval.training.grad_cache import GradCache
 from src.retrieval.training.losses import LossConfig, combine, mask_false_negatives
-from src.retrieval.training.sampler import POLICIES, EpochDataLoader, GlobalBatchSampler
+from src.retrieval.training.sampler import EpochDataLoader, GlobalBatchSampler
 from src.retrieval.training.scores import BatchScores, ScoreBatch
 from src.retrieval.training.sharding import check_optimizer_state, filled, hollow_copy, load_whole, whole_state
 from src.utils import distributed
@@ -410,7 +410,8 @@ def batch_sampler(args: RetrievalTrainingArgs, sizes: Sequence[int], batch_size:
         sizes: rows per file.
         batch_size: queries per process.
     """
-    return POLICIES[args.inbatch_same_dataset](
+    return GlobalBatchSampler(
+        args.inbatch_same_dataset,
         sizes,
         batch_size * distributed.world_size(),
         args.data_seed if args.data_seed is not None else args.seed,

@@ -32,7 +32,7 @@ from src.retrieval.models.checkpoint_folders import (
     remove_oldest,
 )
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
-from src.retrieval.training.sampler import ShuffledBatches
+from src.retrieval.training.sampler import GlobalBatchSampler
 from src.retrieval.training.sharding import check_optimizer_state, optimizer_layout
 from src.retrieval.training.trainer import RetrievalTrainer
 from src.utils.errors import UserError
@@ -387,7 +387,7 @@ def test_steps_of_another_size_are_refused(bench: Bench, tmp_path: Path):
 
 def test_steps_of_the_same_size_go_over_the_same_rows(bench: Bench, tmp_path: Path):
     """2 queries, 4 accumulated, in place of 4 and 2: the batches of the sampler say so; and other orders are told."""
-    big, small = (ShuffledBatches([13, 9], size, 42).batches(1) for size in (4, 2))
+    big, small = (GlobalBatchSampler(None, [13, 9], size, 42).batches(1) for size in (4, 2))
     for step in range(3):
         assert (
             np.concatenate(big[2 * step : 2 * step + 2]).tolist()
