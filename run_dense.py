@@ -8,6 +8,7 @@ from __future__ import annotations
 import src  # noqa: F401  # isort: skip  (first: see there)
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from src.retrieval.ranking.rerank import rerank
 from src.retrieval.report.training_record import Uses, encoder_uses
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import ChunkPolicy, TrainCollator
-from src.retrieval.training.scores import DenseBatchScores
+from src.retrieval.training.scores import ScoreBatch, dense_batch_scores
 from src.utils.cli import parse_args, run
 from src.utils.errors import UserError
 
@@ -60,9 +61,14 @@ class DenseJob(Job[RetrievalArgs, DenseRetriever]):
         lengths = (self.args.query_max_length, self.args.key_max_length)
         return TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, ChunkPolicy.from_args(self.training))
 
-    def score_batch(self, model: DenseRetriever) -> DenseBatchScores:
+    def score_batch(self, model: DenseRetriever) -> ScoreBatch:
         widths = tuple(self.training.matryoshka_dims or ())
-        return DenseBatchScores(model.metric, self.training.negative_cross_device, widths)
+        return partial(
+            dense_batch_scores,
+            metric=model.metric,
+            negative_cross_device=self.training.negative_cross_device,
+            widths=widths,
+        )
 
     def uses(self, model: DenseRetriever) -> Uses:
         return encoder_uses(model, self.args.query_max_length, self.args.key_max_length)

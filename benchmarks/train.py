@@ -15,6 +15,7 @@ import random
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import ChunkPolicy, TrainCollator
 from src.retrieval.training.dataset import TrainDataset
-from src.retrieval.training.scores import DenseBatchScores
+from src.retrieval.training.scores import dense_batch_scores
 from src.retrieval.training.trainer import RetrievalTrainer
 from src.utils.cli import parse_args
 from src.utils.devices import prepared
@@ -157,7 +158,7 @@ def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], fol
     model = load_dense_retriever(EncoderConfig.from_args(data, given))
     lengths = (QUERY_LENGTH, setting.key_length)
     collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, ChunkPolicy.from_args(training))
-    scores = DenseBatchScores(model.metric, training.negative_cross_device)
+    scores = partial(dense_batch_scores, metric=model.metric, negative_cross_device=training.negative_cross_device)
     training.set_evaluate("no")
     dataset = TrainDataset(load_sources(data, training), training.seed)
     clock = StepClock(args.warmup)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from src.retrieval.training.collator import ChunkPolicy, TrainCollator
 from src.retrieval.training.dataset import Source, SourceSettings, TrainDataset, TrainExample
 from src.retrieval.training.grad_cache import GradCache
 from src.retrieval.training.losses import LossConfig
-from src.retrieval.training.scores import DenseBatchScores
+from src.retrieval.training.scores import dense_batch_scores
 from src.retrieval.training.select import SelectionPolicy
 from src.retrieval.training.trainer import RetrievalTrainer
 from src.utils import distributed
@@ -125,7 +126,12 @@ def make_trainer(model: DenseRetriever, case: Case, output_dir: str) -> Retrieva
         mask_margin=case.mask_margin,
     )
     collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, 32, 32, case.chunks)
-    scores = DenseBatchScores(model.metric, case.negative_cross_device, case.widths)
+    scores = partial(
+        dense_batch_scores,
+        metric=model.metric,
+        negative_cross_device=case.negative_cross_device,
+        widths=case.widths,
+    )
     return RetrievalTrainer(model, args, TrainDataset([source], 0), collator, scores, None, {})
 
 

@@ -13,52 +13,30 @@ dropout), and backpropagates dL/dv_c through it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 Tokens = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class RandomState:
-    """States of the generators that a forward pass on one device draws from."""
+class CachedPass(NamedTuple):
+    """One call of the model in the first pass.
 
-    cpu: Tensor
-    cuda: tuple[torch.device, Tensor] | None
-
-    @classmethod
-    def now(cls, device: torch.device) -> RandomState:
-        """The present states."""
-        cuda = (device, torch.cuda.get_rng_state(device)) if device.type == "cuda" else None
-        return cls(torch.get_rng_state(), cuda)
-
-    def restore(self) -> None:
-        """Make these the present states."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            device, state = self.cuda
-            torch.cuda.set_rng_state(state, device)
-
-
-@dataclass(frozen=True)
-class CachedPass:
-    """One call of the model in the first pass: its input, its random state and the vectors it gave, as leaves."""
+    Attributes:
+        query, key: its input.
+        cpu_state, devices, device_states: the random states before it.
+        vectors: what it gave, as leaves.
+    """
 
     query: list[Tokens]
     key: list[Tokens]
-    state: RandomState
+    cpu_state: Tensor
+    devices: list[int]
+    device_states: list[Tensor]
     vectors: list[Tensor]
-
-    def backpropagate(self, model: nn.Module) -> None:
-        """Call `model` again and add to the gradients of its parameters; the leaves' vectors and gradients go free."""
-        self.state.restore()
-        query_vectors, key_vectors = model(query=self.query, key=self.key)
-        gradients = [vector.grad for vector in self.vectors]
-        if any(gradient is None for gradient in gradients):
-            raise RuntimeError("GradCache: backpropagate a loss over all vectors first")
-        torch.autograd.backward([*query_vectors, *key_vectors], gradients)
 
 
 class GradCache(nn.Module):
@@ -82,14 +60,10 @@ class GradCache(nn.Module):
         self._passes: list[CachedPass] = []
 
     def forward(self, query: Sequence[Tokens], key: Sequence[Tokens]) -> tuple[list[Tensor], list[Tensor]]:
-        """The first pass.
+        """Embed chunks of queries and of keys, at least one each, token tensors ``(n, length)``: the first pass.
 
         The last chunk of queries and the last of keys form one call, so that the wrapped model sees every parameter of
         untied encoders at once.
-
-        Args:
-            query: at least one chunk of queries, token tensors ``(n, length)``.
-            key: at least one chunk of keys.
 
         Returns:
             Vectors ``(n, D)`` of each chunk, without a graph but requiring gradients.
@@ -97,21 +71,21 @@ class GradCache(nn.Module):
         calls: list[tuple[list[Tokens], list[Tokens]]] = [([chunk], []) for chunk in query[:-1]]
         calls += [([], [chunk]) for chunk in key[:-1]]
         calls.append(([query[-1]], [key[-1]]))
-        device = query[-1]["input_ids"].device
+        of_queries: list[Tensor] = []
+        of_keys: list[Tensor] = []
         self._passes = []
         for queries, keys in calls:
-            state = RandomState.now(device)
+            state = (torch.get_rng_state(), *get_device_states(query[-1]["input_ids"]))
             with torch.no_grad():
-                query_vectors, key_vectors = self.plain(query=queries, key=keys)
-            leaves = [vector.detach().requires_grad_() for vector in (*query_vectors, *key_vectors)]
-            self._passes.append(CachedPass(queries, keys, state, leaves))
-        *others, last = self._passes
-        of_queries = [cached.vectors[0] for cached in others if cached.query] + [last.vectors[0]]
-        of_keys = [cached.vectors[0] for cached in others if cached.key] + [last.vectors[1]]
+                vectors = self.plain(query=queries, key=keys)
+            query_leaves, key_leaves = ([vector.detach().requires_grad_() for vector in part] for part in vectors)
+            of_queries += query_leaves
+            of_keys += key_leaves
+            self._passes.append(CachedPass(queries, keys, *state, query_leaves + key_leaves))
         return of_queries, of_keys
 
     def backpropagate(self) -> None:
-        """The second pass: from the gradients at the vectors to those of the parameters, chunk by chunk.
+        """Go from the gradients at the vectors to those of the parameters, chunk by chunk: the second pass.
 
         Random numbers go on afterwards as if there had been the first pass only.
 
@@ -120,12 +94,14 @@ class GradCache(nn.Module):
         """
         if not self._passes:
             raise RuntimeError("GradCache: there is no first pass to go on from")
-        *others, last = self._passes
-        self._passes = []
-        after = RandomState.now(last.vectors[0].device)
-        try:
-            for cached in others:
-                cached.backpropagate(self.plain)
-            last.backpropagate(self.model)
-        finally:
-            after.restore()
+        passes, self._passes = self._passes, []
+        with torch.random.fork_rng(passes[-1].devices):
+            for cached in passes:
+                torch.set_rng_state(cached.cpu_state)
+                set_device_states(cached.devices, cached.device_states)
+                model = self.model if cached is passes[-1] else self.plain
+                query_vectors, key_vectors = model(query=cached.query, key=cached.key)
+                gradients = [vector.grad for vector in cached.vectors]
+                if any(gradient is None for gradient in gradients):
+                    raise RuntimeError("GradCache: backpropagate a loss over all vectors first")
+                torch.autograd.backward([*query_vectors, *key_vectors], gradients)

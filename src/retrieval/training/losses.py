@@ -1,7 +1,8 @@
-"""Losses over embeddings and scores: pure functions that return one value per query.
+"""Losses over scores: pure functions that return one value per query, ``(B,)``.
 
-Shapes: B local queries, N keys per query (group, positive first), K keys in all (of every process when
-negatives cross processes), D dimensions. `positions` are the (B, N) column numbers of each query's own keys.
+Shapes: B local queries, N keys per query (group, positive first), K keys in all (of every process when negatives cross
+processes). `scores` are ``(B, K)``, `positions` int64 ``(B, N)``, the columns of each query's own keys, and `teacher`
+scores ``(B, N)``.
 """
 
 from __future__ import annotations
@@ -34,25 +35,13 @@ class LossParts:
     distillation: Tensor | None
 
 
-def group_positions(batch: int, group: int, offset: int, device: torch.device) -> Tensor:
-    """int64 ``(batch, group)``: columns of each query's own keys, which begin at key `offset`."""
-    return offset + torch.arange(batch * group, device=device).view(batch, group)
-
-
 def mask_false_negatives(scores: Tensor, positions: Tensor, margin: float) -> Tensor:
-    """Take out of the comparison what other queries brought and this query may well be answered by.
+    """Set the scores of false negatives ``(B, K)`` to the lowest finite value.
 
     A key of another query is taken for a false negative when it scores above the query's own positive plus `margin`
     (the positive-aware filter of NV-Retriever, arXiv 2407.15831, with the student's own scores). A query's own keys
-    always stay.
-
-    Args:
-        scores: ``(B, K)``.
-        positions: int64 ``(B, N)``.
-        margin: in units of `scores`; below 0 it also takes out keys that score a little less, such as the same text.
-
-    Returns:
-        ``(B, K)``, the lowest finite value in place of what is taken out.
+    always stay. `margin` is in units of `scores`; below 0 it also takes out keys that score a little less, such as
+    the same text.
     """
     threshold = scores.detach().gather(1, positions[:, :1]) + margin
     false = (scores.detach() > threshold).scatter(1, positions, False)
@@ -60,28 +49,12 @@ def mask_false_negatives(scores: Tensor, positions: Tensor, margin: float) -> Te
 
 
 def contrastive(scores: Tensor, positions: Tensor) -> Tensor:
-    """Cross-entropy of each query over all keys, label = its own positive (InfoNCE, arXiv 1807.03748).
-
-    Args:
-        scores: ``(B, K)``.
-        positions: int64 ``(B, N)``.
-
-    Returns:
-        ``(B,)``.
-    """
+    """Cross-entropy of each query over all keys, label = its own positive (InfoNCE, arXiv 1807.03748)."""
     return F.cross_entropy(scores, positions[:, 0], reduction="none")
 
 
 def distillation(own_scores: Tensor, teacher: Tensor, teacher_temperature: float, student_temperature: float) -> Tensor:
-    """KL(softmax(teacher / T_t) || softmax(student / T_s)) over each query's own keys.
-
-    Args:
-        own_scores: ``(B, N)`` student scores.
-        teacher: ``(B, N)`` teacher scores.
-
-    Returns:
-        ``(B,)``.
-    """
+    """KL(softmax(teacher / T_t) || softmax(student / T_s)) over each query's own keys; both scores ``(B, N)``."""
     target = F.log_softmax(teacher / teacher_temperature, dim=1)
     student = F.log_softmax(own_scores / student_temperature, dim=1)
     return (target.exp() * (target - student)).sum(1)
@@ -93,14 +66,6 @@ def graded_distillation(scores: Tensor, positions: Tensor, teacher: Tensor) -> T
     For rank i the label is the query's i-th key, against all keys of the batch but its own keys of rank
     below i, weighted by softmax(teacher)_i. The own keys stand in the order of the group: the positive, then
     the negatives by teacher score, descending.
-
-    Args:
-        scores: ``(B, K)``.
-        positions: int64 ``(B, N)``.
-        teacher: ``(B, N)``.
-
-    Returns:
-        ``(B,)``.
     """
     own = scores.gather(1, positions)
     # A finite stand-in for -inf: with a single query there is no other key, and logsumexp of only -inf has no gradient.
@@ -111,47 +76,31 @@ def graded_distillation(scores: Tensor, positions: Tensor, teacher: Tensor) -> T
 
 
 def combine(scores: Tensor, positions: Tensor, teacher: Tensor | None, config: LossConfig) -> LossParts:
-    """The loss of each query.
+    """Weight the losses of each query.
 
     A query with teacher scores gets contrastive_weight * contrastive + distill_weight * distillation, or the one
-    that is active (weight above 0) unweighted. A query without them is trained contrastively.
-
-    Args:
-        scores: ``(B, K)``.
-        positions: int64 ``(B, N)``.
-        teacher: ``(B, N)``, a row of NaN for a query without scores, or None when no query has them.
+    that is active (weight above 0) unweighted. A query without them (a row of NaN in `teacher`, or None when no query
+    has any) is trained contrastively.
     """
-    if teacher is None or config.distill_weight <= 0:
-        # Decided without a look at the device, which would have to be waited for.
+    # Without teacher scores decided without a look at the device, which would have to be waited for.
+    has_teacher = None if teacher is None or config.distill_weight <= 0 else ~teacher.isnan().any(1)
+    if teacher is None or has_teacher is None or not bool(has_teacher.any()):
         total = contrastive(scores, positions)
         return LossParts(total, total.detach(), None)
-    has_teacher = ~teacher.isnan().any(1)
-    contrastive_part = distillation_part = None
+    contrastive_part = None
     if config.contrastive_weight > 0 or not bool(has_teacher.all()):
         contrastive_part = contrastive(scores, positions)
-    if bool(has_teacher.any()):
-        # Rows without scores are set aside by the mask; a zero keeps NaN out of their gradient.
-        filled = torch.where(has_teacher[:, None], teacher, torch.zeros_like(teacher))
-        if config.stable_distill:
-            distillation_part = graded_distillation(scores, positions, filled)
-        else:
-            own = scores.gather(1, positions)
-            distillation_part = distillation(own, filled, config.teacher_temperature, config.student_temperature)
-
-    if distillation_part is None:
-        assert contrastive_part is not None
-        total = contrastive_part
-    elif contrastive_part is None:
-        total = distillation_part
+    # Rows without scores are set aside by the mask; a zero keeps NaN out of their gradient.
+    filled = torch.where(has_teacher[:, None], teacher, torch.zeros_like(teacher))
+    if config.stable_distill:
+        distillation_part = graded_distillation(scores, positions, filled)
     else:
-        distilled = distillation_part
+        own = scores.gather(1, positions)
+        distillation_part = distillation(own, filled, config.teacher_temperature, config.student_temperature)
+    total = distillation_part
+    if contrastive_part is not None:
         if config.contrastive_weight > 0:
-            distilled = config.contrastive_weight * contrastive_part + config.distill_weight * distillation_part
-        total = torch.where(has_teacher, distilled, contrastive_part)
-    return LossParts(total, _detached(contrastive_part), _detached(distillation_part, has_teacher))
-
-
-def _detached(values: Tensor | None, mask: Tensor | None = None) -> Tensor | None:
-    if values is None:
-        return None
-    return values.detach() if mask is None else values.detach()[mask]
+            total = config.contrastive_weight * contrastive_part + config.distill_weight * distillation_part
+        total = torch.where(has_teacher, total, contrastive_part)
+        contrastive_part = contrastive_part.detach()
+    return LossParts(total, contrastive_part, distillation_part.detach()[has_teacher])

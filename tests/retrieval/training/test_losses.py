@@ -16,7 +16,6 @@ from src.retrieval.training.losses import (
     contrastive,
     distillation,
     graded_distillation,
-    group_positions,
     mask_false_negatives,
 )
 from tests.reference import losses as reference
@@ -117,11 +116,6 @@ def test_similarity_computes_in_fp32():
     found = similarity(vector, vector, "ip", 1.0)
     assert found.dtype == torch.float32
     assert found.item() == (1 + 2**-7) ** 2
-
-
-def test_group_positions():
-    assert group_positions(2, 3, 0, torch.device("cpu")).tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert group_positions(1, 2, 6, torch.device("cpu")).tolist() == [[6, 7]]
 
 
 # ------------------------------------------------------------------------------------------------------- edge cases
@@ -238,12 +232,12 @@ def test_fp32_holds_at_the_default_temperature(stable):
 
 
 def test_cosine_losses_from_embeddings():
-    """similarity + group_positions + combine, from vectors to the gradient of the vectors."""
+    """similarity + combine, from vectors to the gradient of the vectors."""
     generator = torch.Generator().manual_seed(3)
     queries = torch.nn.functional.normalize(torch.randn(2, 5, generator=generator), dim=1).requires_grad_()
     keys = torch.nn.functional.normalize(torch.randn(6, 5, generator=generator), dim=1).requires_grad_()
     teacher = torch.randn(2, 3, generator=generator)
-    positions = group_positions(2, 3, 0, queries.device)
+    positions = columns([0, 1, 2], [3, 4, 5])
     combine(similarity(queries, keys, "cos", 0.1), positions, teacher, LossConfig(0.2, 1.0)).total.mean().backward()
     q, k = queries.detach().double().requires_grad_(), keys.detach().double().requires_grad_()
     # Vectors are of unit length already, so the score is the plain product over the temperature.
