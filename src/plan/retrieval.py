@@ -28,7 +28,7 @@ from src.retrieval.search.searcher import vector_width
 from src.retrieval.training import sharding
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import Source, TrainDataset, TrainExample
-from src.retrieval.training.trainer import batch_sampler
+from src.retrieval.training.sampler import GlobalBatchSampler
 from src.utils import distributed
 from src.utils.display import Line, describe, describe_tasks, human_bytes
 from src.utils.jsonl import sample
@@ -86,7 +86,7 @@ def training_lines(
     world, queries = distributed.world_size(), training.per_device_train_batch_size
     accumulation = training.gradient_accumulation_steps
     dataset = TrainDataset(sources, training.seed)
-    sampler = batch_sampler(training, dataset.sizes, queries)
+    sampler = GlobalBatchSampler.from_args(training, dataset.sizes, queries)
     per_epoch, total = step_counts(
         len(sampler), accumulation, training.num_train_epochs, training.max_steps, training.early_exit_steps
     )

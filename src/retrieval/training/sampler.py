@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
+from src.retrieval.training.args import RetrievalTrainingArgs
+from src.utils import distributed
+
 _ORDER = 1
 _STATIC = 2
 
@@ -54,6 +57,19 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         self.world_size = world_size
         self.drop_last = drop_last
         self.epoch = 0
+
+    @classmethod
+    def from_args(cls, args: RetrievalTrainingArgs, sizes: Sequence[int], batch_size: int) -> GlobalBatchSampler:
+        """Share the batches out over all processes: `batch_size` rows for each."""
+        return cls(
+            policy=args.inbatch_same_dataset,
+            sizes=sizes,
+            global_batch_size=batch_size * distributed.world_size(),
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            drop_last=args.dataloader_drop_last,
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields."""

@@ -52,6 +52,8 @@ TORCH_SAVE_ERROR = re.compile("inline_container|PytorchStreamWriter|iostream")
 MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 #: Losses in a row that are no numbers and end a run in fp16, where the loss scaler leaves out the steps of a few.
 BAD_FP16_LOSSES = 16
+#: What a training log line has besides the loss.
+MEANS = ("contrastive", "distillation", "positive_similarity", "hardest_negative_similarity")
 DIVERGED = (
     "so training stops, and earlier checkpoints stay as they are: lower --learning_rate, take --bf16 or --fp16 False "
     "in place of fp16, raise a very low temperature, or see whether the model that it began with is damaged"
@@ -62,15 +64,11 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
     """Trains a dual encoder or a cross-encoder.
 
     Args:
-        model: see `TrainableModel`.
-        args: settings.
-        train_dataset: rows of all files.
         collator: examples to tensors.
         score_batch: tensors to the scores that the losses compare.
         evaluate_model: the model to metrics, without prefix; None when there is nothing to evaluate on.
         saved_args: all arguments, written into each checkpoint.
         write_cards: writes model cards below a folder that the model was saved to.
-        callbacks: further callbacks.
     """
 
     # Narrower than what transformers declares.
@@ -96,7 +94,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=() if evaluate_model else None,
-            callbacks=[StopCallback(args.early_exit_steps), *callbacks],
+            callbacks=[StopCallback(), *callbacks],
         )
         load_whole()
         self.score_batch = score_batch
@@ -105,7 +103,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         self.saved_args = dict(saved_args)
         self.write_cards = write_cards
         self.loss_configs: list[LossConfig] = [source.settings.loss for source in train_dataset.sources]
-        self._parts = RunningMeans()
+        self._means = RunningMeans()
         self._bad_losses = 0
         self._saved_step: int | None = None
 
@@ -120,13 +118,14 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         Raises:
             UserError: the checkpoint lacks what an exact continuation needs.
         """
+        args = self.args
         if isinstance(resume_from_checkpoint, str):
             if finished := self._finished(resume_from_checkpoint):
                 return finished
-            check_optimizer_state(resume_from_checkpoint, self.args.optimizer_layout)
+            check_optimizer_state(resume_from_checkpoint, args.optimizer_layout)
             check_complete(resume_from_checkpoint, distributed.rank(), distributed.world_size())
-            args, micro = self.args, self.args.per_device_train_batch_size
-            batches = Batches(distributed.world_size(), micro, args.gradient_accumulation_steps)
+            micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+            batches = Batches(distributed.world_size(), micro, accumulation)
             check_steps(resume_from_checkpoint, batches, {**self.saved_args, **args.to_dict()})
         elif older := complete_checkpoints(self.args.output_dir):
             logger.warning(
@@ -137,7 +136,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _finished(self, checkpoint: str) -> TrainOutput | None:
-        """The result of a run that `checkpoint` already brought to its end, weights loaded; None when steps are left.
+        """Return the result of a run that ended with `checkpoint`, weights loaded; None when steps are left.
 
         The Trainer would take one more step, and overwrite the result with what that gives.
         """
@@ -156,11 +155,11 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         return TrainOutput(state.global_step, 0.0, {})
 
     def get_train_dataloader(self) -> EpochDataLoader:
-        """Global batches by the chosen policy, sliced by rank here and not by accelerate."""
+        """Load global batches by the chosen policy, sliced by rank here and not by accelerate."""
         args, dataset = self.args, self.train_dataset
         return EpochDataLoader(
             dataset,
-            batch_sampler=batch_sampler(args, dataset.sizes, self._train_batch_size),
+            batch_sampler=GlobalBatchSampler.from_args(args, dataset.sizes, self._train_batch_size),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and not args.use_cpu,
@@ -185,8 +184,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
     def _check_loss(self, loss: Tensor) -> None:
         """Stop before the optimizer takes a step by a loss that is no number.
 
-        Raises:
-            UserError: it is none; in fp16, where the loss scaler leaves such steps out, not before many in a row are.
+        In fp16, where the loss scaler leaves such steps out, not before many in a row are.
         """
         # The Trainer looks at every loss itself, so that this is no further wait for the device.
         self._bad_losses = 0 if torch.isfinite(loss) else self._bad_losses + 1
@@ -194,14 +192,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             raise UserError(f"step {self.state.global_step + 1}: the loss is {float(loss)}, {DIVERGED}")
 
     def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Keep weights that are no numbers from taking the place of good ones.
-
-        Args:
-            weights: those of the model, whole.
-
-        Raises:
-            UserError: some are none.
-        """
+        """Keep weights (whole) that are no numbers from taking the place of good ones."""
         for name, _ in self.model.named_parameters():
             if not torch.isfinite(weights[name]).all():
                 raise UserError(f"step {self.state.global_step}: {name} has weights that are no numbers, {DIVERGED}")
@@ -222,33 +213,31 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
     ) -> Any:
         """Mean loss over the queries of all processes, scaled so that averaged gradients are exact."""
         config = self.loss_configs[inputs["source"]]
-        found = self.score_batch(model, inputs, config)
+        batch = self.score_batch(model, inputs, config)
         parts = [
-            combine(self._masked(scores, found), found.positions, inputs["teacher_scores"], config)
-            for scores in found.scores
+            combine(self._masked(scores, batch), batch.positions, inputs["teacher_scores"], config)
+            for scores in batch.scores
         ]
-        self._parts.add("contrastive", parts[0].contrastive)
-        self._parts.add("distillation", parts[0].distillation)
-        self._add_similarities(found)
+        self._means.add("contrastive", parts[0].contrastive)
+        self._means.add("distillation", parts[0].distillation)
+        similarities, positives = batch.scores[0].detach() / batch.unit, batch.positions[:, :1]
+        self._means.add("positive_similarity", similarities.gather(1, positives))
+        if similarities.shape[1] > 1:
+            hardest = similarities.scatter(1, positives, -torch.inf).max(1).values
+            self._means.add("hardest_negative_similarity", hardest)
         # Processes may hold parts of different size; the average over processes must be the mean over queries.
         total = torch.stack([part.total for part in parts]).mean(0)
-        loss = total.sum() * distributed.world_size() / found.queries
-        return (loss, found.scores[0]) if return_outputs else loss
+        loss = total.sum() * distributed.world_size() / batch.queries
+        return (loss, batch.scores[0]) if return_outputs else loss
 
-    def _masked(self, scores: Tensor, found: BatchScores) -> Tensor:
+    def _masked(self, scores: Tensor, batch: BatchScores) -> Tensor:
         margin = self.args.mask_margin
-        return scores if margin is None else mask_false_negatives(scores, found.positions, margin * found.unit)
-
-    def _add_similarities(self, found: BatchScores) -> None:
-        scores, positives = found.scores[0].detach() / found.unit, found.positions[:, :1]
-        self._parts.add("positive_similarity", scores.gather(1, positives))
-        if scores.shape[1] > 1:
-            self._parts.add("hardest_negative_similarity", scores.scatter(1, positives, -torch.inf).max(1).values)
+        return scores if margin is None else mask_false_negatives(scores, batch.positions, margin * batch.unit)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the loss parts since the last log to the Trainer's training log lines."""
+        """Add the means since the last log to the Trainer's training log lines."""
         if "loss" in logs:
-            logs = {**logs, **self._parts.pop()}
+            logs = {**logs, **self._means.pop()}
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
@@ -302,7 +291,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         return is_best
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write everything to a staging folder and rename it, so that a checkpoint-N folder is always whole."""
+        """Write everything to a staging folder and rename it, so that a checkpoint-N folder is always complete."""
         final = os.path.join(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         staging = os.path.join(self.args.output_dir, f".checkpoint-{self.state.global_step}.partial")
         if self.args.should_save:
@@ -311,26 +300,25 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         self.store_flos()
         with _writing(staging):
             self.save_model(staging, _internal_call=True)
-        if self.state.best_global_step and self.args.save_strategy != SaveStrategy.NO:
-            best = os.path.join(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
-            if best == final or os.path.isdir(best):
-                self.state.best_model_checkpoint = best
-        if not self.args.save_only_model:
-            with _writing(staging):
+            if self.state.best_global_step and self.args.save_strategy != SaveStrategy.NO:
+                best = os.path.join(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+                if best == final or os.path.isdir(best):
+                    self.state.best_model_checkpoint = best
+            if not self.args.save_only_model:
                 self._save_optimizer_and_scheduler(staging)
                 self._save_scaler(staging)
                 self._save_rng_state(staging)
-        # The files of all processes come before the one that makes the checkpoint whole.
-        distributed.barrier()
-        if self.args.should_save:
-            # The state turns the list that its constructor takes into a dictionary.
-            stateful = cast("dict[str, Any]", self.state.stateful_callbacks)
-            for callback in [*self.callback_handler.callbacks, self.control]:
-                if isinstance(callback, ExportableState):
-                    stateful[type(callback).__name__] = callback.state()
-            with _writing(staging):
+            # The files of all processes come before the one that makes the checkpoint complete.
+            distributed.barrier()
+            if self.args.should_save:
+                # The state turns the list that its constructor takes into a dictionary.
+                stateful = cast("dict[str, Any]", self.state.stateful_callbacks)
+                for callback in [*self.callback_handler.callbacks, self.control]:
+                    if isinstance(callback, ExportableState):
+                        stateful[type(callback).__name__] = callback.state()
                 record_checksums(staging)
-            self.state.save_to_json(os.path.join(staging, TRAINER_STATE))
+                self.state.save_to_json(os.path.join(staging, TRAINER_STATE))
+        if self.args.should_save:
             replace_folder(staging, final)
             keep = {os.path.abspath(path) for path in (final, self.state.best_model_checkpoint) if path}
             remove_oldest(self.args.output_dir, self.args.save_total_limit, keep)
@@ -381,12 +369,8 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
                 logger.info("%s is not needed: only fp16 scales losses", path)
             return
         try:
-            state, like = torch.load(path, weights_only=True), scaler.state_dict()
-            if (
-                not isinstance(state, dict)
-                or state.keys() != like.keys()
-                or not all(0 <= v < 1e30 for v in state.values())
-            ):
+            state = torch.load(path, weights_only=True)
+            if state.keys() != scaler.state_dict().keys() or not all(0 <= value < 1e30 for value in state.values()):
                 raise ValueError("no state of a loss scaler")
             scaler.load_state_dict(state)
         except Exception as error:
@@ -402,28 +386,9 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             self.model.load_weights(self.state.best_model_checkpoint)
 
 
-def batch_sampler(args: RetrievalTrainingArgs, sizes: Sequence[int], batch_size: int) -> GlobalBatchSampler:
-    """This process's part of the batches.
-
-    Args:
-        args: settings.
-        sizes: rows per file.
-        batch_size: queries per process.
-    """
-    return GlobalBatchSampler(
-        args.inbatch_same_dataset,
-        sizes,
-        batch_size * distributed.world_size(),
-        args.data_seed if args.data_seed is not None else args.seed,
-        distributed.rank(),
-        distributed.world_size(),
-        args.dataloader_drop_last,
-    )
-
-
 @contextlib.contextmanager
 def _writing(folder: str) -> Iterator[None]:
-    """Tell in one line why a checkpoint cannot be written, and leave nothing of it: it may have filled the disk."""
+    """Say in one line why a checkpoint cannot be written, and leave nothing of it: it may have filled the disk."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -439,7 +404,7 @@ def _writing(folder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reading(folder: str | None) -> Iterator[None]:
-    """Tell in one line why a checkpoint's optimizer or random state cannot be loaded; of pickles only numbers are."""
+    """Say in one line why a checkpoint's optimizer or random state cannot be loaded; of pickles only numbers are."""
     try:
         yield
     except Exception as error:
@@ -470,39 +435,27 @@ class RunningMeans:
     """Means of named values since the last `pop`; kept on the device, so that adding never waits for it."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._sums: dict[str, tuple[Tensor | float, int]] = {}
 
     def add(self, name: str, values: Tensor | None) -> None:
-        """Add a tensor of values, any shape; None and empty tensors add nothing."""
-        if values is None or values.numel() == 0:
-            return
-        total, count = self._sums.get(name, (torch.zeros((), device=values.device), 0))
-        self._sums[name] = (total + values.sum(), count + values.numel())
+        """Add a tensor of values, any shape, to one of `MEANS`; None and empty tensors add nothing."""
+        if values is not None and values.numel() > 0:
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + values.sum(), count + values.numel())
 
     def pop(self) -> dict[str, float]:
-        """Means over all processes of all values added; starts anew."""
-        names = PART_NAMES
-        sums = torch.zeros(len(names), 2, dtype=torch.float64)
-        for number, name in enumerate(names):
-            if name in self._sums:
-                total, count = self._sums[name]
-                sums[number] = torch.tensor([float(total), count])
+        """Return the means over all processes of all values added, and start anew."""
+        sums = [[float(number) for number in self._sums.get(name, (0.0, 0))] for name in MEANS]
         self._sums = {}
-        sums = distributed.sum_over_processes(sums)
-        return {name: float(total / count) for name, (total, count) in zip(names, sums, strict=True) if count > 0}
-
-
-PART_NAMES = ("contrastive", "distillation", "positive_similarity", "hardest_negative_similarity")
+        totals = distributed.sum_over_processes(torch.tensor(sums, dtype=torch.float64)).tolist()
+        return {name: total / count for name, (total, count) in zip(MEANS, totals, strict=True) if count > 0}
 
 
 class StopCallback(TrainerCallback):
-    """Ends training early when asked to."""
-
-    def __init__(self, early_exit_steps: int | None) -> None:
-        self.early_exit_steps = early_exit_steps
+    """Ends training after --early_exit_steps."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Called by the Trainer after each optimizer step."""
-        if self.early_exit_steps is not None and state.global_step >= self.early_exit_steps:
+        """Stop: the Trainer calls this after each optimizer step."""
+        if args.early_exit_steps is not None and state.global_step >= args.early_exit_steps:
             control.should_training_stop = True
         return control
