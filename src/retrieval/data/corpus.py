@@ -35,9 +35,7 @@ def load_eval_rows(
     """Open and check an evaluation file.
 
     Args:
-        path: a JSON lines file.
         corpus_size: rows of the corpus; None when there is none.
-        cache_dir: see `open_jsonl`.
         needs_candidates: every row must have candidates (maybe none), to be scored.
         further: check of the fields that an evaluation needs besides.
 
@@ -78,12 +76,12 @@ class Texts(Sequence[str]):
 
 
 def render_key(row: dict[str, Any], template: str, prefix: str = "") -> str:
-    """A corpus row as a key text: `prefix`, then `template` filled in (null counts as empty)."""
+    """Render a corpus row as a key text: `prefix`, then `template` filled in (null counts as empty)."""
     return prefix + template.format_map({name: value if value is not None else "" for name, value in row.items()})
 
 
 def render_query(row: dict[str, Any], instruction_of: InstructionOf, default_task: str | None) -> str:
-    """An evaluation row as a query text, instruction first."""
+    """Render an evaluation row as a query text, instruction first."""
     return instruction_of(row.get("task") or default_task).query + row["query"]
 
 

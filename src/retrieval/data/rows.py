@@ -7,6 +7,7 @@ which the reader adds, and the few numbers per row that filters need without par
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -328,16 +329,12 @@ def template_columns(template: str) -> list[str]:
         UserError: it names none, or holds anything but plain ``{column}`` fields.
     """
     try:
-        fields = [(name, spec, conversion) for _, name, spec, conversion in Formatter().parse(template)]
+        fields = [field[1:] for field in Formatter().parse(template) if field[1] is not None]
     except ValueError as error:
         raise UserError(f"--key_template {template!r} is not a valid template: {error}") from error
-    columns = []
-    for name, spec, conversion in fields:
-        if name is None:
-            continue
-        if not name.replace("_", "a").replace("-", "a").isalnum() or name.isdigit() or spec or conversion:
-            raise UserError(f"--key_template {template!r}: fields must be plain column names such as {{text}}")
-        columns.append(name)
-    if not columns:
+    if not fields:
         raise UserError(f"--key_template {template!r} names no column: use for example '{{title}} {{text}}'")
-    return columns
+    for name, spec, conversion in fields:
+        if not re.fullmatch(r"(?!\d+$)[\w-]+", str(name)) or spec or conversion:
+            raise UserError(f"--key_template {template!r}: fields must be plain column names such as {{text}}")
+    return [str(name) for name, *_ in fields]

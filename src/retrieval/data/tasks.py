@@ -18,6 +18,7 @@ import numpy as np
 
 from src.utils.config_file import read_settings
 from src.utils.errors import UserError
+from src.utils.flags import check_choice
 from src.utils.jsonl import JsonLines
 
 TASKS = ("qa", "convsearch", "chat", "lrlm", "icl", "tool")
@@ -71,12 +72,10 @@ _ANY_TASK: dict[str, Instruction] = {
 _BY_TASK: dict[str, dict[str, Instruction]] = {
     "llm-embedder": {
         "qa": Instruction(
-            "Represent this query for retrieving relevant documents: ",
-            "Represent this document for retrieval: ",
+            "Represent this query for retrieving relevant documents: ", "Represent this document for retrieval: "
         ),
         "convsearch": Instruction(
-            "Encode this query and context for searching relevant passages: ",
-            "Encode this passage for retrieval: ",
+            "Encode this query and context for searching relevant passages: ", "Encode this passage for retrieval: "
         ),
         "chat": Instruction(
             "Embed this dialogue to find useful historical dialogues: ",
@@ -97,8 +96,7 @@ _BY_TASK: dict[str, dict[str, Instruction]] = {
     },
     "instructor": {
         "qa": Instruction(
-            "Represent the query for retrieving supporting documents: ",
-            "Represent the document for retrieval: ",
+            "Represent the query for retrieving supporting documents: ", "Represent the document for retrieval: "
         ),
         "convsearch": Instruction(
             "Represent the query and context for retrieving supporting passages: ",
@@ -113,8 +111,7 @@ _BY_TASK: dict[str, dict[str, Instruction]] = {
             "Represent the historical text chunk for retrieval: ",
         ),
         "icl": Instruction(
-            "Represent the example for retrieving duplicate examples: ",
-            "Represent the example for retrieval: ",
+            "Represent the example for retrieving duplicate examples: ", "Represent the example for retrieval: "
         ),
         "tool": Instruction(
             "Represent the user request for retrieving duplicate examples: ",
@@ -156,15 +153,15 @@ def instruction_for(
     Raises:
         UserError: unknown version or task, or no task where the version needs one.
     """
-    if task is not None and task in task_config and (instruction := task_config[task].instruction) is not None:
-        return instruction
+    custom = task_config.get(task) if task is not None else None
+    if custom is not None and custom.instruction is not None:
+        return custom.instruction
     if version in _ANY_TASK:
         return _ANY_TASK[version]
-    if version not in _BY_TASK:
-        raise UserError(f"--version {version!r} is unknown: choose from {', '.join(VERSIONS)}")
+    check_choice("version", version, VERSIONS)
     if task in _BY_TASK[version]:
         return _BY_TASK[version][task]
-    if task in task_config:
+    if custom is not None:
         raise UserError(
             f"--task_config: the task {task!r} has no instruction, and --version {version} has none for it: add "
             "one to the file"
@@ -184,9 +181,10 @@ def training_settings_for(
         UserError: neither has any for this task.
     """
     settings = _TRAINING.get(version, {}).get(task or "")
-    if task is not None and task in task_config and (replaced := task_config[task].training) is not None:
+    custom = task_config.get(task) if task is not None else None
+    if custom is not None and custom.training is not None:
         # What the file sets to null is left to the command line.
-        return {name: value for name, value in {**(settings or {}), **replaced}.items() if value is not None}
+        return {name: value for name, value in {**(settings or {}), **custom.training}.items() if value is not None}
     if settings is not None:
         return settings
     if version not in _TRAINING:
@@ -214,17 +212,17 @@ def prompt_task_problems(
     """List what keeps an LM from being prompted for a row: the prompt of its task is not known.
 
     Args:
-        task: of the row, empty when it names none.
-        default: of rows that name none.
+        task: of the row, empty when it names none; `default` is that of such rows.
         prompts: further tasks whose prompt is known.
         task_config: further tasks, some of them without a prompt.
     """
     name, known = task or default, tuple(dict.fromkeys((*TASKS, *prompts)))
     if name in known:
         return []
-    problem = "neither row nor path names a task (see --task)" if name is None else f"unknown task {str(name)!r}"
-    if name in task_config:
-        problem = f"--task_config gives {str(name)!r} no lm_prompt"
+    if name is None:
+        problem = "neither row nor path names a task (see --task)"
+    else:
+        problem = f"--task_config gives {name!r} no lm_prompt" if name in task_config else f"unknown task {name!r}"
     return [f"{problem}: the prompt depends on it, choose from {', '.join(known)}"]
 
 

@@ -71,8 +71,6 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "evaluation_strategy": ("no", "steps", "epoch"),
     "eval_strategy": ("no", "steps", "epoch"),
 }
-#: What --dataloader_ flags say of the processes that load batches.
-LOADER = ("num_workers", "prefetch_factor", "persistent_workers")
 #: What --gradient_checkpointing_kwargs may set.
 RECOMPUTING = ("use_reentrant", "preserve_rng_state", "early_stop", "debug")
 #: Schedules whose steps need a metric.
@@ -80,14 +78,6 @@ BY_METRIC = (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR)
 #: Padding tokens that a further pass through the model is worth.
 CPU_SPLIT_TOKENS = 64
 GPU_SPLIT_TOKENS = 8192
-
-
-def _check_report_to(given: str | list[str]) -> None:
-    """Refuse what is unknown or not installed, which the Trainer would only notice when the model is loaded."""
-    for name in [given] if isinstance(given, str) else given:
-        check_choice("report_to", name, ("none", "all", *REPORTERS))
-        if name in REPORTERS and name not in get_available_reporting_integrations():
-            raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}")
 
 
 @dataclass
@@ -187,7 +177,10 @@ class RetrievalTrainingArgs(TrainingArguments):
             self.fp16 = False
         self._check_json()
         self._check_engine()
-        _check_report_to(self.report_to)
+        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to:
+            check_choice("report_to", name, ("none", "all", *REPORTERS))
+            if name in REPORTERS and name not in get_available_reporting_integrations():
+                raise UserError(f"--report_to {name} needs a package that is not installed: pip install {name}")
         if self.gradient_checkpointing:
             self.activation_checkpointing, self.gradient_checkpointing = True, None
         if self.disable_tqdm is None:
@@ -275,11 +268,6 @@ class RetrievalTrainingArgs(TrainingArguments):
         return sharding.zero_stage(self.deepspeed) if self.deepspeed else 0
 
     @property
-    def weights_are_sharded(self) -> bool:
-        """Whether a process holds a part of each weight only."""
-        return self.sharded == 3
-
-    @property
     def optimizer_layout(self) -> str:
         """See `sharding.optimizer_layout`."""
         stage = sharding.zero_stage(self.deepspeed) if self.deepspeed else None
@@ -328,9 +316,13 @@ class RetrievalTrainingArgs(TrainingArguments):
                 schedule.step()
         with self._naming("optim", "optim_args"):
             self._try_optimizer(weight)
-        loader = {name: getattr(self, f"dataloader_{name}") for name in LOADER}
-        with self._naming(*(f"dataloader_{name}" for name in LOADER)):
-            DataLoader(TensorDataset(weight), **loader)
+        with self._naming("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_persistent_workers"):
+            DataLoader(
+                TensorDataset(weight),
+                num_workers=self.dataloader_num_workers,
+                prefetch_factor=self.dataloader_prefetch_factor,
+                persistent_workers=self.dataloader_persistent_workers,
+            )
 
     def _try_optimizer(self, weight: torch.Tensor) -> None:
         try:
@@ -383,9 +375,9 @@ class RetrievalTrainingArgs(TrainingArguments):
                 "…": not distributed.is_launched() or distributed.launched_processes() < least,
                 f"--length_split_tokens {self.length_split_tokens}: where weights are sharded over processes, all must "
                 "call the model equally often: set it to 0, or leave it out": (
-                    self.weights_are_sharded and self.length_split_tokens
+                    self.sharded == 3 and self.length_split_tokens
                 ),
             }
         )
-        if self.weights_are_sharded:
+        if self.sharded == 3:
             self.length_split_tokens = 0

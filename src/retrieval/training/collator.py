@@ -24,8 +24,8 @@ class ChunkPolicy:
 
     Attributes:
         max_texts: most texts in a chunk; 0 for no limit.
-        split_tokens: padding tokens that a further chunk must save to be worth the additional pass through the
-            model; 0 for no cut by length.
+        split_tokens: padding tokens that a further chunk must save to be worth another pass through the model; 0 for
+            no cut by length.
     """
 
     max_texts: int = 0
@@ -70,8 +70,7 @@ def _split(piece: np.ndarray, lengths: np.ndarray, split_tokens: int) -> list[np
         candidates = cost[:j] + (ends[j - 1] - starts[:j]) * lengths[starts[:j]] + split_tokens
         begin[j] = np.argmin(candidates)
         cost[j] = candidates[begin[j]]
-    cuts = []
-    j = len(starts)
+    cuts, j = [], len(starts)
     while j:
         cuts.append(int(starts[begin[j]]))
         j = int(begin[j])

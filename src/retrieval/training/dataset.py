@@ -49,10 +49,10 @@ class SourceSettings:
         task: str | None,
         task_config: Mapping[str, TaskConfig] = NO_TASK_CONFIG,
     ) -> SourceSettings:
-        """Settings of a file whose rows are of `task`: the flags, with --use_train_config the task's own over them.
+        """Read the flags, with --use_train_config the settings of the rows' `task` over them.
 
         Raises:
-            UserError: ``--use_train_config`` with a version or task that has no settings, or both loss weights 0.
+            UserError: the version or task has no settings, or both loss weights are 0.
         """
         if args.use_train_config:
             args = copy.copy(args)
@@ -78,11 +78,8 @@ class Source:
     """One training file: the rows that pass its filters, and how they are trained.
 
     Attributes:
-        rows: all rows of the file.
-        kept: int64 ``(n,)``, row numbers in use.
+        kept: int64 ``(n,)``, numbers of the rows in use.
         default_task: task of rows that name none.
-        instruction_of: instruction per task.
-        settings: how they are selected, filtered and trained.
         score_field: field of the teacher scores.
         scored: how many of the rows in use have teacher scores.
         dropped: how many rows are not in use, by reason.
@@ -108,13 +105,7 @@ class Source:
 
 @dataclass(frozen=True)
 class TrainExample:
-    """One query and its group of keys, instructions included.
-
-    Attributes:
-        source: number of the file that the row came from.
-        keys: group_size texts, positive first.
-        scores: teacher scores of `keys`, or None.
-    """
+    """One query of file number `source`, its `group_size` keys, positive first, and their teacher scores if any."""
 
     source: int
     query: str
@@ -150,16 +141,12 @@ class TrainDataset(Dataset):
         row = {**row, TEACHER_SCORES: row.get(source.score_field)}
         group = select_group(row, source.settings.selection, np.random.default_rng((self.seed, epoch, index)))
         instruction = source.instruction_of(row.get("task") or source.default_task)
-        return TrainExample(
-            number,
-            instruction.query + row["query"],
-            [instruction.key + key for key in group.keys],
-            group.scores,
-        )
+        keys = [instruction.key + key for key in group.keys]
+        return TrainExample(number, instruction.query + row["query"], keys, group.scores)
 
 
 def _keep(rows: JsonLines, settings: SourceSettings, seed: tuple[int, int]) -> tuple[np.ndarray, dict[str, int]]:
-    """Row numbers that pass the filters, and how many rows each filter dropped."""
+    """Return the numbers of rows that pass the filters, and how many rows each filter dropped."""
     columns = rows.scan.columns
     reasons = unusable(columns["positives"], columns["negatives"], columns["best"], settings.selection)
     # NaN (no scores) compares as False: the filters leave rows without scores in.
@@ -198,10 +185,8 @@ def load_train_sources(
         files: paths; one named twice gives two sources.
         settings_of: settings by task; asked once per file.
         instruction_of: instruction by task; asked for every task that occurs.
-        task: the ``--task`` flag.
+        task: of rows that name none, the ``--task`` flag.
         seed: for ``max_sample_num``.
-        cache_dir: see `open_jsonl`.
-        score_field: field of the rows' teacher scores.
         task_config: names of tasks besides the released ones.
 
     Raises:
@@ -241,16 +226,13 @@ def load_train_sources(
 def _check_something_trains(sources: Sequence[Source]) -> None:
     idle = []
     for source in sources:
-        loss = source.settings.loss
+        loss, path, unscored = source.settings.loss, source.rows.path, len(source) - source.scored
         if loss.contrastive_weight > 0 or loss.distill_weight == 0:
             continue
-        unscored = len(source) - source.scored
         if source.scored == 0:
-            idle.append(source.rows.path)
+            idle.append(path)
         if unscored:
-            logger.info(
-                "%s: %d rows have no %s and train contrastively", source.rows.path, unscored, source.score_field
-            )
+            logger.info("%s: %d rows have no %s and train contrastively", path, unscored, source.score_field)
     if len(idle) == len(sources):
         raise UserError(
             f"the contrastive weight is 0 and no row of {', '.join(sorted(set(idle)))} has {sources[0].score_field} to "
@@ -259,11 +241,7 @@ def _check_something_trains(sources: Sequence[Source]) -> None:
 
 
 def check_mixable(sources: Sequence[Source]) -> None:
-    """Find out whether a batch may hold rows of all `sources`: it has one loss.
-
-    Raises:
-        UserError: the sources are trained with different losses.
-    """
+    """Raise a UserError where a batch cannot hold rows of all `sources`, because they have different losses."""
     first = sources[0]
     for source in sources[1:]:
         if source.settings.loss != first.settings.loss:

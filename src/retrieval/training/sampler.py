@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
@@ -14,6 +15,7 @@ _ORDER = 1
 _STATIC = 2
 
 
+@dataclass(eq=False)
 class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     """Yields this process's part of every global batch, as (epoch, row) pairs.
 
@@ -30,33 +32,24 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     Else every row comes once an epoch. The last batch of an epoch (of a file, unless the policy is None) may be short
     and is split as evenly as it goes; one with fewer rows than processes is filled up by repeating its rows.
 
-    Args:
+    Attributes:
         policy: of ``--inbatch_same_dataset``.
         sizes: rows per file.
         global_batch_size: rows per batch over all processes.
         seed: source of all randomness.
         rank, world_size: which part to yield, of how many.
         drop_last: leave out short batches, except for a file that has no full one.
+        epoch: that the next iteration yields.
     """
 
-    def __init__(
-        self,
-        policy: str | None,
-        sizes: Sequence[int],
-        global_batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        drop_last: bool = False,
-    ) -> None:
-        self.policy = policy
-        self.sizes = list(sizes)
-        self.global_batch_size = global_batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.drop_last = drop_last
-        self.epoch = 0
+    policy: str | None
+    sizes: Sequence[int]
+    global_batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    drop_last: bool = False
+    epoch: int = 0
 
     @classmethod
     def from_args(cls, args: RetrievalTrainingArgs, sizes: Sequence[int], batch_size: int) -> GlobalBatchSampler:
@@ -70,10 +63,6 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
             world_size=distributed.world_size(),
             drop_last=args.dataloader_drop_last,
         )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration yields."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         pools = [sum(self.sizes)] if self.policy is None else self.sizes
@@ -133,4 +122,4 @@ class EpochDataLoader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
         assert isinstance(self.batch_sampler, GlobalBatchSampler)
-        self.batch_sampler.set_epoch(epoch)
+        self.batch_sampler.epoch = epoch

@@ -30,13 +30,10 @@ class Group:
 def select_group(row: Row, policy: SelectionPolicy, rng: np.random.Generator) -> Group:
     """Choose one positive and ``group_size - 1`` negatives.
 
-    Args:
-        row: a checked row that `has_group` accepts.
-        policy: positives ``first``, ``random``, ``teacher`` (best score of all candidates; a negative that
-            wins leaves the negatives) or ``teacher-pos`` (best positive); negatives ``random``, ``first``,
-            ``teacher+`` (best first) or ``teacher-`` (worst first). Too few negatives are repeated: in turn, or by
-            teacher score each as often as it takes before the next.
-        rng: source of all randomness.
+    The positive is the ``first``, a ``random`` one, ``teacher`` (best score of all candidates; a negative that wins
+    leaves the negatives) or ``teacher-pos`` (best positive); negatives are ``random``, the ``first``, ``teacher+``
+    (best first) or ``teacher-`` (worst first). Too few negatives are repeated: in turn, or by teacher score each as
+    often as it takes before the next. `rng` is the source of all randomness.
     """
     positives, negatives = candidates(row)
     texts = positives + negatives
@@ -64,31 +61,28 @@ def _pick_negatives(
     pool: np.ndarray, scores: list[float] | None, policy: SelectionPolicy, rng: np.random.Generator
 ) -> list[int]:
     """``group_size - 1`` positions out of `pool`, taken several times when it has too few."""
-    wanted = policy.group_size - 1
-    if wanted == 0:
+    count = policy.group_size - 1
+    if count == 0:
         return []
     if policy.negative == "random":
-        rounds, rest = divmod(wanted, len(pool))
+        rounds, rest = divmod(count, len(pool))
         drawn = [rng.permutation(pool) for _ in range(rounds)] + [rng.choice(pool, rest, replace=False)]
         return np.concatenate(drawn).tolist()
-    copies = np.tile(pool, -(-wanted // len(pool))).tolist()
+    copies = np.tile(pool, -(-count // len(pool))).tolist()
     if policy.negative.startswith("teacher"):
         assert scores is not None
         copies.sort(key=scores.__getitem__, reverse=policy.negative == "teacher+")
-    return copies[:wanted]
+    return copies[:count]
 
 
 def unusable(
     positives: np.ndarray, negatives: np.ndarray, best: np.ndarray, policy: SelectionPolicy
 ) -> dict[str, np.ndarray]:
-    """Which rows cannot give a group, by reason.
+    """Find the rows that cannot give a group: by reason a bool mask ``(rows,)``; a row may have several.
 
     Args:
         positives, negatives: int ``(rows,)``, candidates per row.
         best: int ``(rows,)``, position of the highest teacher score in pos + neg, -1 without scores.
-
-    Returns:
-        Per reason a bool array ``(rows,)``; a row may have several.
     """
     needs_scores = policy.positive.startswith("teacher") or policy.negative.startswith("teacher")
     reasons = {"no teacher_scores, which the selection needs": needs_scores & (best < 0)}

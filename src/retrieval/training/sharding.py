@@ -41,11 +41,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def parse_json(text: str, flag: str) -> dict[str, Any]:
-    """Parse the JSON object that a flag is given as.
-
-    Raises:
-        UserError: it is none.
-    """
+    """Parse the JSON object that a flag is given as, or raise a UserError."""
     problem = ""
     try:
         settings = json.loads(text)
@@ -104,11 +100,7 @@ def offloaded(given: Any) -> frozenset[str]:
 
 
 def fsdp_settings(given: Any, fsdp: Any = True) -> dict[str, Any]:
-    """Return the settings that ``--fsdp_config`` names, with those that this toolkit needs.
-
-    Args:
-        given: of ``--fsdp_config``.
-        fsdp: of ``--fsdp``, whose older form has words of its own.
+    """Return the settings of ``--fsdp_config``, completed; `fsdp` is that of ``--fsdp``, whose older form has words.
 
     Raises:
         UserError: they cannot be read, or ask for what is not supported.
@@ -153,9 +145,7 @@ def optimizer_layout(stage: int | None, fsdp: bool, processes: int) -> str:
     """Name how a run keeps the optimizer's state in checkpoints, by its flags.
 
     Args:
-        stage: of ZeRO, None without DeepSpeed.
-        fsdp: whether FSDP shards the weights.
-        processes: of the run; in ZeRO each writes its part, which only it can read.
+        stage: of ZeRO, where each process writes its part, which only it can read; None without DeepSpeed.
     """
     if stage is not None:
         parts = f" on {processes} processes" if stage else ""
@@ -163,36 +153,24 @@ def optimizer_layout(stage: int | None, fsdp: bool, processes: int) -> str:
     return "--fsdp" if fsdp else "neither --deepspeed nor --fsdp"
 
 
-def saved_layout(folder: str) -> str | None:
-    """Name the `optimizer_layout` of a checkpoint folder by its files; None when it has no optimizer state."""
-    parts = len(list(Path(folder).glob("global_step*/*_optim_states.pt")))
+def check_optimizer_state(checkpoint: str, layout: str) -> None:
+    """Refuse to resume without the optimizer's state, which the Trainer would do silently, or with another `layout`."""
+    parts = len(list(Path(checkpoint).glob("global_step*/*_optim_states.pt")))
+    problem = "it has no optimizer state (--save_only_model?)"
     for pattern, stage, fsdp in (
         ("optimizer.pt", None, False),
         ("optimizer_0", None, True),
         ("global_step*/zero_pp_rank_*_model_states.pt", 3, False),
         ("global_step*/mp_rank_*_model_states.pt", 1 if parts else 0, False),
     ):
-        if any(Path(folder).glob(pattern)):
-            return optimizer_layout(stage, fsdp, parts)
-    return None
-
-
-def check_optimizer_state(folder: str, layout: str) -> None:
-    """Refuse to resume a complete checkpoint without the optimizer's state, or with one of another `layout`.
-
-    The Trainer would go on silently without.
-
-    Raises:
-        UserError: this run cannot go on from there.
-    """
-    saved = saved_layout(folder)
-    if saved == layout:
-        return
-    problem = f"it was saved with {saved}, and this run has {layout}: give the same"
-    if saved is None:
-        problem = "it has no optimizer state (--save_only_model?)"
+        if any(Path(checkpoint).glob(pattern)):
+            saved = optimizer_layout(stage, fsdp, parts)
+            if saved == layout:
+                return
+            problem = f"it was saved with {saved}, and this run has {layout}: give the same"
+            break
     raise UserError(
-        f"--resume_from_checkpoint {folder}: {problem}, or start a new run from its weights: name it as the model"
+        f"--resume_from_checkpoint {checkpoint}: {problem}, or start a new run from its weights: name it as the model"
     )
 
 

@@ -36,7 +36,7 @@ from src.retrieval.training.dataset import TrainDataset, TrainExample
 from src.retrieval.training.grad_cache import GradCache
 from src.retrieval.training.losses import LossConfig, combine, mask_false_negatives
 from src.retrieval.training.sampler import EpochDataLoader, GlobalBatchSampler
-from src.retrieval.training.scores import BatchScores, ScoreBatch
+from src.retrieval.training.scores import ScoreBatch
 from src.retrieval.training.sharding import check_optimizer_state, filled, hollow_copy, load_whole, whole_state
 from src.utils import distributed
 from src.utils.errors import UserError, first_line, is_out_of_memory
@@ -99,7 +99,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         load_whole()
         self.score_batch = score_batch
         self.evaluate_model = evaluate_model
-        self._hollow = hollow_copy(self.model) if evaluate_model and args.weights_are_sharded else None
+        self._hollow = hollow_copy(self.model) if evaluate_model and args.sharded == 3 else None
         self.saved_args = dict(saved_args)
         self.write_cards = write_cards
         self.loss_configs: list[LossConfig] = [source.settings.loss for source in train_dataset.sources]
@@ -214,10 +214,10 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         """Mean loss over the queries of all processes, scaled so that averaged gradients are exact."""
         config = self.loss_configs[inputs["source"]]
         batch = self.score_batch(model, inputs, config)
-        parts = [
-            combine(self._masked(scores, batch), batch.positions, inputs["teacher_scores"], config)
-            for scores in batch.scores
-        ]
+        compared = batch.scores
+        if (margin := self.args.mask_margin) is not None:
+            compared = [mask_false_negatives(scores, batch.positions, margin * batch.unit) for scores in compared]
+        parts = [combine(scores, batch.positions, inputs["teacher_scores"], config) for scores in compared]
         self._means.add("contrastive", parts[0].contrastive)
         self._means.add("distillation", parts[0].distillation)
         similarities, positives = batch.scores[0].detach() / batch.unit, batch.positions[:, :1]
@@ -230,10 +230,6 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         loss = total.sum() * distributed.world_size() / batch.queries
         return (loss, batch.scores[0]) if return_outputs else loss
 
-    def _masked(self, scores: Tensor, batch: BatchScores) -> Tensor:
-        margin = self.args.mask_margin
-        return scores if margin is None else mask_false_negatives(scores, batch.positions, margin * batch.unit)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log to the Trainer's training log lines."""
         if "loss" in logs:
@@ -244,8 +240,11 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         """Retrieve over the whole corpus with the present weights."""
         if self.evaluate_model is None:
             raise UserError("there is nothing to evaluate on: give --eval_data and --corpus")
-        was_training = self.model.training
-        model = self._whole_model().eval()
+        was_training, device = self.model.training, self.args.device
+        model = self.model.eval()
+        if self._hollow is not None:
+            # Each process holds a part of the weights.
+            model = filled(self._hollow, whole_state(self.model, device), device)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluate_model(model).items()}
         # Where it is a copy, its memory is needed again.
         del model
@@ -253,12 +252,6 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _whole_model(self) -> ModelT:
-        """The model, or a copy with whole weights where each process holds a part of them."""
-        if self._hollow is None:
-            return self.model
-        return filled(self._hollow, whole_state(self.model, self.args.device), self.args.device)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model with whole weights, whoever holds which part of them; every process must call this.
