@@ -39,7 +39,6 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: source of all randomness.
         rank, world_size: which part to yield, of how many.
         drop_last: leave out short batches, except for a file that has no full one.
-        epoch: that the next iteration yields.
     """
 
     policy: str | None
@@ -63,6 +62,10 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
             world_size=distributed.world_size(),
             drop_last=args.dataloader_drop_last,
         )
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration yields; called when a resumed run skips the first batches."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         pools = [sum(self.sizes)] if self.policy is None else self.sizes
@@ -122,4 +125,4 @@ class EpochDataLoader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
         assert isinstance(self.batch_sampler, GlobalBatchSampler)
-        self.batch_sampler.epoch = epoch
+        self.batch_sampler.set_epoch(epoch)
