@@ -26,7 +26,7 @@ from src.retrieval.ranking.rerank import rerank
 from src.retrieval.report.training_record import Uses, encoder_uses
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import ChunkPolicy, TrainCollator
-from src.retrieval.training.scores import ScoreBatch, dense_batch_scores
+from src.retrieval.training.losses import ScoreBatch, dense_batch_scores
 from src.utils.cli import parse_args, run
 from src.utils.errors import UserError
 

@@ -24,7 +24,7 @@ from src.retrieval.ranking.saved_hits import load_hits
 from src.retrieval.report.training_record import Uses, ranker_uses
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import ChunkPolicy, PairCollator
-from src.retrieval.training.scores import ScoreBatch, ranker_batch_scores
+from src.retrieval.training.losses import ScoreBatch, ranker_batch_scores
 from src.utils.cli import parse_args, run
 from src.utils.errors import UserError
 

@@ -41,7 +41,7 @@ from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import ChunkPolicy, TrainCollator
 from src.retrieval.training.dataset import TrainDataset
-from src.retrieval.training.scores import dense_batch_scores
+from src.retrieval.training.losses import dense_batch_scores
 from src.retrieval.training.trainer import RetrievalTrainer
 from src.utils.cli import parse_args
 from src.utils.devices import prepared

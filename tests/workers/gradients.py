@@ -20,8 +20,7 @@ from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import ChunkPolicy, TrainCollator
 from src.retrieval.training.dataset import Source, SourceSettings, TrainDataset, TrainExample
 from src.retrieval.training.grad_cache import GradCache
-from src.retrieval.training.losses import LossConfig
-from src.retrieval.training.scores import dense_batch_scores
+from src.retrieval.training.losses import LossConfig, dense_batch_scores
 from src.retrieval.training.select import SelectionPolicy
 from src.retrieval.training.trainer import RetrievalTrainer
 from src.utils import distributed

@@ -37,7 +37,7 @@ from src.retrieval.training.dataset import (
     check_mixable,
     load_train_sources,
 )
-from src.retrieval.training.scores import ScoreBatch
+from src.retrieval.training.losses import ScoreBatch
 from src.retrieval.training.trainer import RetrievalTrainer
 from src.utils import distributed, locks
 from src.utils.cli import show_plan

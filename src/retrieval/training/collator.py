@@ -82,17 +82,12 @@ def pad_chunks(tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, list], 
 
     Returns:
         ``chunks``: a list of dictionaries of int64 tensors ``(n, longest of the chunk)``, and ``places``: int64
-        ``(texts,)``, where each text stands when the chunks are joined (see `in_order`).
+        ``(texts,)``, where each text stands when the chunks are joined.
     """
     cut = cut_by_length([len(ids) for ids in encoded["input_ids"]], policy)
     places = np.empty(len(encoded["input_ids"]), dtype=np.int64)
     places[np.concatenate(cut)] = np.arange(len(places))
     return {"chunks": [pad(tokenizer, encoded, part) for part in cut], "places": torch.from_numpy(places)}
-
-
-def in_order(outputs: Sequence[Tensor], places: Tensor) -> Tensor:
-    """Join the outputs ``(n, ...)`` of the chunks, in the order of the batch ``(texts, ...)``."""
-    return torch.cat(list(outputs))[places]
 
 
 def tokenize_chunks(

@@ -34,9 +34,8 @@ from src.retrieval.models.trainable import TrainableModel
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import TrainDataset, TrainExample
 from src.retrieval.training.grad_cache import GradCache
-from src.retrieval.training.losses import LossConfig, combine, mask_false_negatives
+from src.retrieval.training.losses import LossConfig, ScoreBatch, combine, mask_false_negatives
 from src.retrieval.training.sampler import EpochDataLoader, GlobalBatchSampler
-from src.retrieval.training.scores import ScoreBatch
 from src.retrieval.training.sharding import check_optimizer_state, filled, hollow_copy, load_whole, whole_state
 from src.utils import distributed
 from src.utils.errors import UserError, first_line, is_out_of_memory

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
-from src.retrieval.training.collator import ChunkPolicy, cut_by_length, in_order, pad_chunks, tokenize_chunks
+from src.retrieval.training.collator import ChunkPolicy, cut_by_length, pad_chunks, tokenize_chunks
 from src.retrieval.training.grad_cache import GradCache
 from tests.helpers import environment, run
 from tests.training_bench import Bench, assert_same_checkpoint, weights, without_dropout, write_data
@@ -75,6 +75,11 @@ def gradients(model: DenseRetriever) -> dict[str, torch.Tensor]:
 
 def loss_of(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(queries @ keys.T * 3, torch.arange(len(queries), device=queries.device))
+
+
+def in_order(outputs: list[torch.Tensor], places: torch.Tensor) -> torch.Tensor:
+    """The outputs of chunks, in the order of the batch."""
+    return torch.cat(outputs)[places]
 
 
 def on_device(tokens: dict, device: str) -> dict:
