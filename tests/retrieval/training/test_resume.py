@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,15 +218,12 @@ def test_best_weights_are_loaded_at_the_end(bench: Bench, tmp_path: Path, monkey
     trained: list[RetrievalTrainer] = []
     scores = iter([0.2, 0.6, 0.5, 0.4, 0.3, 0.1])
 
-    def scripted(*_: Any) -> Callable[[Any], dict[str, float]]:
-        return lambda model: {"ndcg@10": next(scores)}
-
     class Remembered(RetrievalTrainer):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
             trained.append(self)
 
-    monkeypatch.setattr(run_dense, "dense_evaluator", scripted)
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"ndcg@10": next(scores)})
     monkeypatch.setattr(train, "RetrievalTrainer", Remembered)
     more = ("--eval_steps", 1, "--save_steps", 1, "--save_total_limit", 1)
     monkeypatch.setattr(sys, "argv", ["run_dense.py", *bench.flags(tmp_path, 1, None, *bench.evaluation(), *more)])
