@@ -27,7 +27,6 @@ from src.retrieval.data.rows import (
     check_further,
     check_hits_row,
     check_lm_row,
-    check_scoring_row,
     check_train_row,
 )
 from src.utils.files import json_line
@@ -36,7 +35,7 @@ from src.utils.jsonl import BYTE_ORDER_MARK, _check_line, open_jsonl, scan_file
 CHECKS: dict[str, Callable[[Any], tuple[list[str], dict[str, Any]]]] = {
     "train": check_train_row,
     "eval": check_eval_row,
-    "scoring": check_scoring_row,
+    "scoring": partial(check_eval_row, scoring=True),
     "lm": check_lm_row,
     "hits": partial(check_hits_row, corpus_size=5),
     "corpus": partial(check_corpus_row, columns=["title", "text"]),

@@ -11,12 +11,10 @@ import numpy as np
 
 from src.retrieval.data.rows import (
     EVAL_CHECK,
-    SCORING_CHECK,
     FurtherCheck,
     check_corpus_row,
     check_eval_row,
     check_further,
-    check_scoring_row,
     template_columns,
 )
 from src.retrieval.data.tasks import InstructionOf, distinct_tasks, task_from_path
@@ -42,8 +40,8 @@ def load_eval_rows(
     Raises:
         UserError: rows with problems, or a ``pos_index`` or ``key_index`` beyond the corpus.
     """
-    check: RowCheck
-    check, name = (check_scoring_row, SCORING_CHECK) if needs_candidates else (check_eval_row, EVAL_CHECK)
+    check: RowCheck = partial(check_eval_row, scoring=needs_candidates)
+    name = f"{EVAL_CHECK} scoring" if needs_candidates else EVAL_CHECK
     if further is not None:
         check, name = partial(check_further, check=check, further=further.problems), f"{name} {further.name}"
     rows = distributed.on_main(partial(open_jsonl, path, check, name, cache_dir))
@@ -80,11 +78,6 @@ def render_key(row: dict[str, Any], template: str, prefix: str = "") -> str:
     return prefix + template.format_map({name: value if value is not None else "" for name, value in row.items()})
 
 
-def render_query(row: dict[str, Any], instruction_of: InstructionOf, default_task: str | None) -> str:
-    """Render an evaluation row as a query text, instruction first."""
-    return instruction_of(row.get("task") or default_task).query + row["query"]
-
-
 def load_corpus(path: str, key_template: str, cache_dir: str | None) -> JsonLines:
     """Open a corpus and check that every row has the columns of `key_template`."""
     columns = template_columns(key_template)
@@ -97,11 +90,9 @@ class EvalData:
     """The evaluation rows and the corpus, with how each becomes text.
 
     Attributes:
-        rows: evaluation rows.
-        corpus: corpus rows, None for reranking the keys in `rows`.
+        corpus: None for reranking the keys in `rows`.
         key_template: how a corpus row becomes a key.
         task: of the rows, None when they name none.
-        instruction_of: instruction by task.
     """
 
     rows: JsonLines
@@ -134,7 +125,10 @@ class EvalData:
     @property
     def queries(self) -> Texts:
         """Query texts, instruction first."""
-        return Texts(self.rows, partial(render_query, instruction_of=self.instruction_of, default_task=self.task))
+        return Texts(self.rows, self._render_query)
+
+    def _render_query(self, row: dict[str, Any]) -> str:
+        return self.instruction_of(row.get("task") or self.task).query + row["query"]
 
     @property
     def key_instruction(self) -> str:

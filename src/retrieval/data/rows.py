@@ -18,7 +18,6 @@ from src.utils.errors import UserError
 
 TRAIN_CHECK = "train-3"
 EVAL_CHECK = "eval-4"
-SCORING_CHECK = "scoring-2"
 LM_CHECK = "lm-4"
 
 #: Row numbers and tokens are kept as 64-bit integers, names of tasks in an array as wide as the longest.
@@ -174,18 +173,21 @@ def check_train_row(row: Row, score_field: str = TEACHER_SCORES) -> Checked:
     }
 
 
-def check_eval_row(row: Row) -> Checked:
-    """Check one evaluation row.
+def check_eval_row(row: Row, scoring: bool = False) -> Checked:
+    """Check one evaluation row, with `scoring` one whose candidates are to be scored.
 
     Returns:
         The problems, and ``positives`` (count), ``pos_index_max`` (-1 without positives), ``answers``,
         ``keys`` and ``key_indices`` (counts), ``key_index_max`` (like that of the positives), ``task`` (str, empty
-        when missing).
+        when missing), with `scoring` also ``candidates`` (count).
     """
-    if problems := _row_problems(row, "pos", "key", "key_index"):
+    problems = _row_problems(row, "pos", "key", "key_index")
+    if scoring:
+        problems += [problem for problem in _candidate_problems(row) if problem not in problems]
+    if problems:
         return problems, {}
     pos_index, key_index = row.get("pos_index") or [], row.get("key_index") or []
-    return [], {
+    numbers = {
         "positives": len(pos_index),
         "pos_index_max": max(pos_index, default=-1),
         "answers": len(row.get("answers") or []),
@@ -194,15 +196,7 @@ def check_eval_row(row: Row) -> Checked:
         "key_index_max": max(key_index, default=-1),
         "task": row.get("task") or "",
     }
-
-
-def check_scoring_row(row: Row) -> Checked:
-    """Check one evaluation row whose candidates are to be scored: as `check_eval_row`, and ``candidates`` (count)."""
-    problems, numbers = check_eval_row(row)
-    problems += [problem for problem in _candidate_problems(row) if problem not in problems]
-    if problems:
-        return problems, {}
-    return [], {**numbers, "candidates": sum(map(len, candidates(row)))}
+    return [], {**numbers, "candidates": sum(map(len, candidates(row)))} if scoring else numbers
 
 
 @dataclass(frozen=True)

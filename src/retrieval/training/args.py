@@ -1,8 +1,4 @@
-"""Every flag of training, with its default, help and checks.
-
-`__post_init__` checks values and fills in names that transformers has renamed; it resolves no path and
-reads no file.
-"""
+"""Every flag of training, with its default, help and checks."""
 
 from __future__ import annotations
 

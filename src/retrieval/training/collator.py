@@ -108,9 +108,8 @@ def teacher_scores(examples: Sequence[TrainExample]) -> Tensor | None:
 class TrainCollator:
     """Tokenizes B examples for a dual encoder.
 
-    Gives ``query`` (B texts), ``key`` (B*N texts, groups one after the other), both as chunks (see `pad_chunks`),
-    ``teacher_scores`` and ``source``, the number of the file of the first example, by which the loss settings are
-    looked up.
+    Returns ``query`` (B texts) and ``key`` (B*N texts, groups one after the other) as chunks (see `pad_chunks`),
+    ``teacher_scores``, and ``source``, the number of the first example's file, by which the loss settings are chosen.
     """
 
     query_tokenizer: PreTrainedTokenizerBase
@@ -133,7 +132,7 @@ class TrainCollator:
 class PairCollator:
     """Tokenizes B examples for a cross-encoder.
 
-    Gives ``pair`` (B*N pairs as chunks: each query with its keys, groups one after the other), ``group_size`` (N),
+    Returns ``pair`` (B*N pairs as chunks: each query with its keys, groups one after the other), ``group_size`` (N),
     ``teacher_scores`` and ``source`` (see `TrainCollator`).
     """
 

@@ -23,13 +23,7 @@ Tokens = Mapping[str, Tensor]
 
 
 class CachedPass(NamedTuple):
-    """One call of the model in the first pass.
-
-    Attributes:
-        query, key: its input.
-        cpu_state, devices, device_states: the random states before it.
-        vectors: what it gave, as leaves.
-    """
+    """One call of the model in the first pass: its input, the random states before it, and its vectors as leaves."""
 
     query: list[Tokens]
     key: list[Tokens]

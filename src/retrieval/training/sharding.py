@@ -53,11 +53,7 @@ def parse_json(text: str, flag: str) -> dict[str, Any]:
 
 
 def read_settings(given: Any, flag: str) -> dict[str, Any]:
-    """Read the settings that a flag names: a JSON file, or the JSON itself.
-
-    Raises:
-        UserError: the file is missing or broken, or holds no settings.
-    """
+    """Read the settings that a flag names, a JSON file or the JSON itself, or raise a UserError."""
     if isinstance(given, str):
         given = parse_json(given, flag) if given.startswith("{") else read_json(given, f"--{flag}")
     if not isinstance(given, dict):
@@ -74,11 +70,7 @@ def _zero_settings(given: Any) -> dict[str, Any]:
 
 
 def zero_stage(given: Any) -> int:
-    """Return the ZeRO stage that ``--deepspeed`` asks for.
-
-    Raises:
-        UserError: the settings cannot be read, or do not fit this toolkit.
-    """
+    """Return the ZeRO stage that ``--deepspeed`` asks for; a UserError where its settings do not fit this toolkit."""
     zero = _zero_settings(given)
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
@@ -100,10 +92,9 @@ def offloaded(given: Any) -> frozenset[str]:
 
 
 def fsdp_settings(given: Any, fsdp: Any = True) -> dict[str, Any]:
-    """Return the settings of ``--fsdp_config``, completed; `fsdp` is that of ``--fsdp``, whose older form has words.
+    """Return the settings of ``--fsdp_config``, completed, or raise a UserError for what is not supported.
 
-    Raises:
-        UserError: they cannot be read, or ask for what is not supported.
+    `fsdp` is the value of ``--fsdp``, whose older form is a list of words.
     """
     settings = {name.removeprefix("fsdp_"): value for name, value in read_settings(given, "fsdp_config").items()}
     version, saving = settings.get("version", 2), settings.setdefault("state_dict_type", SHARDED)

@@ -155,10 +155,10 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
 
     def get_train_dataloader(self) -> EpochDataLoader:
         """Load global batches by the chosen policy, sliced by rank here and not by accelerate."""
-        args, dataset = self.args, self.train_dataset
+        args = self.args
         return EpochDataLoader(
-            dataset,
-            batch_sampler=GlobalBatchSampler.from_args(args, dataset.sizes, self._train_batch_size),
+            self.train_dataset,
+            batch_sampler=GlobalBatchSampler.from_args(args, self.train_dataset.sizes, self._train_batch_size),
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and not args.use_cpu,
