@@ -190,8 +190,8 @@ def training_settings_for(
     if version not in _TRAINING:
         raise UserError(
             f"--use_train_config: version {version!r} has no training settings, choose --version from "
-            f"{', '.join(sorted(_TRAINING))}, leave --use_train_config out, or give --task_config with settings of its "
-            "own"
+            f"{', '.join(sorted(_TRAINING))}, leave --use_train_config out, or give --task_config with settings of "
+            "its own"
         )
     raise UserError(
         f"--use_train_config needs a task of {_listed(task_config)} that has training settings, found {task!r}: "

@@ -195,7 +195,7 @@ class RetrievalTrainingArgs(TrainingArguments):
             configured = cast("AcceleratorConfig", self.accelerator_config)
             GradientAccumulationPlugin(num_steps=1, **(configured.gradient_accumulation_kwargs or {}))
         self._try_out()
-        sharding.load_whole()
+        sharding.load_unsharded()
         if self.fsdp_plugin_args is not None and (self.fp16 or self.bf16):
             self.fsdp_plugin_args["mixed_precision_policy"] = sharding.half_precision(
                 torch.float16 if self.fp16 else torch.bfloat16
@@ -248,8 +248,8 @@ class RetrievalTrainingArgs(TrainingArguments):
         What was inferred is left as it was given, so that further flags mean what they would have meant beside those of
         the first run, also on another machine.
         """
-        found = {**super().to_dict(), **self._given}
-        return {name: value for name, value in found.items() if not name.endswith("_token")}
+        settings = {**super().to_dict(), **self._given}
+        return {name: value for name, value in settings.items() if not name.endswith("_token")}
 
     @property
     def engine(self) -> str | None:

@@ -39,7 +39,7 @@ class BatchScores:
 
     Attributes:
         scores: fp32 ``(B, K)``, each query against all keys it is compared with; one tensor per width of the vectors,
-            that of whole vectors first.
+            that of full vectors first.
         positions: int64 ``(B, N)``, columns of each query's own keys, positive first.
         unit: the score of a similarity of 1, by which the log undoes the temperature.
         queries: how many queries all processes have together.
@@ -70,7 +70,7 @@ def dense_batch_scores(
         inputs: of `TrainCollator`.
         metric: ``cos``, ``ip`` or ``l2``.
         negative_cross_device: the batch is that of all processes; each gets exact gradients for its own rows.
-        widths: leading dimensions that are compared too, beside the whole vectors (Matryoshka, arXiv 2205.13147).
+        widths: leading dimensions that are compared too, beside the full vectors (Matryoshka, arXiv 2205.13147).
     """
     query, key = inputs["query"], inputs["key"]
     query_vectors, key_vectors = model(query=query["chunks"], key=key["chunks"])

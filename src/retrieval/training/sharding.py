@@ -1,8 +1,8 @@
-"""Engines that train large models: DeepSpeed (ZeRO) and FSDP. Their settings, and whole weights out of sharded ones.
+"""Engines that train large models: DeepSpeed (ZeRO) and FSDP. Their settings, and full weights out of sharded ones.
 
 ZeRO-3 and FSDP leave each process a part of every weight. Layers gather theirs when they are called, on all processes
 at once, so all must call the model equally often. Training does; an evaluation, which shares out its texts, does not,
-and gets a copy of the model with whole weights.
+and gets a copy of the model with full weights.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def half_precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 
 
-def load_whole() -> None:
-    """Make `from_pretrained` give whole weights to each process.
+def load_unsharded() -> None:
+    """Make `from_pretrained` give full weights to each process.
 
     With ZeRO-3 announced, it would shard each transformer by itself, before adapters are put in or merged, new layers
     drawn and fp32 weights rounded. The engine shards the finished model. transformers announces it anew whenever
@@ -165,7 +165,7 @@ def check_optimizer_state(checkpoint: str, layout: str) -> None:
     )
 
 
-def whole_state(model: nn.Module, device: torch.device | None) -> dict[str, Tensor]:
+def full_state(model: nn.Module, device: torch.device | None) -> dict[str, Tensor]:
     """Gather the weights of a model in training from all processes, in fp32; every process must call this.
 
     Args:
@@ -173,18 +173,18 @@ def whole_state(model: nn.Module, device: torch.device | None) -> dict[str, Tens
         device: where to put the weights; None to take part without getting any.
 
     Returns:
-        What ``model.state_dict()`` of the whole model would be; weights that layers share are shared.
+        What ``model.state_dict()`` of the unsharded model would be; weights that layers share are shared.
     """
     tensors = model.state_dict(keep_vars=True)
     gathered: dict[int, Tensor] = {}
     for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():
-        whole = _whole(tensor)
+        full = _full(tensor)
         if device is not None:
-            gathered[id(tensor)] = whole.to(device, torch.float32 if whole.is_floating_point() else whole.dtype)
+            gathered[id(tensor)] = full.to(device, torch.float32 if full.is_floating_point() else full.dtype)
     return {} if device is None else {name: gathered[id(tensor)] for name, tensor in tensors.items()}
 
 
-def _whole(tensor: Any) -> Tensor:
+def _full(tensor: Any) -> Tensor:
     if hasattr(tensor, "full_tensor"):
         # FSDP's parts may lie on the CPU, where its processes cannot exchange them.
         return tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
@@ -202,14 +202,14 @@ def _whole(tensor: Any) -> Tensor:
         return tensor.detach().clone()
 
 
-def hollow_copy(model: ModelT) -> ModelT:
+def meta_copy(model: ModelT) -> ModelT:
     """Copy a model without its weights, for `filled`; the engine must not have it yet."""
     empty = {id(weight): nn.Parameter(torch.empty_like(weight, device="meta"), False) for weight in model.parameters()}
     return copy.deepcopy(model, empty)
 
 
-def filled(hollow: ModelT, state: dict[str, Tensor], device: torch.device) -> ModelT:
-    """Copy what `hollow_copy` returned, with weights, in eval mode on `device`."""
-    model = hollow_copy(hollow)
+def filled(model_on_meta: ModelT, state: dict[str, Tensor], device: torch.device) -> ModelT:
+    """Copy what `meta_copy` returned, with weights, in eval mode on `device`."""
+    model = meta_copy(model_on_meta)
     model.load_state_dict(state, assign=True)
     return model.to(device).eval()

@@ -36,7 +36,7 @@ from src.retrieval.training.dataset import TrainDataset, TrainExample
 from src.retrieval.training.grad_cache import GradCache
 from src.retrieval.training.losses import LossConfig, ScoreBatch, combine, mask_false_negatives
 from src.retrieval.training.sampler import EpochDataLoader, GlobalBatchSampler
-from src.retrieval.training.sharding import check_optimizer_state, filled, hollow_copy, load_whole, whole_state
+from src.retrieval.training.sharding import check_optimizer_state, filled, full_state, load_unsharded, meta_copy
 from src.utils import distributed
 from src.utils.errors import UserError, first_line, is_out_of_memory
 from src.utils.files import write_json
@@ -95,10 +95,10 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             eval_dataset=() if evaluate_model else None,
             callbacks=[StopCallback(), *callbacks],
         )
-        load_whole()
+        load_unsharded()
         self.score_batch = score_batch
         self.evaluate_model = evaluate_model
-        self._hollow = hollow_copy(self.model) if evaluate_model and args.sharded == 3 else None
+        self._on_meta = meta_copy(self.model) if evaluate_model and args.sharded == 3 else None
         self.saved_args = dict(saved_args)
         self.write_cards = write_cards
         self.loss_configs: list[LossConfig] = [source.settings.loss for source in train_dataset.sources]
@@ -191,7 +191,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             raise UserError(f"step {self.state.global_step + 1}: the loss is {float(loss)}, {DIVERGED}")
 
     def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Keep weights (whole) that are no numbers from taking the place of good ones."""
+        """Keep full weights that are no numbers from taking the place of good ones."""
         for name, _ in self.model.named_parameters():
             if not torch.isfinite(weights[name]).all():
                 raise UserError(f"step {self.state.global_step}: {name} has weights that are no numbers, {DIVERGED}")
@@ -241,9 +241,9 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             raise UserError("there is nothing to evaluate on: give --eval_data and --corpus")
         was_training, device = self.model.training, self.args.device
         model = self.model.eval()
-        if self._hollow is not None:
+        if self._on_meta is not None:
             # Each process holds a part of the weights.
-            model = filled(self._hollow, whole_state(self.model, device), device)
+            model = filled(self._on_meta, full_state(self.model, device), device)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluate_model(model).items()}
         # Where it is a copy, its memory is needed again.
         del model
@@ -253,7 +253,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model with whole weights, whoever holds which part of them; every process must call this.
+        """Write the model with full weights, whoever holds which part of them; every process must call this.
 
         Raises:
             UserError: on every process, of weights that are no numbers.
@@ -262,7 +262,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             self._check_weights(dict(self.model.named_parameters()))
             super().save_model(output_dir, _internal_call)
         else:
-            state = whole_state(self.model, torch.device("cpu") if self.args.should_save else None)
+            state = full_state(self.model, torch.device("cpu") if self.args.should_save else None)
             distributed.on_main(lambda: self._check_weights(state))
             self._save(output_dir, state)
 
@@ -341,8 +341,8 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
                 # The schedule itself takes whatever it is given.
                 _check_like(schedule, self.lr_scheduler.state_dict(), SCHEDULER_NAME)
             super()._load_optimizer_and_scheduler(checkpoint)
-            own = self.optimizer.state if self.args.engine is None and self.optimizer is not None else {}
-            for parameter, state in own.items():
+            states = self.optimizer.state if self.args.engine is None and self.optimizer is not None else {}
+            for parameter, state in states.items():
                 for name in MOMENTS & state.keys():
                     if state[name].shape != parameter.shape:
                         raise ValueError(f"{name} of {list(state[name].shape)} for {list(parameter.shape)} weights")
@@ -409,18 +409,18 @@ def _reading(folder: str | None) -> Iterator[None]:
         ) from error
 
 
-def _check_like(found: Any, like: Any, place: str) -> None:
+def _check_like(value: Any, like: Any, place: str) -> None:
     """Raise a ValueError where a value has no number, list or object and another has one."""
     if isinstance(like, int | float) and not isinstance(like, bool):
-        fits = isinstance(found, int | float) and not isinstance(found, bool)
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
     elif isinstance(like, list):
-        fits = isinstance(found, list) and len(found) == len(like)
+        fits = isinstance(value, list) and len(value) == len(like)
     else:
-        fits = not isinstance(like, dict) or (isinstance(found, dict) and found.keys() >= like.keys())
+        fits = not isinstance(like, dict) or (isinstance(value, dict) and value.keys() >= like.keys())
     if not fits:
-        raise ValueError(f"{place} is {str(found)[:100]!r}")
+        raise ValueError(f"{place} is {str(value)[:100]!r}")
     for name in like if isinstance(like, dict) else range(len(like)) if isinstance(like, list) else ():
-        _check_like(found[name], like[name], f"{place}: {name}")
+        _check_like(value[name], like[name], f"{place}: {name}")
 
 
 class RunningMeans:
