@@ -64,12 +64,8 @@ class TaskConfig:
 #: Tasks without a --task_config file.
 NO_TASK_CONFIG: Mapping[str, TaskConfig] = MappingProxyType({})
 
-_ANY_TASK: dict[str, Instruction] = {
-    "bge": Instruction("Represent this sentence for searching relevant passages: "),
-    "e5": Instruction("query: ", "passage: "),
-}
-
-_BY_TASK: dict[str, dict[str, Instruction]] = {
+#: By version and task; None: whatever the task.
+_INSTRUCTIONS: Mapping[str, Mapping[str | None, Instruction]] = {
     "llm-embedder": {
         "qa": Instruction(
             "Represent this query for retrieving relevant documents: ", "Represent this document for retrieval: "
@@ -94,6 +90,8 @@ _BY_TASK: dict[str, dict[str, Instruction]] = {
             "Transform this tool description for retrieval: ",
         ),
     },
+    "bge": {None: Instruction("Represent this sentence for searching relevant passages: ")},
+    "e5": {None: Instruction("query: ", "passage: ")},
     "instructor": {
         "qa": Instruction(
             "Represent the query for retrieving supporting documents: ", "Represent the document for retrieval: "
@@ -120,7 +118,7 @@ _BY_TASK: dict[str, dict[str, Instruction]] = {
     },
 }
 
-VERSIONS = ("llm-embedder", "bge", "e5", "instructor")
+VERSIONS = tuple(_INSTRUCTIONS)
 
 _CONTRASTIVE = {"select_positive": "first", "select_negative": "random", "distill_weight": 0, "stable_distill": False}
 _GRADED = {"select_negative": "random", "contrastive_weight": 0, "stable_distill": True}
@@ -156,11 +154,10 @@ def instruction_for(
     custom = task_config.get(task) if task is not None else None
     if custom is not None and custom.instruction is not None:
         return custom.instruction
-    if version in _ANY_TASK:
-        return _ANY_TASK[version]
     check_choice("version", version, VERSIONS)
-    if task in _BY_TASK[version]:
-        return _BY_TASK[version][task]
+    instructions = _INSTRUCTIONS[version]
+    if instruction := instructions.get(task, instructions.get(None)):
+        return instruction
     if custom is not None:
         raise UserError(
             f"--task_config: the task {task!r} has no instruction, and --version {version} has none for it: add "
