@@ -126,7 +126,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
             batches = Batches(distributed.world_size(), micro, accumulation)
             check_steps(resume_from_checkpoint, batches, {**self.saved_args, **args.to_dict()})
-        elif older := complete_checkpoints(self.args.output_dir):
+        elif older := complete_checkpoints(args.output_dir):
             logger.warning(
                 "training starts from the beginning, but %s is there from an earlier run: "
                 "--resume_from_checkpoint True would go on from it",
