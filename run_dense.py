@@ -15,7 +15,6 @@ import torch
 
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import EvalData
-from src.retrieval.jobs.builders import dense_searcher
 from src.retrieval.jobs.train import Job
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.models.pair_scorer import PairScorer, dense_scorer
@@ -24,6 +23,7 @@ from src.retrieval.ranking.evaluate import retrieve
 from src.retrieval.ranking.files import Hits
 from src.retrieval.ranking.rerank import rerank
 from src.retrieval.report.training_record import Uses, encoder_uses
+from src.retrieval.search.searcher import dense_searcher
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import ChunkPolicy, TrainCollator
 from src.retrieval.training.losses import ScoreBatch, dense_batch_scores

@@ -27,7 +27,7 @@ from src.utils.errors import UserError
 from src.utils.files import write_json, write_jsonl
 
 HITS = 100
-BACKENDS = {"embedded": "bm25s", "anserini": "anserini"}
+BACKENDS = ("embedded", "anserini")
 
 
 def draw_queries(texts: list[str], count: int) -> list[str]:
@@ -43,12 +43,12 @@ def draw_queries(texts: list[str], count: int) -> list[str]:
 
 def measure(engine: str, folder: Path) -> None:
     """Index and search with one engine; numbers to <engine>.json, hits to <engine>.npy."""
-    from src.retrieval.search.bm25.engine import BM25Config, build_bm25_searcher
+    from src.retrieval.search.bm25.choose import BM25Config, build_bm25_searcher
 
     texts = [json.loads(line)["text"] for line in (folder / "corpus.json").open(encoding="utf-8")]
     queries = json.loads((folder / "queries.json").read_text(encoding="utf-8"))
     before = peak_process_mib()
-    config = BM25Config(str(folder / engine), BACKENDS[engine])
+    config = BM25Config(str(folder / engine), engine)
     start = time.perf_counter()
     searcher = build_bm25_searcher(texts, str(folder / "corpus.json"), "{text}", config)
     indexed = time.perf_counter()

@@ -46,7 +46,7 @@ def mine(model: str, margin: float, ranks: list[int]) -> Path:
     entry = ["-m", "evaluation.eval_retrieval"]
     log = ["--log_path", OUTPUT / "mine.log"]
     python(*entry, *common, *log, "--query_encoder", model, "--neg_margin_relative", margin, "--save_name", "dense")
-    bm25 = ["--retrieval_method", "bm25", "--bm25_backend", "bm25s", "--save_name", "bm25"]
+    bm25 = ["--retrieval_method", "bm25", "--bm25_backend", "embedded", "--save_name", "bm25"]
     python(*entry, *common, *log, *bm25)
     mined = OUTPUT / "train.mined.json"
     files = [OUTPUT / path_name(name) / f"train.neg.{kind}.json" for name, kind in ((model, "dense"), ("bm25", "bm25"))]

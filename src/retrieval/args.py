@@ -20,7 +20,7 @@ from src.utils.flags import check_choice, check_name, check_positive, data_root_
 METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg", "collate_score")
 RANKER_METHODS = ("cross-encoder",)
 RETRIEVAL_METHODS = ("dense", "bm25", "random", "no")
-BM25_BACKENDS = ("auto", "anserini", "bm25s")
+BM25_BACKENDS = ("auto", "anserini", "embedded")
 SEARCH_PARAMETERS = re.compile(r"\w+=[1-9]\d{0,8}(,\w+=[1-9]\d{0,8})*")
 
 
@@ -134,8 +134,8 @@ class BM25Args:
 
     bm25_backend: str = flag(
         "auto",
-        "Engine of BM25: anserini; bm25s (embedded: no Java, the same ranking, English only); auto takes Anserini "
-        "where it and a Java that runs it are found.",
+        "Engine of BM25: anserini; embedded, also called bm25s (no Java, the same ranking, English only); auto takes "
+        "Anserini where it and a Java that runs it are found.",
     )
     anserini_dir: str | None = flag(
         None,
@@ -275,11 +275,13 @@ class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
         DenseArgs.__post_init__(self)
         check_choice("retrieval_method", self.retrieval_method, self.methods)
         check_positive(hits=self.hits, k1=self.k1, threads=self.threads)
+        if self.bm25_backend == "bm25s":
+            self.bm25_backend = "embedded"
         check_choice("bm25_backend", self.bm25_backend, BM25_BACKENDS)
         if not 0 <= self.b <= 1:
             raise UserError(f"--b must be from 0 to 1, found {self.b}")
-        if self.bm25_backend == "bm25s" and self.anserini_dir is not None:
-            raise UserError("--anserini_dir is of no use with --bm25_backend bm25s: leave one of them out")
+        if self.bm25_backend == "embedded" and self.anserini_dir is not None:
+            raise UserError("--anserini_dir is of no use with --bm25_backend embedded: leave one of them out")
         if "collate_score" in self.metrics and self.retrieval_method != "dense":
             raise UserError(
                 f"--metrics collate_score scores with a model, not by --retrieval_method {self.retrieval_method}: take "

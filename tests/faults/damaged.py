@@ -32,17 +32,17 @@ from src.retrieval.ranking.config import EvalConfig
 from src.retrieval.ranking.evaluate import report
 from src.retrieval.ranking.files import Hits
 from src.retrieval.ranking.saved_hits import load_hits
-from src.retrieval.search.bm25.engine import BM25Config, build_bm25_searcher
+from src.retrieval.search.bm25.choose import BM25Config, build_bm25_searcher
 from src.retrieval.search.exact import VectorShard
 from src.retrieval.search.faiss_index import FaissIndex
 from src.retrieval.search.searcher import DenseSearchConfig, _load_indexes, _save_indexes
-from src.retrieval.search.vector_store import IndexIdentity, create_store, finish_store, load_store
+from src.retrieval.search.vector_store import create_store, finish_store, load_store
 from src.utils.errors import UserError, describe_os_error
 from src.utils.jsonl import open_jsonl
 from src.utils.manifest import check_recorded, record_checksums
 from tests.helpers import write_rows
 
-IDENTITY = IndexIdentity("w1", "c1", 8, "{text}", "", 32, "right", "mean", "cos", "fp32")
+MADE_FROM = {"weights": "w1", "corpus": "c1", "rows": 8}
 VECTORS = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
 TEXTS = [f"word{number} and {'more ' * number}" for number in range(8)]
 JUNK: list[Any] = [None, [], {}, "x", 0, True, [[]], {"identity": {}}, {"identity": [], "files": 3}, [None, {"a": 1}]]
@@ -68,14 +68,14 @@ class Kind:
 
 def make_vectors(folder: Path) -> None:
     """Shards of 3 vectors."""
-    made = create_store(str(folder), IDENTITY, 4, "float32")
+    made = create_store(str(folder), MADE_FROM, 4, "float32")
     parts = {number: made.range_of(number) for number in made.missing()}
     finish_store(made, {made.name(n): made.write(n, VECTORS[part.start : part.stop]) for n, part in parts.items()})
 
 
 def read_vectors(folder: Path) -> np.ndarray:
     """With ``--load_encode``."""
-    store = load_store(str(folder), IDENTITY)
+    store = load_store(str(folder), MADE_FROM)
     return np.concatenate([store.read(number) for number in range(store.count)])
 
 
@@ -88,26 +88,26 @@ def make_again(folder: Path) -> np.ndarray:
 def search_config(folder: Path) -> DenseSearchConfig:
     """Of an index that is saved or loaded."""
     encode = EncodeConfig(8, torch.device("cpu"))
-    return DenseSearchConfig(encode, encode, hits=2, store=str(folder))
+    return DenseSearchConfig(encode, encode, hits=2, folder=str(folder))
 
 
 def make_index(folder: Path) -> None:
     """A FAISS index."""
     folder.mkdir(exist_ok=True)
     built = FaissIndex.build([VectorShard(0, 8, lambda: VECTORS)], "Flat", "cos", torch.device("cpu"), 2)
-    _save_indexes([built], search_config(folder), IDENTITY)
+    _save_indexes([built], search_config(folder), MADE_FROM)
 
 
 def read_index(folder: Path) -> np.ndarray:
     """With ``--load_index``."""
-    (index,) = _load_indexes(search_config(folder), IDENTITY)
+    (index,) = _load_indexes(search_config(folder), MADE_FROM)
     return index.search(VECTORS, 2)[1]
 
 
 def bm25(folder: Path, load_index: bool) -> np.ndarray:
     """With or without ``--load_index``."""
     corpus = folder.parent / "corpus.json"
-    config = BM25Config(str(folder), "bm25s", load_index=load_index)
+    config = BM25Config(str(folder), "embedded", load_index=load_index)
     return build_bm25_searcher(TEXTS, str(corpus), "{text}", config).search(["more", "word3"], 3)[1]
 
 

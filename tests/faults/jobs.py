@@ -173,7 +173,17 @@ def make_jobs(folder: Path) -> dict[str, Job]:
         Job(
             "bm25",
             "evaluation/eval_retrieval.py",
-            (*retrieval, "--retrieval_method", "bm25", "--bm25_backend", "bm25s", "--metrics", "mrr", "--cutoffs", 10),
+            (
+                *retrieval,
+                "--retrieval_method",
+                "bm25",
+                "--bm25_backend",
+                "embedded",
+                "--metrics",
+                "mrr",
+                "--cutoffs",
+                10,
+            ),
             check_all(check_files("*.npy", same_bytes), hits, check_log),
             "bm25/bm25",
             owns="bm25/bm25",

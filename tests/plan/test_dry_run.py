@@ -308,7 +308,7 @@ IN_THE_WAY = {
     "mrr, lines of the log": "logs/x.jsonl",
     "mrr --save_encode": "out/OWN/embeddings",
     "mrr --save_index --embedding_name wiki": "out/OWN/wiki",
-    "mrr --retrieval_method bm25 --bm25_backend bm25s": "out/bm25/bm25",
+    "mrr --retrieval_method bm25 --bm25_backend embedded": "out/bm25/bm25",
 }
 
 
@@ -370,7 +370,7 @@ def test_retrieval(dry, files, tiny_bert, tmp_path):
     ]
     assert plan["corpus"][0].endswith("50 passages, 50 a query by dense")
     assert plan["output"] == [str(files["out"] / path_name(bare))]
-    plan = dry(eval_retrieval.main, *flags, "--retrieval_method", "bm25", "--bm25_backend", "bm25s")
+    plan = dry(eval_retrieval.main, *flags, "--retrieval_method", "bm25", "--bm25_backend", "embedded")
     assert plan["corpus"][1] == "by the embedded engine"
     assert "index" not in plan
 

@@ -228,7 +228,7 @@ def _serve(preload: Sequence[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT))
-    for name in ("src.retrieval.training.trainer", "src.retrieval.jobs.builders", "src.utils.cli", *preload):
+    for name in ("src.retrieval.training.trainer", "src.retrieval.jobs.evaluate", "src.utils.cli", *preload):
         importlib.import_module(name)
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:

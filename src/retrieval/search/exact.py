@@ -60,8 +60,9 @@ class ExactIndex:
     def search(self, queries: np.ndarray, hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Index.search`."""
         parts = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(self.device).split(QUERIES)
-        scores = [torch.full((len(part), hits), -torch.inf, device=self.device) for part in parts]
-        rows = [torch.full((len(part), hits), -1, device=self.device) for part in parts]
+        scores, rows = (
+            list(torch.from_numpy(filled).to(self.device).split(QUERIES)) for filled in no_hits(len(queries), hits)
+        )
         for shard in self.shards:
             vectors = torch.from_numpy(shard.load())
             for start in range(0, len(vectors), BLOCK):
@@ -109,13 +110,13 @@ def _best(scores: Tensor, hits: int) -> tuple[Tensor, Tensor]:
     return found.values[:, :hits], found.indices[:, :hits]
 
 
-def merge_hits(scores: list[np.ndarray], rows: list[np.ndarray], hits: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best `hits` of several result lists per query; equal scores go to the lower row number.
+def no_hits(queries: int, hits: int) -> tuple[np.ndarray, np.ndarray]:
+    """fp32 scores and int64 rows ``(queries, hits)`` to be filled in: -inf and -1."""
+    return np.full((queries, hits), -np.inf, dtype=np.float32), np.full((queries, hits), -1, dtype=np.int64)
 
-    Args:
-        scores: fp32 ``(queries, h)`` arrays, higher is better.
-        rows: int64 arrays alike, -1 where there is no hit.
-    """
-    all_scores, all_rows = np.concatenate(scores, axis=1), np.concatenate(rows, axis=1)
-    order = np.lexsort((all_rows, np.where(all_rows < 0, np.inf, -all_scores)), axis=1)[:, :hits]
-    return np.take_along_axis(all_scores, order, 1), np.take_along_axis(all_rows, order, 1)
+
+def merge_hits(parts: Sequence[tuple[np.ndarray, np.ndarray]], hits: int) -> tuple[np.ndarray, np.ndarray]:
+    """The best `hits` of several pairs of scores and rows, see `Index`; equal scores go to the lower row number."""
+    scores, rows = (np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+    order = np.lexsort((rows, np.where(rows < 0, np.inf, -scores)), axis=1)[:, :hits]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)

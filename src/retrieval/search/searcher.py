@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from src.retrieval.args import RetrievalArgs
+from src.retrieval.data.corpus import EvalData
 from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.models.encode import EncodeConfig, encode, progress
-from src.retrieval.search.exact import ExactIndex, Index, VectorShard, merge_hits
+from src.retrieval.search.exact import ExactIndex, Index, VectorShard, merge_hits, no_hits
 from src.retrieval.search.faiss_index import FaissIndex, check_factory
 from src.retrieval.search.vector_store import IndexIdentity, VectorStore, create_store, finish_store, load_store
 from src.utils import distributed
@@ -25,6 +28,8 @@ from src.utils.manifest import Manifest, check_undamaged, file_checksum, read_ma
 
 logger = logging.getLogger(__name__)
 
+#: Folder of BM25's indexes.
+BM25 = "bm25"
 INDEX_MANIFEST = "index.json"
 REMEDY = "leave the flag out, or use --save_index to make it anew"
 
@@ -39,21 +44,12 @@ class Searcher(Protocol):
         """
 
 
-#: Folder of BM25's indexes.
-BM25 = "bm25"
-
-
-def vector_folder(args: RetrievalArgs, output_dir: str) -> str:
-    """Where vectors and indexes of them are kept."""
-    return os.path.join(output_dir, args.embedding_name)
-
-
 def stores_written(args: RetrievalArgs, output_dir: str) -> list[str]:
     """Folders of vectors and indexes that a run writes."""
     if args.load_result:
         return []
     if args.retrieval_method == "dense" and (args.save_encode or args.save_index):
-        return [vector_folder(args, output_dir)]
+        return [os.path.join(output_dir, args.embedding_name)]
     return [os.path.join(output_dir, BM25)] if args.retrieval_method == "bm25" and not args.load_index else []
 
 
@@ -64,28 +60,48 @@ class DenseSearchConfig:
     Attributes:
         query, key: encoding settings.
         hits: that a query asks for.
-        factory: FAISS factory string; ``Flat`` is searched exactly without FAISS unless the index is to be saved.
+        folder: of saved vectors and index.
+        factory: FAISS factory string; ``Flat`` is searched exactly without an index unless it is to be saved.
         parameters: of the search by FAISS; None for `default_search_parameters`.
-        store: folder of saved vectors and index, None for neither.
         load_encode, save_encode, load_index, save_index: as the flags.
     """
 
     query: EncodeConfig
     key: EncodeConfig
     hits: int
+    folder: str
     factory: str = "Flat"
     parameters: str | None = None
-    store: str | None = None
     load_encode: bool = False
     save_encode: bool = False
     load_index: bool = False
     save_index: bool = False
 
+    @classmethod
+    def from_args(cls, args: RetrievalArgs, *, output_dir: str, device: torch.device) -> DenseSearchConfig:
+        """Settings by flags, for a model on `device`."""
+        return cls(
+            query=EncodeConfig.from_args(args, args.query_max_length, device),
+            key=EncodeConfig.from_args(args, args.key_max_length, device),
+            hits=args.hits,
+            folder=os.path.join(output_dir, args.embedding_name),
+            factory=args.faiss_index_factory,
+            parameters=args.faiss_search_params,
+            load_encode=args.load_encode,
+            save_encode=args.save_encode,
+            load_index=args.load_index,
+            save_index=args.save_index,
+        )
+
     @property
-    def folder(self) -> str:
-        """`store`, where there must be one."""
-        assert self.store is not None
-        return self.store
+    def stored(self) -> bool:
+        """Whether vectors or indexes are on the disk."""
+        return self.load_encode or self.save_encode or self.load_index or self.save_index
+
+    @property
+    def search(self) -> dict[str, Any]:
+        """Arguments of `FaissIndex` about searching."""
+        return {"device": self.key.device, "hits": self.hits, "parameters": self.parameters}
 
 
 class DenseSearcher:
@@ -94,16 +110,14 @@ class DenseSearcher:
     def __init__(self, model: DenseRetriever, config: EncodeConfig, indexes: Sequence[Index]) -> None:
         self.model = model
         self.config = config
-        self.indexes = list(indexes)
+        self.indexes = indexes
 
     def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Searcher.search`."""
         vectors = self._encode_queries(queries)
-        found = [index.search(vectors, hits) for index in self.indexes]
-        scores = [np.full((len(queries), hits), -np.inf, dtype=np.float32), *(scores for scores, _ in found)]
-        rows = [np.full((len(queries), hits), -1, dtype=np.int64), *(rows for _, rows in found)]
-        scores, rows = ([part] for part in merge_hits(scores, rows, hits))
-        return merge_hits(distributed.all_gather_array(scores[0]), distributed.all_gather_array(rows[0]), hits)
+        own = merge_hits([no_hits(len(queries), hits), *(index.search(vectors, hits) for index in self.indexes)], hits)
+        scores, rows = map(distributed.all_gather_array, own)
+        return merge_hits(list(zip(scores, rows, strict=True)), hits)
 
     def _encode_queries(self, queries: Sequence[str]) -> np.ndarray:
         """Each process encodes its part of the queries; all get all vectors."""
@@ -120,76 +134,77 @@ def vector_width(model: DenseRetriever) -> int:
     return min(model.width, model.truncate_dim or model.width)
 
 
+def dense_searcher(
+    args: RetrievalArgs, data: EvalData, output_dir: str, device: torch.device, model: DenseRetriever
+) -> DenseSearcher:
+    """The searcher that the flags ask for, with a model in eval mode on `device`; see `build_dense_searcher`."""
+    config = DenseSearchConfig.from_args(args, output_dir=output_dir, device=device)
+    identity = partial(IndexIdentity.from_args, args, data=data, model=model, dtype=config.key.dtype)
+    return build_dense_searcher(model, data.keys, config, identity)
+
+
 def build_dense_searcher(
-    model: DenseRetriever, corpus: Sequence[str], config: DenseSearchConfig, identity: IndexIdentity | None
+    model: DenseRetriever, corpus: Sequence[str], config: DenseSearchConfig, identity: Callable[[], IndexIdentity]
 ) -> DenseSearcher:
     """Encode the corpus over all processes (or load what was saved) and index it.
 
     Args:
         model: in eval mode, on its device.
         corpus: key texts, instruction included.
-        config: see there.
-        identity: what saved vectors must have been made from; None when nothing is saved or loaded.
+        config: settings.
+        identity: returns what saved vectors must have been made from; only called when something is saved or loaded.
 
     Raises:
         UserError: FAISS does not know the kind of index; saved vectors or indexes are missing or were made from
             something else.
     """
+    made_from = asdict(distributed.on_main(identity)) if config.stored else {}
     if config.load_index:
-        assert identity is not None
-        indexes = _load_indexes(config, identity)
-        _tell_parameters(indexes)
-        return DenseSearcher(model, config.query, indexes)
-    rows = max(1, len(corpus) // distributed.world_size())
-    trial = partial(check_factory, config.factory, vector_width(model), model.metric, rows, config.parameters)
-    distributed.on_main(trial)
-    shards = _shards(model, corpus, config, identity)
-    if config.factory == "Flat" and not config.save_index:
-        return DenseSearcher(model, config.query, [ExactIndex(shards, model.metric, config.key.device)])
-    how = (config.key.device, config.hits, config.parameters)
-    indexes = [FaissIndex.build(shards, config.factory, model.metric, *how)] if shards else []
-    _tell_parameters(indexes)
-    if config.save_index:
-        assert identity is not None
-        _save_indexes(indexes, config, identity)
+        indexes = _load_indexes(config, made_from)
+    else:
+        rows = max(1, len(corpus) // distributed.world_size())
+        trial = partial(check_factory, config.factory, vector_width(model), model.metric, rows, config.parameters)
+        distributed.on_main(trial)
+        shards = _shards(model, corpus, config, made_from)
+        if config.factory == "Flat" and not config.save_index:
+            return DenseSearcher(model, config.query, [ExactIndex(shards, model.metric, config.key.device)])
+        indexes = [FaissIndex.build(shards, config.factory, model.metric, **config.search)] if shards else []
+        if config.save_index:
+            _save_indexes(indexes, config, made_from)
+    for index in indexes[:1]:
+        logger.info("FAISS searches with %s (--faiss_search_params)", index.parameters or "no parameters of its own")
     return DenseSearcher(model, config.query, indexes)
 
 
-def _tell_parameters(indexes: Sequence[FaissIndex]) -> None:
-    for index in indexes[:1]:
-        logger.info("FAISS searches with %s (--faiss_search_params)", index.parameters or "no parameters of its own")
-
-
 def _shards(
-    model: DenseRetriever, corpus: Sequence[str], config: DenseSearchConfig, identity: IndexIdentity | None
+    model: DenseRetriever, corpus: Sequence[str], config: DenseSearchConfig, made_from: Mapping[str, Any]
 ) -> list[VectorShard]:
     """This process's share of the vectors: encoded into memory, or on the disk."""
-    if not (config.save_encode or config.load_encode):
+    if config.load_encode:
+        store = distributed.on_main(partial(load_store, config.folder, made_from))
+    elif config.save_encode:
+        width, dtype = vector_width(model), config.key.stored_dtype
+        store = distributed.on_main(partial(create_store, config.folder, made_from, width, dtype))
+        store = _encode_into(store, model, corpus, config.key)
+    else:
         part = distributed.part_of(len(corpus))
         if not len(part):
             return []
         with progress(len(part), "encoding the corpus", distributed.is_main()) as bar:
-            texts = _Slice(corpus, part)
-            vectors = encode(model.embed_key, model.key_tokenizer, texts, config.key, bar)
+            vectors = encode(model.embed_key, model.key_tokenizer, _Part(corpus, part), config.key, bar)
         return [VectorShard(part.start, len(part), lambda: vectors)]
-    assert identity is not None
-    if config.load_encode:
-        store = load_store(config.folder, identity)
-    else:
-        store = create_store(config.folder, identity, vector_width(model), config.key.stored_dtype)
-        store = _encode_into(store, model, corpus, config.key)
     return store.shards(distributed.part_of(store.count))
 
 
 def _encode_into(store: VectorStore, model: DenseRetriever, corpus: Sequence[str], config: EncodeConfig) -> VectorStore:
-    """Write the shards that are missing, each by one process, and return the whole store."""
+    """Write the shards that are missing, each by one process, and return the complete store."""
     missing = distributed.on_main(store.missing)
-    mine = missing[distributed.rank() :: distributed.world_size()]
-    total = sum(len(store.range_of(number)) for number in mine)
+    own = missing[distributed.rank() :: distributed.world_size()]
+    total = sum(len(store.range_of(number)) for number in own)
     written: dict[str, str] = {}
     with progress(total, "encoding the corpus", distributed.is_main() and total > 0) as bar:
-        for number in mine:
-            texts = _Slice(corpus, store.range_of(number))
+        for number in own:
+            texts = _Part(corpus, store.range_of(number))
             vectors = encode(model.embed_key, model.key_tokenizer, texts, config, bar)
             written[store.name(number)] = store.write(number, vectors)
     distributed.barrier()
@@ -197,8 +212,8 @@ def _encode_into(store: VectorStore, model: DenseRetriever, corpus: Sequence[str
     return finish_store(store, written)
 
 
-class _Slice(Sequence[str]):
-    """A lazy slice, so that a part of a large corpus is read window by window."""
+class _Part(Sequence[str]):
+    """A part of a large corpus, of which slices are read when they are needed."""
 
     def __init__(self, texts: Sequence[str], part: range) -> None:
         self.texts = texts
@@ -208,54 +223,50 @@ class _Slice(Sequence[str]):
         return len(self.part)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            inner = self.part[index]
-            return self.texts[inner.start : inner.stop]
-        return self.texts[self.part[index]]
+        part = self.part[index]
+        return self.texts[part.start : part.stop]
 
 
-def _save_indexes(indexes: Sequence[FaissIndex], config: DenseSearchConfig, identity: IndexIdentity) -> None:
+def _save_indexes(indexes: Sequence[FaissIndex], config: DenseSearchConfig, made_from: Mapping[str, Any]) -> None:
     """Each process writes its index; the manifest comes last, so that half-saved ones have none."""
-    manifest = os.path.join(config.folder, INDEX_MANIFEST)
-    distributed.on_main(lambda: _prepare_folder(config.folder, manifest))
+    manifest = Path(config.folder, INDEX_MANIFEST)
+
+    def prepare() -> None:
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        manifest.unlink(missing_ok=True)
+
+    distributed.on_main(prepare)
     own: list[Any] = []
     for index in indexes:
         name = f"index.{distributed.rank():05d}.faiss"
-        with atomic_path(os.path.join(config.folder, name)) as path:
+        with atomic_path(manifest.with_name(name)) as path:
             index.save(path)
             own = [name, file_checksum(path), index.first]
     parts = [part for part in distributed.all_gather_json(own) if part]
-    made_from = {**asdict(identity), "factory": config.factory}
-    files, firsts = {name: found for name, found, _ in parts}, [first for *_, first in parts]
-    distributed.on_main(lambda: Manifest(made_from, files, {"first_rows": firsts}).write(manifest))
+    files, firsts = {name: checksum for name, checksum, _ in parts}, [first for *_, first in parts]
+    saved = Manifest({**made_from, "factory": config.factory}, files, {"first_rows": firsts})
+    distributed.on_main(partial(saved.write, manifest))
     logger.info("saved index: %s", manifest)
 
 
-def _prepare_folder(folder: str, manifest: str) -> None:
-    os.makedirs(folder, exist_ok=True)
-    if os.path.isfile(manifest):
-        os.unlink(manifest)
-
-
-def _load_indexes(config: DenseSearchConfig, identity: IndexIdentity) -> list[FaissIndex]:
+def _load_indexes(config: DenseSearchConfig, made_from: Mapping[str, Any]) -> list[FaissIndex]:
     """This process's share of the saved indexes.
 
     Raises:
         UserError: there is none, or it was made from something else.
     """
     path = os.path.join(config.folder, INDEX_MANIFEST)
-    wanted = {**asdict(identity), "factory": config.factory}
+    indexed_from = {**made_from, "factory": config.factory}
 
     def read() -> Manifest:
         check_free(config.folder)
-        return read_manifest(path, "--load_index", REMEDY, wanted)
+        return read_manifest(path, "--load_index", REMEDY, indexed_from)
 
     manifest = distributed.on_main(read)
     saved = list(zip(manifest.files.items(), manifest.facts["first_rows"], strict=True))
-    mine = saved[distributed.rank() :: distributed.world_size()]
-    check_undamaged(config.folder, dict(part for part, _ in mine), REMEDY)
-    how = (config.key.device, config.hits, config.parameters)
-    return [FaissIndex.load(os.path.join(config.folder, name), first, *how) for (name, _), first in mine]
+    own = saved[distributed.rank() :: distributed.world_size()]
+    check_undamaged(config.folder, dict(part for part, _ in own), REMEDY)
+    return [FaissIndex.load(os.path.join(config.folder, name), first, **config.search) for (name, _), first in own]
 
 
 def query_rng(seed: int, query: str) -> np.random.Generator:
@@ -272,11 +283,12 @@ class RandomSearcher:
 
     def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Searcher.search`; the order of hits is random, as all scores are equal."""
-        found = min(hits, self.corpus_size)
-        rows = np.full((len(queries), hits), -1, dtype=np.int64)
+        scores, rows = no_hits(len(queries), hits)
+        drawn = min(hits, self.corpus_size)
+        scores[:, :drawn] = 0
         for row, query in zip(rows, queries, strict=True):
-            row[:found] = query_rng(self.seed, query).choice(self.corpus_size, found, replace=False)
-        return np.where(rows < 0, -np.inf, 0).astype(np.float32), rows
+            row[:drawn] = query_rng(self.seed, query).choice(self.corpus_size, drawn, replace=False)
+        return scores, rows
 
 
 class NoSearcher:
@@ -284,4 +296,4 @@ class NoSearcher:
 
     def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Searcher.search`."""
-        return np.full((len(queries), hits), -np.inf, np.float32), np.full((len(queries), hits), -1, np.int64)
+        return no_hits(len(queries), hits)

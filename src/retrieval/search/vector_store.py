@@ -7,18 +7,21 @@ manifest of earlier vectors, which stay until that moment.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from src.retrieval.args import RetrievalArgs
+from src.retrieval.data.corpus import EvalData
+from src.retrieval.models.dense import DenseRetriever, weights_fingerprint
 from src.retrieval.search.exact import VectorShard
 from src.utils import distributed
 from src.utils.errors import UserError, first_line
@@ -61,33 +64,52 @@ class IndexIdentity:
     dtype: str
     truncate_dim: int | None = None
 
+    @classmethod
+    def from_args(cls, args: RetrievalArgs, *, data: EvalData, model: DenseRetriever, dtype: str) -> IndexIdentity:
+        """Of the keys of `data`, encoded by `model` in a precision."""
+        assert data.corpus is not None
+        encoder = model.encoders[model.key_name]
+        return cls(
+            weights=weights_fingerprint(encoder),
+            corpus=file_fingerprint(data.corpus.path),
+            rows=len(data.corpus),
+            key_template=data.key_template,
+            key_instruction=data.key_instruction,
+            key_max_length=args.key_max_length,
+            truncation_side=args.truncation_side,
+            pooling_method=" ".join(encoder.pooling_method),
+            dense_metric=model.metric,
+            dtype=dtype,
+            truncate_dim=model.truncate_dim,
+        )
+
 
 def file_fingerprint(path: str) -> str:
     """A hash of a file's bytes."""
     return file_hash(path, hashlib.blake2b(digest_size=8))
 
 
-@dataclass(frozen=True)
 class VectorStore:
     """The shards of one corpus below `folder`.
 
     Attributes:
         folder: holds the manifest and the shards.
+        identity: what the vectors are made from, width and type included.
         rows: of the corpus.
         width: dimensions D.
         dtype: NumPy name of the type kept.
         shard_rows: rows of each shard, but for the last.
-        identity: what the vectors are made from, width and type included.
         checksums: of shards, by their names; those that are known.
     """
 
-    folder: str
-    rows: int
-    width: int
-    dtype: str
-    shard_rows: int
-    identity: Mapping[str, Any]
-    checksums: Mapping[str, str] = field(default_factory=dict)
+    def __init__(self, folder: str, manifest: Manifest) -> None:
+        self.folder = folder
+        self.identity = manifest.identity
+        self.rows: int = manifest.identity["rows"]
+        self.width: int = manifest.identity["width"]
+        self.dtype: str = manifest.identity["stored_dtype"]
+        self.shard_rows: int = manifest.facts["shard_rows"]
+        self.checksums = manifest.files
 
     @cached_property
     def key(self) -> str:
@@ -149,42 +171,30 @@ class VectorStore:
         ]
 
 
-def _open(folder: str, manifest: Manifest) -> VectorStore:
-    """The store that a manifest tells of."""
-    made = manifest.identity
-    return VectorStore(
-        folder, made["rows"], made["width"], made["stored_dtype"], manifest.facts["shard_rows"], made, manifest.files
-    )
+def create_store(folder: str, made_from: Mapping[str, Any], width: int, dtype: str) -> VectorStore:
+    """The store to write to: an interrupted one of the same vectors, else a new one; for the main process.
 
-
-def create_store(folder: str, identity: IndexIdentity, width: int, dtype: str) -> VectorStore:
-    """The store to write to: an interrupted one of the same identity, else a new one.
-
-    Vectors of another identity stay beside it until `finish_store`.
+    Other vectors stay beside it until `finish_store`.
     """
-    return distributed.on_main(lambda: _create(folder, identity, width, dtype, distributed.world_size()))
-
-
-def _create(folder: str, identity: IndexIdentity, width: int, dtype: str, processes: int) -> VectorStore:
-    wanted = {**asdict(identity), "width": width, "stored_dtype": dtype}
-    whole, unfinished = (os.path.join(folder, name) for name in (MANIFEST, UNFINISHED))
-    found = {path: _read(path) for path in (whole, unfinished) if os.path.isfile(path)}
-    for path, manifest in found.items():
-        if manifest is not None and not differences(manifest.identity, wanted):
-            store = _open(folder, manifest)
+    identity = {**made_from, "width": width, "stored_dtype": dtype}
+    complete, unfinished = (os.path.join(folder, name) for name in (MANIFEST, UNFINISHED))
+    saved = {path: _read(path) for path in (complete, unfinished) if os.path.isfile(path)}
+    for path, manifest in saved.items():
+        if manifest is not None and not differences(manifest.identity, identity):
+            store = VectorStore(folder, manifest)
             logger.info("%s: %d of %d shards are there", folder, store.count - len(store.missing()), store.count)
-            if path == whole and store.missing():
-                os.replace(whole, unfinished)
+            if path == complete and store.missing():
+                os.replace(complete, unfinished)
             return store
-    if (kept := found.get(whole)) is not None:
-        other = "; ".join(differences(kept.identity, wanted))
-        logger.warning("%s is of %s: its vectors stay until all new ones are there", whole, other)
+    if (kept := saved.get(complete)) is not None:
+        other = "; ".join(differences(kept.identity, identity))
+        logger.warning("%s is of %s: its vectors stay until all new ones are there", complete, other)
     _remove_shards(folder, kept.files if kept is not None else ())
     by_size = max(1, SHARD_BYTES // (width * np.dtype(dtype).itemsize))
-    shard_rows = min(by_size, -(-identity.rows // processes))
-    manifest = Manifest(wanted, {}, {"shard_rows": shard_rows})
+    shard_rows = min(by_size, -(-made_from["rows"] // distributed.world_size()))
+    manifest = Manifest(identity, {}, {"shard_rows": shard_rows})
     manifest.write(unfinished)
-    return _open(folder, manifest)
+    return VectorStore(folder, manifest)
 
 
 def _read(path: str) -> Manifest | None:
@@ -213,41 +223,35 @@ def finish_store(store: VectorStore, written: Mapping[str, str]) -> VectorStore:
     Returns:
         The store, with all checksums.
     """
-    present = [number for number in range(store.count) if store.name(number) not in store.checksums]
+    checksums = {**store.checksums}
+    unknown = [number for number in range(store.count) if store.name(number) not in checksums]
     own = dict(written)
-    for number in present[distributed.rank() :: distributed.world_size()]:
+    for number in unknown[distributed.rank() :: distributed.world_size()]:
         # Of an interrupted run.
         own.setdefault(store.name(number), checksum(store.read(number)))
-    checksums = {**store.checksums}
     for part in distributed.all_gather_json(own):
         checksums |= part
-    done = replace(store, checksums=checksums)
-    distributed.on_main(lambda: _finish(done))
-    return done
+    manifest = Manifest(store.identity, checksums, {"shard_rows": store.shard_rows})
+
+    def finish() -> None:
+        manifest.write(os.path.join(store.folder, MANIFEST))
+        Path(store.folder, UNFINISHED).unlink(missing_ok=True)
+        _remove_shards(store.folder, checksums)
+
+    distributed.on_main(finish)
+    return VectorStore(store.folder, manifest)
 
 
-def _finish(store: VectorStore) -> None:
-    manifest = Manifest(store.identity, store.checksums, {"shard_rows": store.shard_rows})
-    manifest.write(os.path.join(store.folder, MANIFEST))
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(store.folder, UNFINISHED))
-    _remove_shards(store.folder, store.checksums)
-
-
-def load_store(folder: str, identity: IndexIdentity) -> VectorStore:
-    """The complete store of a corpus.
+def load_store(folder: str, made_from: Mapping[str, Any]) -> VectorStore:
+    """The complete store of a corpus; for the main process.
 
     Raises:
         UserError: there is none, it is incomplete, or it was made from something else.
     """
-    return distributed.on_main(lambda: _load(folder, identity))
-
-
-def _load(folder: str, identity: IndexIdentity) -> VectorStore:
     check_free(folder)
-    whole, unfinished = (os.path.join(folder, name) for name in (MANIFEST, UNFINISHED))
-    path = unfinished if os.path.isfile(unfinished) and not os.path.isfile(whole) else whole
-    store = _open(folder, read_manifest(path, "--load_encode", REMEDY, asdict(identity)))
+    complete, unfinished = (os.path.join(folder, name) for name in (MANIFEST, UNFINISHED))
+    path = unfinished if os.path.isfile(unfinished) and not os.path.isfile(complete) else complete
+    store = VectorStore(folder, read_manifest(path, "--load_encode", REMEDY, made_from))
     missing = len(store.missing())
     if missing or path == unfinished:
         raise UserError(

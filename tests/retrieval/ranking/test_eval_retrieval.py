@@ -211,7 +211,7 @@ def test_candidates_that_cannot_be_scored(evaluate, files, tmp_path):
 
 
 def test_bm25_with_two_processes(evaluate, tmp_path):
-    flags = ["--retrieval_method", "bm25", "--bm25_backend", "bm25s"]
+    flags = ["--retrieval_method", "bm25", "--bm25_backend", "embedded"]
     evaluate(tmp_path / "one", *flags)
     evaluate(tmp_path / "two", *flags, processes=2)
     one, two = (read_rows(tmp_path / name / "bm25" / "test.result.json") for name in ("one", "two"))
@@ -224,7 +224,7 @@ def test_each_retriever_has_a_folder_of_its_own(evaluate, files, tiny_bert, tmp_
     other = shutil.copytree(tiny_bert, tmp_path / "other")
     shutil.copytree(tiny_bert, tmp_path / "keys")
     saved = ["--save_encode", "--save_index", "--save_to_output", "--metrics", "mrr", "collate_key", "collate_neg"]
-    bm25 = ["--retrieval_method", "bm25", "--bm25_backend", "bm25s"]
+    bm25 = ["--retrieval_method", "bm25", "--bm25_backend", "embedded"]
     untied = [*dense(other), "--tie_encoders", "False", "--key_encoder", tmp_path / "keys"]
     retrievers = {
         tiny_bert.strip("/").replace("/", "--"): dense(tiny_bert),

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from src.retrieval.search.bm25 import analyzer, anserini, engine
 from src.retrieval.search.bm25.analyzer import MAX_QUERY_TERMS, EnglishAnalyzer, cut_terms, first_terms, tokenize
-from src.retrieval.search.bm25.engine import BM25Config, BM25Index, EmbeddedSearcher, build_bm25_searcher, index_texts
+from src.retrieval.search.bm25.choose import EMBEDDED, BM25Config, build_bm25_searcher
+from src.retrieval.search.bm25.engine import BM25Index, EmbeddedSearcher, index_texts
 from src.utils.errors import UserError
 from tests.helpers import write_rows
 from tests.reference.bm25 import byte_length, ranking
@@ -114,7 +115,7 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def build(corpus: Path, texts=TEXTS, **config):
-    config = {"folder": str(corpus.parent / "bm25"), "backend": "bm25s", **config}
+    config = {"folder": str(corpus.parent / "bm25"), "backend": "embedded", **config}
     return build_bm25_searcher(texts, str(corpus), config.pop("template", "{text}"), BM25Config(**config))
 
 
@@ -151,7 +152,7 @@ def test_index_of_something_else_is_refused(corpus):
 
 def test_damaged_index_is_refused(corpus):
     build(corpus)
-    folder = corpus.parent / "bm25" / engine.INDEX_FOLDER
+    folder = corpus.parent / "bm25" / EMBEDDED
     (folder / "documents.npy").write_bytes(b"")
     with pytest.raises(UserError, match=r"documents\.npy is damaged.*leave --load_index out to make it anew"):
         build(corpus, load_index=True)
@@ -183,7 +184,7 @@ def test_engine_is_chosen_and_told(corpus, monkeypatch, caplog, tmp_path):
         build(corpus, backend="anserini")
     with pytest.raises(UserError, match=r"--anserini_dir .* holds neither"):
         build(corpus, backend="auto", anserini_dir=str(tmp_path))
-    for backend in ("auto", "bm25s"):
+    for backend in ("auto", "embedded"):
         with pytest.raises(UserError, match="--language de: the embedded BM25 engine knows English"):
             build(corpus, backend=backend, language="de")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from src.retrieval.search.bm25 import anserini
-from src.retrieval.search.bm25.engine import BM25Config, build_bm25_searcher
+from src.retrieval.search.bm25.choose import BM25Config, build_bm25_searcher
 from src.utils.errors import UserError
 from tests.helpers import ROOT, read_rows, run
 
@@ -82,7 +82,7 @@ def check_same(expected, found):
 def test_sample_requests_get_the_same_hundred_hits(tmp_path):
     texts = [row["text"] for row in read_rows(SAMPLE / "corpus.json")]
     queries = [row["query"] for row in read_rows(SAMPLE / "test.json")]
-    expected = build(tmp_path, texts, "bm25s").search(queries, 100)
+    expected = build(tmp_path, texts, "embedded").search(queries, 100)
     assert (expected[1][:, 0] >= 0).mean() > 0.99
     check_same(expected, build(tmp_path, texts).search(queries, 100))
 
@@ -90,7 +90,7 @@ def test_sample_requests_get_the_same_hundred_hits(tmp_path):
 @real
 def test_hostile_queries_and_documents_lose_nothing(tmp_path):
     settings = {"k1": 1.7, "b": 0.1}
-    expected = build(tmp_path, HOSTILE_DOCUMENTS, "bm25s", **settings).search(HOSTILE_QUERIES, 80)
+    expected = build(tmp_path, HOSTILE_DOCUMENTS, "embedded", **settings).search(HOSTILE_QUERIES, 80)
     check_same(expected, build(tmp_path, HOSTILE_DOCUMENTS, **settings).search(HOSTILE_QUERIES, 80))
     for number in (0, 1, 2, 7):
         assert (expected[1][number] == -1).all()
@@ -290,12 +290,12 @@ WORKER = """
 import json, sys
 import torch
 from src.utils import distributed
-from src.retrieval.search.bm25.engine import BM25Config, build_bm25_searcher
+from src.retrieval.search.bm25.choose import BM25Config, build_bm25_searcher
 distributed.init_process_group(use_cpu=True)
 folder, anserini_dir = sys.argv[1:]
 texts, queries = ["one cat", "two cats", "", "three dogs"], ["cat", "", "dog three"]
 found = []
-for backend, place in (("bm25s", None), ("anserini", anserini_dir)):
+for backend, place in (("embedded", None), ("anserini", anserini_dir)):
     config = BM25Config(f"{folder}/bm25", backend, place)
     scores, rows = build_bm25_searcher(texts, f"{folder}/corpus.json", "{text}", config).search(queries, 3)
     found.append([rows.tolist(), (rows >= 0).tolist() == (scores > 0).tolist()])

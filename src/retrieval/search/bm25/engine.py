@@ -1,45 +1,30 @@
-"""BM25: an embedded engine that ranks as Lucene does, and the choice between it and Anserini.
+"""The embedded BM25 engine, which ranks as Lucene does.
 
 The formula is that of Lucene's BM25Similarity, with its float32 arithmetic and its document lengths rounded to one
-byte, so that hits and their order are Lucene's. The bm25s library cannot give that through its public interface: it
-takes lengths as they are, rounds a repeated query term differently, leaves the order of equal scores open, counts
-documents without a term as hits and raises when more hits are wanted than there are documents. So postings are kept
-here, as NumPy arrays.
+byte, so that hits and their order are Lucene's.
 """
 
 from __future__ import annotations
 
-import logging
+import functools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import scipy.sparse
 
 from src.retrieval.models.checkpoint_folders import beside, replace_folder
-from src.retrieval.search.bm25.analyzer import EnglishAnalyzer, TermCounts, analyze, count_terms, first_terms
-from src.retrieval.search.bm25.anserini import (
-    NEW_INDEX,
-    Anserini,
-    BM25Config,
-    CorpusIdentity,
-    build_anserini_searcher,
-    find_anserini,
-)
-from src.retrieval.search.searcher import Searcher
-from src.retrieval.search.vector_store import file_fingerprint
+from src.retrieval.search.bm25.analyzer import EnglishAnalyzer, first_terms
+from src.retrieval.search.exact import no_hits
 from src.utils import distributed
-from src.utils.errors import UserError
 from src.utils.files import atomic_write, read_json, write_json
-from src.utils.jsonl import available_cores, process_pool
-from src.utils.locks import check_free
-from src.utils.manifest import Manifest, folder_checksums, read_manifest
-
-logger = logging.getLogger(__name__)
+from src.utils.jsonl import process_pool
+from src.utils.manifest import Manifest, folder_checksums
 
 #: Documents analysed by one process at a time.
 CHUNK = 4096
@@ -47,20 +32,11 @@ CHUNK = 4096
 WORTH_A_PROCESS = 50_000
 #: Lengths that Lucene keeps exactly.
 EXACT_LENGTHS = 24
-INDEX_FOLDER = "embedded"
 MANIFEST = "manifest.json"
 ARRAYS = ("starts", "documents", "frequencies", "lengths")
 
-
-def rounded_lengths(lengths: np.ndarray) -> np.ndarray:
-    """int32 ``(n,)`` document lengths as Lucene keeps them in one byte.
-
-    SmallFloat.intToByte4 keeps lengths below 24, and of a longer one the four highest bits of what exceeds 24.
-    """
-    excess = np.maximum(lengths.astype(np.int64) - EXACT_LENGTHS, 0)
-    bits = np.frexp(excess.astype(np.float64))[1]
-    shift = np.maximum(bits - 4, 0)
-    return np.where(lengths < EXACT_LENGTHS, lengths, EXACT_LENGTHS + (excess >> shift << shift)).astype(np.int32)
+#: The distinct terms of some documents, and how often each occurs: int32 ``(documents, terms)``.
+TermCounts = tuple[list[Hashable], scipy.sparse.csr_array]
 
 
 @dataclass(frozen=True)
@@ -81,6 +57,21 @@ class Postings:
     frequencies: np.ndarray
     lengths: np.ndarray
 
+    @classmethod
+    def join(cls, chunks: Iterable[TermCounts]) -> Postings:
+        """Postings of all chunks, whose documents follow each other."""
+        terms: dict[Hashable, int] = {}
+        tables = []
+        for own, counts in chunks:
+            numbers = np.array([terms.setdefault(term, len(terms)) for term in own], dtype=counts.indices.dtype)
+            tables.append((counts.data, numbers[counts.indices], counts.indptr))
+        shapes = [(len(starts) - 1, len(terms)) for *_, starts in tables]
+        rows = [scipy.sparse.csr_array(table, shape) for table, shape in zip(tables, shapes, strict=True)]
+        counts = scipy.sparse.vstack(rows, format="csr")
+        by_term = counts.tocsc()
+        lengths = counts.sum(axis=1).astype(np.int32)
+        return cls(terms, by_term.indptr.astype(np.int64), by_term.indices.astype(np.int32), by_term.data, lengths)
+
     def save(self, folder: str) -> None:
         """Write to a new folder."""
         for name in ARRAYS:
@@ -90,38 +81,67 @@ class Postings:
 
     @classmethod
     def load(cls, folder: str) -> Postings:
-        """Read what `save` wrote, and `read_manifest` compared; the arrays stay on the disk until they are used."""
+        """Read what `save` wrote; the arrays stay on the disk until they are used."""
         paths = {name: os.path.join(folder, f"{name}.npy") for name in ARRAYS}
         arrays = {name: np.load(path, mmap_mode="r", allow_pickle=False) for name, path in paths.items()}
         terms = read_json(os.path.join(folder, "terms.json"), "BM25 index")
         return cls({term: number for number, term in enumerate(terms)}, **arrays)
 
 
-def _join(chunks: Iterable[TermCounts]) -> Postings:
-    """Postings of all chunks, whose documents follow each other."""
-    terms: dict[Hashable, int] = {}
-    parts: list[tuple[np.ndarray, TermCounts]] = []
+def count_terms(documents: Iterable[Iterable[Hashable]]) -> TermCounts:
+    """Count the terms of some documents."""
+    numbers: dict[Hashable, int] = {}
+    flat: list[int] = []
+    starts = [0]
+    for document in documents:
+        flat.extend(numbers.setdefault(term, len(numbers)) for term in document)
+        starts.append(len(flat))
+    table = (np.ones(len(flat), dtype=np.int32), flat, starts)
+    counts = scipy.sparse.csr_array(table, (len(starts) - 1, len(numbers)))
+    counts.sum_duplicates()
+    return list(numbers), counts
+
+
+@functools.cache  # For the words that it knows.
+def english_analyzer() -> EnglishAnalyzer:
+    """This process's analyzer."""
+    return EnglishAnalyzer()
+
+
+def count_texts(texts: Sequence[str]) -> TermCounts:
+    """Count the terms of English texts."""
+    return count_terms(map(english_analyzer(), texts))
+
+
+def index_texts(corpus: Sequence[str], processes: int) -> Postings:
+    """Analyse English texts, `CHUNK` at a time, over some processes, and index them."""
+    chunks = (corpus[first : first + CHUNK] for first in range(0, max(1, len(corpus)), CHUNK))
+    processes = min(processes, len(corpus) // WORTH_A_PROCESS)
+    if processes <= 1:
+        return Postings.join(map(count_texts, chunks))
+    with process_pool(processes) as pool:
+        return Postings.join(_in_order(pool, chunks, 2 * processes))
+
+
+def _in_order(pool: ProcessPoolExecutor, chunks: Iterable[Sequence[str]], ahead: int) -> Iterator[TermCounts]:
+    """`count_texts` over a pool, results in order, no more than `ahead` chunks of text in memory."""
+    waiting: list[Future[TermCounts]] = []
     for chunk in chunks:
-        parts.append((np.array([terms.setdefault(t, len(terms)) for t in chunk.terms], dtype=np.int64), chunk))
-    counts = np.zeros(len(terms) + 1, dtype=np.int64)
-    for numbers, chunk in parts:
-        counts[numbers + 1] += np.diff(chunk.starts)
-    starts = np.cumsum(counts)
-    documents, frequencies = (np.empty(starts[-1], dtype=np.int32) for _ in range(2))
-    lengths = np.concatenate([np.empty(0, dtype=np.int32), *(chunk.lengths for _, chunk in parts)])
-    filled = starts[:-1].copy()
-    first = 0
-    parts.reverse()
-    while parts:
-        numbers, chunk = parts.pop()
-        sizes = np.diff(chunk.starts)
-        # Where each posting goes: as far behind the next free place of its term as it is behind its term's first.
-        places = np.repeat(filled[numbers] - chunk.starts[:-1], sizes) + np.arange(len(chunk.documents))
-        documents[places] = chunk.documents + first
-        frequencies[places] = chunk.frequencies
-        filled[numbers] += sizes
-        first += len(chunk.lengths)
-    return Postings(terms, starts, documents, frequencies, lengths)
+        waiting.append(pool.submit(count_texts, chunk))
+        if len(waiting) >= ahead:
+            yield waiting.pop(0).result()
+    yield from (future.result() for future in waiting)
+
+
+def rounded_lengths(lengths: np.ndarray) -> np.ndarray:
+    """int32 ``(n,)`` document lengths as Lucene keeps them in one byte.
+
+    SmallFloat.intToByte4 keeps lengths below 24, and of a longer one the four highest bits of what exceeds 24.
+    """
+    excess = np.maximum(lengths.astype(np.int64) - EXACT_LENGTHS, 0)
+    bits = np.frexp(excess.astype(np.float64))[1]
+    shift = np.maximum(bits - 4, 0)
+    return np.where(lengths < EXACT_LENGTHS, lengths, EXACT_LENGTHS + (excess >> shift << shift)).astype(np.int32)
 
 
 class BM25Index:
@@ -150,7 +170,7 @@ class BM25Index:
     @classmethod
     def from_tokens(cls, documents: Iterable[Iterable[Hashable]], k1: float = 0.82, b: float = 0.68) -> BM25Index:
         """Index documents that are tokenised already, into strings or integers."""
-        return cls(_join([count_terms(documents)]), k1, b)
+        return cls(Postings.join([count_terms(documents)]), k1, b)
 
     def __len__(self) -> int:
         return len(self.postings.lengths)
@@ -177,8 +197,7 @@ class BM25Index:
             fp32 scores and int64 document numbers ``(queries, hits)``, best first, equal scores by number; only
             documents that hold a query term, the rest is -inf and -1.
         """
-        scores = np.full((len(queries), hits), -np.inf, dtype=np.float32)
-        rows = np.full((len(queries), hits), -1, dtype=np.int64)
+        scores, rows = no_hits(len(queries), hits)
         for number, query in enumerate(queries):
             every = self.scores(query)
             found = best(every, hits)
@@ -190,34 +209,10 @@ class BM25Index:
 def best(scores: np.ndarray, hits: int) -> np.ndarray:
     """Numbers of the `hits` highest scores above 0, highest first, equal ones in rising order."""
     found = np.flatnonzero(scores > 0)
-    values = scores[found]
     if len(found) > hits:
-        threshold = np.partition(values, len(values) - hits)[len(values) - hits]
-        above = np.flatnonzero(values > threshold)
-        level = np.flatnonzero(values == threshold)[: hits - len(above)]
-        kept = np.sort(np.concatenate([above, level]))
-        found, values = found[kept], values[kept]
-    return found[np.argsort(-values, kind="stable")]
-
-
-def index_texts(corpus: Sequence[str], processes: int) -> Postings:
-    """Analyse English texts, `CHUNK` at a time, over some processes, and index them."""
-    texts = (corpus[first : first + CHUNK] for first in range(0, len(corpus), CHUNK))
-    processes = min(processes, len(corpus) // WORTH_A_PROCESS)
-    if processes <= 1:
-        return _join(map(analyze, texts))
-    with process_pool(processes) as pool:
-        return _join(_in_order(pool, texts, 2 * processes))
-
-
-def _in_order(pool: ProcessPoolExecutor, texts: Iterable[Sequence[str]], ahead: int) -> Iterator[TermCounts]:
-    """`analyze` over a pool, results in order, no more than `ahead` chunks of text in memory."""
-    waiting: list[Future[TermCounts]] = []
-    for part in texts:
-        waiting.append(pool.submit(analyze, part))
-        if len(waiting) >= ahead:
-            yield waiting.pop(0).result()
-    yield from (future.result() for future in waiting)
+        threshold = np.partition(scores[found], -hits)[-hits]
+        found = found[scores[found] >= threshold]
+    return found[np.argsort(-scores[found], kind="stable")[:hits]]
 
 
 class EmbeddedSearcher:
@@ -225,88 +220,22 @@ class EmbeddedSearcher:
 
     def __init__(self, index: BM25Index) -> None:
         self.index = index
-        self._analyzer = EnglishAnalyzer()
 
     def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Searcher.search`."""
         part = distributed.part_of(len(queries))
-        terms = [first_terms(self._analyzer(query)) for query in queries[part.start : part.stop]]
-        scores, rows = self.index.search(terms, hits)
-        return (
-            np.concatenate(distributed.all_gather_array(scores)),
-            np.concatenate(distributed.all_gather_array(rows)),
-        )
+        terms = [first_terms(english_analyzer()(query)) for query in queries[part.start : part.stop]]
+        scores, rows = map(distributed.all_gather_array, self.index.search(terms, hits))
+        return np.concatenate(scores), np.concatenate(rows)
 
 
-def build_bm25_searcher(corpus: Sequence[str], corpus_path: str, key_template: str, config: BM25Config) -> Searcher:
-    """Index a corpus with the engine asked for, or load the index made before.
-
-    Args:
-        corpus: key texts.
-        corpus_path: the file they come from, which says whether a saved index is still good.
-        key_template: how its rows became texts.
-        config: see there.
-
-    Raises:
-        UserError: the engine asked for cannot be had or fails, or a saved index or collection is missing or was made
-            from something else.
-    """
-    anserini = distributed.on_main(partial(choose_engine, config))
-    if anserini is None and (config.load_collection or config.store_docvectors):
-        logger.info("BM25: --load_collection and --storeDocvectors concern Anserini only")
-    fingerprint = distributed.on_main(partial(file_fingerprint, corpus_path))
-    identity = CorpusIdentity(fingerprint, len(corpus), key_template)
-    if anserini is not None:
-        return build_anserini_searcher(anserini, corpus, identity, config)
-    folder = os.path.join(config.folder, INDEX_FOLDER)
-    distributed.on_main(partial(_prepare_embedded, folder, corpus, identity, config))
-    return EmbeddedSearcher(BM25Index(Postings.load(folder), config.k1, config.b))
-
-
-def choose_engine(config: BM25Config) -> Anserini | None:
-    """Anserini ready to run, or None for the embedded engine; one log line says which and why.
-
-    Raises:
-        UserError: Anserini is asked for, by --bm25_backend, --anserini_dir or a language other than English, and cannot
-            be had.
-    """
-    if config.backend == "bm25s":
-        if config.language != "en":
-            raise UserError(
-                f"--language {config.language}: the embedded BM25 engine knows English (en) only, use "
-                "--bm25_backend anserini"
-            )
-        logger.info("BM25: embedded engine (--bm25_backend bm25s)")
-        return None
+def save_index(folder: str, corpus: Sequence[str], processes: int, made_from: Mapping[str, Any]) -> None:
+    """Index English texts into `folder`, whose earlier index stays until the new one is complete."""
+    unfinished = beside(folder, "partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        anserini = find_anserini(config.anserini_dir)
-    except UserError as error:
-        if config.backend == "anserini" or config.anserini_dir is not None:
-            raise
-        if config.language != "en":
-            raise UserError(
-                f"--language {config.language}: the embedded BM25 engine knows English (en) only, and Anserini cannot "
-                f"be used: {error}"
-            ) from error
-        logger.info("BM25: embedded engine, which ranks as Anserini does (%s)", error)
-        return None
-    logger.info("BM25: Anserini (%s)", anserini.source)
-    return anserini
-
-
-def _prepare_embedded(folder: str, corpus: Sequence[str], identity: CorpusIdentity, config: BM25Config) -> None:
-    """Have a good index in `folder`."""
-    manifest = os.path.join(folder, MANIFEST)
-    wanted = {**asdict(identity), "format": 1, "language": config.language}
-    if config.load_index:
-        check_free(config.folder)
-        read_manifest(manifest, "--load_index", NEW_INDEX, wanted, folder)
-        return
-    partial_folder = beside(folder, "partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    try:
-        index_texts(corpus, min(config.threads, available_cores())).save(partial_folder)
-        Manifest(wanted, folder_checksums(partial_folder)).write(os.path.join(partial_folder, MANIFEST))
-        replace_folder(partial_folder, folder)
+        index_texts(corpus, processes).save(unfinished)
+        Manifest(made_from, folder_checksums(unfinished)).write(os.path.join(unfinished, MANIFEST))
+        replace_folder(unfinished, folder)
     finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
