@@ -45,6 +45,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """The rank of this process among those of its host; 0 without a launcher. Needs no process group."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_initialized() -> bool:
     """Whether a process group exists."""
     return dist.is_available() and dist.is_initialized()
@@ -78,19 +83,13 @@ def barrier() -> None:
 
 
 def init_process_group(use_cpu: bool, timeout: int = TIMEOUT) -> torch.device:
-    """Join the group that torchrun prepared, if any, and return this process's device.
+    """Join the group that torchrun prepared, if any, and return this process's device (see `prepared`).
 
-    Args:
-        use_cpu: even when there is a GPU.
-        timeout: seconds that a process waits for another before it gives up.
-
-    Raises:
-        UserError: these are not above 0.
+    A process waits `timeout` seconds for another before it gives up.
     """
     check_positive(ddp_timeout=timeout)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = torch.cuda.is_available() and not use_cpu
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    device = torch.device("cuda", local_rank()) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     if launched_processes() > 1 and not is_initialized():
@@ -111,7 +110,7 @@ def is_first_to_say(message: str) -> bool:
         # The command line is wrong for all, something missing on a host for all of its processes. The first of a host
         # tells, and the launcher then ends the others; were they to end before, it would end the first. Whoever is
         # still there after a while has an error of its own.
-        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        if local_rank() > 0:
             time.sleep(FIRST_TO_SAY_SECONDS)
         return True
     try:
@@ -128,7 +127,7 @@ def is_first_to_stop() -> bool:
     """Whether this process should say that it was stopped: one says so, and none when another told an error before,
     for which the launcher stops the others."""
     if not is_initialized():
-        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+        return local_rank() == 0
     try:
         return dist.distributed_c10d._get_default_store().add(SAID, 1) == 1
     except RuntimeError:
@@ -139,15 +138,9 @@ def describe_lost_process(error: BaseException) -> str | None:
     """One line about an error of communication with another process; None for any other error."""
     if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))):
         return None
-    if "timed out" in str(error).lower():
-        return (
-            "another process did not answer within --ddp_timeout: it hangs, or has that much more to do than this one "
-            f"({first_line(error)})"
-        )
-    return (
-        "the connection to another process is lost: it ended by an error of its own, which it told, or was killed "
-        f"({first_line(error)})"
-    )
+    lost = "the connection to another process is lost: it ended by an error of its own, which it told, or was killed"
+    late = "another process did not answer within --ddp_timeout: it hangs, or has that much more to do than this one"
+    return f"{late if 'timed out' in str(error).lower() else lost} ({first_line(error)})"
 
 
 def broadcast_object(value: T) -> T:
@@ -162,10 +155,8 @@ def broadcast_object(value: T) -> T:
 def on_main(function: Callable[[], T]) -> T:
     """Call `function` on the main process and return its result on every process.
 
-    Raises:
-        UserError: the one that `function` raised, on every process, so that none waits for the others; with
-            more than one process also in place of any other error, which the main process raises as it is unless it
-            is one about a file.
+    A UserError that it raises is raised on every process, so that none waits for the others. So is, of several, one in
+    place of any other error; the main process raises that as it is unless it is about a file.
     """
     if world_size() == 1:
         return function()
@@ -262,14 +253,9 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_with_grad(local: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Rows of all processes, in rank order, with exact gradients.
+    """Rows of all processes, ``(sum(sizes), ...)`` in rank order, with exact gradients.
 
-    Args:
-        local: ``(sizes[rank], ...)`` rows of this process.
-        sizes: how many rows each process holds, see `gather_sizes`.
-
-    Returns:
-        ``(sum(sizes), ...)``; its backward is a collective call that every process must reach.
+    Each process holds `local`, ``(sizes[rank], ...)``; the backward is a collective call that every process must reach.
     """
     return local if world_size() == 1 else _GatherRows.apply(local, sizes)
 

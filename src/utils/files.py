@@ -29,64 +29,63 @@ DISK_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS)
 
 
 def resolve_path(path: str, data_root: str) -> str:
-    """Replace the prefix ``llm-embedder:`` by `data_root`.
+    """Replace the prefix ``llm-embedder:`` by `data_root`, out of which it must not lead; no other is known.
 
     What is not below ``conversation`` may be below ``convsearch``, and the other way round.
-
-    Raises:
-        UserError: the path starts with another ``word:`` prefix, or climbs out of `data_root`.
     """
-    if path.startswith(DATA_PREFIX):
-        relative = path[len(DATA_PREFIX) :]
-        root = os.path.abspath(os.path.expanduser(data_root))
-        resolved = os.path.abspath(os.path.join(root, relative))
-        if os.path.commonpath([root, resolved]) != root:
-            raise UserError(f"{path!r} leads outside of data_root ({root}): name a path below it, or a plain path")
-        first, _, rest = os.path.relpath(resolved, root).partition(os.sep)
-        twin = os.path.join(root, TWINS.get(first, first), rest)
-        if twin != resolved and not _is_there(resolved) and _is_there(twin):
-            logger.info("%s is not there: taking %s", resolved, twin)
-            return twin
-        return resolved
-    head, colon, _ = path.partition(":")
-    if colon and not os.path.exists(path) and os.sep not in head and len(head) > 1:
-        raise UserError(f"unknown path prefix {head + ':'!r} in {path!r}: the only one is {DATA_PREFIX!r}")
-    return os.path.expanduser(path)
+    if not path.startswith(DATA_PREFIX):
+        head, colon, _ = path.partition(":")
+        if colon and not os.path.exists(path) and os.sep not in head and len(head) > 1:
+            raise UserError(f"unknown path prefix {head + ':'!r} in {path!r}: the only one is {DATA_PREFIX!r}")
+        return os.path.expanduser(path)
+    root = os.path.abspath(os.path.expanduser(data_root))
+    resolved = os.path.abspath(os.path.join(root, path.removeprefix(DATA_PREFIX)))
+    if os.path.commonpath([root, resolved]) != root:
+        raise UserError(f"{path!r} leads outside of data_root ({root}): name a path below it, or a plain path")
+    first, _, rest = os.path.relpath(resolved, root).partition(os.sep)
+    twin = os.path.join(root, TWINS.get(first, first), rest)
+    if twin != resolved and not glob_files(resolved) and glob_files(twin):
+        logger.info("%s is not there: taking %s", resolved, twin)
+        return twin
+    return resolved
 
 
-def _is_there(path: str) -> bool:
-    """Whether a path exists, or matches something that does."""
-    return os.path.exists(path) or bool(glob.glob(path, recursive=True))
-
-
-def _shown(flag: str) -> str:
-    """An argument as users know it: a flag, or the name of one that stands alone, such as FILE."""
-    return flag if flag.isupper() else f"--{flag}"
+def glob_files(path: str) -> list[str]:
+    """The path itself when it exists, else what it matches as a glob, sorted."""
+    return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
 
 
 def existing_file(path: str, flag: str) -> str:
-    """`path` itself when it is a readable file.
-
-    Raises:
-        UserError: it is missing or no file; `flag` names the argument it came from.
-    """
+    """Return `path` when it is a file; else raise a UserError that names the argument `flag` (FILE stands alone)."""
+    where = flag if flag.isupper() else f"--{flag}"
     if os.path.isdir(path):
-        raise UserError(f"{_shown(flag)}: {path} is a folder, a JSON lines file is needed")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{_shown(flag)}: {path} is no regular file, and data files are read more than once")
-    if not os.path.isfile(path):
+        raise UserError(f"{where}: {path} is a folder, a JSON lines file is needed")
+    if not os.path.exists(path):
         raise UserError(
-            f"{_shown(flag)}: no such file: {path} (paths starting with {DATA_PREFIX!r} are looked up below "
-            "--data_root, by default the LLM_EMBEDDER_DATA environment variable)"
+            f"{where}: no such file: {path} (paths starting with {DATA_PREFIX!r} are looked up below --data_root, by "
+            "default the LLM_EMBEDDER_DATA environment variable)"
         )
+    if not os.path.isfile(path):
+        raise UserError(f"{where}: {path} is no regular file, and data files are read more than once")
     return path
 
 
-def check_writable(folder: str, flag: str) -> None:
-    """Find out whether files can be written to `folder`, which may not exist yet; leaves nothing.
+def expand_data_paths(paths: Sequence[str], data_root: str, flag: str) -> list[str]:
+    """Resolve prefixes and globs, which must match something; a file named twice stays twice."""
+    files: list[str] = []
+    for path in paths:
+        resolved = resolve_path(path, data_root)
+        matches = glob_files(resolved)
+        if not matches and glob.has_magic(resolved):
+            raise UserError(f"{flag if flag.isupper() else f'--{flag}'}: no file matches {resolved}")
+        files += [existing_file(match, flag) for match in matches or [resolved]]
+    return files
 
-    Raises:
-        UserError: they cannot; `flag` names the argument it came from.
+
+def check_writable(folder: str, flag: str) -> None:
+    """Raise a UserError unless files can be written to `folder`, which may not exist yet; leaves nothing.
+
+    The message names the argument `flag`.
     """
     existing = Path(folder).absolute()
     while not existing.exists() and not existing.is_symlink():
@@ -104,11 +103,7 @@ def check_writable(folder: str, flag: str) -> None:
 
 
 def check_output(path: str, flag: str) -> None:
-    """Find out whether a file may be written at `path`, whose folder may not exist yet; leaves nothing.
-
-    Raises:
-        UserError: it may not; `flag` names the argument that the path came from.
-    """
+    """Raise a UserError unless a file can be written at `path`, whose folder may not exist yet; leaves nothing."""
     check_writable(os.path.dirname(path) or ".", flag)
     _check_replaceable(path)
 
@@ -117,25 +112,6 @@ def _check_replaceable(path: str) -> None:
     if os.path.exists(path) and not os.path.isfile(path):
         kind = "a folder" if os.path.isdir(path) else "no ordinary file"
         raise UserError(f"{path} is {kind}, so no file can be written there: remove it, or choose another name")
-
-
-def expand_data_paths(paths: Sequence[str], data_root: str, flag: str) -> list[str]:
-    """Resolve prefixes and globs; a file named twice stays twice, the matches of a glob are sorted.
-
-    Raises:
-        UserError: a path or a glob matches nothing.
-    """
-    files: list[str] = []
-    for path in paths:
-        resolved = resolve_path(path, data_root)
-        if not os.path.exists(resolved) and glob.has_magic(resolved):
-            matches = sorted(glob.glob(resolved, recursive=True))
-            if not matches:
-                raise UserError(f"{_shown(flag)}: no file matches {resolved}")
-            files.extend(existing_file(match, flag) for match in matches)
-        else:
-            files.append(existing_file(resolved, flag))
-    return files
 
 
 def file_hash(path: str, digest: Any) -> str:
@@ -259,23 +235,16 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise ValueError(f"{twice!r} stands there twice")
-    return found
+    (name, times), *_ = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
+    if times > 1:
+        raise ValueError(f"{name!r} stands there twice")
+    return dict(pairs)
 
 
 def read_json(path: str | os.PathLike[str], what: str, unique_names: bool = False) -> Any:
-    """Read one JSON file.
+    """Read one JSON file; a UserError about a missing or broken one names `what` it should be.
 
-    Args:
-        path: the file.
-        what: what it should be, for messages.
-        unique_names: take no object in which a name stands twice; otherwise the last one counts.
-
-    Raises:
-        UserError: it is missing or broken.
+    With `unique_names` no object may have a name twice; otherwise the last one counts.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -287,11 +256,7 @@ def read_json(path: str | os.PathLike[str], what: str, unique_names: bool = Fals
 
 
 def read_object(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
-    """Read one JSON file that holds an object; see `read_json`.
-
-    Raises:
-        UserError: it is missing or broken, or holds something else.
-    """
+    """Read one JSON file that must hold an object; see `read_json`."""
     value = read_json(path, what)
     if not isinstance(value, dict):
         raise UserError(f"{what}: {path} must hold an object, found {json.dumps(value)[:40]}")
@@ -306,9 +271,8 @@ def derived_path(
     ``derived_path("a/train.json", "neg", "bge")`` is ``a/train.neg.bge.json``.
     """
     path = Path(source)
-    parts = [path.stem, field] + ([save_name] if save_name else [])
-    name = ".".join(parts) + (extension if extension is not None else path.suffix)
-    return str((Path(output_dir) if output_dir else path.parent) / name)
+    name = ".".join(filter(None, (path.stem, field, save_name)))
+    return str(Path(output_dir or path.parent) / f"{name}{path.suffix if extension is None else extension}")
 
 
 def path_name(path: str, most: int = 200) -> str:

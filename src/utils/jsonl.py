@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import accumulate
 from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -78,10 +79,7 @@ def _stamp(stat: os.stat_result) -> Stamp:
 class JsonLines(Sequence[dict[str, Any]]):
     """The rows of one file, parsed on access. Picklable: workers open the file anew.
 
-    Args:
-        path: the file.
-        scan: what is in it.
-        stamp: of the file when it was scanned; that of now when None. Of another machine's only the size counts.
+    `stamp` is the file's when it was scanned; of one taken on another machine only the size counts.
     """
 
     def __init__(self, path: str, scan: Scan, stamp: Stamp | None = None) -> None:
@@ -113,7 +111,7 @@ class JsonLines(Sequence[dict[str, Any]]):
         body = os.pread(self._file.fileno(), length, start)
         if _stamp(os.fstat(self._file.fileno())) != self.stamp:
             raise UserError(f"{self.path} has changed since its rows were checked: leave it alone while it is in use")
-        return _parse(body)
+        return json.loads(body.decode())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
@@ -154,35 +152,28 @@ def _scan_range(path: str, start: int, end: int, check: RowCheck) -> tuple[Scan,
 
     Returns the scan and the number of lines passed over.
     """
-    offsets, lengths, lines = [], [], []
+    places: list[tuple[int, int, int]] = []
     values_of_rows: list[dict[str, Any]] = []
     problems: list[tuple[int, str]] = []
-    problem_count = 0
-    line = 0
+    problem_count = line = 0
     for line, (begin, body) in enumerate(read_lines(path, start, end), 1):
         if not body.strip():
             continue
-        found, row_values = _check_line(body, check)
-        problem_count += len(found)
-        problems.extend((line, text[:PROBLEM_LENGTH]) for text in found[: SHOWN_PROBLEMS - len(problems)])
-        offsets.append(begin)
-        lengths.append(len(body))
-        lines.append(line)
+        texts, row_values = _check_line(body, check)
+        problem_count += len(texts)
+        problems.extend((line, text[:PROBLEM_LENGTH]) for text in texts[: SHOWN_PROBLEMS - len(problems)])
+        places.append((begin, len(body), line))
         values_of_rows.append(row_values)
-    names = next((row.keys() for row in values_of_rows if row), ())
-    columns = {} if problem_count else {name: np.array([row[name] for row in values_of_rows]) for name in names}
-    starts, sizes, numbers = (np.array(values, dtype=np.int64) for values in (offsets, lengths, lines))
-    return Scan(starts, sizes, numbers, columns, problems, problem_count), line
-
-
-def _parse(body: bytes) -> Any:
-    return json.loads(body.decode())
+    names = values_of_rows[0] if values_of_rows and not problem_count else ()
+    columns = {name: np.array([row[name] for row in values_of_rows]) for name in names}
+    offsets, lengths, lines = np.array(places, dtype=np.int64).reshape(-1, 3).T
+    return Scan(offsets, lengths, lines, columns, problems, problem_count), line
 
 
 def parse_row(body: bytes) -> tuple[dict[str, Any] | None, list[str]]:
     """The row of a line, or None and the problem."""
     try:
-        row = _parse(body)
+        row = json.loads(body.decode())
     except ValueError as error:
         other = [what for begin, what in _OTHER_FORMATS.items() if body.lstrip().startswith(begin)]
         return None, other or [_parse_problem(error)]
@@ -246,19 +237,16 @@ def _chunks(path: str, size: int) -> list[tuple[int, int]]:
 
 
 def _merge(parts: Sequence[tuple[Scan, int]]) -> Scan:
-    first_lines = np.cumsum([0] + [lines for _, lines in parts])
     scans = [scan for scan, _ in parts]
-    names = next((scan.columns.keys() for scan in scans if scan.columns), ())
     filled = [scan for scan in scans if scan.columns]
-    problems = [
-        (line + int(first), text)
-        for scan, first in zip(scans, first_lines, strict=False)
-        for line, text in scan.problems
-    ]
+    names = filled[0].columns if filled else ()
+    # Lines before each part.
+    before = list(accumulate((lines for _, lines in parts), initial=0))[:-1]
+    problems = [(line + first, text) for scan, first in zip(scans, before, strict=True) for line, text in scan.problems]
     return Scan(
         np.concatenate([scan.offsets for scan in scans]),
         np.concatenate([scan.lengths for scan in scans]),
-        np.concatenate([scan.lines + first for scan, first in zip(scans, first_lines, strict=False)]),
+        np.concatenate([scan.lines + first for scan, first in zip(scans, before, strict=True)]),
         {name: np.concatenate([scan.columns[name] for scan in filled]) for name in names},
         problems[:SHOWN_PROBLEMS],
         sum(scan.problem_count for scan in scans),
@@ -322,12 +310,11 @@ def _load_cached(path: Path) -> Scan | None:
 
 
 def open_jsonl(path: str, check: RowCheck, check_name: str, cache_dir: str | None = None) -> JsonLines:
-    """Scan and check a file, and return its rows.
+    """Scan and check a JSON lines file, and return its rows.
 
     Args:
-        path: a JSON lines file.
-        check: called with every row; must be picklable. The keys of what it returns are the same for
-            all rows.
+        path: of the file.
+        check: called with every row; must be picklable, and return the same keys for all rows.
         check_name: changes whenever `check` does; part of the cache key.
         cache_dir: folder that keeps the scans of unchanged files, so that a restart is quick.
 
@@ -354,9 +341,8 @@ def _describe_problems(path: str, scan: Scan) -> str:
     shown = [f"{path}:{line}: {text}" for line, text in scan.problems]
     if scan.problem_count == 1:
         return shown[0]
-    hidden = scan.problem_count - len(shown)
-    kinds = Counter(text for _, text in scan.problems)
-    head = f"{scan.problem_count} problems in {path}" + (
-        f" (most often: {kinds.most_common(1)[0][0]})" if hidden else ""
-    )
-    return "\n  ".join([f"{head}:", *shown] + ([f"(+{hidden} more)"] if hidden else []))
+    head = f"{scan.problem_count} problems in {path}"
+    if hidden := scan.problem_count - len(shown):
+        head += f" (most often: {Counter(text for _, text in scan.problems).most_common(1)[0][0]})"
+        shown.append(f"(+{hidden} more)")
+    return "\n  ".join([f"{head}:", *shown])

@@ -30,14 +30,11 @@ WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def hold(*outputs: str, folders: Sequence[str] = ()) -> Iterator[None]:
     """Keep other runs from writing the same until the block ends; the main process does, for all.
 
-    What this process holds already it may hold again.
+    What this process holds already it may hold again. If another run writes one, every process raises a UserError.
 
     Args:
         outputs: files, or folders that are written elsewhere and renamed.
         folders: that stay where they are while files are written to them.
-
-    Raises:
-        UserError: on every process, another run writes one of them.
     """
     files = {lock_file(os.path.realpath(output)): output for output in outputs}
     files |= {os.path.join(os.path.realpath(folder), ".lock"): folder for folder in folders}
@@ -59,11 +56,7 @@ def lock_file(output: str) -> str:
 
 
 def check_free(output: str) -> None:
-    """Find out whether another run writes what this one is about to read.
-
-    Raises:
-        UserError: one does.
-    """
+    """Raise a UserError if another run writes what this one is about to read."""
     file = lock_file(os.path.realpath(output))
     # Who may read may not be allowed to lock: what is read is compared with its checksum besides.
     if os.access(file, os.W_OK):
