@@ -47,19 +47,15 @@ class _Parser(HfArgumentParser):
 def parse_args(
     dataclass_types: Sequence[Any], argv: Sequence[str] | None = None, **defaults: Any
 ) -> tuple[tuple[Any, ...], frozenset[str]]:
-    """Fill dataclasses from the command line, and from the file that ``--config`` names.
+    """Fill dataclasses, which share no field, from the command line and from the file that ``--config`` names.
 
     Args:
-        dataclass_types: settings classes without a field in common.
+        dataclass_types: settings classes.
         argv: arguments without the program name; those of this process when None.
         defaults: defaults of this entry point that differ from the classes'.
 
     Returns:
         One instance per class, and the names of the flags that the command line or the file set itself.
-
-    Raises:
-        UserError: unknown or malformed flags.
-        TypeError: a name in `defaults` that no class has.
     """
     parser = _Parser(dataclass_types, allow_abbrev=False)
     # Of the actions of a flag (--fp16, --no_fp16) the first one takes a value.
@@ -131,8 +127,7 @@ def setup_logging() -> None:
 def _leave(code: int) -> NoReturn:
     """End the process without taking the interpreter apart.
 
-    Threads of torch.distributed outlive the process group; one that asks for the interpreter's lock while it is taken
-    apart aborts the process ("terminate called without an active exception"), and the launcher reports a failed run.
+    A thread of torch.distributed that asks for the interpreter's lock meanwhile would abort the process.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -145,11 +140,10 @@ def _explain(error: Exception, memory_advice: str) -> tuple[str, int] | None:
         return user_message(error), 2
     if is_out_of_memory(error):
         return f"out of memory ({first_line(error)}): {memory_advice}", 2
-    if (lost := distributed.describe_lost_process(error)) is not None:
+    if lost := distributed.describe_lost_process(error):
         return lost, 1
-    if isinstance(error, OSError) and (described := describe_os_error(error)) is not None:
-        return described, 2
-    return None
+    described = describe_os_error(error) if isinstance(error, OSError) else None
+    return (described, 2) if described else None
 
 
 @contextlib.contextmanager
@@ -198,11 +192,8 @@ def _say(message: str) -> None:
 def run(main: Callable[[], None], memory_advice: str = "free some, or use a machine that has more") -> NoReturn:
     """Run an entry point and exit: 0 when done, 2 after an error that the user can mend, shown as one message.
 
-    A run that is stopped says so and exits with 130 (SIGINT, Ctrl-C) or 143 (SIGTERM).
-
-    Args:
-        main: the entry point.
-        memory_advice: what helps when memory runs out.
+    A run that is stopped says so and exits with 130 (SIGINT, Ctrl-C) or 143 (SIGTERM). `memory_advice` says what helps
+    when memory runs out.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     setup_logging()

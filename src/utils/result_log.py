@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,32 +28,25 @@ def lines_path(log_path: str) -> Path:
 def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[str, Any], **facts: Any) -> None:
     """Append a block to `log_path` and a line to the file of JSON lines beside it.
 
-    Args:
-        log_path: created with its folder when missing; one that ends in ``.jsonl`` gets the lines only.
-        metrics: name to value.
-        arguments: anything JSON can hold; other values are written as text.
-        facts: more of the same for the line only, such as the task's name or the seconds it took; the versions of
-            what the numbers depend on are always there.
+    A log that ends in ``.jsonl`` gets the lines only. Only they have the `facts`, such as the task's name or the
+    seconds it took, and the versions of what the numbers depend on. What JSON cannot hold is written as text.
     """
-    path = Path(log_path)
+    path, lines = Path(log_path), lines_path(log_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     time = datetime.now().astimezone().isoformat(timespec="seconds")
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    record = {"time": time, "command": command, "metrics": dict(metrics), "arguments": dict(arguments), **facts}
-    record["versions"] = versions()
-    line = json.dumps(record, ensure_ascii=False, default=str)
-    if lines_path(log_path) != path:
-        shown = json.dumps(record["arguments"], ensure_ascii=False, default=str)
+    as_json = partial(json.dumps, ensure_ascii=False, default=str)
+    if lines != path:
         values = "".join(f"  {name:<16} {value:.4f}\n" for name, value in metrics.items())
-        _append(path, f"{time}\ncommand: {command}\narguments: {shown}\n{values}\n")
-    _append(lines_path(log_path), line + "\n")
+        _append(path, f"{time}\ncommand: {command}\narguments: {as_json(dict(arguments))}\n{values}\n")
+    record = {"time": time, "command": command, "metrics": dict(metrics), "arguments": dict(arguments), **facts}
+    _append(lines, as_json({**record, "versions": versions()}) + "\n")
 
 
 def _append(path: Path, text: str) -> None:
-    """Add to a file at once, so that what several runs add does not mix."""
+    """Add to a file at once, so that what several runs add does not mix; any error names the file."""
     try:
         with open(path, "ab", buffering=0) as file:
             file.write(text.encode(errors="replace"))
     except OSError as error:
-        # A full disk does not say which file it was.
         raise OSError(error.errno, error.strerror, str(path)) from error
