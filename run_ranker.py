@@ -37,7 +37,6 @@ class RankerJob(Job[RankerArgs, CrossEncoder]):
     reranks = True
 
     def check_flags(self) -> None:
-        """See `Job`; tell of flags without effect, too."""
         super().check_flags()
         args, training = self.args, self.training
         if args.train_data and training.train_group_size < 2:

@@ -44,7 +44,7 @@ class DataArgs:
     task: str | None = flag(
         None,
         "Task of rows that name none: qa, convsearch, chat, lrlm, icl, tool or one of --task_config (else the path's "
-        "folder tells).",
+        "folder names it).",
     )
     task_config: str | None = flag(
         None,
@@ -170,7 +170,7 @@ class DenseArgs:
     pooling_method: list[str] = flag(
         ["cls"],
         "cls, mean, last (last token, for decoder-only models) or decoder (T5 start token), optionally followed by "
-        "dense. When not given: what the checkpoint tells, else last for decoder-only models.",
+        "dense. When not given: what the checkpoint says, else last for decoder-only models.",
     )
     dense_dim: int | None = flag(
         None, "Width of a new dense layer, when pooling_method names dense and the checkpoint has none (training only)."

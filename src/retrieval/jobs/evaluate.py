@@ -94,8 +94,8 @@ def load_eval_data(
     # Only models know instructions; to BM25 they would be words like others.
     lexical = isinstance(args, RetrievalArgs) and args.retrieval_method != "dense"
     instruction_of = no_instruction if lexical else instructions(args)
-    own = load_task_config(args.task_config)
-    data = EvalData.of(rows, corpus, args.key_template, args.task, instruction_of, own)
+    task_config = load_task_config(args.task_config)
+    data = EvalData.of(rows, corpus, args.key_template, args.task, instruction_of, task_config)
     check_labels(data, config)
     distributed.on_main(partial(check_files, data, config))
     return data

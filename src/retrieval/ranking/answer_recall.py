@@ -42,13 +42,13 @@ def nq_recall(
     first = np.full(len(hits), np.inf)
     passages: dict[int, str] = {}
     for query, (rows, texts) in enumerate(zip(hits[:, :deepest], answers, strict=True)):
-        wanted = [answer for answer in map(token_string, texts) if len(answer) > 1]
+        answer_tokens = [answer for answer in map(token_string, texts) if len(answer) > 1]
         for rank, row in enumerate(rows.tolist()):
             if row < 0:
                 break
             if row not in passages:
                 passages[row] = token_string(text_of(row))
-            if any(answer in passages[row] for answer in wanted):
+            if any(answer in passages[row] for answer in answer_tokens):
                 first[query] = rank
                 break
     return {f"nq_recall@{cutoff}": (first < cutoff).astype(np.float64) for cutoff in sorted(set(cutoffs))}

@@ -28,7 +28,7 @@ class EvalConfig:
         save_to_output: put mined and collated files there too.
         rerank: hits are the keys of the row itself, in a new order, and not of the corpus.
         retriever: what saved hits depend on besides rows and corpus, by name; the retriever's own comes first.
-        same_retriever: load only what that one found.
+        same_retriever: load hits of that one only.
         stores: folders of vectors and indexes that the run writes.
         drop_query: as ``--drop_query_from_hits``.
     """

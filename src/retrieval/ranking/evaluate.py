@@ -217,19 +217,19 @@ def hold_outputs(data: EvalData | None, config: EvalConfig) -> contextlib.Abstra
     return locks.hold(*_written(data, config), *config.stores) if data is not None else contextlib.nullcontext()
 
 
-def report(data: EvalData, found: Iterable[Hits], config: EvalConfig) -> dict[str, float]:
+def report(data: EvalData, windows_of_hits: Iterable[Hits], config: EvalConfig) -> dict[str, float]:
     """Write the files asked for and return the metrics, on every process.
 
     Args:
         data: rows and corpus.
-        found: hits of consecutive windows that cover all rows; the main process writes them.
+        windows_of_hits: hits of consecutive windows that cover all rows; the main process writes them.
         config: see there.
     """
     means = MetricMeans()
     outputs = _outputs(data, config) if distributed.is_main() else []
     with contextlib.ExitStack() as stack:
         files: list[tuple[IO[str], Output]] = []
-        for hits in found:
+        for hits in windows_of_hits:
             if not files:
                 # Not before there is something to write: what goes wrong until then leaves no trace.
                 files = [(stack.enter_context(atomic_write(output.path)), output) for output in outputs]

@@ -32,7 +32,7 @@ class Hits:
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive evaluation rows with what was found for them.
+    """Consecutive evaluation rows with their hits.
 
     Attributes:
         rows: the parsed rows.
@@ -46,9 +46,9 @@ class Window:
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any], np.ndarray, np.ndarray]]:
         """(number in the file, row, its hits, their scores), without the places where there is no hit."""
-        for offset, (row, found, scores) in enumerate(zip(self.rows, self.hits.rows, self.hits.scores, strict=True)):
-            real = found >= 0
-            yield self.hits.first + offset, row, found[real], scores[real]
+        for offset, (row, hits, scores) in enumerate(zip(self.rows, self.hits.rows, self.hits.scores, strict=True)):
+            real = hits >= 0
+            yield self.hits.first + offset, row, hits[real], scores[real]
 
 
 def query_id(row: Mapping[str, Any], number: int) -> int | str:
@@ -59,9 +59,9 @@ def query_id(row: Mapping[str, Any], number: int) -> int | str:
 
 def result_lines(window: Window) -> Iterator[str]:
     """``query_id, pred, score`` per row."""
-    for number, row, found, scores in window:
+    for number, row, hits, scores in window:
         # As many digits as fp32 has: reloaded scores are the scores.
-        yield json_line({"query_id": query_id(row, number), "pred": found.tolist(), "score": shortest(scores)})
+        yield json_line({"query_id": query_id(row, number), "pred": hits.tolist(), "score": shortest(scores)})
 
 
 def shortest(scores: np.ndarray) -> list[float]:
@@ -79,8 +79,8 @@ def per_query_lines(window: Window) -> Iterator[str]:
 
 def key_lines(window: Window, text_of: Callable[[int], str] | None) -> Iterator[str]:
     """Every row with its hits as ``key`` and ``key_index``; `text_of` a corpus row, None for the row's own keys."""
-    for _, row, found, _ in window:
-        index = found.tolist()
+    for _, row, hits, _ in window:
+        index = hits.tolist()
         own = dict(zip(row.get("key_index") or [], row.get("key") or [], strict=False))
         yield json_line({**row, "key": list(map(text_of or own.__getitem__, index)), "key_index": index})
 
@@ -92,8 +92,8 @@ def mined_lines(
     summary: MiningSummary,
 ) -> Iterator[str]:
     """Every row with its mined negatives, counted by `summary`; `texts` are text_of and body_of of `mine_negatives`."""
-    for number, row, found, scores in window:
-        mined = mine_negatives(row, number, found, scores, texts[0], config, texts[1])
+    for number, row, hits, scores in window:
+        mined = mine_negatives(row, number, hits, scores, texts[0], config, texts[1])
         summary.add(mined)
         yield json_line(mined.row)
 
@@ -104,9 +104,9 @@ def run_lines(window: Window) -> Iterator[str]:
     trec_eval orders by score and ignores the rank, equal scores by document id: so of equal scores all but the first
     are lowered by the smallest step that fp32 has.
     """
-    for number, row, found, scores in window:
+    for number, row, hits, scores in window:
         name = query_id(row, number)
-        for rank, (index, score) in enumerate(zip(found.tolist(), shortest(strictly_falling(scores)), strict=True), 1):
+        for rank, (index, score) in enumerate(zip(hits.tolist(), shortest(strictly_falling(scores)), strict=True), 1):
             yield f"{name} Q0 {index} {rank} {score!r} llm-embedder\n"
 
 

@@ -26,9 +26,9 @@ def relevance_matrix(hits: np.ndarray, pos_index: Sequence[Sequence[int]]) -> tu
     flat = np.array([row for positives in unique for row in positives], dtype=np.int64)
     span = int(max(flat.max(initial=0), hits.max(initial=0))) + 2
     owners = np.repeat(np.arange(len(unique)), counts)
-    wanted = owners * span + flat
-    found = np.arange(len(hits))[:, None] * span + np.where(hits < 0, span - 1, hits)
-    return np.isin(found, wanted), counts
+    positive_ids = owners * span + flat
+    hit_ids = np.arange(len(hits))[:, None] * span + np.where(hits < 0, span - 1, hits)
+    return np.isin(hit_ids, positive_ids), counts
 
 
 def reciprocal_rank(relevant: np.ndarray, cutoff: int) -> np.ndarray:

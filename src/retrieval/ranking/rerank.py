@@ -78,15 +78,15 @@ def rerank(data: EvalData, score: PairScorer, most: int | None) -> Iterator[Hits
     counts = data.rows.scan.columns["keys"]
     width = int(counts.max()) if most is None else min(int(counts.max()), most)
     for window, scores in score_windows(data, score, lambda row: row.get("key") or [], counts):
-        found = np.full((len(window), width), -1, dtype=np.int64)
+        rows = np.full((len(window), width), -1, dtype=np.int64)
         values = np.full((len(window), width), -np.inf, dtype=np.float32)
         ends = np.cumsum(counts[window.start : window.stop])
         for number, row in enumerate(data.rows[window.start : window.stop]):
             own = scores[ends[number] - counts[window[number]] : ends[number]]
             best = np.argsort(-own, kind="stable")[:width]
-            found[number, : len(best)] = np.array(row.get("key_index") or [], dtype=np.int64)[best]
+            rows[number, : len(best)] = np.array(row.get("key_index") or [], dtype=np.int64)[best]
             values[number, : len(best)] = own[best]
-        yield Hits(window.start, found, values)
+        yield Hits(window.start, rows, values)
 
 
 def write_scores(data: EvalData, score: PairScorer, field: str, path: str) -> None:
@@ -96,7 +96,7 @@ def write_scores(data: EvalData, score: PairScorer, field: str, path: str) -> No
         data: rows that were checked for candidates (see `check_eval_row`).
         score: the model.
         field: gets the list of scores; all other fields stay.
-        path: JSON lines file, written by the main process and there only when it is whole.
+        path: JSON lines file, written by the main process and there only when it is complete.
     """
     counts = data.rows.scan.columns["candidates"]
 

@@ -67,12 +67,12 @@ def read_hits(saved: JsonLines, first: int, end: int) -> Hits:
     """The hits of the rows from `first` to before `end`."""
     lines = saved[first:end]
     width = max((len(line["pred"]) for line in lines), default=0)
-    found = np.full((len(lines), width), -1, dtype=np.int64)
+    rows = np.full((len(lines), width), -1, dtype=np.int64)
     scores = np.full((len(lines), width), -np.inf, dtype=np.float32)
     for number, line in enumerate(lines):
-        found[number, : len(line["pred"])] = line["pred"]
+        rows[number, : len(line["pred"])] = line["pred"]
         scores[number, : len(line["score"])] = line["score"]
-    return Hits(first, found, scores)
+    return Hits(first, rows, scores)
 
 
 def _origin(data: EvalData, config: EvalConfig) -> dict[str, Any]:
@@ -80,10 +80,10 @@ def _origin(data: EvalData, config: EvalConfig) -> dict[str, Any]:
     rows, corpus = data.rows, data.corpus
     queries = (str(rows[number].get("query")) for number in sample(len(rows), ORIGIN_TEXTS))
     keys = map(data.key_text, sample(len(corpus), ORIGIN_TEXTS)) if corpus is not None else ()
-    made: dict[str, Any] = {"queries": [len(rows), text_hash(queries)]}
-    made |= {"corpus": [len(corpus), text_hash(keys)]} if corpus is not None else {}
-    made |= {"without the query": True} if config.drop_query else {}
-    return {**made, "hits": config.hits, "retriever": config.retriever}
+    origin: dict[str, Any] = {"queries": [len(rows), text_hash(queries)]}
+    origin |= {"corpus": [len(corpus), text_hash(keys)]} if corpus is not None else {}
+    origin |= {"without the query": True} if config.drop_query else {}
+    return {**origin, "hits": config.hits, "retriever": config.retriever}
 
 
 def write_origin(data: EvalData, config: EvalConfig) -> None:
@@ -108,18 +108,18 @@ def _check_origin(data: EvalData, config: EvalConfig) -> None:
     remedy = "leave --load_result out to retrieve anew"
     manifest = read_manifest(path, "--load_result", remedy)
     check_undamaged(os.path.dirname(path), manifest.files, f"{remedy}, or remove {path} if you made these hits")
-    found, wanted = manifest.identity, _origin(data, config)
-    most = found.get("hits")
+    saved, current = manifest.identity, _origin(data, config)
+    most = saved.get("hits")
     problem = None
-    if found.get("queries") != wanted["queries"]:
+    if saved.get("queries") != current["queries"]:
         problem = "other queries"
-    elif found.get("corpus") != wanted.get("corpus"):
+    elif saved.get("corpus") != current.get("corpus"):
         problem = "another corpus"
     elif most is not None and (config.hits is None or config.hits > most):
         problem = f"--hits {most}, and {config.hits or 'all'} are asked for"
-    elif found.get("without the query", False) and not config.drop_query:
+    elif saved.get("without the query", False) and not config.drop_query:
         problem = "--drop_query_from_hits"
-    elif config.same_retriever and (difference := _difference(found.get("retriever"), config.retriever or {})):
+    elif config.same_retriever and (difference := _difference(saved.get("retriever") or {}, config.retriever or {})):
         problem = f"another retriever ({difference})"
     if problem is not None:
         raise UserError(
@@ -128,11 +128,10 @@ def _check_origin(data: EvalData, config: EvalConfig) -> None:
         )
 
 
-def _difference(found: Any, wanted: Mapping[str, Any]) -> str | None:
+def _difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str | None:
     """The first thing that differs between two retrievers, in words."""
-    found = found if isinstance(found, dict) else {}
-    for name in {**wanted, **found}:
-        old, new = found.get(name), wanted.get(name)
+    for name in {**current, **saved}:
+        old, new = saved.get(name), current.get(name)
         if old != new:
             return f"other {name}" if isinstance(new or old, Mapping) else f"{name} {old!r}, not {new!r}"
     return None
