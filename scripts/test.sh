@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up, then lint, types and tests. Further arguments go to pytest: bash scripts/test.sh -k losses
+# Set up, then lint, types, directions of imports and tests. Further arguments go to pytest: bash scripts/test.sh -k losses
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh bm25,deepspeed,lm,lora,eval,dev
@@ -8,4 +8,5 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
 mypy
+lint-imports --no-cache
 python -m pytest -n auto "$@"
