@@ -20,7 +20,6 @@ from src.retrieval.report.model_card import CARD_FILE, DataFile, EncoderUse, Ran
 from src.retrieval.report.plot import FIGURE, draw
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import Source
-from src.utils.errors import UserError
 from src.utils.files import DATA_PREFIX, atomic_write, file_hash
 from src.utils.result_log import versions
 
@@ -110,9 +109,15 @@ def card_writer(
     data = data_files(sources, args.data_root)
     shown = {name: arguments[name] for name in sorted(given - NOT_OF_THE_MODEL) if name in arguments}
     instructions = {task or "any": source.instruction_of(task) for source in sources for task in source.tasks}
-    widths = training.matryoshka_dims or ()
     records = {
-        name: TrainingRecord(base, not os.path.exists(base), data, shown, versions(), widths)
+        name: TrainingRecord(
+            base=base,
+            on_hub=not os.path.exists(base),
+            data=data,
+            arguments=shown,
+            versions=versions(),
+            widths=training.matryoshka_dims or (),
+        )
         for name, (base, _) in uses.items()
     }
 
@@ -130,14 +135,12 @@ def card_writer(
 
 
 def draw_training(history: Sequence[Mapping[str, Any]], output_dir: str) -> None:
-    """Draw what training logged into ``training.png``; whatever goes wrong is logged, and the run goes on."""
+    """Draw what training logged into ``training.png``; where that fails a warning says why."""
     path = os.path.join(output_dir, FIGURE)
     try:
         draw({"": history}, path)
-    except UserError as error:
-        logger.info("no %s: %s", FIGURE, error)
     except Exception as error:
         # The model is trained and saved: no figure is worth the run's success.
-        logger.warning("%s could not be drawn: %s", path, error)
+        logger.warning("no %s: %s", path, error)
     else:
         logger.info("loss and metrics by step: %s", path)
