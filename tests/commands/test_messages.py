@@ -26,9 +26,10 @@ COMMANDS += ["src.validate.__main__", "src.doctor.__main__", "src.retrieval.repo
 FOREIGN = {"nproc_per_node", "no-deps"}
 #: What names flags that some of the commands that use it lack, and why that is right.
 ELSEWHERE = {
-    **dict.fromkeys(("load_adapters", "add_adapters", "DenseRetriever"), "of a training run, which has the flags"),
+    **dict.fromkeys(("load_adapters", "add_adapters", "TextEncoder"), "of a training run, which has the flags"),
+    **dict.fromkeys(("_load_encoder", "_read_modules", "_st_pooling"), "of an encoder, where it can be loaded"),
     "_chosen_pooling": "only where instructions are given",
-    "load_dense_retriever": "of two encoders, which such a command has not",
+    "DenseRetriever": "of two encoders, which such a command has not",
     **dict.fromkeys(("choose_engine", "_jar_in", "_jar_of_pyserini"), "only to retrieve"),
     **dict.fromkeys(("read_history", "draw", "read_results"), "of the runs whose logs these are"),
 }

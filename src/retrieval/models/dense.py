@@ -1,4 +1,4 @@
-"""The dual encoder: load, pool, embed, save."""
+"""The dual encoder, which is one text encoder for queries and keys or one each: load, embed, save."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TIED = "encoder"
+UNTIED = ("query_encoder", "key_encoder")
 #: Folder of a checkpoint in which adapters stand alone.
 ADAPTERS = "adapters"
-UNTIED = ("query_encoder", "key_encoder")
 DEFAULT_POOLING = ("cls",)
 DEFAULT_METRIC = "cos"
 #: Most tokens of a text, instruction included.
@@ -128,20 +128,34 @@ class EncoderConfig:
 
 
 class TextEncoder(nn.Module):
-    """A transformer, a pooling method (see `pooling.pool`) and possibly a dense layer over pooled vectors."""
+    """A transformer, a pooling method (see `pooling.pool`) and possibly a dense layer over pooled vectors.
+
+    Args:
+        path: folder or hub name that it was loaded from.
+        tokenizer: of the transformer.
+        backbone: the transformer.
+        pooling_method: one, maybe followed by ``dense``.
+        pooled_width: dimensions of pooled vectors.
+        metric: how its vectors are compared: ``cos``, ``ip`` or ``l2``.
+    """
 
     def __init__(
         self,
+        path: str,
+        tokenizer: PreTrainedTokenizerBase,
         backbone: PreTrainedModel,
         pooling_method: tuple[str, ...],
         pooled_width: int,
-        dense: DenseLayer | None = None,
+        metric: str,
     ) -> None:
         super().__init__()
+        self.path = path
+        self.tokenizer = tokenizer
         self.backbone = backbone
         self.pooling_method = pooling_method
         self.pooled_width = pooled_width
-        self.dense = dense
+        self.metric = metric
+        self.dense: DenseLayer | None = None
 
     @property
     def width(self) -> int:
@@ -153,6 +167,42 @@ class TextEncoder(nn.Module):
         states = _states(self.backbone, self.pooling_method[0], inputs)
         pooled = pool(states, inputs["attention_mask"], self.pooling_method[0])
         return pooled if self.dense is None else self.dense(pooled)
+
+    def save(self, folder: str, name: str, state: Mapping[str, Tensor]) -> None:
+        """Write all with weights `state` to ``folder/name``, and adapters alone to ``folder/adapters/name``."""
+        weights, targets = below(state, "backbone."), [os.path.join(folder, name)]
+        self.backbone.save_pretrained(targets[0], state_dict=merged_weights(self.backbone, weights))
+        if has_adapters(self.backbone):
+            targets.append(os.path.join(folder, ADAPTERS, name))
+            save_adapters(self.backbone, weights, targets[1], self.path)
+        for target in targets:
+            self.tokenizer.save_pretrained(target)
+            if self.dense is not None:
+                self.dense.save(os.path.join(target, DENSE_FOLDER), below(state, "dense."))
+            write_own_file(target, self.pooling_method, self.metric)
+
+    def load_weights(self, folder: str, name: str) -> None:
+        """Take the weights that `save` wrote.
+
+        Raises:
+            UserError: they are missing there, damaged, or of another shape.
+        """
+        source, adapters = os.path.join(folder, name), os.path.join(folder, ADAPTERS, name)
+        if not os.path.isdir(source):
+            raise UserError(f"{folder} has no {name!r} folder: was it trained with the same --tie_encoders?")
+        if has_adapters(self.backbone):
+            load_adapters(self.backbone, adapters)
+        elif os.path.isdir(adapters):
+            raise UserError(
+                f"{folder} was trained with --lora_r: give the same --lora_ flags again, or start a new run from the "
+                f"weights: name {source} as the encoder"
+            )
+        else:
+            Checkpoint(source, "encoder").load_into(self.backbone, **_no_pooler(type(self.backbone)))
+        if self.dense is not None:
+            saved = DenseLayer.load(os.path.join(source, DENSE_FOLDER))
+            with loading(source, "encoder"):
+                self.dense.load_state_dict(saved.state_dict())
 
 
 def _states(backbone: PreTrainedModel, method: str, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -169,30 +219,31 @@ class DenseRetriever(TrainableModel):
     Args:
         encoders: ``{"encoder": …}`` when tied, else ``{"query_encoder": …, "key_encoder": …}``; the names are those
             of the checkpoint's folders.
-        tokenizers: one per encoder.
-        metric: ``cos`` (vectors are scaled to unit length), ``ip`` or ``l2``.
-        bases: what each encoder was loaded from.
         truncate_dim: vectors are their first so many dimensions; None for all.
 
     Raises:
-        UserError: the vectors have no more than `truncate_dim` dimensions.
+        UserError: the encoders do not fit together, or have no more than `truncate_dim` dimensions.
     """
 
-    def __init__(
-        self,
-        encoders: Mapping[str, TextEncoder],
-        tokenizers: Mapping[str, PreTrainedTokenizerBase],
-        metric: str,
-        bases: Mapping[str, str],
-        truncate_dim: int | None = None,
-    ) -> None:
+    def __init__(self, encoders: Mapping[str, TextEncoder], truncate_dim: int | None = None) -> None:
         super().__init__()
         self.modules_by_name = nn.ModuleDict(dict(encoders))
-        self.tokenizers = tokenizers
-        self.metric = metric
-        self.bases = bases
         self.truncate_dim = truncate_dim
         self.query_name, self.key_name = (TIED, TIED) if TIED in encoders else UNTIED
+        query, key = encoders[self.query_name], encoders[self.key_name]
+        if query.metric != key.metric:
+            raise UserError(
+                f"the query encoder compares by {query.metric}, the key encoder by {key.metric}: give --dense_metric"
+            )
+        if query.width != key.width:
+            raise UserError(
+                f"vectors of queries have {query.width} dimensions, those of keys {key.width}: take encoders of one "
+                "width, or give both a layer of --dense_dim N (--pooling_method … dense)"
+            )
+        #: ``cos`` (vectors are scaled to unit length), ``ip`` or ``l2``.
+        self.metric = key.metric
+        #: Dimensions of the vectors, before `truncate_dim`.
+        self.width = key.width
         if truncate_dim is not None and truncate_dim >= self.width:
             raise UserError(f"--truncate_dim {truncate_dim}: the vectors have {self.width} dimensions, give less")
 
@@ -215,17 +266,12 @@ class DenseRetriever(TrainableModel):
     @property
     def query_tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer of queries."""
-        return self.tokenizers[self.query_name]
+        return self.encoders[self.query_name].tokenizer
 
     @property
     def key_tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer of keys."""
-        return self.tokenizers[self.key_name]
-
-    @property
-    def width(self) -> int:
-        """Dimensions of the vectors, before `truncate_dim`."""
-        return self.encoders[self.key_name].width
+        return self.encoders[self.key_name].tokenizer
 
     @property
     def backbones(self) -> list[PreTrainedModel]:
@@ -272,43 +318,12 @@ class DenseRetriever(TrainableModel):
         """Write ``encoder``, or ``query_encoder`` and ``key_encoder``; see `TrainableModel.save`."""
         state = self.state_dict() if state_dict is None else state_dict
         for name, encoder in self.encoders.items():
-            target = os.path.join(folder, name)
-            weights = below(state, f"modules_by_name.{name}.backbone.")
-            encoder.backbone.save_pretrained(target, state_dict=merged_weights(encoder.backbone, weights))
-            targets = [target]
-            if has_adapters(encoder.backbone):
-                targets.append(os.path.join(folder, ADAPTERS, name))
-                save_adapters(encoder.backbone, weights, targets[1], self.bases[name])
-            for each in targets:
-                self.tokenizers[name].save_pretrained(each)
-                if encoder.dense is not None:
-                    encoder.dense.save(os.path.join(each, DENSE_FOLDER), below(state, f"modules_by_name.{name}.dense."))
-                write_own_file(each, encoder.pooling_method, self.metric)
+            encoder.save(folder, name, below(state, f"modules_by_name.{name}."))
 
     def load_weights(self, folder: str) -> None:
-        """Take the weights that `save` wrote below `folder`.
-
-        Raises:
-            UserError: an encoder's folder is missing there, damaged, or of another shape.
-        """
+        """Take the weights that `save` wrote; see `TrainableModel.load_weights`."""
         for name, encoder in self.encoders.items():
-            source = os.path.join(folder, name)
-            if not os.path.isdir(source):
-                raise UserError(f"{folder} has no {name!r} folder: was it trained with the same --tie_encoders?")
-            adapters = os.path.join(folder, ADAPTERS, name)
-            if os.path.isdir(adapters) and not has_adapters(encoder.backbone):
-                raise UserError(
-                    f"{folder} was trained with --lora_r: give the same --lora_ flags again, or start a new run from "
-                    f"the weights: name {source} as the encoder"
-                )
-            if has_adapters(encoder.backbone):
-                load_adapters(encoder.backbone, adapters)
-            else:
-                Checkpoint(source, "encoder").load_into(encoder.backbone, **_no_pooler(type(encoder.backbone)))
-            if encoder.dense is not None:
-                saved = DenseLayer.load(os.path.join(source, DENSE_FOLDER))
-                with loading(source, "encoder"):
-                    encoder.dense.load_state_dict(saved.state_dict())
+            encoder.load_weights(folder, name)
 
 
 def weights_fingerprint(encoder: nn.Module) -> str:
@@ -434,8 +449,7 @@ def _chosen_pooling(
     return spec.pooling_method, spec.origin
 
 
-def _load_encoder(path: str, config: EncoderConfig) -> tuple[TextEncoder, PreTrainedTokenizerBase, str]:
-    """Load one encoder with its tokenizer, and tell its metric."""
+def _load_encoder(path: str, config: EncoderConfig) -> TextEncoder:
     checkpoint = Checkpoint(path, "encoder", config.cache_dir, config.trust_remote_code, config.allow_pickle)
     spec = read_pooling_spec(checkpoint, config.pooling_method is not None)
     tokenizer = _load_tokenizer(checkpoint, config.truncation_side, spec.lower_case)
@@ -456,7 +470,8 @@ def _load_encoder(path: str, config: EncoderConfig) -> tuple[TextEncoder, PreTra
     tokens = {"input_ids": pad(tokenizer, tokenizer(["a"]), [0])["input_ids"].to(backbone.device)}
     states = trial_run(partial(_states, backbone, methods[0]), tokens, checkpoint)
     width = backbone.config.hidden_size if states is None else states.shape[-1]
-    encoder = TextEncoder(backbone, methods, width)
+    metric = config.dense_metric or spec.dense_metric or DEFAULT_METRIC
+    encoder = TextEncoder(path, tokenizer, backbone, methods, width, metric)
     if not config.empty:
         check_padding(encoder, tokenizer, tokenizer(["a", "a b c d e f g h"]), backbone, checkpoint)
     if config.lora is not None:
@@ -465,10 +480,9 @@ def _load_encoder(path: str, config: EncoderConfig) -> tuple[TextEncoder, PreTra
         encoder.dense = _load_dense(spec, width, path, config)
     elif config.dense_dim is not None:
         raise UserError(f"--dense_dim {config.dense_dim} needs a dense layer: --pooling_method {methods[0]} dense")
-    metric = config.dense_metric or spec.dense_metric or DEFAULT_METRIC
     said_by = "flag" if config.dense_metric else spec.origin if spec.dense_metric else "default"
     logger.info("%s: pooling %s (%s), similarity %s (%s)", path, "+".join(methods), origin, metric, said_by)
-    return encoder, tokenizer, metric
+    return encoder
 
 
 def encoder_folders(config: EncoderConfig) -> dict[str, str]:
@@ -487,21 +501,5 @@ def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:
     Raises:
         UserError: a checkpoint cannot be loaded, or does not fit the settings.
     """
-    folders = encoder_folders(config)
-    loaded = {name: _load_encoder(folder, config) for name, folder in folders.items()}
-    (query, _, metric), *_ = loaded.values()
-    *_, (key, _, key_metric) = loaded.values()
-    if metric != key_metric:
-        raise UserError(f"the query encoder compares by {metric}, the key encoder by {key_metric}: give --dense_metric")
-    if query.width != key.width:
-        raise UserError(
-            f"vectors of queries have {query.width} dimensions, those of keys {key.width}: take encoders of one width, "
-            "or give both a layer of --dense_dim N (--pooling_method … dense)"
-        )
-    return DenseRetriever(
-        {name: encoder for name, (encoder, _, _) in loaded.items()},
-        {name: tokenizer for name, (_, tokenizer, _) in loaded.items()},
-        metric,
-        folders,
-        config.truncate_dim,
-    )
+    encoders = {name: _load_encoder(path, config) for name, path in encoder_folders(config).items()}
+    return DenseRetriever(encoders, config.truncate_dim)

@@ -54,9 +54,9 @@ def encoder_uses(model: DenseRetriever, query_max_length: int, key_max_length: i
             query_max_length=query_max_length,
             key_max_length=key_max_length,
         )
-        uses[name] = (model.bases[name], use)
+        uses[name] = (encoder.path, use)
         if has_adapters(encoder.backbone):
-            uses[f"{ADAPTERS}/{name}"] = (model.bases[name], replace(use, adapters=True))
+            uses[f"{ADAPTERS}/{name}"] = (encoder.path, replace(use, adapters=True))
     return uses
 
 

@@ -63,7 +63,7 @@ def embed(model, name: str, texts: list[str]) -> torch.Tensor:
     """Each text alone, so without padding: the mean of its token states."""
     vectors = []
     for text in texts:
-        tokens = model.tokenizers[name](text, return_tensors="pt")
+        tokens = model.encoders[name].tokenizer(text, return_tensors="pt")
         vectors.append(model.encoders[name].backbone(**tokens).last_hidden_state[0].mean(0))
     return torch.stack(vectors)
 
