@@ -355,7 +355,7 @@ def load_lm(config: LMConfig) -> LanguageModel:
     name, checkpoint = config.model_name_or_path, _checkpoint(config)
     tokenizer, model_config = load_lm_tokenizer(config)
     options = {"dtype": DTYPES[config.dtype], "device_map": config.device_map}
-    model: Any = checkpoint.load_whole(_auto_class(model_config), model_config, **options)
+    model: Any = checkpoint.load_complete(_auto_class(model_config), model_config, **options)
     check_vocabulary(tokenizer, model, checkpoint)
     if config.device_map is None:
         model = model.to(config.device)

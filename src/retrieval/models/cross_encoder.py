@@ -198,7 +198,7 @@ def _check_kind(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
 
 def _check_head(checkpoint: Checkpoint, missing: Sequence[str], body: str, new_head: bool) -> None:
     """Refuse an encoder that lacks weights (their names begin with `body`), and a head that does unless `new_head`."""
-    checkpoint.refuse([name for name in missing if name.startswith(body) and ".pooler." not in name])
+    checkpoint.refuse_missing([name for name in missing if name.startswith(body) and ".pooler." not in name])
     if missing and not new_head:
         raise UserError(
             f"{checkpoint.path!r} has no head to score with: it is no ranker yet, train it with --train_data"

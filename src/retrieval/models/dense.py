@@ -368,7 +368,7 @@ def _load_backbone(checkpoint: Checkpoint, decoder: bool, empty: bool, above: tu
         raise UserError(f"--pooling_method decoder: {path!r} is an encoder that was saved without its decoder")
     elif type(config) in MODEL_MAPPING:
         pooler = _no_pooler(MODEL_MAPPING[type(config)])  # type: ignore[arg-type]
-    load = checkpoint.empty if empty else checkpoint.load_whole
+    load = checkpoint.empty if empty else checkpoint.load_complete
     return load(auto_class, config, **pooler)
 
 

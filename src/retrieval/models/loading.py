@@ -186,33 +186,32 @@ class Checkpoint:
             The model, and the names of weights that the checkpoint lacks.
         """
         self.check_weights(config)
-        safetensors_only = None if self.allow_pickle else True
         with self.loading():
             model, info = auto_class.from_pretrained(
                 self.path,
                 config=config,
                 dtype=dtype,
-                use_safetensors=safetensors_only,
+                use_safetensors=None if self.allow_pickle else True,
                 output_loading_info=True,
                 **self._options,
                 **options,
             )
         return model, sorted(info["missing_keys"])
 
-    def load_whole(self, auto_class: Any, config: PretrainedConfig | None, **options: Any) -> PreTrainedModel:
-        """Load the model; see `load`. No weight may be missing."""
+    def load_complete(self, auto_class: Any, config: PretrainedConfig | None, **options: Any) -> PreTrainedModel:
+        """Load the model as `load` does; no weight may be missing."""
         model, missing = self.load(auto_class, config, **options)
-        self.refuse(missing)
+        self.refuse_missing(missing)
         return model
 
     def load_into(self, backbone: PreTrainedModel, **options: Any) -> None:
         """Give a transformer the weights that `PreTrainedModel.save_pretrained` wrote here of one of its kind."""
-        saved = self.load_whole(type(backbone), None, **options)
+        saved = self.load_complete(type(backbone), None, **options)
         with self.loading():
             backbone.load_state_dict(saved.state_dict())
 
-    def refuse(self, missing: Sequence[str]) -> None:
-        """Raise a UserError where weights are missing."""
+    def refuse_missing(self, missing: Sequence[str]) -> None:
+        """Raise a UserError when there are names of missing weights."""
         if missing:
             raise UserError(
                 f"{self.path!r} lacks {len(missing)} weights, among them {missing[0]}: take another checkpoint of the "

@@ -41,7 +41,7 @@ class PairLayout:
 
 
 def read_layout(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> PairLayout:
-    """Find out from a pair of letters how the tokenizer joins texts.
+    """Read off a pair of letters how the tokenizer joins texts.
 
     Raises:
         UserError: the tokenizer cannot tell which text a token comes from.
