@@ -165,7 +165,7 @@ def check_complete(folder: str, rank: int, processes: int) -> None:
     """
     names = os.listdir(folder)
     saved = processes_saved(folder)
-    own = f"rng_state_{rank}.pth" if processes > 1 else "rng_state.pth"
+    random_state = f"rng_state_{rank}.pth" if processes > 1 else "rng_state.pth"
     if "scheduler.pt" not in names:
         missing = "scheduler.pt, the state of the learning rate's schedule"
     elif saved not in (None, processes):
@@ -176,8 +176,8 @@ def check_complete(folder: str, rank: int, processes: int) -> None:
             processes,
         )
         return
-    elif own not in names:
-        missing = f"{own}, the state of the random numbers"
+    elif random_state not in names:
+        missing = f"{random_state}, the state of the random numbers"
     else:
         return
     raise UserError(

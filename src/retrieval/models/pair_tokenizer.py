@@ -105,5 +105,5 @@ class PairTokenizer:
         if self.plain and unknown is not None:
             # Vocabularies of SentencePiece hold special tokens as pieces of text, too.
             special = set(self.tokenizer.all_special_ids)
-            ids = [[unknown if number in special else number for number in own] for own in ids]
+            ids = [[unknown if number in special else number for number in row] for row in ids]
         return dict(zip(distinct, ids, strict=True))

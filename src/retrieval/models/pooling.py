@@ -290,16 +290,16 @@ def read_module_list(modules_file: str) -> list[tuple[str, str]]:
     Raises:
         UserError: the file is damaged, or names a module of another package.
     """
-    found = []
-    modules = read_json(modules_file, "sentence-transformers modules")
-    for module in modules if isinstance(modules, list) else [modules]:
-        kind, path = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
+    entries = read_json(modules_file, "sentence-transformers modules")
+    modules = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        kind, path = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
         if not isinstance(kind, str) or not isinstance(path, str):
             raise UserError(f"{modules_file} is damaged: it must be a list of objects with 'type' and 'path'")
         if not kind.startswith("sentence_transformers."):
             raise UserError(f"{modules_file}: the module {kind} is no part of sentence-transformers: not supported")
-        found.append((kind.rpartition(".")[2], path))
-    return found
+        modules.append((kind.rpartition(".")[2], path))
+    return modules
 
 
 def _st_pooling(config: Mapping[str, Any], checkpoint: str) -> str:
