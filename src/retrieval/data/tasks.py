@@ -27,6 +27,8 @@ TASK_FOLDERS: Mapping[str, str] = MappingProxyType({**{task: task for task in TA
 #: Ways to choose a row's positive and its negatives for training.
 SELECT_POSITIVE = ("first", "random", "teacher", "teacher-pos")
 SELECT_NEGATIVE = ("random", "first", "teacher+", "teacher-")
+#: What to do where a task is missing.
+_HOW_TO_NAME = "name it with --task, in the rows' 'task' field or by a folder of that name in the path"
 
 
 @dataclass(frozen=True)
@@ -194,9 +196,6 @@ def training_settings_for(
         f"--use_train_config needs a task of {_listed(task_config)} that has training settings, found {task!r}: "
         f"{_HOW_TO_NAME}"
     )
-
-
-_HOW_TO_NAME = "name it with --task, in the rows' 'task' field or by a folder of that name in the path"
 
 
 def _listed(further: Collection[str]) -> str:

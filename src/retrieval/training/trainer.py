@@ -106,12 +106,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         self._bad_losses = 0
         self._saved_step: int | None = None
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> TrainOutput:
         """Train from the beginning, or go on from a checkpoint folder (see `checkpoint_to_resume`).
 
         Raises:
@@ -132,7 +127,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
                 "--resume_from_checkpoint True would go on from it",
                 older[-1],
             )
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        return super().train(resume_from_checkpoint, *rest, **kwargs)
 
     def _finished(self, checkpoint: str) -> TrainOutput | None:
         """Return the result of a run that ended with `checkpoint`, weights loaded; None when steps are left.
@@ -166,16 +161,14 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             persistent_workers=args.dataloader_persistent_workers,
         )
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **kwargs: Any) -> Tensor:
         """Forward and backward over one batch, chunk by chunk when asked to (see `GradCache`)."""
         if not self.args.grad_cache_chunk_size:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, *rest, **kwargs)
         else:
             cached = GradCache(model, self.model)
             # The Trainer scales the loss and backpropagates it, here up to the vectors.
-            loss = super().training_step(cached, inputs, num_items_in_batch)
+            loss = super().training_step(cached, inputs, *rest, **kwargs)
             cached.backpropagate()
         self._check_loss(loss)
         return loss
@@ -204,11 +197,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         return super()._prepare_input(data)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, *rest: Any, **kwargs: Any
     ) -> Any:
         """Mean loss over the queries of all processes, scaled so that averaged gradients are exact."""
         config = self.loss_configs[inputs["source"]]
