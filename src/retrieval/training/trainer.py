@@ -163,12 +163,10 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **kwargs: Any) -> Tensor:
         """Forward and backward over one batch, chunk by chunk when asked to (see `GradCache`)."""
-        if not self.args.grad_cache_chunk_size:
-            loss = super().training_step(model, inputs, *rest, **kwargs)
-        else:
-            cached = GradCache(model, self.model)
-            # The Trainer scales the loss and backpropagates it, here up to the vectors.
-            loss = super().training_step(cached, inputs, *rest, **kwargs)
+        cached = GradCache(model, self.model) if self.args.grad_cache_chunk_size else None
+        # The Trainer scales the loss and backpropagates it, with GradCache up to the vectors.
+        loss = super().training_step(cached or model, inputs, *rest, **kwargs)
+        if cached is not None:
             cached.backpropagate()
         self._check_loss(loss)
         return loss
