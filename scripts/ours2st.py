@@ -108,11 +108,7 @@ def st_modules(
     max_length: int,
     trust_remote_code: bool,
 ) -> list[torch.nn.Module]:
-    """The sentence-transformers modules that do what `encoder` does with texts of its `tokenizer`.
-
-    Raises:
-        UserError: sentence-transformers has no such pooling.
-    """
+    """The sentence-transformers modules that do what `encoder` does with texts of its `tokenizer`."""
     method = encoder.pooling_method[0]
     if method not in ST_POOLING:
         raise UserError(f"--encoder {folder}: sentence-transformers cannot express the pooling {method!r}")
@@ -120,9 +116,7 @@ def st_modules(
     with loading(folder, "encoder"):
         transformer = Transformer(
             folder,
-            model_kwargs=options,
-            processor_kwargs=options,
-            config_kwargs=options,
+            **dict.fromkeys(("model_kwargs", "processor_kwargs", "config_kwargs"), options),
             modality_config=dict(PLAIN_TEXTS),
             module_output_name="token_embeddings",
         )

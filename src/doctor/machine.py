@@ -18,6 +18,7 @@ from huggingface_hub import constants
 
 from src.doctor.packages import EXTRAS, MISSING, OK, PROBLEM, Finding, installed, judge
 from src.retrieval.search.bm25.anserini import find_anserini
+from src.utils.devices import DTYPES
 from src.utils.display import human_bytes
 from src.utils.errors import UserError
 from src.utils.files import check_writable
@@ -28,7 +29,6 @@ from src.utils.jsonl import available_cores
 LEAST_ROOM = 2 << 30
 #: Seconds that processes get to find each other.
 PATIENCE = 120
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def trains_in(device: torch.device, dtype: torch.dtype) -> bool:
@@ -47,7 +47,7 @@ def trains_in(device: torch.device, dtype: torch.dtype) -> bool:
 def check_devices() -> Iterator[Finding]:
     """CPU and GPUs, and in which precisions they train."""
     # --fp16 means fp32 on a CPU.
-    good = [name for name in ("fp32", "bf16") if trains_in(torch.device("cpu"), PRECISIONS[name])]
+    good = [name for name in ("fp32", "bf16") if trains_in(torch.device("cpu"), DTYPES[name])]
     detail = f"{available_cores()} cores, {platform.machine()}; trains in {', '.join(good)}"
     yield judge("cpu", "fp32" in good, detail, required=True)
     if not torch.cuda.is_available():
@@ -56,7 +56,7 @@ def check_devices() -> Iterator[Finding]:
         return
     for number in range(torch.cuda.device_count()):
         device = torch.device("cuda", number)
-        good = [name for name, dtype in PRECISIONS.items() if trains_in(device, dtype)]
+        good = [name for name, dtype in DTYPES.items() if trains_in(device, dtype)]
         free, total = torch.cuda.mem_get_info(device)
         detail = f"{torch.cuda.get_device_name(device)}, {human_bytes(free)} of {human_bytes(total)} free"
         yield judge(f"gpu {number}", "fp32" in good, f"{detail}; trains in {', '.join(good) or 'nothing'}")

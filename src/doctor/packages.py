@@ -28,20 +28,13 @@ FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report.
-
-    Attributes:
-        name: what was looked at.
-        status: ``ok``, ``missing`` or ``problem``.
-        detail: what is there.
-        advice: what to do, and what it is needed for; empty when all is well.
-        required: whether nothing works without it.
-    """
+    """One line of the report: what was looked at, what is there, and what to do when that is not well."""
 
     name: str
     status: str
     detail: str
     advice: str = ""
+    #: Nothing works without it.
     required: bool = False
 
     @property

@@ -35,20 +35,15 @@ ADAMW_BYTES = 8
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What memory depends on.
-
-    Attributes:
-        parameters, trainable: of all weights, and of those that are trained.
-        layers, hidden: of a transformer, and the width of its states.
-        linear_outputs: sum of the output widths of its linear maps, over all layers.
-        kept_attention: attention weights kept per layer, token and key token; 0 where attention is fused.
-    """
+    """What memory depends on."""
 
     parameters: int
     trainable: int
     layers: int
     hidden: int
+    #: Sum of the output widths of the linear maps of all layers.
     linear_outputs: int
+    #: Attention weights kept per layer, token and key token; 0 where attention is fused.
     kept_attention: int = 0
 
 
@@ -86,14 +81,9 @@ def step_counts(batches: int, accumulation: int, epochs: float, max_steps: int, 
 
 
 def activation_bytes(size: ModelSize, tokens: int, longest: int, half: bool, checkpointing: bool) -> int:
-    """Bytes of activations kept for the backward pass (see the module).
+    """Bytes of activations kept for the backward pass of `tokens`, padding included (see the module).
 
-    Args:
-        size: of the model.
-        tokens: in memory at a time, padding included.
-        longest: tokens of the longest text, of which attention weights depend.
-        half: under fp16 or bf16 autocast.
-        checkpointing: activations are recomputed layer by layer.
+    Attention weights grow with the `longest` text; `half` means autocast.
     """
     numbers = 2 * size.linear_outputs + size.layers * size.kept_attention * longest
     if checkpointing:
@@ -116,8 +106,7 @@ def training_memory(
     """Memory of a process that trains (see the module).
 
     Args:
-        size: of the model.
-        activations: see `activation_bytes`.
+        size, activations: see `activation_bytes`.
         optimizer_name: ``--optim``.
         half: under fp16 or bf16 autocast.
         processes: that train together.

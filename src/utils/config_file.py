@@ -16,18 +16,12 @@ from src.utils.files import read_json
 def read_arguments(
     path: str, actions: Mapping[str, argparse.Action], hints: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, Any]]:
-    """Read flags from a file.
+    """Read flags from a file, as words of the command line and as values for which there are no words.
 
     Args:
         path: ``.json``, or anything else for YAML.
         actions: by flag name, what the command line does with it.
-        hints: by flag name, the type of the field that it fills.
-
-    Returns:
-        Words of the command line, and the values of flags for which there are no words: none, an empty list, an object.
-
-    Raises:
-        UserError: the file is missing or broken, names no flag, or has something else where a flag takes text.
+        hints: by flag name, the type of its field, which says whether it may be none, a list or an object.
     """
     settings = read_settings(path, "--config")
     if not isinstance(settings, dict):
@@ -79,14 +73,9 @@ class _UniqueNames(yaml.SafeLoader):
 
 
 def read_settings(path: str, flag: str) -> Any:
-    """What a file of settings holds.
+    """Read a file of settings: JSON when it ends in ``.json``, else YAML; `flag` is the argument that names it.
 
-    Args:
-        path: JSON when it ends in ``.json``, else YAML.
-        flag: the argument it came from, with dashes.
-
-    Raises:
-        UserError: the file is missing or broken, or has a name twice in one place.
+    No name may stand twice in one place.
     """
     if path.endswith(".json"):
         return read_json(path, flag, unique_names=True)

@@ -45,21 +45,15 @@ MAX_DEPTH = 100
 
 @dataclass
 class Scan:
-    """What one pass over a file found.
+    """What one pass over a file gives: int64 ``(rows,)`` arrays and problems."""
 
-    Attributes:
-        offsets: int64 ``(rows,)``, first byte of each row.
-        lengths: int64 ``(rows,)``, bytes of each row, line end excluded.
-        lines: int64 ``(rows,)``, 1-based line number of each row (blank lines hold no row).
-        columns: per name an array ``(rows,)`` of what the row check returned.
-        problems: the first `SHOWN_PROBLEMS` as (line, text).
-        problem_count: how many there are in all.
-    """
-
+    #: First byte of each row; its bytes, line end excluded; its line number from 1 (blank lines hold no row).
     offsets: np.ndarray
     lengths: np.ndarray
     lines: np.ndarray
+    #: What the row check returned, by name: ``(rows,)`` of any type.
     columns: dict[str, np.ndarray]
+    #: The first `SHOWN_PROBLEMS` as (line, text), and how many there are in all.
     problems: list[tuple[int, str]] = field(default_factory=list)
     problem_count: int = 0
 

@@ -21,13 +21,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What files were made from.
-
-    Attributes:
-        identity: by name, what they depend on.
-        files: name to checksum, of those that lie beside the manifest.
-        facts: what else is known of them.
-    """
+    """What files were made from, by name; their checksums, by name; and what else is known of them."""
 
     identity: Mapping[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
