@@ -218,7 +218,9 @@ def prompt_task_problems(
     if name is None:
         problem = "neither row nor path names a task (see --task)"
     else:
-        problem = f"--task_config gives {name!r} no lm_prompt" if name in task_config else f"unknown task {name!r}"
+        # NumPy's text looks otherwise.
+        shown = repr(str(name))
+        problem = f"--task_config gives {shown} no lm_prompt" if name in task_config else f"unknown task {shown}"
     return [f"{problem}: the prompt depends on it, choose from {', '.join(known)}"]
 
 
