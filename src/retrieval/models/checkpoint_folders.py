@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from transformers.trainer_callback import TrainerState
 
 from src.utils.errors import UserError
-from src.utils.files import read_json
+from src.utils.files import read_json, read_object
 from src.utils.manifest import check_recorded
 
 logger = logging.getLogger(__name__)
@@ -129,8 +129,8 @@ def read_state(folder: str) -> dict[str, Any]:
         UserError: it is damaged.
     """
     path = os.path.join(folder, TRAINER_STATE)
-    state = read_json(path, "training state")
-    step, history = (state.get("global_step"), state.get("log_history")) if isinstance(state, dict) else (None, None)
+    state = read_object(path, "training state")
+    step, history = state.get("global_step"), state.get("log_history")
     problem = None
     if not isinstance(step, int) or isinstance(step, bool):
         problem = "it has no number of steps (global_step)"
@@ -163,27 +163,20 @@ def check_complete(folder: str, rank: int, processes: int) -> None:
     Raises:
         UserError: there is no state of the learning rate's schedule, or none of this process's random numbers.
     """
-    names = os.listdir(folder)
     saved = processes_saved(folder)
-    random_state = f"rng_state_{rank}.pth" if processes > 1 else "rng_state.pth"
-    if "scheduler.pt" not in names:
-        missing = "scheduler.pt, the state of the learning rate's schedule"
-    elif saved not in (None, processes):
-        logger.warning(
-            "%s was saved by %d process(es) and %d go on: dropout is not what it would have been",
-            folder,
-            saved,
-            processes,
-        )
-        return
-    elif random_state not in names:
-        missing = f"{random_state}, the state of the random numbers"
+    needed = {"scheduler.pt": "the state of the learning rate's schedule"}
+    if saved in (None, processes):
+        random_state = f"rng_state_{rank}.pth" if processes > 1 else "rng_state.pth"
+        needed[random_state] = "the state of the random numbers"
     else:
-        return
-    raise UserError(
-        f"--resume_from_checkpoint {folder}: {missing}, is missing: take another checkpoint, or start a new run from "
-        "its weights: name it as the model"
-    )
+        cause = "%s was saved by %d process(es) and %d go on: dropout is not what it would have been"
+        logger.warning(cause, folder, saved, processes)
+    for name, what in needed.items():
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise UserError(
+                f"--resume_from_checkpoint {folder}: {name}, {what}, is missing: take another checkpoint, or start a "
+                "new run from its weights: name it as the model"
+            )
 
 
 def _fits(name: str, value: Any, hint: Any) -> bool:
