@@ -79,11 +79,7 @@ class CrossEncoder(TrainableModel):
 
     @classmethod
     def from_pretrained(cls, path: str, device: str | torch.device = "cpu", **settings: Any) -> CrossEncoder:
-        """Load for use what `load_cross_encoder` loads; `settings` are those of `RankerConfig`.
-
-        Raises:
-            UserError: it cannot be loaded, or has no head to score with.
-        """
+        """Load for use what `load_cross_encoder` loads with a head; `settings` are those of `RankerConfig`."""
         return load_cross_encoder(RankerConfig(path, **settings), new_head=False).to(device).eval()
 
     def score(self, pairs: Mapping[str, Tensor]) -> Tensor:
@@ -93,18 +89,10 @@ class CrossEncoder(TrainableModel):
     def score_pairs(
         self, pairs: Sequence[Pair], config: EncodeConfig | None = None, bar: tqdm | None = None
     ) -> np.ndarray:
-        """Score (query, key) texts, instruction included.
-
-        Args:
-            pairs: texts.
-            config: precision and batches; fp32 when None.
-            bar: moved on by the number of pairs of each batch.
-
-        Returns:
-            fp32 ``(n,)``, higher is more relevant.
+        """Score (query, key) texts, instruction included: fp32 ``(n,)``, higher is more relevant; see `compute`.
 
         Raises:
-            UserError: scores leave the range of the precision.
+            UserError: scores leave the range of half precision.
         """
         config = config or EncodeConfig(self.pairs.max_length, self.device)
         windows = compute(self.score, self.pairs, self.pairs.tokenizer, pairs, config, bar, PAIR_WINDOW)
@@ -130,11 +118,7 @@ class CrossEncoder(TrainableModel):
         self.pairs.tokenizer.save_pretrained(target)
 
     def load_weights(self, folder: str) -> None:
-        """Take the weights that `save` wrote below `folder`.
-
-        Raises:
-            UserError: there are none, or they are damaged.
-        """
+        """Take the weights that `save` wrote; see `TrainableModel.load_weights`."""
         source = os.path.join(folder, FOLDER)
         if not os.path.isdir(source):
             raise UserError(f"{folder} has no {FOLDER!r} folder: it is no checkpoint of run_ranker.py")

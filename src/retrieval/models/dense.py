@@ -182,11 +182,7 @@ class TextEncoder(nn.Module):
             write_own_file(target, self.pooling_method, self.metric)
 
     def load_weights(self, folder: str, name: str) -> None:
-        """Take the weights that `save` wrote.
-
-        Raises:
-            UserError: they are missing there, damaged, or of another shape.
-        """
+        """Take the weights that `save` wrote; see `TrainableModel.load_weights`."""
         source, adapters = os.path.join(folder, name), os.path.join(folder, ADAPTERS, name)
         if not os.path.isdir(source):
             raise UserError(f"{folder} has no {name!r} folder: was it trained with the same --tie_encoders?")
@@ -249,11 +245,7 @@ class DenseRetriever(TrainableModel):
 
     @classmethod
     def from_pretrained(cls, path: str, device: str | torch.device = "cpu", **settings: Any) -> DenseRetriever:
-        """Load for use what `load_dense_retriever` loads; `settings` are those of `EncoderConfig`.
-
-        Raises:
-            UserError: it cannot be loaded.
-        """
+        """Load for use what `load_dense_retriever` loads; `settings` are those of `EncoderConfig`."""
         tied = not os.path.isdir(os.path.join(path, UNTIED[0]))
         config = EncoderConfig(**{"query_encoder": path, "key_encoder": path, "tie_encoders": tied, **settings})
         return load_dense_retriever(config).to(device).eval()

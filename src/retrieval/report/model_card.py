@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from src.retrieval.data.tasks import Instruction
+from src.retrieval.models.pair_tokenizer import PairTokenizer
 from src.retrieval.ranking.metrics import by_cutoff
 
 CARD_FILE = "README.md"
@@ -59,15 +60,6 @@ class EncoderUse:
 
 
 @dataclass(frozen=True)
-class RankerUse:
-    """How a cross-encoder scores: most tokens of a query, of a key and of a pair."""
-
-    query_max_length: int
-    key_max_length: int
-    max_length: int
-
-
-@dataclass(frozen=True)
 class DataFile:
     """A training file: its name, tasks, rows in all and in use, and the hash of its bytes."""
 
@@ -100,7 +92,7 @@ class TrainingRecord:
 
 
 def model_card(
-    use: EncoderUse | RankerUse,
+    use: EncoderUse | PairTokenizer,
     instructions: Mapping[str, Instruction],
     record: TrainingRecord | None = None,
     step: int = 0,
@@ -109,7 +101,7 @@ def model_card(
     """Fill in the card of a model.
 
     Args:
-        use: how it is used.
+        use: how an encoder embeds, or how a cross-encoder reads pairs.
         instructions: by the name of the task; none when they are not known.
         record: of its training; None leaves the part about it out.
         step: at which it was saved.
@@ -145,11 +137,11 @@ def model_card(
 
 
 def _metadata(encoder: EncoderUse | None, base_model: str | None) -> ModelCardData:
-    if encoder is None:
-        tags = ["cross-encoder", "reranker"]
-        return ModelCardData(library_name="transformers", pipeline_tag="text-ranking", tags=tags, base_model=base_model)
-    library, tags = "peft" if encoder.adapters else "transformers", ["sentence-similarity", "feature-extraction"]
-    return ModelCardData(library_name=library, pipeline_tag=tags[0], tags=tags, base_model=base_model)
+    task, tags = "text-ranking", ["cross-encoder", "reranker"]
+    if encoder is not None:
+        task, tags = "sentence-similarity", ["sentence-similarity", "feature-extraction"]
+    library = "peft" if encoder is not None and encoder.adapters else "transformers"
+    return ModelCardData(library_name=library, pipeline_tag=task, tags=tags, base_model=base_model)
 
 
 def converted_card(card: str) -> str:

@@ -16,7 +16,8 @@ from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.models.cross_encoder import FOLDER, CrossEncoder
 from src.retrieval.models.dense import ADAPTERS, DenseRetriever
 from src.retrieval.models.lora import has_adapters
-from src.retrieval.report.model_card import CARD_FILE, DataFile, EncoderUse, RankerUse, TrainingRecord, model_card
+from src.retrieval.models.pair_tokenizer import PairTokenizer
+from src.retrieval.report.model_card import CARD_FILE, DataFile, EncoderUse, TrainingRecord, model_card
 from src.retrieval.report.plot import FIGURE, draw
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import Source
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 #: Writes cards below a folder that a model was saved to.
 WriteCards = Callable[[str, TrainerState], None]
 #: Each model below a checkpoint folder: what it was trained from, and how it is used.
-Uses = Mapping[str, tuple[str, EncoderUse | RankerUse]]
+Uses = Mapping[str, tuple[str, EncoderUse | PairTokenizer]]
 
 #: Flags that say where things lie or how a run went on, and nothing of the model.
 NOT_OF_THE_MODEL = frozenset(
@@ -62,8 +63,7 @@ def encoder_uses(model: DenseRetriever, query_max_length: int, key_max_length: i
 
 def ranker_uses(model: CrossEncoder, base: str) -> Uses:
     """How a cross-encoder that was loaded from `base` is used."""
-    pairs = model.pairs
-    return {FOLDER: (base, RankerUse(pairs.query_max_length, pairs.key_max_length, pairs.max_length))}
+    return {FOLDER: (base, model.pairs)}
 
 
 def data_files(sources: Sequence[Source], data_root: str) -> list[DataFile]:
