@@ -119,7 +119,7 @@ def training_memory(
     def share(number: int, stage: int) -> int:
         return number // processes if sharded >= stage else number
 
-    each = next((own for name, own in OPTIMIZER_BYTES.items() if name in optimizer_name), ADAMW_BYTES)
+    each = next((number for name, number in OPTIMIZER_BYTES.items() if name in optimizer_name), ADAMW_BYTES)
     optimizer = share(each * size.trainable, 1)
     copies = share(4 * size.trainable, 1) if fp32_copies else 0
     weights = share(size.parameters * ((2 if fp32_copies else 6) if half else 4), 3)

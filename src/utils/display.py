@@ -35,13 +35,13 @@ def summarize(values: Iterable[float] | Mapping[float, int]) -> dict[str, float]
     counts = Counter(values)
     numbers = sorted(counts) or [0]
     reached = np.cumsum([counts[number] for number in numbers])
-    found = {name: numbers[np.searchsorted(reached, share * reached[-1])] for name, share in QUANTILES.items()}
-    return {"count": int(reached[-1]), **found}
+    quantiles = {name: numbers[np.searchsorted(reached, share * reached[-1])] for name, share in QUANTILES.items()}
+    return {"count": int(reached[-1]), **quantiles}
 
 
 def describe(values: Iterable[float] | Mapping[float, int]) -> str:
     """Median, 95 % quantile and maximum in words."""
-    found = {
+    shown = {
         name: f"{value:,.0f}" if value == int(value) else f"{value:,.4g}" for name, value in summarize(values).items()
     }
-    return f"median {found['median']}, 95 % up to {found['p95']}, max {found['max']}"
+    return f"median {shown['median']}, 95 % up to {shown['p95']}, max {shown['max']}"
