@@ -153,15 +153,6 @@ def check_target(source: str, target: str) -> None:
         raise UserError(f"--output_dir {target} holds other files: name a new folder, or an earlier conversion")
 
 
-def _whole(source: str, model: DenseRetriever, folder: str) -> str:
-    """`source`, or when it holds adapters alone `folder`, into which the encoder is written with them merged."""
-    if not is_adapter_folder(source):
-        return source
-    model.encoders["encoder"].backbone.save_pretrained(folder)
-    model.query_tokenizer.save_pretrained(folder)
-    return folder
-
-
 def write_card(source: str, model: DenseRetriever, max_length: int, folder: str) -> None:
     """Write the card of the encoder, with its new files, into `folder`; a short one when it has none.
 
@@ -213,10 +204,14 @@ def convert(args: ConvertArgs, given: frozenset[str], source: str, target: str) 
     else:
         os.makedirs(staging)
     try:
-        folder = _whole(source, model, os.path.join(staging, "merged"))
+        merged = os.path.join(staging, "merged")
+        if is_adapter_folder(source):
+            encoder.backbone.save_pretrained(merged)
+            tokenizer.save_pretrained(merged)
+        folder = merged if is_adapter_folder(source) else source
         modules = st_modules(folder, encoder, tokenizer, model.metric, max_length, args.trust_remote_code)
         converted = SentenceTransformer(modules=modules, similarity_fn_name=ST_SIMILARITY[model.metric], device="cpu")
-        shutil.rmtree(os.path.join(staging, "merged"), ignore_errors=True)
+        shutil.rmtree(merged, ignore_errors=True)
         converted.save(staging)
         saved = SentenceTransformer(staging, device="cpu", trust_remote_code=args.trust_remote_code)
         difference = max_difference(model, saved, max_length)

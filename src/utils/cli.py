@@ -84,8 +84,11 @@ def parse_args(
         _check_value(name, given[name])
     try:
         return parser.parse_dict({**defaults, **given}), frozenset(given)
+    except UserError:
+        raise
     except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(str(error)) from error
+        # Of transformers.
+        raise UserError(str(error)) from error
 
 
 def _check_value(name: str, value: Any) -> None:
