@@ -30,7 +30,7 @@ ELSEWHERE = {
     **dict.fromkeys(("_load_encoder", "_read_modules", "_st_pooling"), "of an encoder, where it can be loaded"),
     "_chosen_pooling": "only where instructions are given",
     "DenseRetriever": "of two encoders, which such a command has not",
-    **dict.fromkeys(("choose_engine", "_jar_in", "_jar_of_pyserini"), "only to retrieve"),
+    **dict.fromkeys(("choose_engine", "find_anserini", "_jar_in", "_jar_of_pyserini"), "only to retrieve"),
     **dict.fromkeys(("read_history", "draw", "read_results"), "of the runs whose logs these are"),
 }
 
