@@ -43,14 +43,15 @@ def draw_queries(texts: list[str], count: int) -> list[str]:
 
 def measure(engine: str, folder: Path) -> None:
     """Index and search with one engine; numbers to <engine>.json, hits to <engine>.npy."""
-    from src.retrieval.search.bm25.choose import BM25Config, build_bm25_searcher
+    from src.retrieval.args import BM25Args
+    from src.retrieval.search.bm25.choose import build_bm25_searcher
 
     texts = [json.loads(line)["text"] for line in (folder / "corpus.json").open(encoding="utf-8")]
     queries = json.loads((folder / "queries.json").read_text(encoding="utf-8"))
     before = peak_process_mib()
-    config = BM25Config(str(folder / engine), engine)
+    args = BM25Args(bm25_backend=engine)
     start = time.perf_counter()
-    searcher = build_bm25_searcher(texts, str(folder / "corpus.json"), "{text}", config)
+    searcher = build_bm25_searcher(texts, str(folder / "corpus.json"), "{text}", str(folder / engine), args)
     indexed = time.perf_counter()
     _, rows = searcher.search(queries, HITS)
     done = time.perf_counter()

@@ -21,8 +21,8 @@ from src.retrieval.ranking.config import EvalConfig
 from src.retrieval.ranking.evaluate import hold_outputs, report, retrieve
 from src.retrieval.ranking.files import Hits
 from src.retrieval.ranking.saved_hits import WINDOW
-from src.retrieval.search.bm25.choose import BM25Config, build_bm25_searcher
-from src.retrieval.search.searcher import NoSearcher, RandomSearcher, Searcher, dense_searcher
+from src.retrieval.search.bm25.choose import build_bm25_searcher
+from src.retrieval.search.searcher import BM25, NoSearcher, RandomSearcher, Searcher, dense_searcher
 from src.utils.files import path_name
 
 logger = logging.getLogger(__name__)
@@ -130,9 +130,7 @@ def build_searcher(
     if args.retrieval_method == "dense":
         return dense_searcher(args, data, folder, device, load_model())
     if args.retrieval_method == "bm25":
-        return build_bm25_searcher(
-            data.keys, data.corpus.path, args.key_template, BM25Config.from_args(args, output_dir=folder)
-        )
+        return build_bm25_searcher(data.keys, data.corpus.path, args.key_template, os.path.join(folder, BM25), args)
     if args.retrieval_method == "random":
         return RandomSearcher(len(data.corpus), args.seed)  # type: ignore[attr-defined]
     return NoSearcher()

@@ -21,7 +21,7 @@ from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.models.encode import EncodeConfig
 from src.retrieval.models.trainable import TrainableModel
 from src.retrieval.ranking.config import SCORE, EvalConfig
-from src.retrieval.search.bm25.choose import BM25Config, choose_engine
+from src.retrieval.search.bm25.choose import choose_engine
 from src.retrieval.search.faiss_index import bytes_per_vector, check_factory
 from src.retrieval.search.searcher import vector_width
 from src.retrieval.training import sharding
@@ -189,7 +189,7 @@ def _corpus_lines(
     hits = min(config.hits or rows, rows)
     yield "corpus", f"{data.corpus.path}: {rows:,} passages, {hits:,} a query by {args.retrieval_method}"
     if args.retrieval_method == "bm25":
-        engine = distributed.on_main(partial(choose_engine, BM25Config.from_args(args, output_dir=config.output_dir)))
+        engine = distributed.on_main(partial(choose_engine, args))
         yield "corpus", f"by {'the embedded engine' if engine is None else f'Anserini ({engine.source})'}"
     if not isinstance(model, DenseRetriever):
         return

@@ -24,18 +24,18 @@ import torch
 
 from src.lm.journal import Journal
 from src.lm.memory import Response, ResponseMemory, read_responses
+from src.retrieval.args import BM25Args
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.rows import check_corpus_row, check_eval_row
 from src.retrieval.data.tasks import no_instruction
-from src.retrieval.models.encode import EncodeConfig
 from src.retrieval.ranking.config import EvalConfig
 from src.retrieval.ranking.evaluate import report
 from src.retrieval.ranking.files import Hits
 from src.retrieval.ranking.saved_hits import load_hits
-from src.retrieval.search.bm25.choose import BM25Config, build_bm25_searcher
+from src.retrieval.search.bm25.choose import build_bm25_searcher
 from src.retrieval.search.exact import VectorShard
 from src.retrieval.search.faiss_index import FaissIndex
-from src.retrieval.search.searcher import DenseSearchConfig, _load_indexes, _save_indexes
+from src.retrieval.search.searcher import load_indexes, save_indexes
 from src.retrieval.search.vector_store import create_store, finish_store, load_store
 from src.utils.errors import UserError, describe_os_error
 from src.utils.jsonl import open_jsonl
@@ -85,30 +85,26 @@ def make_again(folder: Path) -> np.ndarray:
     return read_vectors(folder)
 
 
-def search_config(folder: Path) -> DenseSearchConfig:
-    """Of an index that is saved or loaded."""
-    encode = EncodeConfig(8, torch.device("cpu"))
-    return DenseSearchConfig(encode, encode, hits=2, folder=str(folder))
+SEARCH: dict[str, Any] = {"device": torch.device("cpu"), "hits": 2, "parameters": None}
 
 
 def make_index(folder: Path) -> None:
     """A FAISS index."""
-    folder.mkdir(exist_ok=True)
-    built = FaissIndex.build([VectorShard(0, 8, lambda: VECTORS)], "Flat", "cos", torch.device("cpu"), 2)
-    _save_indexes([built], search_config(folder), MADE_FROM)
+    built = FaissIndex.build([VectorShard(0, 8, lambda: VECTORS)], "Flat", "cos", **SEARCH)
+    save_indexes([built], str(folder), MADE_FROM)
 
 
 def read_index(folder: Path) -> np.ndarray:
     """With ``--load_index``."""
-    (index,) = _load_indexes(search_config(folder), MADE_FROM)
+    (index,) = load_indexes(str(folder), MADE_FROM, **SEARCH)
     return index.search(VECTORS, 2)[1]
 
 
 def bm25(folder: Path, load_index: bool) -> np.ndarray:
     """With or without ``--load_index``."""
     corpus = folder.parent / "corpus.json"
-    config = BM25Config(str(folder), "embedded", load_index=load_index)
-    return build_bm25_searcher(TEXTS, str(corpus), "{text}", config).search(["more", "word3"], 3)[1]
+    args = BM25Args(bm25_backend="embedded", load_index=load_index)
+    return build_bm25_searcher(TEXTS, str(corpus), "{text}", str(folder), args).search(["more", "word3"], 3)[1]
 
 
 def make_journal(folder: Path) -> None:

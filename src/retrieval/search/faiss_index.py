@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -107,31 +108,39 @@ def _takes(index: faiss.Index, parameters: str) -> bool:
 class FaissIndex:
     """Any FAISS index over consecutive corpus rows; scores of l2 are negative squared distances."""
 
-    def __init__(self, index: faiss.Index, first: int, parameters: str) -> None:
-        self.index = index
+    def __init__(
+        self, index: faiss.Index, first: int, rows: int, *, device: torch.device, hits: int, parameters: str | None
+    ) -> None:
+        """Set how it searches.
+
+        Args:
+            index: trained.
+            first: corpus row number of its first vector.
+            rows: vectors that it has or gets.
+            device: with a GPU the index is moved there, when the installed FAISS can.
+            hits: that a query will ask for.
+            parameters: of the search (``nprobe=32,k_factor_rf=4``); `default_search_parameters` when None.
+
+        Raises:
+            UserError: the index has no such parameters.
+        """
         self.first = first
-        #: Of the search, as FAISS reads them.
+        if parameters is None:
+            parameters = default_search_parameters(index, rows, hits)
+        elif not _takes(index, parameters):
+            raise UserError(f"--faiss_search_params {parameters!r}: a {type(index).__name__} has no such parameters")
         self.parameters = parameters
+        self.index = _on_device(index, device)
 
     @classmethod
-    def build(
-        cls,
-        shards: Sequence[VectorShard],
-        factory: str,
-        metric: str,
-        device: torch.device,
-        hits: int,
-        parameters: str | None = None,
-    ) -> FaissIndex:
+    def build(cls, shards: Sequence[VectorShard], factory: str, metric: str, **search: Any) -> FaissIndex:
         """Train on a sample of the vectors where the kind of index needs it, and add them shard by shard.
 
         Args:
             shards: at least one, of consecutive rows.
             factory: FAISS factory string that `check_factory` has found fit.
             metric: ``cos``, ``ip`` or ``l2``.
-            device: with a GPU the index is moved there, when the installed FAISS can.
-            hits: that a query will ask for.
-            parameters: of the search (``nprobe=32,k_factor_rf=4``); `default_search_parameters` when None.
+            search: as for the constructor.
 
         Raises:
             UserError: FAISS cannot train it on these vectors.
@@ -143,15 +152,14 @@ class FaissIndex:
                 index.train(_sample(shards, _training_rows(index)))
         except RuntimeError as error:
             raise UserError(f"--faiss_index_factory {factory!r}: {faiss_trial.reason(error)}") from error
-        used = _set_parameters(index, sum(shard.rows for shard in shards), hits, parameters)
-        index = _on_device(index, device)
+        built = cls(index, shards[0].first, sum(shard.rows for shard in shards), **search)
         for shard in shards:
-            index.add(np.ascontiguousarray(shard.load(), dtype=np.float32))
-        return cls(index, shards[0].first, used)
+            built.index.add(np.ascontiguousarray(shard.load(), dtype=np.float32))
+        return built
 
     @classmethod
-    def load(cls, path: str, first: int, device: torch.device, hits: int, parameters: str | None = None) -> FaissIndex:
-        """Read what `save` wrote; `first` is the corpus row number of its first vector.
+    def load(cls, path: str, first: int, **search: Any) -> FaissIndex:
+        """Read what `save` wrote; `first` and `search` as for the constructor.
 
         Raises:
             UserError: the file is damaged, or the index has no such parameters.
@@ -160,8 +168,7 @@ class FaissIndex:
             index = faiss.read_index(path)
         except RuntimeError as error:
             raise UserError(f"--load_index: {path} cannot be read ({faiss_trial.reason(error)})") from error
-        used = _set_parameters(index, index.ntotal, hits, parameters)
-        return cls(_on_device(index, device), first, used)
+        return cls(index, first, index.ntotal, **search)
 
     def save(self, path: str) -> None:
         """Write the index to a file.
@@ -184,19 +191,6 @@ class FaissIndex:
             scores = -scores
         scores[rows < 0] = -np.inf
         return scores, np.where(rows < 0, -1, rows + self.first)
-
-
-def _set_parameters(index: faiss.Index, rows: int, hits: int, parameters: str | None) -> str:
-    """Set the search parameters asked for, or the default ones, and return them.
-
-    Raises:
-        UserError: the index has no such parameters.
-    """
-    if parameters is None:
-        return default_search_parameters(index, rows, hits)
-    if not _takes(index, parameters):
-        raise UserError(f"--faiss_search_params {parameters!r}: a {type(index).__name__} has no such parameters")
-    return parameters
 
 
 def _training_rows(index: faiss.Index) -> int:

@@ -6,13 +6,13 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import EvalData
@@ -20,7 +20,7 @@ from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.models.encode import EncodeConfig, encode, progress
 from src.retrieval.search.exact import ExactIndex, Index, VectorShard, merge_hits, no_hits
 from src.retrieval.search.faiss_index import FaissIndex, check_factory
-from src.retrieval.search.vector_store import IndexIdentity, VectorStore, create_store, finish_store, load_store
+from src.retrieval.search.vector_store import VectorStore, create_store, finish_store, load_store, vectors_made_from
 from src.utils import distributed
 from src.utils.files import atomic_path
 from src.utils.locks import check_free
@@ -51,57 +51,6 @@ def stores_written(args: RetrievalArgs, output_dir: str) -> list[str]:
     if args.retrieval_method == "dense" and (args.save_encode or args.save_index):
         return [os.path.join(output_dir, args.embedding_name)]
     return [os.path.join(output_dir, BM25)] if args.retrieval_method == "bm25" and not args.load_index else []
-
-
-@dataclass(frozen=True)
-class DenseSearchConfig:
-    """How a dense searcher encodes, indexes and stores.
-
-    Attributes:
-        query, key: encoding settings.
-        hits: that a query asks for.
-        folder: of saved vectors and index.
-        factory: FAISS factory string; ``Flat`` is searched exactly without an index unless it is to be saved.
-        parameters: of the search by FAISS; None for `default_search_parameters`.
-        load_encode, save_encode, load_index, save_index: as the flags.
-    """
-
-    query: EncodeConfig
-    key: EncodeConfig
-    hits: int
-    folder: str
-    factory: str = "Flat"
-    parameters: str | None = None
-    load_encode: bool = False
-    save_encode: bool = False
-    load_index: bool = False
-    save_index: bool = False
-
-    @classmethod
-    def from_args(cls, args: RetrievalArgs, *, output_dir: str, device: torch.device) -> DenseSearchConfig:
-        """Settings by flags, for a model on `device`."""
-        return cls(
-            query=EncodeConfig.from_args(args, args.query_max_length, device),
-            key=EncodeConfig.from_args(args, args.key_max_length, device),
-            hits=args.hits,
-            folder=os.path.join(output_dir, args.embedding_name),
-            factory=args.faiss_index_factory,
-            parameters=args.faiss_search_params,
-            load_encode=args.load_encode,
-            save_encode=args.save_encode,
-            load_index=args.load_index,
-            save_index=args.save_index,
-        )
-
-    @property
-    def stored(self) -> bool:
-        """Whether vectors or indexes are on the disk."""
-        return self.load_encode or self.save_encode or self.load_index or self.save_index
-
-    @property
-    def search(self) -> dict[str, Any]:
-        """Arguments of `FaissIndex` about searching."""
-        return {"device": self.key.device, "hits": self.hits, "parameters": self.parameters}
 
 
 class DenseSearcher:
@@ -137,76 +86,79 @@ def vector_width(model: DenseRetriever) -> int:
 def dense_searcher(
     args: RetrievalArgs, data: EvalData, output_dir: str, device: torch.device, model: DenseRetriever
 ) -> DenseSearcher:
-    """The searcher that the flags ask for, with a model in eval mode on `device`; see `build_dense_searcher`."""
-    config = DenseSearchConfig.from_args(args, output_dir=output_dir, device=device)
-    identity = partial(IndexIdentity.from_args, args, data=data, model=model, dtype=config.key.dtype)
-    return build_dense_searcher(model, data.keys, config, identity)
-
-
-def build_dense_searcher(
-    model: DenseRetriever, corpus: Sequence[str], config: DenseSearchConfig, identity: Callable[[], IndexIdentity]
-) -> DenseSearcher:
     """Encode the corpus over all processes (or load what was saved) and index it.
 
+    Without an index to be saved, ``Flat`` is searched exactly, from vectors in memory or on the disk.
+
     Args:
-        model: in eval mode, on its device.
-        corpus: key texts, instruction included.
-        config: settings.
-        identity: returns what saved vectors must have been made from; only called when something is saved or loaded.
+        args: flags.
+        data: with the corpus.
+        output_dir: has or gets a folder of vectors and indexes.
+        device: of the model.
+        model: in eval mode.
 
     Raises:
         UserError: FAISS does not know the kind of index; saved vectors or indexes are missing or were made from
             something else.
     """
-    made_from = asdict(distributed.on_main(identity)) if config.stored else {}
-    if config.load_index:
-        indexes = _load_indexes(config, made_from)
+    folder = os.path.join(output_dir, args.embedding_name)
+    query, key = (EncodeConfig.from_args(args, most, device) for most in (args.query_max_length, args.key_max_length))
+    stored = args.load_encode or args.save_encode or args.load_index or args.save_index
+    made_from = distributed.on_main(partial(vectors_made_from, args, data, model, key.dtype)) if stored else {}
+    indexed_from = {**made_from, "factory": args.faiss_index_factory}
+    search = {"device": device, "hits": args.hits, "parameters": args.faiss_search_params}
+    if args.load_index:
+        indexes = load_indexes(folder, indexed_from, **search)
     else:
-        rows = max(1, len(corpus) // distributed.world_size())
-        trial = partial(check_factory, config.factory, vector_width(model), model.metric, rows, config.parameters)
-        distributed.on_main(trial)
-        shards = _shards(model, corpus, config, made_from)
-        if config.factory == "Flat" and not config.save_index:
-            return DenseSearcher(model, config.query, [ExactIndex(shards, model.metric, config.key.device)])
-        indexes = [FaissIndex.build(shards, config.factory, model.metric, **config.search)] if shards else []
-        if config.save_index:
-            _save_indexes(indexes, config, made_from)
+        rows = max(1, len(data.keys) // distributed.world_size())
+        kind = (args.faiss_index_factory, vector_width(model), model.metric)
+        distributed.on_main(partial(check_factory, *kind, rows, args.faiss_search_params))
+        shards = _shards(args, data.keys, folder, made_from, key, model)
+        if args.faiss_index_factory == "Flat" and not args.save_index:
+            return DenseSearcher(model, query, [ExactIndex(shards, model.metric, device)])
+        indexes = [FaissIndex.build(shards, args.faiss_index_factory, model.metric, **search)] if shards else []
+        if args.save_index:
+            save_indexes(indexes, folder, indexed_from)
     for index in indexes[:1]:
         logger.info("FAISS searches with %s (--faiss_search_params)", index.parameters or "no parameters of its own")
-    return DenseSearcher(model, config.query, indexes)
+    return DenseSearcher(model, query, indexes)
 
 
 def _shards(
-    model: DenseRetriever, corpus: Sequence[str], config: DenseSearchConfig, made_from: Mapping[str, Any]
+    args: RetrievalArgs,
+    corpus: Sequence[str],
+    folder: str,
+    made_from: Mapping[str, Any],
+    config: EncodeConfig,
+    model: DenseRetriever,
 ) -> list[VectorShard]:
     """This process's share of the vectors: encoded into memory, or on the disk."""
-    if config.load_encode:
-        store = distributed.on_main(partial(load_store, config.folder, made_from))
-    elif config.save_encode:
-        width, dtype = vector_width(model), config.key.stored_dtype
-        store = distributed.on_main(partial(create_store, config.folder, made_from, width, dtype))
-        store = _encode_into(store, model, corpus, config.key)
+
+    def encode_part(part: range, bar: tqdm) -> np.ndarray:
+        return encode(model.embed_key, model.key_tokenizer, _Part(corpus, part), config, bar)
+
+    if args.load_encode:
+        store = distributed.on_main(partial(load_store, folder, made_from))
+    elif args.save_encode:
+        width, dtype = vector_width(model), config.stored_dtype
+        store = distributed.on_main(partial(create_store, folder, made_from, width, dtype))
+        store = _encode_into(store, encode_part)
     else:
         part = distributed.part_of(len(corpus))
         if not len(part):
             return []
         with progress(len(part), "encoding the corpus", distributed.is_main()) as bar:
-            vectors = encode(model.embed_key, model.key_tokenizer, _Part(corpus, part), config.key, bar)
+            vectors = encode_part(part, bar)
         return [VectorShard(part.start, len(part), lambda: vectors)]
     return store.shards(distributed.part_of(store.count))
 
 
-def _encode_into(store: VectorStore, model: DenseRetriever, corpus: Sequence[str], config: EncodeConfig) -> VectorStore:
+def _encode_into(store: VectorStore, encode_part: Callable[[range, tqdm], np.ndarray]) -> VectorStore:
     """Write the shards that are missing, each by one process, and return the complete store."""
-    missing = distributed.on_main(store.missing)
-    own = missing[distributed.rank() :: distributed.world_size()]
+    own = distributed.on_main(store.missing)[distributed.rank() :: distributed.world_size()]
     total = sum(len(store.range_of(number)) for number in own)
-    written: dict[str, str] = {}
     with progress(total, "encoding the corpus", distributed.is_main() and total > 0) as bar:
-        for number in own:
-            texts = _Part(corpus, store.range_of(number))
-            vectors = encode(model.embed_key, model.key_tokenizer, texts, config, bar)
-            written[store.name(number)] = store.write(number, vectors)
+        written = {store.name(number): store.write(number, encode_part(store.range_of(number), bar)) for number in own}
     distributed.barrier()
     logger.info("saved vectors: %s", store.folder)
     return finish_store(store, written)
@@ -227,9 +179,9 @@ class _Part(Sequence[str]):
         return self.texts[part.start : part.stop]
 
 
-def _save_indexes(indexes: Sequence[FaissIndex], config: DenseSearchConfig, made_from: Mapping[str, Any]) -> None:
+def save_indexes(indexes: Sequence[FaissIndex], folder: str, indexed_from: Mapping[str, Any]) -> None:
     """Each process writes its index; the manifest comes last, so that half-saved ones have none."""
-    manifest = Path(config.folder, INDEX_MANIFEST)
+    manifest = Path(folder, INDEX_MANIFEST)
 
     def prepare() -> None:
         manifest.parent.mkdir(parents=True, exist_ok=True)
@@ -244,29 +196,26 @@ def _save_indexes(indexes: Sequence[FaissIndex], config: DenseSearchConfig, made
             own = [name, file_checksum(path), index.first]
     parts = [part for part in distributed.all_gather_json(own) if part]
     files, firsts = {name: checksum for name, checksum, _ in parts}, [first for *_, first in parts]
-    saved = Manifest({**made_from, "factory": config.factory}, files, {"first_rows": firsts})
-    distributed.on_main(partial(saved.write, manifest))
+    distributed.on_main(partial(Manifest(indexed_from, files, {"first_rows": firsts}).write, manifest))
     logger.info("saved index: %s", manifest)
 
 
-def _load_indexes(config: DenseSearchConfig, made_from: Mapping[str, Any]) -> list[FaissIndex]:
-    """This process's share of the saved indexes.
+def load_indexes(folder: str, indexed_from: Mapping[str, Any], **search: Any) -> list[FaissIndex]:
+    """This process's share of the saved indexes; `search` as for `FaissIndex`.
 
     Raises:
         UserError: there is none, or it was made from something else.
     """
-    path = os.path.join(config.folder, INDEX_MANIFEST)
-    indexed_from = {**made_from, "factory": config.factory}
 
     def read() -> Manifest:
-        check_free(config.folder)
-        return read_manifest(path, "--load_index", REMEDY, indexed_from)
+        check_free(folder)
+        return read_manifest(os.path.join(folder, INDEX_MANIFEST), "--load_index", REMEDY, indexed_from)
 
     manifest = distributed.on_main(read)
     saved = list(zip(manifest.files.items(), manifest.facts["first_rows"], strict=True))
     own = saved[distributed.rank() :: distributed.world_size()]
-    check_undamaged(config.folder, dict(part for part, _ in own), REMEDY)
-    return [FaissIndex.load(os.path.join(config.folder, name), first, **config.search) for (name, _), first in own]
+    check_undamaged(folder, dict(part for part, _ in own), REMEDY)
+    return [FaissIndex.load(os.path.join(folder, name), first, **search) for (name, _), first in own]
 
 
 def query_rng(seed: int, query: str) -> np.random.Generator:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -38,50 +37,23 @@ REMEDY = "leave the flag out, or use --save_encode to make them anew"
 SHARD_REMEDY = "remove it, and encode again with --save_encode"
 
 
-@dataclass(frozen=True)
-class IndexIdentity:
-    """What vectors were made from; saved ones are only loaded for the same.
-
-    Attributes:
-        weights: see `modeling_dense.weights_fingerprint`.
-        corpus: see `file_fingerprint`.
-        rows: of the corpus.
-        key_template, key_instruction, key_max_length, truncation_side: how a row became tokens.
-        pooling_method, dense_metric: how tokens became a vector.
-        dtype: precision of the computation: fp32, fp16 or bf16.
-        truncate_dim: dimensions that were kept; None for all.
-    """
-
-    weights: str
-    corpus: str
-    rows: int
-    key_template: str
-    key_instruction: str
-    key_max_length: int
-    truncation_side: str
-    pooling_method: str
-    dense_metric: str
-    dtype: str
-    truncate_dim: int | None = None
-
-    @classmethod
-    def from_args(cls, args: RetrievalArgs, *, data: EvalData, model: DenseRetriever, dtype: str) -> IndexIdentity:
-        """Of the keys of `data`, encoded by `model` in a precision."""
-        assert data.corpus is not None
-        encoder = model.encoders[model.key_name]
-        return cls(
-            weights=weights_fingerprint(encoder),
-            corpus=file_fingerprint(data.corpus.path),
-            rows=len(data.corpus),
-            key_template=data.key_template,
-            key_instruction=data.key_instruction,
-            key_max_length=args.key_max_length,
-            truncation_side=args.truncation_side,
-            pooling_method=" ".join(encoder.pooling_method),
-            dense_metric=model.metric,
-            dtype=dtype,
-            truncate_dim=model.truncate_dim,
-        )
+def vectors_made_from(args: RetrievalArgs, data: EvalData, model: DenseRetriever, dtype: str) -> dict[str, Any]:
+    """What vectors depend on that `model` computes in `dtype`; saved ones are only loaded for the same."""
+    assert data.corpus is not None
+    encoder = model.encoders[model.key_name]
+    return {
+        "weights": weights_fingerprint(encoder),
+        "corpus": file_fingerprint(data.corpus.path),
+        "rows": len(data.corpus),
+        "key_template": data.key_template,
+        "key_instruction": data.key_instruction,
+        "key_max_length": args.key_max_length,
+        "truncation_side": args.truncation_side,
+        "pooling_method": " ".join(encoder.pooling_method),
+        "dense_metric": model.metric,
+        "dtype": dtype,
+        "truncate_dim": model.truncate_dim,
+    }
 
 
 def file_fingerprint(path: str) -> str:

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from src.retrieval.args import BM25Args
 from src.retrieval.search.bm25 import analyzer, anserini, engine
 from src.retrieval.search.bm25.analyzer import MAX_QUERY_TERMS, EnglishAnalyzer, cut_terms, first_terms, tokenize
-from src.retrieval.search.bm25.choose import EMBEDDED, BM25Config, build_bm25_searcher
+from src.retrieval.search.bm25.choose import EMBEDDED, build_bm25_searcher
 from src.retrieval.search.bm25.engine import BM25Index, EmbeddedSearcher, index_texts
 from src.utils.errors import UserError
 from tests.helpers import write_rows
@@ -115,8 +116,8 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def build(corpus: Path, texts=TEXTS, **config):
-    config = {"folder": str(corpus.parent / "bm25"), "backend": "embedded", **config}
-    return build_bm25_searcher(texts, str(corpus), config.pop("template", "{text}"), BM25Config(**config))
+    template, folder = config.pop("template", "{text}"), str(corpus.parent / "bm25")
+    return build_bm25_searcher(texts, str(corpus), template, folder, BM25Args(**{"bm25_backend": "embedded", **config}))
 
 
 def test_texts_are_found_and_nothing_else(corpus):
@@ -177,16 +178,16 @@ def test_an_interrupted_index_leaves_the_old_one(corpus, monkeypatch):
 def test_engine_is_chosen_and_told(corpus, monkeypatch, caplog, tmp_path):
     caplog.set_level("INFO", "src")
     monkeypatch.setattr(anserini.importlib.util, "find_spec", lambda name: None)
-    build(corpus, backend="auto")
+    build(corpus, bm25_backend="auto")
     assert "embedded engine" in caplog.text
     assert "no Anserini jar" in caplog.text
     with pytest.raises(UserError, match="pip install --no-deps pyserini"):
-        build(corpus, backend="anserini")
+        build(corpus, bm25_backend="anserini")
     with pytest.raises(UserError, match=r"--anserini_dir .* holds neither"):
-        build(corpus, backend="auto", anserini_dir=str(tmp_path))
+        build(corpus, bm25_backend="auto", anserini_dir=str(tmp_path))
     for backend in ("auto", "embedded"):
         with pytest.raises(UserError, match="--language de: the embedded BM25 engine knows English"):
-            build(corpus, backend=backend, language="de")
+            build(corpus, bm25_backend=backend, language="de")
 
 
 def test_a_folder_cleared_between_runs_is_made_again(corpus):

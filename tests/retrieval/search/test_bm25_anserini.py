@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from src.retrieval.args import BM25Args
 from src.retrieval.search.bm25 import anserini
-from src.retrieval.search.bm25.choose import BM25Config, build_bm25_searcher
+from src.retrieval.search.bm25.choose import build_bm25_searcher
 from src.utils.errors import UserError
 from tests.helpers import ROOT, read_rows, run
 
@@ -65,8 +66,8 @@ def build(folder: Path, texts, backend="anserini", **config):
     rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     if not path.exists() or path.read_text() != rows:
         path.write_text(rows)
-    settings = BM25Config(str(folder / "bm25"), backend=backend, **config)
-    return build_bm25_searcher(texts, str(path), "{text}", settings)
+    args = BM25Args(bm25_backend=backend, **config)
+    return build_bm25_searcher(texts, str(path), "{text}", str(folder / "bm25"), args)
 
 
 def check_same(expected, found):
@@ -100,9 +101,9 @@ def test_hostile_queries_and_documents_lose_nothing(tmp_path):
 @real
 def test_language_and_saved_parts(tmp_path):
     texts = ["Die Häuser stehen", "ein Haus", "the houses"]
-    build(tmp_path, texts, language="de", store_docvectors=True)
+    build(tmp_path, texts, language="de", storeDocvectors=True)
     assert "Store docvectors? true" in (tmp_path / "bm25" / "anserini-index.log").read_text()
-    again = build(tmp_path, texts, language="de", store_docvectors=True, load_index=True)
+    again = build(tmp_path, texts, language="de", storeDocvectors=True, load_index=True)
     assert sorted(again.search(["Haus"], 3)[1][0].tolist()) == [-1, 0, 1]
     with pytest.raises(UserError, match=r"language 'de' .this run: 'en'.*store_docvectors True"):
         build(tmp_path, texts, load_index=True)
@@ -290,14 +291,16 @@ WORKER = """
 import json, sys
 import torch
 from src.utils import distributed
-from src.retrieval.search.bm25.choose import BM25Config, build_bm25_searcher
+from src.retrieval.args import BM25Args
+from src.retrieval.search.bm25.choose import build_bm25_searcher
 distributed.init_process_group(use_cpu=True)
 folder, anserini_dir = sys.argv[1:]
 texts, queries = ["one cat", "two cats", "", "three dogs"], ["cat", "", "dog three"]
 found = []
 for backend, place in (("embedded", None), ("anserini", anserini_dir)):
-    config = BM25Config(f"{folder}/bm25", backend, place)
-    scores, rows = build_bm25_searcher(texts, f"{folder}/corpus.json", "{text}", config).search(queries, 3)
+    args = BM25Args(bm25_backend=backend, anserini_dir=place)
+    searcher = build_bm25_searcher(texts, f"{folder}/corpus.json", "{text}", f"{folder}/bm25", args)
+    scores, rows = searcher.search(queries, 3)
     found.append([rows.tolist(), (rows >= 0).tolist() == (scores > 0).tolist()])
 open(f"{folder}/found.{distributed.rank()}.json", "w").write(json.dumps(found))
 distributed.destroy_process_group()

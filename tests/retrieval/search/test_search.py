@@ -24,6 +24,7 @@ from src.utils.errors import UserError
 from tests.helpers import read_rows, run, write_rows
 
 CPU = torch.device("cpu")
+SEARCH = {"device": CPU, "hits": 10, "parameters": None}
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu"]
 
 
@@ -54,7 +55,7 @@ def test_indexes_find_what_brute_force_finds(metric, dtype, monkeypatch):
     vectors, queries = rng.normal(size=(301, 8)).astype(dtype), rng.normal(size=(7, 8)).astype(np.float32)
     expected = brute_force(vectors, queries, metric, 20)
     parts = shards(vectors, 50, 51, 200)
-    for index in (FaissIndex.build(parts, "Flat", metric, CPU, 20), ExactIndex(parts, metric, CPU)):
+    for index in (FaissIndex.build(parts, "Flat", metric, **SEARCH), ExactIndex(parts, metric, CPU)):
         scores, rows = index.search(queries, 20)
         np.testing.assert_array_equal(rows, expected)
         assert (np.diff(scores, axis=1) <= 0).all()
@@ -154,9 +155,9 @@ def test_approximate_indexes_find_nearly_what_brute_force_finds(factory, tmp_pat
     vectors, queries = rng.normal(size=(600, 8)).astype(np.float32), rng.normal(size=(40, 8)).astype(np.float32)
     if factory.startswith("L2norm"):
         vectors, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (vectors, queries))
-    built = FaissIndex.build(shards(vectors, 150), factory, "ip", CPU, hits=10)
+    built = FaissIndex.build(shards(vectors, 150), factory, "ip", **SEARCH)
     built.save(str(tmp_path / "index"))
-    loaded = FaissIndex.load(str(tmp_path / "index"), 0, CPU, hits=10)
+    loaded = FaissIndex.load(str(tmp_path / "index"), 0, **SEARCH)
     assert loaded.parameters == built.parameters
     for index in (built, loaded):
         _, rows = index.search(queries, 10)
@@ -167,13 +168,13 @@ def test_approximate_indexes_find_nearly_what_brute_force_finds(factory, tmp_pat
 
 def test_search_parameters_that_are_given_count(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(600, 8)).astype(np.float32)
-    index = FaissIndex.build(shards(vectors), "PCA4,IVF20,Flat", "ip", CPU, 10, "nprobe=3")
+    index = FaissIndex.build(shards(vectors), "PCA4,IVF20,Flat", "ip", **{**SEARCH, "parameters": "nprobe=3"})
     assert faiss.extract_index_ivf(index.index).nprobe == 3
     index.save(str(tmp_path / "index"))
-    index = FaissIndex.load(str(tmp_path / "index"), 0, CPU, 10, "nprobe=5,max_codes=100")
+    index = FaissIndex.load(str(tmp_path / "index"), 0, **{**SEARCH, "parameters": "nprobe=5,max_codes=100"})
     assert faiss.extract_index_ivf(index.index).nprobe == 5
     with pytest.raises(UserError, match=r"--faiss_search_params 'efSearch=3': a IndexPreTransform has no such"):
-        FaissIndex.load(str(tmp_path / "index"), 0, CPU, 10, "efSearch=3")
+        FaissIndex.load(str(tmp_path / "index"), 0, **{**SEARCH, "parameters": "efSearch=3"})
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from src.retrieval.models.encode import EncodeConfig, encode
+from src.retrieval.args import RetrievalArgs
+from src.retrieval.data.corpus import EvalData, load_corpus
+from src.retrieval.data.tasks import no_instruction
+from src.retrieval.models.encode import encode
 from src.retrieval.search import searcher, vector_store
-from src.retrieval.search.searcher import DenseSearchConfig, build_dense_searcher
-from src.retrieval.search.vector_store import IndexIdentity, VectorStore, create_store, finish_store, load_store
+from src.retrieval.search.searcher import dense_searcher
+from src.retrieval.search.vector_store import VectorStore, create_store, finish_store, load_store
 from src.utils.errors import UserError
-from tests.helpers import ROOT, environment
+from tests.helpers import ROOT, environment, write_rows
 
-IDENTITY = IndexIdentity("w1", "c1", 10, "{text}", "", 32, "right", "mean", "cos", "fp32")
+MADE_FROM = {"weights": "w1", "corpus": "c1", "rows": 10, "key_max_length": 32, "truncate_dim": None}
 TEXTS = [f"text number {i} of {'many ' * (i % 7)}" for i in range(10)]
 
 
@@ -30,12 +32,8 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(vector_store, "SHARD_BYTES", 3 * 32 * 4)
 
 
-def create(folder, identity) -> VectorStore:
-    return create_store(str(folder), dataclasses.asdict(identity), 32, "float32")
-
-
-def load(folder, identity) -> VectorStore:
-    return load_store(str(folder), dataclasses.asdict(identity))
+def create(folder, made_from) -> VectorStore:
+    return create_store(str(folder), made_from, 32, "float32")
 
 
 def fill(folder, identity) -> VectorStore:
@@ -46,7 +44,7 @@ def fill(folder, identity) -> VectorStore:
 
 
 def test_shards_cover_the_rows(tmp_path, small_shards):
-    made = create(tmp_path, IDENTITY)
+    made = create(tmp_path, MADE_FROM)
     assert [made.range_of(number) for number in range(made.count)] == [
         range(0, 3),
         range(3, 6),
@@ -55,28 +53,28 @@ def test_shards_cover_the_rows(tmp_path, small_shards):
     ]
     assert made.missing() == [0, 1, 2, 3]
     with pytest.raises(UserError, match="4 of 4 shards are missing"):
-        load(tmp_path, IDENTITY)
+        load_store(str(tmp_path), MADE_FROM)
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(IndexIdentity)])
+@pytest.mark.parametrize("field", MADE_FROM)
 def test_whatever_differs_is_refused_by_name(tmp_path, small_shards, field):
-    fill(tmp_path, IDENTITY)
-    load(tmp_path, IDENTITY)
-    other = dataclasses.replace(IDENTITY, **{field: 11 if isinstance(getattr(IDENTITY, field), int) else "other"})
+    fill(tmp_path, MADE_FROM)
+    load_store(str(tmp_path), MADE_FROM)
+    other = {**MADE_FROM, field: 11 if isinstance(MADE_FROM[field], int) else "other"}
     with pytest.raises(UserError, match=f"was made with {field} "):
-        load(tmp_path, other)
+        load_store(str(tmp_path), other)
     # They stay until others are whole.
     assert create(tmp_path, other).missing() != []
-    load(tmp_path, IDENTITY).read(0)
+    load_store(str(tmp_path), MADE_FROM).read(0)
     fill(tmp_path, other)
-    load(tmp_path, other).read(0)
+    load_store(str(tmp_path), other).read(0)
     with pytest.raises(UserError, match=f"was made with {field} "):
-        load(tmp_path, IDENTITY)
-    assert len(list(tmp_path.iterdir())) == 1 + load(tmp_path, other).count
+        load_store(str(tmp_path), MADE_FROM)
+    assert len(list(tmp_path.iterdir())) == 1 + load_store(str(tmp_path), other).count
 
 
 def test_damaged_shards_are_named(tmp_path, small_shards):
-    made = fill(tmp_path, IDENTITY)
+    made = fill(tmp_path, MADE_FROM)
     paths = [Path(made.path(number)) for number in range(4)]
     paths[1].write_bytes(paths[0].read_bytes()[:-5])
     shutil.copy(paths[0], paths[3])
@@ -91,30 +89,32 @@ def test_damaged_shards_are_named(tmp_path, small_shards):
     for number in (0, 1, 3):
         paths[number].unlink()
     with pytest.raises(UserError, match="3 of 4 shards are missing"):
-        load(tmp_path, IDENTITY)
-    assert create(tmp_path, IDENTITY).missing() == [0, 1, 3]
+        load_store(str(tmp_path), MADE_FROM)
+    assert create(tmp_path, MADE_FROM).missing() == [0, 1, 3]
     with pytest.raises(UserError, match="continue it with --save_encode"):
-        load(tmp_path, IDENTITY)
+        load_store(str(tmp_path), MADE_FROM)
 
 
 def test_of_an_interrupted_run_the_shards_are_known_by_what_they_hold(tmp_path, small_shards):
-    made = create(tmp_path, IDENTITY)
+    made = create(tmp_path, MADE_FROM)
     made.write(0, np.zeros((3, 32)))
-    again = create(tmp_path, IDENTITY)
+    again = create(tmp_path, MADE_FROM)
     assert (again.missing(), again.checksums) == ([1, 2, 3], {})
-    done = fill(tmp_path, IDENTITY)
-    assert load(tmp_path, IDENTITY).checksums == done.checksums
+    done = fill(tmp_path, MADE_FROM)
+    assert load_store(str(tmp_path), MADE_FROM).checksums == done.checksums
     assert len(done.checksums) == 4
     assert (done.read(0) == 0).all()
 
 
 def test_interrupted_encoding_goes_on_where_it_stopped(tmp_path, small_shards, monkeypatch, tiny_bert):
     """Killed in its third shard: the second run encodes the shards that are missing and no other text."""
-    from tests.retrieval.models.test_modeling import load as load_model
+    from tests.retrieval.models.test_modeling import load
 
-    model = load_model(tiny_bert, pooling_method=("mean",)).eval()
-    key = EncodeConfig(32, torch.device("cpu"))
-    config = DenseSearchConfig(key, key, hits=1, folder=str(tmp_path), save_encode=True)
+    model = load(tiny_bert, pooling_method=("mean",)).eval()
+    path = write_rows(tmp_path / "corpus.json", ({"text": text} for text in TEXTS))
+    corpus = load_corpus(str(path), "{text}", None)
+    data = EvalData(corpus, corpus, "{text}", None, no_instruction)
+    args = RetrievalArgs(save_encode=True, key_max_length=32)
     seen: list[str] = []
 
     def counting(embed, tokenizer, texts, *rest):
@@ -126,10 +126,10 @@ def test_interrupted_encoding_goes_on_where_it_stopped(tmp_path, small_shards, m
     monkeypatch.setattr(searcher, "encode", counting)
     limit = 6
     with pytest.raises(KeyboardInterrupt):
-        build_dense_searcher(model, TEXTS, config, lambda: IDENTITY)
+        dense_searcher(args, data, str(tmp_path), torch.device("cpu"), model)
     assert seen == TEXTS[:6]
     limit = 100
-    built = build_dense_searcher(model, TEXTS, config, lambda: IDENTITY)
+    built = dense_searcher(args, data, str(tmp_path), torch.device("cpu"), model)
     assert seen == TEXTS, "each text was encoded once"
     _, rows = built.search(TEXTS, 1)
     assert rows[:, 0].tolist() == list(range(10))

@@ -168,14 +168,14 @@ def test_exact_hits_are_those_of_faiss(metric: str, stored: type):
 def test_faiss_indexes_lie_on_the_gpu_where_they_can(tmp_path: Path, factory: str):
     vectors = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32)
     shards = [VectorShard(10, 3000, lambda: vectors)]
-    index = FaissIndex.build(shards, factory, "ip", GPU, 5)
+    index = FaissIndex.build(shards, factory, "ip", device=GPU, hits=5, parameters=None)
     assert isinstance(index.index, faiss.GpuIndex) == (factory != "HNSW16")
     scores, rows = index.search(vectors[:50], 5)
-    on_cpu = FaissIndex.build(shards, factory, "ip", CPU, 5)
+    on_cpu = FaissIndex.build(shards, factory, "ip", device=CPU, hits=5, parameters=None)
     np.testing.assert_allclose(scores, on_cpu.search(vectors[:50], 5)[0], atol=1e-4)
     assert rows.min() >= 10
     index.save(str(tmp_path / "index"))
-    again = FaissIndex.load(str(tmp_path / "index"), 10, GPU, 5).search(vectors[:50], 5)
+    again = FaissIndex.load(str(tmp_path / "index"), 10, device=GPU, hits=5, parameters=None).search(vectors[:50], 5)
     np.testing.assert_array_equal(again[1], rows)
 
 

@@ -16,12 +16,13 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from src.retrieval.args import BM25Args
 from src.retrieval.search.bm25.analyzer import cut_terms
 from src.retrieval.search.exact import no_hits
 from src.utils import distributed
@@ -30,9 +31,6 @@ from src.utils.files import write_jsonl
 from src.utils.jsonl import available_cores
 from src.utils.locks import check_free
 from src.utils.manifest import Manifest, folder_checksums, read_manifest
-
-if TYPE_CHECKING:
-    from src.retrieval.search.bm25.choose import BM25Config
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +208,7 @@ def java_version(java: str) -> int | None:
 
 
 def build_anserini_searcher(
-    anserini: Anserini, corpus: Sequence[str], made_from: Mapping[str, Any], config: BM25Config
+    anserini: Anserini, corpus: Sequence[str], made_from: Mapping[str, Any], folder: Path, args: BM25Args
 ) -> AnseriniSearcher:
     """Write the collection and index it, or reuse what the flags say; the main process does the work.
 
@@ -218,28 +216,26 @@ def build_anserini_searcher(
         anserini: ready to run.
         corpus: texts.
         made_from: what the texts depend on.
-        config: settings.
+        folder: of collection, index and logs; absolute.
+        args: flags.
 
     Raises:
         UserError: Anserini fails or loses a document; what shall be reused is missing or was made from something else.
     """
-    documents = distributed.on_main(partial(_prepare, anserini, corpus, made_from, config))
-    return AnseriniSearcher(anserini, len(corpus), documents, config)
-
-
-def _prepare(anserini: Anserini, corpus: Sequence[str], made_from: Mapping[str, Any], config: BM25Config) -> int:
-    """Have a good index; returns the number of documents in it."""
-    folder = Path(config.folder).absolute()
     collection, index = folder / COLLECTION, folder / INDEX
-    indexed_from = {**made_from, "language": config.language, "store_docvectors": config.store_docvectors}
-    if config.load_index:
-        check_free(config.folder)
-        return _saved(index, "load_index", indexed_from)
-    if config.load_collection:
-        documents = _saved(collection, "load_collection", made_from)
-    else:
-        documents = _save(collection, made_from, lambda: write_collection(corpus, collection, config.threads))
-    return _save(index, indexed_from, lambda: make_index(anserini, folder, documents, config))
+    indexed_from = {**made_from, "language": args.language, "store_docvectors": args.storeDocvectors}
+
+    def prepare() -> int:
+        if args.load_index:
+            check_free(str(folder))
+            return _saved(index, "load_index", indexed_from)
+        if args.load_collection:
+            documents = _saved(collection, "load_collection", made_from)
+        else:
+            documents = _save(collection, made_from, lambda: write_collection(corpus, collection, args.threads))
+        return _save(index, indexed_from, lambda: make_index(anserini, folder, documents, args))
+
+    return AnseriniSearcher(anserini, len(corpus), distributed.on_main(prepare), folder, args)
 
 
 def _saved(folder: Path, flag: str, made_from: Mapping[str, Any]) -> int:
@@ -300,7 +296,7 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def make_index(anserini: Anserini, folder: Path, documents: int, config: BM25Config) -> int:
+def make_index(anserini: Anserini, folder: Path, documents: int, args: BM25Args) -> int:
     """Index the collection in `folder`, if it has any documents, and return how many it has.
 
     Raises:
@@ -308,10 +304,10 @@ def make_index(anserini: Anserini, folder: Path, documents: int, config: BM25Con
     """
     if not documents:
         return 0
-    threads = str(min(config.threads, available_cores()))
+    threads = str(min(args.threads, available_cores()))
     command = [*anserini.index, "-collection", "JsonCollection", "-generator", "DefaultLuceneDocumentGenerator"]
     command += ["-input", str(folder / COLLECTION), "-index", str(folder / INDEX), "-threads", threads]
-    command += ["-language", config.language, *(["-storeDocvectors"] if config.store_docvectors else [])]
+    command += ["-language", args.language, *(["-storeDocvectors"] if args.storeDocvectors else [])]
     log = folder / "anserini-index.log"
     logger.info("BM25: Anserini indexes %d documents; its log: %s", documents, log)
     text = anserini.run(command, log)
@@ -319,9 +315,9 @@ def make_index(anserini: Anserini, folder: Path, documents: int, config: BM25Con
         raise _failure(f"Anserini indexed {indexed} of {documents} documents", text, log)
     if not any((folder / INDEX).glob("segments*")):
         raise UserError(f"Anserini wrote no index to {folder / INDEX} (its output: {log})")
-    if config.language != "en" and "DefaultEnglishAnalyzer" in text:
+    if args.language != "en" and "DefaultEnglishAnalyzer" in text:
         raise UserError(
-            f"--language {config.language!r} is unknown to Anserini, which would take it for English: give a "
+            f"--language {args.language!r} is unknown to Anserini, which would take it for English: give a "
             "two-letter code such as en, de, fr, es, zh or ar"
         )
     return documents
@@ -336,11 +332,12 @@ def _last_count(pattern: re.Pattern[str], text: str) -> int:
 class AnseriniSearcher:
     """Search by ``SearchCollection``, one run for all queries of a call."""
 
-    def __init__(self, anserini: Anserini, rows: int, documents: int, config: BM25Config) -> None:
+    def __init__(self, anserini: Anserini, rows: int, documents: int, folder: Path, args: BM25Args) -> None:
         self.anserini = anserini
         self.rows = rows
         self.documents = documents
-        self.config = config
+        self.folder = folder
+        self.args = args
 
     def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Searcher.search`.
@@ -356,7 +353,7 @@ class AnseriniSearcher:
         scores, rows = no_hits(len(queries), hits)
         topics = {number: text for number, query in enumerate(queries) if (text := topic(query))}
         if topics and self.documents:
-            with tempfile.TemporaryDirectory(dir=self.config.folder, prefix="search.") as folder:
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix="search.") as folder:
                 output = self._run(topics, hits, Path(folder))
                 read_run(output, topics, scores, rows, self.rows)
         return scores, rows
@@ -365,13 +362,12 @@ class AnseriniSearcher:
         """Search for the topics and return the file of hits in TREC's format."""
         source, output = folder / "topics.tsv", folder / "run.trec"
         source.write_text("".join(f"{number}\t{text}\n" for number, text in topics.items()), encoding="utf-8")
-        base = Path(self.config.folder).absolute()
-        command = [*self.anserini.search, "-index", str(base / INDEX), "-topics", str(source.absolute())]
-        command += dialect(search_options(self.anserini), self.config.threads)
-        command += ["-output", str(output.absolute()), "-format", "trec"]
-        command += ["-bm25", "-bm25.k1", repr(self.config.k1), "-bm25.b", repr(self.config.b)]
-        command += ["-hits", str(hits), "-language", self.config.language]
-        log = base / "anserini-search.log"
+        command = [*self.anserini.search, "-index", str(self.folder / INDEX), "-topics", str(source)]
+        command += dialect(search_options(self.anserini), self.args.threads)
+        command += ["-output", str(output), "-format", "trec"]
+        command += ["-bm25", "-bm25.k1", repr(self.args.k1), "-bm25.b", repr(self.args.b)]
+        command += ["-hits", str(hits), "-language", self.args.language]
+        log = self.folder / "anserini-search.log"
         text = self.anserini.run(command, log)
         if (answered := _last_count(_PROCESSED, text)) != len(topics):
             raise _failure(f"Anserini answered {answered} of {len(topics)} queries", text, log)
