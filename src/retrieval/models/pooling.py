@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,29 +35,24 @@ _ST_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 _VECTOR = "sentence_embedding"
 
 
-def _is_plain(modalities: Any) -> bool:
-    """Whether texts are read as they are, and not put into a chat template."""
-    return isinstance(modalities, dict) and "message" not in modalities
-
-
-def _chooses_kernels(options: Any) -> bool:
-    """Whether options for loading a model are about its precision and kernels alone."""
-    return isinstance(options, dict) and options.keys() <= {"torch_dtype", "dtype", "attn_implementation"}
-
-
 #: Names in the names of the files with settings of sentence-transformers' Transformer.
 _ST_FAMILIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-#: The settings, and when they change nothing or are heeded here.
-_HARMLESS: Mapping[str, Callable[[Any], bool]] = {
-    "max_seq_length": lambda value: isinstance(value, int),
-    "do_lower_case": lambda value: value is True,
-    "transformer_task": lambda value: value == "feature-extraction",
-    "modality_config": _is_plain,
-    "module_output_name": lambda value: value == "token_embeddings",
-    "unpad_inputs": lambda value: True,
-    "model_args": _chooses_kernels,
-    "model_kwargs": _chooses_kernels,
-}
+#: Values of these settings that are heeded here, or change nothing.
+_ST_VALUES = {"do_lower_case": True, "transformer_task": "feature-extraction", "module_output_name": "token_embeddings"}
+
+
+def _is_heeded(name: str, value: Any) -> bool:
+    """Whether a setting of sentence-transformers' Transformer is heeded here, or changes nothing."""
+    if not value or name == "unpad_inputs":
+        return True
+    if name == "max_seq_length":
+        return isinstance(value, int)
+    if name == "modality_config":
+        # Else texts are put into a chat template.
+        return isinstance(value, dict) and "message" not in value
+    if name in ("model_args", "model_kwargs"):
+        return isinstance(value, dict) and value.keys() <= {"torch_dtype", "dtype", "attn_implementation"}
+    return name in _ST_VALUES and value == _ST_VALUES[name]
 
 
 @dataclass(frozen=True)
@@ -263,8 +258,7 @@ def _read_modules(checkpoint: Checkpoint, modules_file: str, pooling_given: bool
         )
     text_file, texts = _read_settings(checkpoint, [f"sentence_{name}_config.json" for name in _ST_FAMILIES])
     for name, value in texts.items():
-        # What is set to nothing changes nothing.
-        if value and not _HARMLESS.get(name, lambda value: False)(value):
+        if not _is_heeded(name, value):
             raise UserError(f"{text_file}: {name} {json.dumps(value)[:80]} is not supported: remove it there")
     return PoolingSpec(
         pooling_method=None if pooling_given else tuple(methods) or None,
