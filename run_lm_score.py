@@ -16,11 +16,10 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from src.lm.args import NO_EFFECT, LMScoreArgs
-from src.lm.builders import lm_config
-from src.lm.journal import Journal
 from src.lm.model import LMConfig, empty_lm, lm_max_length, load_lm, load_lm_tokenizer, model_identity
 from src.lm.prompts import PromptEncoder, make_frame
-from src.lm.score import FORMAT, ScoreData, check_all_fit, check_tokens, score_units, write_scored
+from src.lm.response_store import ResponseStore
+from src.lm.score import ScoreData, check_all_fit, check_tokens, score_units, write_scored
 from src.plan.lm import lm_lines, scoring_lines
 from src.retrieval.data.rows import LM_CHECK, check_lm_row
 from src.retrieval.data.tasks import TASKS, load_task_config, prompt_task_problems, task_from_path
@@ -33,6 +32,10 @@ from src.utils.flags import check_choice
 from src.utils.jsonl import JsonLines, open_jsonl
 
 logger = logging.getLogger("run_lm_score")
+
+#: Flags of prompts and answers.
+PROMPT_FLAGS = ("key_max_length", "truncation_side", "add_llama_inst", "use_chat_template")
+ANSWER_FLAGS = ("task", "answer_select", "seed")
 
 
 def load_data(args: LMScoreArgs) -> ScoreData:
@@ -64,20 +67,8 @@ def identity(args: LMScoreArgs, dtype: str, data: ScoreData, limit: int | None) 
         "eval_data": [os.path.abspath(rows.path), file.st_size, file.st_mtime_ns],
         "lm_dtype": dtype,
         "prompts": dict(data.prompts),
-        "format": FORMAT,
         "context_max_length": limit,
-        **{
-            flag: getattr(args, flag)
-            for flag in (
-                "key_max_length",
-                "truncation_side",
-                "add_llama_inst",
-                "use_chat_template",
-                "task",
-                "answer_select",
-                "seed",
-            )
-        },
+        **{name: getattr(args, name) for name in (*PROMPT_FLAGS, *ANSWER_FLAGS)},
     }
 
 
@@ -87,11 +78,11 @@ def prompt_encoder(
     """How texts become prompts of an LM, of at most `limit` tokens (None: as many as it takes)."""
     return PromptEncoder(
         tokenizer,
-        lm_max_length(config, limit),
-        args.key_max_length,
-        args.truncation_side,
-        make_frame(tokenizer, args.add_llama_inst, args.use_chat_template),
-        bool(config.is_encoder_decoder),
+        max_length=lm_max_length(config, limit),
+        key_max_length=args.key_max_length,
+        truncation_side=args.truncation_side,
+        frame=make_frame(tokenizer, args.add_llama_inst, args.use_chat_template),
+        encoder_decoder=bool(config.is_encoder_decoder),
     )
 
 
@@ -106,26 +97,26 @@ def plan(args: LMScoreArgs, config: LMConfig, data: ScoreData, output: str, limi
     return [*scoring_lines(data, encoder), *lm_lines(model, config), ("output", output)]
 
 
-def fill(args: LMScoreArgs, config: LMConfig, data: ScoreData, journal: Journal, limit: int | None) -> None:
-    """Score what the journal lacks; with ``--load_score`` only find out whether it is of these rows and settings.
+def fill(args: LMScoreArgs, config: LMConfig, data: ScoreData, store: ResponseStore, limit: int | None) -> None:
+    """Score what the store lacks; with ``--load_score`` only check that it is of these rows and settings.
 
     Raises:
         UserError: it is of others, or rows do not fit.
     """
     whose = identity(args, config.dtype, data, limit)
     if args.load_score:
-        if not distributed.on_main(journal.exists):
-            raise UserError(f"--load_score: there are no scores of an interrupted run in {journal.folder}")
-        distributed.on_main(lambda: journal.check(whose))
+        if not distributed.on_main(store.manifest.exists):
+            raise UserError(f"--load_score: there are no scores of an interrupted run in {store.folder}")
+        distributed.on_main(lambda: store.check(whose))
         return
     model = load_lm(config)
     check_tokens(data, model.vocabulary)
     encoder = prompt_encoder(args, model.tokenizer, model.model.config, limit)
     if args.strict:
         check_all_fit(encoder, data)
-    distributed.on_main(lambda: journal.open(whose))
+    store.open(whose)
     logger.info("scoring with %s in %s on %s", args.model_name_or_path, config.dtype, model.model.device)
-    score_units(model, encoder, data, journal, args.lm_batch_size * args.context_max_length)
+    score_units(model, encoder, data, store, args.lm_batch_size * args.context_max_length)
 
 
 def main() -> None:
@@ -134,7 +125,7 @@ def main() -> None:
     for name in sorted(given.intersection(NO_EFFECT)):
         logger.warning("--%s has no effect on scoring", name)
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)
-    config = lm_config(args, given, device)
+    config = LMConfig.from_args(args, given, device)
     limit = args.context_max_length if "context_max_length" in given else None
     data = load_data(args)
     output = derived_path(data.rows.path, "scored", args.save_name, args.output_dir if args.save_to_output else None)
@@ -144,13 +135,13 @@ def main() -> None:
     if args.dry_run:
         show_plan(plan(args, config, data, output, limit))
         return
-    journal = Journal(f"{output}.parts")
+    store = ResponseStore(f"{output}.parts")
     with locks.hold(output):
-        fill(args, config, data, journal, limit)
+        fill(args, config, data, store, limit)
         if distributed.is_main():
-            write_scored(data, journal, args.score_name or "teacher_scores", output, partly=args.load_score)
+            write_scored(data, store, args.score_name or "teacher_scores", output, partly=args.load_score)
             if not args.load_score:
-                journal.remove()
+                store.remove()
 
 
 if __name__ == "__main__":

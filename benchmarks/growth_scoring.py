@@ -1,4 +1,4 @@
-"""What a row costs in files of growing size: the whole of run_lm_score.py (check, prompts, journal, write) with an LM
+"""What a row costs in files of growing size: the whole of run_lm_score.py (check, prompts, responses, write) with an LM
 that answers at once, so that everything else shows.
 
 python -m benchmarks.growth_scoring --model FOLDER_OR_HUB_NAME
@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.common import compare, timed
 from benchmarks.texts import passages
-from src.lm.journal import Journal
 from src.lm.model import LanguageModel
 from src.lm.prompts import PromptEncoder
+from src.lm.response_store import ResponseStore
 from src.lm.score import ScoreData, score_units, write_scored
 from src.retrieval.data.rows import check_lm_row
 from src.utils.jsonl import open_jsonl
@@ -63,10 +63,10 @@ def measure(args: argparse.Namespace, size: int) -> dict[str, float]:
 
         def work() -> None:
             data = ScoreData(open_jsonl(path, check_lm_row, "benchmark"), "qa")
-            journal = Journal(f"{folder}/parts")
-            journal.open({})
-            score_units(model, PromptEncoder(tokenizer, CONTEXT, CONTEXT), data, journal, 4 * CONTEXT)
-            assert write_scored(data, journal, "teacher_scores", f"{folder}/scored.json") == size
+            store = ResponseStore(f"{folder}/parts")
+            store.open({})
+            score_units(model, PromptEncoder(tokenizer, CONTEXT, CONTEXT), data, store, 4 * CONTEXT)
+            assert write_scored(data, store, "teacher_scores", f"{folder}/scored.json") == size
 
         seconds = timed(work)
     return {"rate": size / seconds, "seconds": seconds}

@@ -15,9 +15,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.common import ROOT, compare, timed
-from src.lm.journal import Journal
 from src.lm.model import LanguageModel, LMConfig, load_lm
 from src.lm.prompts import PromptEncoder, PromptTokens
+from src.lm.response_store import ResponseStore
 from src.lm.score import ScoreData, encode_row, score_units
 from src.retrieval.data.rows import check_lm_row
 from src.utils.devices import prepared
@@ -85,9 +85,9 @@ def measure(args: argparse.Namespace, side: str) -> float:
         total = int(data.pairs.sum())
 
         def ours() -> None:
-            journal = Journal(f"{folder}/parts")
-            journal.open({})
-            score_units(model, encoder, data, journal, args.batch_size * CONTEXT)
+            store = ResponseStore(f"{folder}/parts")
+            store.open({})
+            score_units(model, encoder, data, store, args.batch_size * CONTEXT)
 
         def plain() -> None:
             pairs = [pair for number in range(len(data.rows)) for pair in encode_row(encoder, data, number) if pair]

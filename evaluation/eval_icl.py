@@ -5,54 +5,111 @@ torchrun --nproc_per_node 8 -m evaluation.eval_icl --query_encoder data/outputs/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 
-from evaluation.runner.few_shot import same_task
+from evaluation.runner.args import SAME_TASK, ICLArgs
+from evaluation.runner.from_corpus import Found, Row, Values
 from evaluation.runner.run import start
-from evaluation.runner.task import Context, EvalTask, Found, Row
-from evaluation.tasks.icl import FAMILY_OF, chooses, problems, score, single_blanks, summarize
-from src.lm.ask import Request
-from src.lm.budget import Layout, Prompt
-from src.lm.eval_args import SAME_TASK, ICLArgs
+from evaluation.runner.task import EvalTask
+from evaluation.runner.text_metrics import binary_f1, exact_match, group_means, mean, rouge_l
+from src.lm.prompts import Layout, Prompt, Request
+from src.lm.response_store import Response
 from src.retrieval.data.corpus import EvalData
-from src.retrieval.data.rows import FurtherCheck
-from src.retrieval.jobs.evaluate import load_eval_data
-from src.retrieval.ranking.config import EvalConfig
+from src.retrieval.data.rows import FurtherCheck, blank_problems, text_list_problems, text_problems
+from src.retrieval.search.searcher import query_rng
 from src.utils.errors import UserError
 from src.utils.flags import check_choice
+
+logger = logging.getLogger(__name__)
 
 #: Examples and query in lines of their own.
 LAYOUT = Layout(between_parts="\n")
 
+#: The 30 tasks, in nine families.
+FAMILIES = {
+    "closed QA": ("arc_c", "arc_e", "natural_questions"),
+    "commonsense": ("copa", "hellaswag", "piqa"),
+    "coreference": ("winogrande", "wsc", "wsc273"),
+    "paraphrase": ("mrpc", "paws", "qqp"),
+    "NLI": ("mnli_m", "mnli_mm", "qnli", "rte", "snli"),
+    "reading": ("boolq", "multirc", "openbookqa", "squad_v1"),
+    "sentiment": ("sentiment140", "sst2", "yelp"),
+    "data-to-text": ("common_gen", "dart", "e2e_nlg"),
+    "summarisation": ("aeslc", "ag_news", "gigaword"),
+}
+FAMILY_OF = {task: family for family, tasks in FAMILIES.items() for task in tasks}
 
-def load(args: ICLArgs, config: EvalConfig, check: FurtherCheck | None) -> EvalData | None:
-    """Open rows and corpus; of the rows those of ``--task_names``."""
-    for name in args.task_names or ():
-        check_choice("task_names", name, tuple(FAMILY_OF))
-    data = load_eval_data(args, config, check)
-    if data is None or not args.task_names:
-        return data
-    chosen = np.array([number for number, row in enumerate(data.rows) if row["task_name"] in args.task_names])
-    if len(chosen) == 0:
-        raise UserError(f"--task_names {' '.join(args.task_names)}: {data.rows.path} has no row of these")
-    return replace(data, rows=data.rows.select(chosen))
+ACCURACY, BINARY_F1, EXACT_MATCH, ROUGE_L = "accuracy", "f1", "exact_match", "rouge_l"
+#: Tasks whose metric is not accuracy.
+_METRICS = {
+    "multirc": BINARY_F1,
+    "natural_questions": EXACT_MATCH,
+    "squad_v1": EXACT_MATCH,
+    **dict.fromkeys(("common_gen", "dart", "e2e_nlg", "aeslc", "gigaword"), ROUGE_L),
+}
 
 
-def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request:
-    """Retrieved examples, the nearest last, and the query; options to choose from, or an answer to generate."""
-    examples = tuple(single_blanks(text) for text in reversed(found.texts))
-    options = tuple(row["options"]) if chooses(row["task_name"]) else ()
-    # The blank before an option keeps its first token apart from the newline, whatever the tokenizer.
-    return Request(Prompt(f"{single_blanks(row['query'])}\n ", examples=examples, layout=LAYOUT), options)
+def metric_of(task: str) -> str:
+    """Accuracy, F1 of the second option, exact match or ROUGE-L."""
+    return _METRICS.get(task, ACCURACY)
 
 
-TASK = EvalTask(
-    name="icl",
-    args=ICLArgs,
-    defaults={
+def chooses(task: str) -> bool:
+    """Whether the task's answers are chosen among options, not generated."""
+    return metric_of(task) in (ACCURACY, BINARY_F1)
+
+
+def example_task(task: str) -> str:
+    """The task of a corpus whose examples serve a task: those of MNLI serve both of its parts."""
+    return "mnli" if task in ("mnli_m", "mnli_mm") else task
+
+
+def single_blanks(text: str) -> str:
+    """The text with one blank wherever there are several."""
+    return re.sub(" {2,}", " ", text)
+
+
+def right_option(row: Row) -> int | None:
+    """The option that ``answers`` names, by its text or else by its number; None if it is no option."""
+    answer, options = row["answers"][0], row["options"]
+    if answer in options:
+        return options.index(answer)
+    number = int(answer) if re.fullmatch("[0-9]{1,9}", answer.strip()) else len(options)
+    return number if number < len(options) else None
+
+
+def problems(row: Row) -> list[str]:
+    """Of the fields that the evaluation needs."""
+    found = text_problems(row, "task_name") + text_list_problems(row, "answers", 1)
+    if not found and row["task_name"] not in FAMILY_OF:
+        found.append(f"task_name {row['task_name']!r} is unknown: choose from {', '.join(FAMILY_OF)}")
+    if not found and chooses(row["task_name"]):
+        found += text_list_problems(row, "options") or blank_problems(row, "options")
+    if found or not chooses(row["task_name"]):
+        return found
+    options = row.get("options") or []
+    if not options:
+        found.append(f"field 'options' is missing: task {row['task_name']!r} chooses between some")
+    elif metric_of(row["task_name"]) == BINARY_F1 and len(options) != 2:
+        found.append(f"field 'options' needs two, of which the second is the positive class, found {len(options)}")
+    elif right_option(row) is None:
+        found.append(f"answers[0] {row['answers'][0]!r} is none of the options {options!r}, by text or number from 0")
+    return found
+
+
+class ICL(EvalTask):
+    """Retrieved examples and a query, whose answer is chosen or written."""
+
+    name = "icl"
+    flags = ICLArgs
+    defaults: ClassVar[dict[str, Any]] = {
         "eval_data": "llm-embedder:icl/icl/test.json",
         "corpus": "llm-embedder:icl/icl/corpus.json",
         "key_template": "{contents}",
@@ -64,17 +121,95 @@ TASK = EvalTask(
         "max_new_tokens": 64,
         "output_dir": "data/results/icl/",
         "log_path": "data/results/icl/icl.log",
-    },
-    check=FurtherCheck("icl-3", problems),
-    load=load,
-    hits={SAME_TASK: same_task},
-    keys_wanted=lambda args: args.few_shot,
-    request=request,
-    score=score,
-    gold=lambda row: row["answers"],
-    summarize=summarize,
-)
+    }
+    check = FurtherCheck("icl-3", problems)
+
+    def load(self) -> EvalData:
+        """Open rows and corpus; of the rows those of ``--task_names``."""
+        names = self.args.task_names or ()
+        for name in names:
+            check_choice("task_names", name, tuple(FAMILY_OF))
+        data = super().load()
+        if not names:
+            return data
+        chosen = [number for number, row in enumerate(data.rows) if row["task_name"] in names]
+        if not chosen:
+            raise UserError(f"--task_names {' '.join(names)}: {data.rows.path} has no row of these")
+        return replace(data, rows=data.rows.select(np.array(chosen)))
+
+    def chosen_hits(self) -> Callable[[Row], Sequence[int]] | None:
+        """Also ``same-task-random``: examples of the row's ``task_name``; both parts of MNLI have those of ``mnli``.
+
+        Raises:
+            UserError: an example has none, or no row's task has an example.
+        """
+        corpus, rows, args = self.data.corpus, self.data.rows, self.args
+        if args.retrieval_method != SAME_TASK or corpus is None:
+            return super().chosen_hits()
+        of_task: dict[str, list[int]] = defaultdict(list)
+        for number, row in enumerate(corpus):
+            if not isinstance(row.get("task_name"), str):
+                raise UserError(f"{corpus.where(number)}: no 'task_name', which --retrieval_method {SAME_TASK} goes by")
+            of_task[row["task_name"]].append(number)
+        names = {example_task(row["task_name"]) for row in rows}
+        missing = sorted(names - of_task.keys())
+        if len(missing) == len(names):
+            raise UserError(f"{corpus.path} has no example of any task of {rows.path}: {', '.join(missing)}")
+        if missing:
+            logger.warning("%s has no example of %s: asked without examples", corpus.path, ", ".join(missing))
+        places = {name: np.array(own) for name, own in of_task.items()}
+
+        def choose(row: Row) -> list[int]:
+            own = places.get(example_task(row["task_name"]), ())
+            rng = query_rng(args.seed, row["query"])
+            return rng.choice(own, min(args.few_shot, len(own)), replace=False).tolist()
+
+        return choose
+
+    def keys_in_prompt(self) -> int:
+        """As many as examples."""
+        return self.args.few_shot
+
+    def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request:
+        """Retrieved examples, the nearest last, and the query; options to choose from, or an answer to generate."""
+        retrieved = tuple(single_blanks(text) for text in reversed(found.texts))
+        options = tuple(row["options"]) if chooses(row["task_name"]) else ()
+        # The blank before an option keeps its first token apart from the newline, whatever the tokenizer.
+        return Request(Prompt(f"{single_blanks(row['query'])}\n ", examples=retrieved, layout=LAYOUT), options)
+
+    def score(self, row: Row, response: Response) -> Values:
+        """The value of the task's metric; for F1, which a single row has not, whether it is right, and both options."""
+        metric = metric_of(row["task_name"])
+        if response.log_likelihoods:
+            right = right_option(row)
+            assert right is not None
+            correct = float(response.choice == right)
+            if metric == BINARY_F1:
+                return {"correct": correct, "chosen": float(response.choice), "right": float(right)}
+            return {metric: correct}
+        answers = [single_blanks(answer) for answer in row["answers"]]
+        if metric == ROUGE_L:
+            return {metric: mean([rouge_l(text, answers[0]) for text in response.texts])}
+        return {metric: mean([exact_match(text, answers, articles=False) for text in response.texts])}
+
+    def gold(self, row: Row) -> list[str]:
+        """All answers."""
+        return row["answers"]
+
+    def summarize(self, rows: Sequence[tuple[Row, Values]]) -> Values:
+        """The metric of each task, the mean of each family's tasks, and of all tasks."""
+        by_task: dict[str, list[Values]] = defaultdict(list)
+        for row, values in rows:
+            by_task[row["task_name"]].append(values)
+        tasks = {}
+        for task in (task for task in FAMILY_OF if task in by_task):
+            own = by_task[task]
+            if metric_of(task) == BINARY_F1:
+                tasks[task] = binary_f1([values["chosen"] for values in own], [values["right"] for values in own])
+            else:
+                tasks[task] = mean([next(iter(values.values())) for values in own])
+        return {**tasks, **group_means(tasks, FAMILIES), "average": mean(list(tasks.values()))}
 
 
 if __name__ == "__main__":
-    start(TASK)
+    start(ICL)

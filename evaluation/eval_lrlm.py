@@ -6,23 +6,27 @@ torchrun --nproc_per_node 8 -m evaluation.eval_lrlm --query_encoder data/outputs
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
+from evaluation.runner.args import HISTORY_NO_EFFECT, ORACLE, LRLMArgs
+from evaluation.runner.from_corpus import Found, Retrieved, Row
 from evaluation.runner.run import start
-from evaluation.runner.task import Context, EvalTask, Found, Row
-from evaluation.self_retrieval.chunks_task import from_past, text_windows, window_limit
-from evaluation.self_retrieval.history_task import nll_values, perplexity
-from src.lm.ask import Request
-from src.lm.eval_args import HISTORY_NO_EFFECT, LRLMArgs
+from evaluation.self_retrieval.chunks import ChunkPlan, Integration, plan_chunks, windows
+from evaluation.self_retrieval.history import Case, FromPast
+from src.lm.prompts import PromptEncoder, Request
 from src.retrieval.data.corpus import EvalData
-from src.retrieval.data.rows import FurtherCheck, text_problems
+from src.retrieval.data.rows import text_problems
 from src.retrieval.data.tasks import no_instruction
 from src.retrieval.jobs.evaluate import instructions
-from src.retrieval.ranking.config import EvalConfig
 from src.utils import distributed
+from src.utils.errors import UserError
 from src.utils.files import existing_file, resolve_path
 from src.utils.jsonl import open_jsonl
+
+#: Texts whose past is ranked at a time.
+TEXTS_A_TIME = 16
 
 
 def check_row(row: Row) -> tuple[list[str], dict[str, Any]]:
@@ -30,24 +34,12 @@ def check_row(row: Row) -> tuple[list[str], dict[str, Any]]:
     return text_problems(row, "text"), {}
 
 
-def load(args: LRLMArgs, config: EvalConfig, check: FurtherCheck | None) -> EvalData:
-    """Open the texts."""
-    path = existing_file(resolve_path(args.eval_data or "", args.data_root), "eval_data")
-    rows = distributed.on_main(partial(open_jsonl, path, check_row, "lrlm-1", args.dataset_cache_dir))
-    instruction_of = instructions(args) if args.retrieval_method == "dense" else no_instruction
-    return EvalData(rows, None, args.key_template, args.task, instruction_of)
+class LRLM(FromPast):
+    """Windows at the end of long texts, with the likelihood of their last tokens."""
 
-
-def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request | None:
-    """How likely is each target chunk? None for a text without anything before its target."""
-    parts = text_windows(context, row, found.indices)
-    return Request(windows=tuple(parts)) if parts else None
-
-
-TASK = EvalTask(
-    name="lrlm",
-    args=LRLMArgs,
-    defaults={
+    name = "lrlm"
+    flags = LRLMArgs
+    defaults: ClassVar[dict[str, Any]] = {
         "eval_data": "llm-embedder:lrlm/books3/test.json",
         "task": "lrlm",
         "context_max_length": 32768,
@@ -55,19 +47,100 @@ TASK = EvalTask(
         "key_num": 8,
         "output_dir": "data/outputs/lrlm",
         "log_path": "data/results/lrlm",
-    },
-    no_effect=(*HISTORY_NO_EFFECT, "add_llama_inst", "use_chat_template"),
-    load=load,
-    retrieve=from_past,
-    request=request,
-    score=lambda row, response: nll_values(response.log_likelihoods, response.tokens),
-    gold=lambda row: None,
-    output=lambda response: None,
-    summarize=perplexity,
-    batch_tokens=lambda args, encoder: args.lm_batch_size * args.chunk_batch_size * window_limit(args, encoder),
-    left_out="they are not longer than --target_length",
-)
+    }
+    no_effect = (*HISTORY_NO_EFFECT, "add_llama_inst", "use_chat_template")
+    left_out = "they are not longer than --target_length"
+    past = "chunks before their window"
+
+    def load(self) -> EvalData:
+        """Open the texts."""
+        args = self.args
+        path = existing_file(resolve_path(args.eval_data, args.data_root), "eval_data")
+        rows = distributed.on_main(partial(open_jsonl, path, check_row, "lrlm-1", args.dataset_cache_dir))
+        instruction_of = instructions(args) if args.retrieval_method == "dense" else no_instruction
+        return EvalData(rows, None, args.key_template, args.task, instruction_of)
+
+    def batch_tokens(self, encoder: PromptEncoder) -> int:
+        """As many windows as ``--lm_batch_size`` times ``--chunk_batch_size``.
+
+        Raises:
+            UserError: the LM does not take so many tokens.
+        """
+        args = self.args
+        added = args.retrieval_method != "no" and args.integrate_method == "concat"
+        size = args.context_window_size + args.key_num * 2 * args.chunk_size * added
+        if size > encoder.max_length:
+            raise UserError(
+                f"the LM takes {encoder.max_length} tokens, and windows need {size}: lower --context_window_size, "
+                "--key_num or --chunk_size, or use --integrate_method replace"
+            )
+        return int(args.lm_batch_size * args.chunk_batch_size * size)
+
+    def _integration(self) -> Integration:
+        """How retrieved chunks enter the window.
+
+        Raises:
+            UserError: a separator is no token.
+        """
+        args, size = self.args, len(self.ask.encoder.tokenizer)
+        separator = tuple(args.add_sep or ())
+        if beyond := [token for token in separator if not 0 <= token < size]:
+            raise UserError(f"--add_sep {beyond[0]}: the LM's tokenizer has the tokens 0 to {size - 1}")
+        return Integration(args.order_method, args.integrate_method == "replace", separator)
+
+    def _read(self, row: Row) -> tuple[list[int], ChunkPlan | None]:
+        """Tokens of a text, no more than --context_max_length from its end, and its plan."""
+        args = self.args
+        text = row["text"][: args.anchor_length]
+        tokens = self.ask.encoder.tokenizer(text, add_special_tokens=False)["input_ids"][-args.context_max_length :]
+        replaces = args.integrate_method == "replace"
+        return tokens, plan_chunks(len(tokens), args.target_length, args.context_window_size, args.chunk_size, replaces)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return str(self.ask.encoder.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def cases(self, number: int) -> list[Case]:
+        """The chunk before each target chunk, and the chunks of the text's past."""
+        args = self.args
+        tokens, plan = self._read(self.data.rows[number])
+        if plan is None:
+            return []
+        how = self._integration()
+        spans = plan.values if args.add_key_continuation else plan.keys
+        terms = [tokens[span.start : span.stop] for span in spans]
+        texts = [self._text(own) if args.retrieval_method == "dense" else "" for own in terms]
+
+        def after_key(key: int, place: int) -> Request:
+            one = replace(plan, targets=plan.targets[place : place + 1], queries=plan.queries[place : place + 1])
+            return Request(windows=tuple(windows(one, [[key]], tokens, how)))
+
+        queries = [tokens[span.start : span.stop] for span in plan.queries]
+        return [
+            Case(number, place, self._text(own), texts, partial(after_key, place=place), own, terms)
+            for place, own in enumerate(queries)
+        ]
+
+    def retrieve(self) -> Retrieved:
+        """Chunks of each text's own past, for each of its target chunks."""
+        # An oracle asks about all chunks for each target, of whole windows: thousands for a single text.
+        best = self.best_keys(1 if self.args.retrieval_method == ORACLE else TEXTS_A_TIME)
+        found = []
+        for number, own in enumerate(best):
+            texts: tuple[str, ...] = ()
+            if self.args.debug_retrieval:
+                tokens, plan = self._read(self.data.rows[number])
+                spans = [plan.values[key] for keys in own for key in keys] if plan is not None else []
+                texts = tuple(self._text(tokens[span.start : span.stop]) for span in spans)
+            found.append(Found(tuple(map(tuple, own)), texts))
+        return found, {}
+
+    def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request | None:
+        """How likely is each target chunk? None for a text without anything before its target."""
+        tokens, plan = self._read(row)
+        if plan is None:
+            return None
+        return Request(windows=tuple(windows(plan, found.indices, tokens, self._integration())))
 
 
 if __name__ == "__main__":
-    start(TASK)
+    start(LRLM)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
-from evaluation.runner.few_shot import from_each_group
+import numpy as np
+
+from evaluation.runner.args import KNOWLEDGE_DEFAULTS, QuestionArgs
+from evaluation.runner.from_corpus import Found, Row, Values
 from evaluation.runner.run import start
-from evaluation.runner.task import Context, EvalTask, Found, Row
+from evaluation.runner.task import EvalTask
 from evaluation.runner.text_metrics import contains_answer, mean
-from src.lm.ask import Request
-from src.lm.budget import Prompt
-from src.lm.eval_args import KNOWLEDGE_DEFAULTS, QuestionArgs
-from src.lm.memory import Response
+from src.lm.prompts import Prompt, Request
+from src.lm.response_store import Response
 from src.retrieval.data.rows import FurtherCheck, blank_problems, text_list_problems
 
 #: Relations that examples are taken of.
@@ -45,28 +47,12 @@ def question(query: str, answer: str = "") -> str:
     return f"Q: {query} A: {answer}"
 
 
-def of_other_relations(context: Context) -> Callable[[Row], Sequence[str]]:
-    """Examples of the relations other than the row's own."""
-    return from_each_group(
-        context, "prop_id", RELATIONS, lambda row: question(row["query"], row.get("obj") or answers(row)[0])
-    )
+class PopQA(EvalTask):
+    """Passages, examples of other relations and a question, to be answered in own words."""
 
-
-def request(context: Context, row: Row, found: Found, examples: Sequence[str]) -> Request:
-    """Knowledge, examples, question."""
-    asked = question(row["query"].strip())
-    return Request(Prompt(asked, found.texts, tuple(examples), layout=context.ask.encoder.passages))
-
-
-def score(row: Row, response: Response) -> dict[str, float]:
-    """Whether an answer occurs in the output."""
-    return {"accuracy": mean([contains_answer(text, answers(row)) for text in response.texts])}
-
-
-TASK = EvalTask(
-    name="popqa",
-    args=QuestionArgs,
-    defaults={
+    name = "popqa"
+    flags = QuestionArgs
+    defaults: ClassVar[dict[str, Any]] = {
         **KNOWLEDGE_DEFAULTS,
         "eval_data": "llm-embedder:qa/popqa/test.json",
         "corpus": "llm-embedder:qa/nq/corpus.json",
@@ -77,14 +63,46 @@ TASK = EvalTask(
         "eos_token_id": 13,
         "output_dir": "data/results/popqa",
         "log_path": "data/results/popqa/popqa.log",
-    },
-    check=FurtherCheck("popqa-2", problems),
-    examples=of_other_relations,
-    request=request,
-    score=score,
-    gold=answers,
-)
+    }
+    check = FurtherCheck("popqa-2", problems)
+
+    def examples(self) -> Callable[[Row], Sequence[str]]:
+        """``--few_shot`` of the evaluation's rows, by ``--seed``: as many of each relation but the row's own.
+
+        Of a number that is smaller than the other relations, one of each of the first relations.
+        """
+        few_shot, rng = self.args.few_shot, np.random.default_rng(self.args.seed)
+        members: dict[int, list[Row]] = {relation: [] for relation in RELATIONS}
+        for row in self.data.rows if few_shot else ():
+            members.get(row["prop_id"], []).append(row)
+        each = max(1, few_shot // (len(RELATIONS) - 1))
+        shown = {
+            relation: [
+                question(row["query"], row.get("obj") or answers(row)[0])
+                for row in (rows[place] for place in rng.permutation(len(rows))[:each])
+            ]
+            for relation, rows in members.items()
+        }
+
+        def choose(row: Row) -> list[str]:
+            others = [own for relation, own in shown.items() if relation != row["prop_id"]]
+            return [text for own in others for text in own][:few_shot]
+
+        return choose
+
+    def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request:
+        """Knowledge, examples, question."""
+        asked = question(row["query"].strip())
+        return Request(Prompt(asked, found.texts, tuple(examples), layout=self.ask.encoder.passages))
+
+    def score(self, row: Row, response: Response) -> Values:
+        """Whether an answer occurs in the output."""
+        return {"accuracy": mean([contains_answer(text, answers(row)) for text in response.texts])}
+
+    def gold(self, row: Row) -> list[str]:
+        """All answers."""
+        return answers(row)
 
 
 if __name__ == "__main__":
-    start(TASK)
+    start(PopQA)

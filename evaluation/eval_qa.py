@@ -6,15 +6,16 @@ torchrun --nproc_per_node 8 -m evaluation.eval_qa --query_encoder data/outputs/m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
+from evaluation.runner.args import KNOWLEDGE_DEFAULTS, QuestionArgs
 from evaluation.runner.few_shot import from_train_data
+from evaluation.runner.from_corpus import Found, Row, Values
 from evaluation.runner.run import start
-from evaluation.runner.task import Context, EvalTask, Found, Row
+from evaluation.runner.task import EvalTask
 from evaluation.runner.text_metrics import exact_match, mean, token_f1
-from src.lm.ask import Request
-from src.lm.budget import Prompt
-from src.lm.eval_args import KNOWLEDGE_DEFAULTS, QuestionArgs
-from src.lm.memory import Response
+from src.lm.prompts import Prompt, Request
+from src.lm.response_store import Response
 from src.retrieval.data.rows import FurtherCheck, text_list_problems
 
 
@@ -23,38 +24,17 @@ def problems(row: Row) -> list[str]:
     return text_list_problems(row, "answers", 1)
 
 
-CHECK = FurtherCheck("qa-1", problems)
-
-
 def question(query: str, answer: str = "") -> str:
     """A question, with its answer as an example."""
     return f"Question: {query}\nAnswer: {answer}"
 
 
-def examples(context: Context) -> Callable[[Row], Sequence[str]]:
-    """Questions with their first answers, the same for all rows."""
-    return from_train_data(context, CHECK, lambda row: question(row["query"], row["answers"][0]))
+class QA(EvalTask):
+    """Passages, examples and a question, to be answered in own words."""
 
-
-def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request:
-    """Knowledge, examples, question."""
-    asked = question(row["query"].strip())
-    return Request(Prompt(asked, found.texts, tuple(shots), layout=context.ask.encoder.passages))
-
-
-def score(row: Row, response: Response) -> dict[str, float]:
-    """Exact match and F1, means over the texts."""
-    texts, answers = response.texts, row["answers"]
-    return {
-        "exact_match": mean([exact_match(text, answers) for text in texts]),
-        "f1": mean([token_f1(text, answers) for text in texts]),
-    }
-
-
-TASK = EvalTask(
-    name="qa",
-    args=QuestionArgs,
-    defaults={
+    name = "qa"
+    flags = QuestionArgs
+    defaults: ClassVar[dict[str, Any]] = {
         **KNOWLEDGE_DEFAULTS,
         "train_data": ["llm-embedder:qa/nq/dev.json"],
         "eval_data": "llm-embedder:qa/nq/test.json",
@@ -67,15 +47,31 @@ TASK = EvalTask(
         "eos_token_id": 13,
         "output_dir": "data/results/qa/",
         "log_path": "data/results/qa/qa.log",
-    },
-    no_effect=(),
-    check=CHECK,
-    examples=examples,
-    request=request,
-    score=score,
-    gold=lambda row: row["answers"],
-)
+    }
+    no_effect = ()
+    check = FurtherCheck("qa-1", problems)
+
+    def examples(self) -> Callable[[Row], Sequence[str]]:
+        """Questions with their first answers, the same for all rows."""
+        return from_train_data(self, lambda row: question(row["query"], row["answers"][0]))
+
+    def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request:
+        """Knowledge, examples, question."""
+        asked = question(row["query"].strip())
+        return Request(Prompt(asked, found.texts, tuple(examples), layout=self.ask.encoder.passages))
+
+    def score(self, row: Row, response: Response) -> Values:
+        """Exact match and F1, means over the texts."""
+        texts, answers = response.texts, row["answers"]
+        return {
+            "exact_match": mean([exact_match(text, answers) for text in texts]),
+            "f1": mean([token_f1(text, answers) for text in texts]),
+        }
+
+    def gold(self, row: Row) -> list[str]:
+        """All answers."""
+        return row["answers"]
 
 
 if __name__ == "__main__":
-    start(TASK)
+    start(QA)

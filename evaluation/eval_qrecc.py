@@ -6,14 +6,15 @@ torchrun --nproc_per_node 8 -m evaluation.eval_qrecc --query_encoder data/output
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
+from evaluation.runner.args import QReCCArgs
+from evaluation.runner.from_corpus import Found, Row, Values
 from evaluation.runner.run import start
-from evaluation.runner.task import Context, EvalTask, Found, Row
+from evaluation.runner.task import EvalTask
 from evaluation.runner.text_metrics import mean, rouge_l
-from src.lm.ask import Request
-from src.lm.budget import Prompt
-from src.lm.eval_args import QReCCArgs
-from src.lm.memory import Response
+from src.lm.prompts import Prompt, Request
+from src.lm.response_store import Response
 from src.retrieval.data.rows import FurtherCheck, text_list_problems
 
 
@@ -22,28 +23,12 @@ def problems(row: Row) -> list[str]:
     return text_list_problems(row, "answers")
 
 
-def gold(row: Row) -> list[str]:
-    """The answers that say something."""
-    return [answer for answer in row.get("answers") or () if answer.strip()]
+class QReCC(EvalTask):
+    """Passages, a conversation and its last question, to be answered in own words."""
 
-
-def request(context: Context, row: Row, found: Found, shots: Sequence[str]) -> Request | None:
-    """Knowledge, conversation, question; None for a question without an answer to compare with."""
-    if not gold(row):
-        return None
-    question = f"Context and Question: {row['query'].strip()}\nAnswer: "
-    return Request(Prompt(question, found.texts, layout=context.ask.encoder.passages))
-
-
-def score(row: Row, response: Response) -> dict[str, float]:
-    """ROUGE-L of the texts with the first answer."""
-    return {"rouge_l": mean([rouge_l(text, gold(row)[0]) for text in response.texts])}
-
-
-TASK = EvalTask(
-    name="qrecc",
-    args=QReCCArgs,
-    defaults={
+    name = "qrecc"
+    flags = QReCCArgs
+    defaults: ClassVar[dict[str, Any]] = {
         "eval_data": "llm-embedder:convsearch/qrecc/test.concat.json",
         "corpus": "llm-embedder:convsearch/qrecc/corpus.json",
         "key_template": "{text}",
@@ -59,15 +44,29 @@ TASK = EvalTask(
         "eos_token_id": 13,
         "output_dir": "data/results/qrecc",
         "log_path": "data/results/qrecc/qrecc.log",
-    },
-    check=FurtherCheck("qrecc-1", problems),
-    request=request,
-    score=score,
-    gold=gold,
-    left_out="they have no answers, or do not fit into --context_max_length",
-    asks=lambda args: args.do_generate,
-)
+    }
+    check = FurtherCheck("qrecc-1", problems)
+    left_out = "they have no answers, or do not fit into --context_max_length"
+
+    def asks(self) -> bool:
+        """With ``--do_generate``."""
+        return self.args.do_generate
+
+    def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request | None:
+        """Knowledge, conversation, question; None for a question without an answer to compare with."""
+        if not self.gold(row):
+            return None
+        question = f"Context and Question: {row['query'].strip()}\nAnswer: "
+        return Request(Prompt(question, found.texts, layout=self.ask.encoder.passages))
+
+    def score(self, row: Row, response: Response) -> Values:
+        """ROUGE-L of the texts with the first answer."""
+        return {"rouge_l": mean([rouge_l(text, self.gold(row)[0]) for text in response.texts])}
+
+    def gold(self, row: Row) -> list[str]:
+        """The answers that say something."""
+        return [answer for answer in row.get("answers") or () if answer.strip()]
 
 
 if __name__ == "__main__":
-    start(TASK)
+    start(QReCC)

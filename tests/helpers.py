@@ -69,3 +69,9 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def evaluation_class(module: Any) -> Any:
+    """The evaluation that a module defines."""
+    kinds = [each for each in vars(module).values() if getattr(each, "__module__", "") == module.__name__]
+    return next(each for each in kinds if hasattr(each, "request"))

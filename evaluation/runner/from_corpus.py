@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from evaluation.runner.task import ChooseHits, Context, EvalTask, Found, Retrieved
-from src.lm.eval_args import ORACLE, HistoryArgs
+from evaluation.runner.args import HistoryArgs
 from src.lm.model import model_identity
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import EvalData
@@ -25,10 +24,33 @@ from src.retrieval.search.bm25.choose import build_bm25_searcher
 from src.retrieval.search.searcher import BM25, NoSearcher, RandomSearcher, Searcher, dense_searcher
 from src.utils.files import path_name
 
+if TYPE_CHECKING:
+    from evaluation.runner.task import EvalTask
+
 logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+Values = dict[str, float]
 
 #: What reports call keys that the rows brought.
 GIVEN_KEYS = "given-keys"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was retrieved for a row, best first.
+
+    Attributes:
+        indices: corpus rows, or whatever the evaluation numbers.
+        texts: theirs, without instruction.
+    """
+
+    indices: tuple[Any, ...] = ()
+    texts: tuple[str, ...] = ()
+
+
+#: What each row is given, and the metrics of retrieval.
+Retrieved = tuple[list[Found], Values]
 
 
 def retriever_name(args: RetrievalArgs) -> str:
@@ -72,50 +94,43 @@ def retriever_identity(args: RetrievalArgs, data: EvalData, encoder: EncoderConf
     return made
 
 
-def from_corpus(context: Context, task: EvalTask) -> Retrieved:
-    """Retrieve as ``--retrieval_method`` says, or take the keys that rows bring; and the metrics of retrieval."""
-    args, data = context.args, context.data
+def from_corpus(task: EvalTask) -> Retrieved:
+    """Retrieve as ``--retrieval_method`` says, or take the keys that rows bring."""
+    args, data, most = task.args, task.data, task.keys_in_prompt()
     found: list[Found] = []
     if data.corpus is None:
         if args.retrieval_method == "no":
             return [Found()] * len(data.rows), {}
-        wanted = task.keys_wanted(args)
-        return [Found(tuple(row.get("key_index") or ())[:wanted], tuple(row["key"][:wanted])) for row in data.rows], {}
-    identity = retriever_identity(args, data, context.encoder)
+        return [Found(tuple(row.get("key_index") or ())[:most], tuple(row["key"][:most])) for row in data.rows], {}
+    identity = retriever_identity(args, data, task.encoder)
     config = replace(results_config(args), retriever=identity, same_retriever=True)
-    choose = {ORACLE: oracle_hits, **task.hits}.get(args.retrieval_method)
+    choose = task.chosen_hits()
     if choose is not None and not config.load_result:
-        hits = chosen_hits(data, choose(context), config)
+        hits = chosen_hits(data, choose, config)
     else:
-        hits = retrieve(data, config, lambda: build_searcher(args, data, context.device, context.retriever))
+        hits = retrieve(data, config, lambda: build_searcher(args, data, task.device, task.retriever))
+
+    def remembered() -> Iterator[Hits]:
+        """The hits, the first of which each row is given."""
+        for window in hits:
+            for row in window.rows[:, :most]:
+                indices = tuple(row[row >= 0].tolist())
+                found.append(Found(indices, tuple(map(data.key_text, indices))))
+            yield window
+
     with hold_outputs(data, config):
-        metrics = report(data, _remember(data, hits, task.keys_wanted(args), found), config)
+        metrics = report(data, remembered(), config)
     if metrics:
         # Whatever becomes of the LM's part.
         logger.info("retrieval: %s", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     return found, metrics
 
 
-def _remember(data: EvalData, hits: Iterable[Hits], wanted: int, found: list[Found]) -> Iterator[Hits]:
-    """Pass hits on, and add the first `wanted` of each row to `found`."""
-    for window in hits:
-        for row in window.rows[:, :wanted]:
-            indices = tuple(row[row >= 0].tolist())
-            found.append(Found(indices, tuple(map(data.key_text, indices))))
-        yield window
-
-
-def oracle_hits(context: Context) -> ChooseHits:
-    """The rows' own pos_index."""
-    return lambda row, number: row.get("pos_index") or []
-
-
-def chosen_hits(data: EvalData, choose: ChooseHits, config: EvalConfig) -> Iterator[Hits]:
+def chosen_hits(data: EvalData, choose: Callable[[Row], Sequence[int]], config: EvalConfig) -> Iterator[Hits]:
     """Hits that are chosen row by row, equally good by score but in this order."""
     for first in range(0, len(data.rows), WINDOW):
-        rows = data.rows[first : first + WINDOW]
-        indices = [list(choose(row, first + offset))[: config.hits] for offset, row in enumerate(rows)]
-        table = np.full((len(rows), max(map(len, indices), default=0)), -1, dtype=np.int64)
+        indices = [list(choose(row))[: config.hits] for row in data.rows[first : first + WINDOW]]
+        table = np.full((len(indices), max(map(len, indices), default=0)), -1, dtype=np.int64)
         for place, own in enumerate(indices):
             table[place, : len(own)] = own
         yield Hits(first, table, np.where(table < 0, -np.inf, 0).astype(np.float32))

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import json
+import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from evaluation.runner.from_corpus import results_folder
-from evaluation.runner.task import Found
+from evaluation.runner.args import LMEvalArgs
+from evaluation.runner.from_corpus import Found, Values, results_folder
+from evaluation.runner.task import EvalTask
 from src.lm.ask import Answer
-from src.lm.eval_args import LMEvalArgs
-from src.lm.memory import Response, to_response
+from src.lm.response_store import Response, to_response
+from src.retrieval.ranking.files import query_id
 from src.utils import distributed
 from src.utils.files import derived_path, path_name
 
 #: A file's name holds more than that of the LM.
 LM_NAME_BYTES = 80
-
-#: Number of the row, and what became of its request.
-Entry = tuple[int, Answer]
 
 
 def output_path(args: LMEvalArgs, rows_path: str) -> str:
@@ -32,32 +33,36 @@ def output_path(args: LMEvalArgs, rows_path: str) -> str:
     return derived_path(str(named), "output", ".".join(short), results_folder(args))
 
 
-def output_line(
-    query_id: int | str,
-    answer: Answer,
-    output: Callable[[Response], Any],
-    gold: Any,
-    values: dict[str, float],
-    found: Found,
-) -> dict[str, Any]:
+def output_line(task: EvalTask, number: int, found: Found, answer: Answer, values: Values) -> dict[str, Any]:
     """A row's output: what was asked (as a hash), what came back, what is right, the values and what was retrieved."""
-    key, response = answer
-    return {
-        "query_id": query_id,
+    row, (key, response) = task.data.rows[number], answer
+    line = {
+        "query_id": query_id(row, number),
         "prompt_hash": key,
-        "output": output(response) if response is not None else None,
-        "gold": gold,
+        "output": task.output(response) if response is not None else None,
+        "gold": task.gold(row),
         "values": values,
         "retrieved": list(found.indices),
         "response": asdict(response) if response is not None else None,
     }
+    return {**line, "retrieved_texts": found.texts} if task.args.debug_retrieval else line
 
 
-def gather_entries(own: Sequence[Entry]) -> list[Entry]:
-    """The entries of all processes."""
-    plain = [[number, key, asdict(response) if response is not None else None] for number, (key, response) in own]
-    return [
-        (number, Answer(key, to_response(response) if response is not None else None))
-        for part in distributed.all_gather_json(plain)
-        for number, key, response in part
-    ]
+def gather_answers(own: Mapping[int, Answer]) -> dict[int, Answer]:
+    """The answers of all processes, by number of the row."""
+    plain = [[number, key, asdict(response) if response else None] for number, (key, response) in own.items()]
+    parts = distributed.all_gather_json(plain)
+    return {number: Answer(key, to_response(response)) for part in parts for number, key, response in part}
+
+
+def read_responses(path: str) -> dict[str, Response]:
+    """The responses in an earlier run's outputs, by the hash of what was asked; damaged lines are left out."""
+    found: dict[str, Response] = {}
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    row = json.loads(line)
+                    if (response := to_response(row["response"])) is not None:
+                        found[row["prompt_hash"]] = response
+    return found

@@ -2,65 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
-from evaluation.runner.from_corpus import from_corpus, results_config
-from evaluation.runner.task import Context, EvalTask
-from src.lm.model import LMConfig, empty_lm, load_lm_tokenizer
+from evaluation.runner.from_corpus import results_config
+from evaluation.runner.task import EvalTask
+from src.lm.model import empty_lm, load_lm_tokenizer
 from src.plan.lm import SAMPLED_ROWS, lm_lines
 from src.plan.retrieval import evaluation_lines
-from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
+from src.retrieval.models.dense import load_dense_retriever
 from src.utils.display import Line, describe
 from src.utils.jsonl import sample
 
 
-def task_lines(task: EvalTask, context: Context, lm: LMConfig, encoder: EncoderConfig, output: str) -> Iterator[Line]:
-    """Rows, corpus, tokens of some prompts and size of the LM.
-
-    Args:
-        task, context: see there.
-        lm, encoder: the models.
-        output: file of outputs.
-    """
-    args, data = context.args, context.data
-    config = results_config(args)
-    model = load_dense_retriever(encoder) if args.retrieval_method == "dense" else None
+def task_lines(task: EvalTask, output: str) -> Iterator[Line]:
+    """Rows, corpus, tokens of some prompts, size of the LM, and the file of outputs."""
+    args, data = task.args, task.data
+    model = load_dense_retriever(task.encoder) if args.retrieval_method == "dense" else None
     if data.corpus is not None:
-        yield from evaluation_lines(args, data, config, context.device, model)
+        yield from evaluation_lines(args, data, results_config(args), task.device, model)
     else:
         yield "evaluation", f"{data.rows.path}: {len(data.rows):,} rows, --retrieval_method {args.retrieval_method}"
-    if context.asker is None:
-        return
-    yield from _prompt_lines(task, context)
-    yield from lm_lines(empty_lm(lm, load_lm_tokenizer(lm)[1]), lm)
-    yield "output", output
+    if task.asker is not None:
+        yield from _prompt_lines(task)
+        yield from lm_lines(empty_lm(task.lm, load_lm_tokenizer(task.lm)[1]), task.lm)
+        yield "output", output
 
 
-def _prompt_lines(task: EvalTask, context: Context) -> Iterator[Line]:
+def _prompt_lines(task: EvalTask) -> Iterator[Line]:
     """Tokens of the prompts of some rows; what would be retrieved for them is drawn at random in its place."""
-    numbers = sample(len(context.data.rows), SAMPLED_ROWS)
-    some = replace(context.data, rows=context.data.rows.select(np.array(numbers)))
-    method = "no" if context.args.retrieval_method == "no" else "random"
-    args = replace(
-        context.args,
-        retrieval_method=method,
-        metrics=[],
-        **dict.fromkeys(("load_result", "save_result", "save_per_query", "save_trec"), False),
-    )
-    examples = task.examples(context)
-    drawn = replace(context, args=args, data=some)
-    found, _ = task.retrieve(drawn) if task.retrieve is not None else from_corpus(drawn, task)
-    requests = [task.request(drawn, row, own, examples(row)) for row, own in zip(some.rows, found, strict=True)]
-    tokens = [context.ask.encoder.encode(request) if request is not None else None for request in requests]
-    lengths = [
-        length
-        for own in tokens
-        if own is not None
-        for length in [len(part.prompt) + len(part.answer or ()) for part in own.parts]
-    ]
+    numbers = sample(len(task.data.rows), SAMPLED_ROWS)
+    drawn, examples = copy.copy(task), task.examples()
+    drawn.data = replace(task.data, rows=task.data.rows.select(np.array(numbers)))
+    nothing = dict.fromkeys(("load_result", "save_result", "save_per_query", "save_trec"), False)
+    method = "no" if task.args.retrieval_method == "no" else "random"
+    drawn.args = replace(task.args, retrieval_method=method, metrics=[], **nothing)
+    found, _ = drawn.retrieve()
+    requests = [drawn.request(row, own, examples(row)) for row, own in zip(drawn.data.rows, found, strict=True)]
+    tokens = task.ask.encoder.encode([request for request in requests if request is not None])
+    lengths = [len(each) for own in tokens if own is not None for each in own]
     yield "tokens", f"a prompt: {describe(lengths)} (of {len(numbers)} rows, with keys drawn at random)"
-    if unfit := tokens.count(None):
+    if unfit := requests.count(None) + tokens.count(None):
         yield "tokens", f"{unfit} of these {len(numbers)} rows are left out, since {task.left_out}"

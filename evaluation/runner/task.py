@@ -1,58 +1,136 @@
-"""What an evaluation is, and what its parts pass to each other."""
+"""What an evaluation with a language model is: a class with a method for each thing that it may do differently."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from src.lm.ask import Asker, Request, RequestEncoder, Response
-from src.lm.eval_args import LMEvalArgs
+from evaluation.runner.args import ORACLE, LMEvalArgs
+from evaluation.runner.from_corpus import Found, Retrieved, Row, Values, from_corpus, results_config
+from src.lm.ask import Asker
+from src.lm.model import LMConfig
+from src.lm.prompts import PromptEncoder, Request
+from src.lm.response_store import Response
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.rows import FurtherCheck
 from src.retrieval.jobs.evaluate import load_eval_data
-from src.retrieval.models.dense import DenseRetriever, EncoderConfig
-from src.retrieval.ranking.config import EvalConfig
+from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
+from src.retrieval.ranking.config import LABEL_METRICS
+from src.utils.errors import UserError
 
-Row = dict[str, Any]
-Values = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What was retrieved for a row, best first.
-
-    Attributes:
-        indices: corpus rows, or whatever the evaluation numbers.
-        texts: theirs, without instruction.
-    """
-
-    indices: tuple[Any, ...] = ()
-    texts: tuple[str, ...] = ()
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Context:
-    """What the parts of an evaluation work with.
+class EvalTask:
+    """An evaluation; a subclass has at least a name, flags, defaults, and the methods `request`, `score` and `gold`.
 
     Attributes:
-        args: the flags.
+        name: under which results are reported.
+        flags: class of its flags.
+        defaults: of flags that differ from the class's.
+        check: of the fields that its rows need.
+        no_effect: flags that all evaluations take, and that this one has no use for.
+        left_out: why rows cannot be asked.
+        from_past: keys come out of each row's own past, not out of a corpus.
+        args: the flags of this run.
         device: of this process.
+        lm, encoder: how to load the language model and the retriever's encoder.
         data: rows and, unless there is none, the corpus.
-        asker: asks the LM; None for an evaluation that does not.
-        encoder: how to load the encoder.
-        retriever: loads it.
+        asker: asks the LM; None while it is not asked.
     """
 
-    args: Any
-    device: torch.device
-    data: EvalData
-    asker: Asker | None
-    encoder: EncoderConfig
-    retriever: Callable[[], DenseRetriever]
+    name: str
+    flags: type[LMEvalArgs]
+    defaults: ClassVar[dict[str, Any]]
+    check: FurtherCheck | None = None
+    no_effect: tuple[str, ...] = ("train_data",)
+    left_out = "they do not fit into --context_max_length"
+    from_past = False
+
+    def __init__(self, args: Any, given: frozenset[str], device: torch.device) -> None:
+        """Open and check rows and corpus; `given` are the flags that the command line set.
+
+        Raises:
+            UserError: they have problems, or there is nothing to retrieve from.
+        """
+        self.device = device
+        self.lm, self.encoder = LMConfig.from_args(args, given, device), EncoderConfig.from_args(args, given)
+        self.asker: Asker | None = None
+        unused = args.retrieval_method == "no" and not set(args.metrics).intersection((*LABEL_METRICS, "nq"))
+        if self.from_past or unused or not args.corpus:
+            if "metrics" in given and not self.from_past:
+                logger.warning("--metrics %s: left out, nothing is retrieved from a corpus", " ".join(args.metrics))
+            args = replace(args, corpus=None, metrics=[])
+        self.args = args
+        self.data = self.load()
+        if self.data.corpus is None and not self.from_past and args.retrieval_method != "no":
+            keys = self.data.rows.scan.columns["keys"]
+            if not keys.all():
+                raise UserError(
+                    f"{self.data.rows.where(int(keys.argmin()))}: no 'key', and no --corpus to retrieve from: give "
+                    "one, or --retrieval_method no"
+                )
+
+    # --- what an evaluation must say --------------------------------------------------------------------------------
+
+    def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request | None:
+        """What to ask for a row, given what was retrieved for it; None for a row that cannot be asked."""
+        raise NotImplementedError
+
+    def score(self, row: Row, response: Response) -> Values:
+        """The values of a row's response."""
+        raise NotImplementedError
+
+    def gold(self, row: Row) -> Any:
+        """The right answer, for the file of outputs."""
+        raise NotImplementedError
+
+    # --- what it may do in another way ------------------------------------------------------------------------------
+
+    def load(self) -> EvalData:
+        """Open rows and corpus."""
+        data = load_eval_data(self.args, results_config(self.args), self.check)
+        assert data is not None
+        return data
+
+    def examples(self) -> Callable[[Row], Sequence[str]]:
+        """Row → the examples that stand before its question."""
+        return lambda row: ()
+
+    def retrieve(self) -> Retrieved:
+        """What each row is given, and the metrics of retrieval."""
+        return from_corpus(self)
+
+    def chosen_hits(self) -> Callable[[Row], Sequence[int]] | None:
+        """Row → rows of the corpus, for a ``--retrieval_method`` that needs no search; None for others."""
+        return (lambda row: row.get("pos_index") or ()) if self.args.retrieval_method == ORACLE else None
+
+    def keys_in_prompt(self) -> int:
+        """How many retrieved keys a row is given."""
+        return int(self.args.key_num)
+
+    def asks(self) -> bool:
+        """Whether the LM is asked at all."""
+        return True
+
+    def batch_tokens(self, encoder: PromptEncoder) -> int:
+        """Most tokens of a batch of the LM, padding included."""
+        return int(self.args.lm_batch_size) * encoder.max_length
+
+    def output(self, response: Response) -> Any:
+        """What the LM said, for the file of outputs."""
+        return list(response.texts) if response.texts else response.choice
+
+    def summarize(self, rows: Sequence[tuple[Row, Values]]) -> Values:
+        """Metrics, of rows with their values."""
+        return {name: float(np.mean([values[name] for _, values in rows])) for name in rows[0][1]}
+
+    # --- what it works with -----------------------------------------------------------------------------------------
 
     @property
     def ask(self) -> Asker:
@@ -60,62 +138,6 @@ class Context:
         assert self.asker is not None
         return self.asker
 
-
-Retrieved = tuple[list[Found], Values]
-ChooseHits = Callable[[Row, int], Sequence[int]]
-
-
-def mean_values(rows: Iterable[tuple[Row, Values]]) -> Values:
-    """Means of all values by name."""
-    values = [own for _, own in rows]
-    return {name: float(np.mean([own[name] for own in values])) for name in (values[0] if values else ())}
-
-
-def whole_prompts(args: Any, encoder: RequestEncoder) -> int:
-    """Tokens of ``--lm_batch_size`` prompts of full length."""
-    return int(args.lm_batch_size) * encoder.max_length
-
-
-@dataclass(frozen=True)
-class EvalTask:
-    """An evaluation.
-
-    Attributes:
-        name: under which results are reported.
-        args: class of its flags.
-        defaults: of flags that differ from the class's.
-        request: row, what was retrieved for it and its examples → what to ask; None for a row that cannot be asked.
-        score: row and response → values.
-        gold: row → the right answer, for the file of outputs.
-        output: response → what the LM said, for the same file.
-        check: of the fields that its rows need.
-        load: opens rows and corpus.
-        retrieve: finds what each row is given, and the metrics of that; None to retrieve from the corpus.
-        hits: further retrieval methods over the corpus, row by row.
-        keys_wanted: flags → retrieved keys of a prompt.
-        examples: function that makes the examples of a row.
-        summarize: rows with their values → metrics.
-        asks: flags → whether the LM is asked at all.
-        no_effect: flags that all evaluations take, and that this one has no use for.
-        left_out: why rows cannot be asked.
-        batch_tokens: flags → most tokens of a batch of the LM, padding included.
-    """
-
-    name: str
-    args: type[LMEvalArgs]
-    defaults: Mapping[str, Any]
-    request: Callable[[Context, Row, Found, Sequence[str]], Request | None]
-    score: Callable[[Row, Response], Values]
-    gold: Callable[[Row], Any]
-    output: Callable[[Response], Any] = lambda response: list(response.texts) if response.texts else response.choice
-    check: FurtherCheck | None = None
-    load: Callable[[Any, EvalConfig, FurtherCheck | None], EvalData | None] = load_eval_data
-    retrieve: Callable[[Context], Retrieved] | None = None
-    hits: Mapping[str, Callable[[Context], ChooseHits]] = field(default_factory=dict)
-    keys_wanted: Callable[[Any], int] = lambda args: int(args.key_num)
-    examples: Callable[[Context], Callable[[Row], Sequence[str]]] = lambda context: lambda row: ()
-    summarize: Callable[[Sequence[tuple[Row, Values]]], Values] = mean_values
-    asks: Callable[[Any], bool] = lambda args: True
-    no_effect: tuple[str, ...] = ("train_data",)
-    left_out: str = "they do not fit into --context_max_length"
-    batch_tokens: Callable[[Any, RequestEncoder], int] = whole_prompts
+    def retriever(self) -> DenseRetriever:
+        """Load the encoder."""
+        return load_dense_retriever(self.encoder).to(self.device).eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -89,3 +89,9 @@ def contains_answer(output: str, answers: Sequence[str]) -> float:
 def mean(values: Sequence[float]) -> float:
     """Their mean; 0 without any."""
     return sum(values) / len(values) if values else 0.0
+
+
+def group_means(values: Mapping[str, float], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Means over the members of each group that has any."""
+    present = {group: [values[name] for name in names if name in values] for group, names in groups.items()}
+    return {group: mean(own) for group, own in present.items() if own}

@@ -28,7 +28,7 @@ def budgets(model: LanguageModel, max_tokens: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Work:
-    """A prompt to read once, the answers to score after it, and the numbers of the pairs that want each answer."""
+    """A prompt to read once, the answers to score after it, and the numbers of the pairs with each answer."""
 
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
@@ -50,11 +50,11 @@ class Work:
         return len(self.answers) if self.longest > 1 else 1
 
 
-def collect_work(pairs: Sequence[tuple[int, PromptTokens]]) -> list[Work]:
-    """Numbered prompts to work in which nothing occurs twice, in order of first occurrence."""
+def collect_work(prompts: Sequence[PromptTokens]) -> list[Work]:
+    """Work in which nothing occurs twice, in order of first occurrence."""
     found: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
-    for number, tokens in pairs:
-        found.setdefault(tokens.prompt, {}).setdefault(tokens.answer, []).append(number)
+    for number, tokens in enumerate(prompts):
+        found.setdefault(tokens.prompt, {}).setdefault(tokens.answer or (), []).append(number)
     return [Work(prompt, tuple(own), tuple(map(tuple, own.values()))) for prompt, own in found.items()]
 
 
@@ -71,7 +71,7 @@ def cut_work(
         number, longest = len(each.answers), max(own.longest for own in grown)
         copies = max(own.copies for own in grown)
         tokens = len(grown) * copies * (max(len(own.prompt) for own in grown) + longest)
-        # Rows that are padded on the right end, and so want their logits, in different columns.
+        # Rows padded on the right end in different columns, each of which needs its logits.
         spread = grown[0].width - each.width if padding_side == "right" else 0
         logits = len(grown) * number * (longest + spread) * vocabulary
         if batch and (number != len(batch[0].answers) or tokens > max_tokens or logits > max_logits):
@@ -91,55 +91,45 @@ def _split(work: Sequence[Work], max_tokens: int) -> Iterator[Work]:
             yield Work(each.prompt, each.answers[part], each.numbers[part])
 
 
-def score_batch(model: LanguageModel, batch: Sequence[Work]) -> tuple[list[int], list[float]]:
-    """Numbers of all pairs of a batch, and their scores."""
-    prompts = [work.prompt for work in batch]
-    if len(batch[0].answers) == 1:
-        scores = model.answer_scores(prompts, [work.answers[0] for work in batch])[:, None]
-    else:
-        scores = model.shared_answer_scores(prompts, [work.answers for work in batch])
-    found = [
-        (number, score)
-        for work, own in zip(batch, scores, strict=True)
-        for numbers, score in zip(work.numbers, shortest(own), strict=True)
-        for number in numbers
-    ]
-    return [number for number, _ in found], [score for _, score in found]
-
-
-def check_finite(scores: Sequence[float], where: str) -> None:
-    """Refuse scores that are no numbers; `where` says of what they are.
-
-    Raises:
-        UserError: some are.
-    """
-    if not np.isfinite(scores).all():
-        raise UserError(
-            f"{where}: the language model gives a score that is no number: --lm_dtype fp16 may be too narrow (take "
-            "bf16 or fp32), or its weights are damaged"
-        )
-
-
 def score_prompts(
     model: LanguageModel,
     prompts: Sequence[PromptTokens],
     max_tokens: int,
-    done: Callable[[Sequence[int], Sequence[float]], object],
-) -> None:
-    """Mean log-likelihood per token of the answers, batch by batch.
+    where: Callable[[int], str] = lambda number: "prompts",
+) -> Iterator[dict[int, float]]:
+    """Mean log-likelihood per token of the answers, by the number of the prompt, batch by batch.
 
     Args:
         model: the LM.
         prompts: prompts with answers.
         max_tokens: budget of a batch, padding included.
-        done: called with the numbers of the prompts of each batch and their likelihoods.
+        where: what the prompt of a number is called in messages.
 
     Raises:
         UserError: likelihoods are not finite.
     """
     max_tokens, max_logits = budgets(model, max_tokens)
-    work = collect_work(list(enumerate(prompts)))
-    for batch in cut_work(work, max_tokens, max_logits, model.vocabulary, model.padding_side):
-        numbers, scores = score_batch(model, batch)
-        check_finite(scores, "prompts")
-        done(numbers, scores)
+    for batch in cut_work(collect_work(prompts), max_tokens, max_logits, model.vocabulary, model.padding_side):
+        scores = score_batch(model, batch)
+        for number, score in scores.items():
+            if not np.isfinite(score):
+                raise UserError(
+                    f"{where(number)}: the language model gives a score that is no number: --lm_dtype fp16 may be too "
+                    "narrow (take bf16 or fp32), or its weights are damaged"
+                )
+        yield scores
+
+
+def score_batch(model: LanguageModel, batch: Sequence[Work]) -> dict[int, float]:
+    """Scores of all pairs of a batch, by number."""
+    prompts = [work.prompt for work in batch]
+    if len(batch[0].answers) == 1:
+        scores = model.answer_scores(prompts, [work.answers[0] for work in batch])[:, None]
+    else:
+        scores = model.shared_answer_scores(prompts, [work.answers for work in batch])
+    return {
+        number: score
+        for work, own in zip(batch, scores, strict=True)
+        for numbers, score in zip(work.numbers, shortest(own), strict=True)
+        for number in numbers
+    }

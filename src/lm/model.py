@@ -28,8 +28,10 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from src.lm.args import LMArgs
 from src.retrieval.models.checks import check_vocabulary, position_limit
 from src.retrieval.models.loading import Checkpoint, loading
+from src.utils import distributed
 from src.utils.devices import DTYPES
 from src.utils.errors import UserError
 
@@ -58,6 +60,27 @@ class LMConfig:
     cache_dir: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
+
+    @classmethod
+    def from_args(cls, args: LMArgs, given: frozenset[str], device: torch.device) -> LMConfig:
+        """What the flags ask for; on a CPU fp32 unless the command line set the precision (`given`).
+
+        Raises:
+            UserError: several processes would each spread the LM over all GPUs.
+        """
+        if args.lm_device_map is not None and distributed.launched_processes() > 1:
+            raise UserError("--lm_device_map gives all GPUs to one process: start it with python, not with torchrun")
+        return cls(
+            model_name_or_path=args.model_name_or_path,
+            dtype=args.lm_dtype if device.type == "cuda" or "lm_dtype" in given else "fp32",
+            device=device,
+            device_map=args.lm_device_map,
+            padding_side=args.padding_side,
+            add_position_ids=args.add_position_ids,
+            cache_dir=args.model_cache_dir,
+            trust_remote_code=args.trust_remote_code,
+            allow_pickle=args.allow_pickle,
+        )
 
 
 class LanguageModel:

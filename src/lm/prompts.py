@@ -1,65 +1,137 @@
-"""Prompts of the six tasks, and their tokens: pure functions of texts and a tokenizer."""
+"""Prompts and their tokens within a budget: keys are cut first, then examples left out, never the question.
+
+Pure functions of texts and a tokenizer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
 from src.retrieval.models.loading import loading
 from src.utils.errors import UserError
 
+#: What part of a character decodes to.
+HALF = "\ufffd"
+
 
 @dataclass(frozen=True)
-class ScorePrompt:
-    """What stands before each part of ``key, query, answer``; `strip` removes white space around the parts."""
+class Layout:
+    """What stands before and between the parts of a prompt.
 
-    before_key: str
-    before_query: str
-    before_answer: str
+    Attributes:
+        before_knowledge: before the first key.
+        between_keys: between two keys.
+        after_knowledge: between knowledge and the rest.
+        between_parts: between header, examples and question.
+        strip: remove white space around keys.
+        framed: whether a `Frame` goes around the prompt (not where the LM continues a text).
+    """
+
+    before_knowledge: str = "Knowledge: "
+    between_keys: str = "\n"
+    after_knowledge: str = "\n\n"
+    between_parts: str = "\n\n"
     strip: bool = False
-
-    def head(self, key: str, query: str) -> str:
-        """The prompt up to where the answer begins."""
-        if self.strip:
-            key, query = key.strip(), query.strip()
-        return f"{self.before_key}{key}{self.before_query}{query}{self.before_answer}"
+    framed: bool = True
 
 
-_QUESTION = ScorePrompt("Knowledge: ", "\n\nQuestion: ", "\n\nAnswer: ", strip=True)
+DEFAULT_LAYOUT = Layout()
 
-#: The tool task reads as qa does: the tool's description is the knowledge.
-SCORE_PROMPTS = {
-    "qa": _QUESTION,
-    "convsearch": _QUESTION,
-    "tool": _QUESTION,
-    "icl": ScorePrompt("", "\n", "\n"),
-    "chat": ScorePrompt("", "\nSpeaker 1: ", "\nSpeaker 2: "),
-    "lrlm": ScorePrompt("", "", ""),
-}
+
+def passages_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """Passages before a question: the two encoded apart and decoded as one, as the original does.
+
+    Tokenizers that begin every text with a blank (Llama's) leave it between them.
+    """
+    parts = tokenizer(["a", "\n\na"], add_special_tokens=False)["input_ids"]
+    decoded = cast(str, tokenizer.decode([token for part in parts for token in part]))
+    blank, newline, _ = decoded.removeprefix("a").partition("\n")
+    return Layout(after_knowledge=f"{blank}\n\n") if newline else DEFAULT_LAYOUT
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The parts of a prompt, in the order they stand in.
+
+    Attributes:
+        question: always kept whole; the answer follows it.
+        knowledge: retrieved keys, the last of which are cut first (with `cut_first` the first).
+        examples: the first of which are left out first.
+        header: a line between knowledge and examples, kept like the question.
+        layout: what stands between the parts.
+        key_stays: a key that is cut to nothing leaves what stands around it.
+    """
+
+    question: str
+    knowledge: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+    header: str = ""
+    layout: Layout = DEFAULT_LAYOUT
+    cut_first: bool = False
+    key_stays: bool = False
+
+    @property
+    def text(self) -> str:
+        """The whole prompt."""
+        layout = self.layout
+        keys = [key.strip() for key in self.knowledge] if layout.strip else self.knowledge
+        knowledge = [layout.before_knowledge + layout.between_keys.join(keys)] if keys else []
+        header = [self.header] if self.header else []
+        rest = layout.between_parts.join([*header, *self.examples, self.question])
+        return layout.after_knowledge.join([*knowledge, rest])
 
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """Token ids of a prompt and of the answer whose likelihood is wanted."""
+    """Token ids of a prompt, and of the answer whose likelihood is asked for (None: continue the prompt)."""
 
     prompt: tuple[int, ...]
-    answer: tuple[int, ...]
+    answer: tuple[int, ...] | None
 
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.answer)
+        return len(self.prompt) + len(self.answer or ())
 
 
-def special_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that a tokenizer puts before a text (such as ``<s>``); those after it are never wanted."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    marked = tokenizer("a")["input_ids"]
-    for start in range(len(marked) - len(plain) + 1):
-        if marked[start : start + len(plain)] == plain:
-            return marked[:start]
-    return []
+@dataclass(frozen=True)
+class Request:
+    """What the LM is asked.
+
+    Attributes:
+        prompt: to be answered.
+        options: answers whose likelihood is asked for; without any the LM generates one.
+        windows: tokens with answers whose likelihood is asked for, in place of prompt and options.
+    """
+
+    prompt: Prompt | None = None
+    options: tuple[str, ...] = ()
+    windows: tuple[PromptTokens, ...] = ()
+
+
+_QUESTION = (Layout(strip=True), "Question: {query}\n\nAnswer: ")
+
+#: Task → layout and question of the prompts of teacher scores. Tool reads as qa does: the key is a tool's description.
+SCORE_PROMPTS = {
+    "qa": _QUESTION,
+    "convsearch": _QUESTION,
+    "tool": _QUESTION,
+    "icl": (Layout("", after_knowledge="\n"), "{query}\n"),
+    "chat": (Layout("", after_knowledge="\n"), "Speaker 1: {query}\nSpeaker 2: "),
+    "lrlm": (Layout("", after_knowledge="", framed=False), "{query}"),
+}
+
+
+def score_request(task: str, query: str, key: str, answer: str) -> Request:
+    """How likely is `answer` after `key` and `query`? `task` is one of `SCORE_PROMPTS`."""
+    layout, question = SCORE_PROMPTS[task]
+    if layout.strip:
+        query, answer = query.strip(), answer.strip()
+    return Request(Prompt(question.format(query=query), (key,), layout=layout, key_stays=True), (answer,))
 
 
 @dataclass(frozen=True)
@@ -82,9 +154,6 @@ class Frame:
         return f"{self.before}{prompt.rstrip(' ').removesuffix(chr(10))}{self.after}"
 
 
-#: What part of a character decodes to.
-HALF = "\ufffd"
-
 PLAIN = Frame()
 LLAMA_INST = Frame("[INST] ", " [/INST]  ")
 _PLACE = "<the prompt stands here>"
@@ -102,166 +171,195 @@ def make_frame(tokenizer: PreTrainedTokenizerBase, llama_inst: bool, chat_templa
         raise UserError(
             "--use_chat_template: the tokenizer has none: leave the flag out, or take a model tuned for chat"
         )
+    message = [{"role": "user", "content": _PLACE}]
     with loading(tokenizer.name_or_path, "language model", "its chat template"):
-        whole = cast(
-            str,
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": _PLACE}], tokenize=False, add_generation_prompt=True
-            ),
-        )
-    before, found, after = whole.partition(_PLACE)
-    if not found:
+        text = cast(str, tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+    before, place, after = text.partition(_PLACE)
+    if not place:
         raise UserError("--use_chat_template: the model's template leaves the message out, so it cannot be used")
     return Frame(before, after, special=False)
 
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """Texts to prompt tokens within a budget: only the key is ever cut.
+    """Requests to tokens within a budget.
 
     Attributes:
         tokenizer: of the LM.
-        max_length: most tokens of prompt and answer.
-        key_max_length: most tokens of a key.
+        max_length: most tokens of a prompt with its answer.
+        key_max_length: most tokens of a key; None for any number.
         truncation_side: ``left`` or ``right``, where a key is cut.
-        frame: what stands around the prompt (not for lrlm, which continues a text).
+        frame: what stands around the prompts.
         encoder_decoder: prompt and answer are read apart, each with the special tokens of its own.
+        counts_answer: False where `max_length` holds for the prompt alone.
+        new_tokens: of an answer that the LM generates.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    key_max_length: int
+    key_max_length: int | None = None
     truncation_side: str = "right"
     frame: Frame = PLAIN
     encoder_decoder: bool = False
+    counts_answer: bool = True
+    new_tokens: int = 0
 
-    def encode(self, task: str, query: str, keys: Sequence[str], answer: str) -> list[PromptTokens | None]:
-        """Tokens of the prompt with each key; None where query and answer do not fit even without one,
-        or where the answer has no tokens.
+    @cached_property
+    def passages(self) -> Layout:
+        """See `passages_layout`."""
+        return passages_layout(self.tokenizer)
+
+    @cached_property
+    def _prefix(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text (such as ``<s>``); those after it are left out."""
+        plain, marked = self._ids(["a"])[0], self.tokenizer("a")["input_ids"]
+        places = range(len(marked) - len(plain) + 1)
+        return next((marked[:start] for start in places if marked[start : start + len(plain)] == plain), [])
+
+    def encode(self, requests: Sequence[Request]) -> list[tuple[PromptTokens, ...] | None]:
+        """Tokens of each request: one for each option or window, or a single one to continue.
+
+        None where the question does not fit, or where a prompt or an option has no tokens.
+        """
+        found: list[tuple[PromptTokens, ...] | None] = [request.windows or None for request in requests]
+        asked = [(number, each, each.prompt) for number, each in enumerate(requests) if each.prompt is not None]
+        prompts = self._limit_keys([prompt for _, _, prompt in asked])
+        tried = self._tokenize(prompts, [request.options for _, request, _ in asked])
+        for (number, request, whole), prompt, tokens in zip(asked, prompts, tried, strict=True):
+            if self._excess(tokens) > 0:
+                (tokens,) = self._tokenize([self.fit(prompt, whole.knowledge, request.options)], [request.options])
+            if self._excess(tokens) <= 0 and all(each.prompt and each.answer != () for each in tokens):
+                found[number] = tokens
+        return found
+
+    def _limit_keys(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Cut keys of more than `key_max_length` tokens."""
+        keys = [key for prompt in prompts for key in prompt.knowledge]
+        if (limit := self.key_max_length) is None or not keys:
+            return list(prompts)
+        cut = iter([self._cut(key, ids, limit) for key, ids in zip(keys, self._ids(keys), strict=True)])
+        return [replace(prompt, knowledge=tuple(next(cut) for _ in prompt.knowledge)) for prompt in prompts]
+
+    def _tokenize(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[tuple[PromptTokens, ...]]:
+        """Tokens of prompts with each of their options, told apart exactly: tokenized with and without the option.
+
+        A space at the end of a prompt belongs to the answer's first token, as tokenizers of LMs have it; of several at
+        least the first belongs to the prompt.
+        """
+        frames = [self.frame if prompt.layout.framed else PLAIN for prompt in prompts]
+        heads = [frame(prompt.text) for frame, prompt in zip(frames, prompts, strict=True)]
+        ends = [_ends(head) for head in heads]
+        without = iter(self._ids([end for own in ends for end in own], self.encoder_decoder))
+        # Of an encoder-decoder LM the answer is read alone.
+        before = [""] * len(heads) if self.encoder_decoder else heads
+        texts = [head + option for head, own in zip(before, options, strict=True) for option in own]
+        whole = iter(self._ids(texts))
+        found = []
+        for frame, own_ends, own_options in zip(frames, ends, options, strict=True):
+            short, *longer = [next(without) for _ in own_ends]
+            prefix = self._prefix if frame.special and not self.encoder_decoder else []
+            parts = [PromptTokens((*prefix, *short), None)]
+            if own_options and self.encoder_decoder:
+                parts = [PromptTokens(tuple(short), tuple(next(whole))) for _ in own_options]
+            elif own_options:
+                parts = [_split(prefix, next(whole), [short, *longer]) for _ in own_options]
+            found.append(tuple(parts))
+        return found
+
+    def _excess(self, tokens: Sequence[PromptTokens]) -> int:
+        """Tokens beyond the budget."""
+        answers = [self.new_tokens if each.answer is None else len(each.answer) for each in tokens]
+        sizes = [len(each.prompt) + size * self.counts_answer for each, size in zip(tokens, answers, strict=True)]
+        return max(sizes) - self.max_length
+
+    def fit(self, prompt: Prompt, keys: Sequence[str], options: Sequence[str]) -> Prompt:
+        """The prompt with as much of its knowledge, then of its examples, as fits; the question stays if it does not.
 
         Args:
-            task: one of `SCORE_PROMPTS`; for lrlm `query` is the context and the query.
-            query, answer: texts.
-            keys: candidates.
+            prompt: that does not fit.
+            keys: its knowledge before any was cut.
+            options: of the request.
         """
-        if not keys:
-            return []
-        template = SCORE_PROMPTS[task]
-        if template.strip:
-            answer = answer.strip()
-        tokens = self.tokenizer(list(keys), add_special_tokens=False)["input_ids"]
-        rooms = [min(len(ids), self.key_max_length) for ids in tokens]
-        found: list[PromptTokens | None] = [None] * len(keys)
-        waiting = list(range(len(keys)))
-        while waiting:
-            cut = [self._cut(keys[i], tokens[i], rooms[i]) for i in waiting]
-            tried = self._tokens(task, [template.head(key, query) for key in cut], answer)
-            longer = []
-            for i, each in zip(waiting, tried, strict=True):
-                excess = len(each) - self.max_length
-                if excess <= 0 and each.prompt and each.answer:
-                    found[i] = each
-                elif excess > 0 and rooms[i] > 0:
-                    rooms[i] = max(0, rooms[i] - excess)
-                    longer.append(i)
-            waiting = longer
-        return found
+
+        def excess(changed: Prompt) -> int:
+            return self._excess(self._tokenize([changed], [options])[0])
+
+        if prompt.knowledge:
+            prompt = self._cut_knowledge(prompt, keys, excess)
+        # The fewest examples to leave out, by halving: with fewer examples a prompt is never longer.
+        shorter = [replace(prompt, examples=prompt.examples[first:]) for first in range(len(prompt.examples) + 1)]
+        fewest = bisect_left(shorter[:-1], True, key=lambda changed: excess(changed) <= 0)
+        return shorter[fewest]
+
+    def _cut_knowledge(self, prompt: Prompt, keys: Sequence[str], excess: Callable[[Prompt], int]) -> Prompt:
+        """The prompt with as many whole keys as fit, and a part of the next one."""
+        size = len(keys)
+
+        def keeping(number: int, part: str = "") -> Prompt:
+            """With `number` whole keys, and `part` in place of the next."""
+            own = (part,) if part or prompt.key_stays else ()
+            if prompt.cut_first:
+                return replace(prompt, knowledge=(*own, *prompt.knowledge[size - number :]))
+            return replace(prompt, knowledge=(*prompt.knowledge[:number], *own))
+
+        # The most keys that fit, by halving: with fewer keys a prompt is never longer.
+        number = bisect_left(range(1, size), True, key=lambda more: excess(keeping(more)) > 0)
+        key = keys[size - 1 - number if prompt.cut_first else number]
+        (ids,) = self._ids([key])
+        room = min(len(ids), self.key_max_length or len(ids))
+        if not prompt.key_stays:
+            room = min(room, max(0, -excess(keeping(number))))
+        while True:
+            shorter = keeping(number, self._cut(key, ids, room) if room else "")
+            over = excess(shorter)
+            if over <= 0 or room == 0:
+                return shorter
+            room = max(0, room - over)
 
     def _cut(self, key: str, ids: Sequence[int], room: int) -> str:
-        return key if len(ids) <= room else cut_text(self.tokenizer, ids, room, self.truncation_side)
+        """The key if it has at most `room` tokens, else a part of it; maybe empty.
 
-    def _tokens(self, task: str, heads: Sequence[str], answer: str) -> list[PromptTokens]:
-        frame = PLAIN if task == "lrlm" else self.frame
-        pairs = [(head, answer) for head in heads]
-        return tokenize_pairs(self.tokenizer, pairs, frame, self.encoder_decoder)
+        Nothing is cut inside a character, and what is left has no more tokens when it is read anew.
+        """
+        if len(ids) <= room:
+            return key
+        for size in range(room, 0, -1):
+            cut = cast(str, self.tokenizer.decode(list(cut_ids(ids, size, self.truncation_side))))
+            half = cut.endswith(HALF) if self.truncation_side == "right" else cut.startswith(HALF)
+            if not half and len(self._ids([cut])[0]) <= room:
+                return cut
+        return ""
 
-    def encode_tokens(self, row: dict[str, Any]) -> list[PromptTokens | None]:
-        """Tokens of an lrlm row that carries them: key, context, query and answer in a line, nothing added."""
-        rest = [*row["context_inputs"], *row["query_inputs"]]
-        answer = tuple(row["answer_inputs"])
-        free = self.max_length - len(rest) - len(answer)
-        room = min(self.key_max_length, free)
-        found: list[PromptTokens | None] = []
-        for key in row["score_inputs"]:
-            cut = _cut_ids(key, room, self.truncation_side)
-            fits = free >= 0 and (rest or cut)
-            found.append(PromptTokens((*cut, *rest), answer) if fits else None)
-        return found
+    def _ids(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        return self.tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
 
 
-def tokenize_pairs(
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[tuple[str, str]],
-    frame: Frame = PLAIN,
-    encoder_decoder: bool = False,
-) -> list[PromptTokens]:
-    """Tokens of prompts with their answers, told apart exactly: tokenized with and without the answer.
-
-    A space at the end of a prompt belongs to the answer's first token, as tokenizers of LMs have it; of several at
-    least the first belongs to the prompt.
-
-    Args:
-        tokenizer: of the LM.
-        pairs: prompt and answer; the answer may be empty.
-        frame: goes around the prompts.
-        encoder_decoder: prompt and answer are read apart.
-    """
-    heads = [frame(prompt) for prompt, _ in pairs]
-    short = [head.rstrip(" ") for head in heads]
-    if encoder_decoder:
-        prompts = tokenizer(short)["input_ids"]
-        answers = tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
-        return [PromptTokens(tuple(own), tuple(ids)) for own, ids in zip(prompts, answers, strict=True)]
-    variants = [short]
-    if any(head.endswith("  ") for head in heads):
-        # Whether several spaces are one token, or the last one goes with the answer, differs by tokenizer.
-        variants += [[head.removesuffix(" ") for head in heads], heads]
-    without = [tokenizer(own, add_special_tokens=False)["input_ids"] for own in variants]
-    texts = [head + answer for head, (_, answer) in zip(heads, pairs, strict=True)]
-    whole = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    prefix = special_prefix(tokenizer) if frame.special else []
-    split = [max(_common_length(own[number], full) for own in without) for number, full in enumerate(whole)]
-    return [
-        PromptTokens((*prefix, *full[:start]), tuple(full[start:])) for full, start in zip(whole, split, strict=True)
-    ]
-
-
-def tokenize_prompts(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    frame: Frame = PLAIN,
-    encoder_decoder: bool = False,
-) -> list[tuple[int, ...]]:
-    """Tokens of prompts that a model is to continue; a space at the end is left to what it writes."""
-    texts = [frame(prompt).rstrip(" ") for prompt in prompts]
-    if encoder_decoder:
-        return [tuple(ids) for ids in tokenizer(texts)["input_ids"]]
-    prefix = special_prefix(tokenizer) if frame.special else []
-    return [(*prefix, *ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-
-def cut_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], room: int, side: str) -> str:
-    """A text of at most `room` of its tokens, from the ``right`` or ``left`` of which the rest is cut; maybe empty.
-
-    Nothing is cut inside a character, and what is left has no more tokens when it is read anew.
-    """
-    for size in range(room, 0, -1):
-        cut = cast(str, tokenizer.decode(list(_cut_ids(ids, size, side))))
-        half = cut.endswith(HALF) if side == "right" else cut.startswith(HALF)
-        if not half and len(tokenizer(cut, add_special_tokens=False)["input_ids"]) <= room:
-            return cut
-    return ""
-
-
-def _cut_ids(ids: Sequence[int], room: int, side: str) -> Sequence[int]:
-    if len(ids) <= room or room < 0:
+def cut_ids(ids: Sequence[int], room: int, side: str) -> Sequence[int]:
+    """At most `room` of the ids; the rest is cut from the ``right`` or the ``left``."""
+    if len(ids) <= room:
         return ids
     return ids[:room] if side == "right" else ids[len(ids) - room :]
 
 
+def _ends(head: str) -> list[str]:
+    """Where a prompt may end, before the answer's first token.
+
+    Whether several spaces are one token, or the last one goes with the answer, differs by tokenizer.
+    """
+    short = head.rstrip(" ")
+    return [short, head.removesuffix(" "), head] if head.endswith("  ") else [short]
+
+
+def _split(prefix: Sequence[int], ids: Sequence[int], prompts: Sequence[Sequence[int]]) -> PromptTokens:
+    """Tokens of a prompt with its answer, parted at the end of the longest of `prompts` that it begins with.
+
+    Where a token spans that end it belongs to the answer.
+    """
+    start = max(_common_length(prompt, ids) for prompt in prompts)
+    return PromptTokens((*prefix, *ids[:start]), tuple(ids[start:]))
+
+
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike: all of `first`, unless a token spans its end."""
-    for position, (one, other) in enumerate(zip(first, second, strict=False)):
-        if one != other:
-            return position
-    return min(len(first), len(second))
+    """How many tokens two sequences begin with alike."""
+    both = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in both if one != other), min(len(first), len(second)))

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
+from itertools import count, islice, pairwise
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from src.lm.journal import UNFIT, Journal
-from src.lm.likelihood import budgets, check_finite, collect_work, cut_work, score_batch
+from src.lm.ask import respond
 from src.lm.model import LanguageModel
-from src.lm.prompts import PromptEncoder, PromptTokens
+from src.lm.prompts import PromptEncoder, PromptTokens, cut_ids, score_request
+from src.lm.response_store import Response, ResponseStore
 from src.retrieval.data.rows import TOKEN_FIELDS, candidates, has_tokens
 from src.retrieval.ranking.files import shortest
 from src.utils import distributed
@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 #: Pairs of a unit of work: small enough that a kill costs little and no process waits long for the last.
 UNIT_PAIRS = 512
-#: Of the journal: another number for scores that are made, or laid out, in another way.
-FORMAT = 3
 SHOWN_ROWS = 5
 
 
@@ -79,19 +77,31 @@ class ScoreData:
 
 
 def encode_row(encoder: PromptEncoder, data: ScoreData, number: int) -> list[PromptTokens | None]:
-    """Prompts of a row's pairs, answer by answer: candidates of the first answer, then of the next."""
+    """Prompts of a row's pairs, answer by answer: candidates of the first answer, then of the next.
+
+    None where query and answer do not fit even without a key, or the answer has no tokens.
+    """
     row = data.rows[number]
     name = str(row.get("task") or data.default_task)
     task = data.prompts.get(name, name)
     if has_tokens(row):
-        return encoder.encode_tokens(row)
+        return _own_tokens(encoder, row)
     positives, negatives = candidates(row)
     query = (row.get("context") or "") + row["query"] if task == "lrlm" else row["query"]
-    return [
-        tokens
-        for answer in data.chosen(number, row)
-        for tokens in encoder.encode(task, query, [*positives, *negatives], answer)
-    ]
+    keys = [*positives, *negatives]
+    requests = [score_request(task, query, key, answer) for answer in data.chosen(number, row) for key in keys]
+    return [own[0] if own is not None else None for own in encoder.encode(requests)]
+
+
+def _own_tokens(encoder: PromptEncoder, row: dict[str, Any]) -> list[PromptTokens | None]:
+    """Of an lrlm row that carries tokens: key, context, query and answer in a line, nothing added."""
+    rest, answer = [*row["context_inputs"], *row["query_inputs"]], tuple(row["answer_inputs"])
+    free = encoder.max_length - len(rest) - len(answer)
+    if free < 0:
+        return [None] * len(row["score_inputs"])
+    room = free if encoder.key_max_length is None else min(encoder.key_max_length, free)
+    prompts = [(*cut_ids(key, room, encoder.truncation_side), *rest) for key in row["score_inputs"]]
+    return [PromptTokens(prompt, answer) if prompt else None for prompt in prompts]
 
 
 def check_tokens(data: ScoreData, vocabulary: int) -> None:
@@ -108,20 +118,15 @@ def check_tokens(data: ScoreData, vocabulary: int) -> None:
         )
 
 
-def unfit_rows(encoder: PromptEncoder, data: ScoreData) -> list[int]:
-    """Numbers of the rows whose query and answer do not fit, found by all processes together."""
-    part = distributed.part_of(len(data.rows))
-    mine = [number for number in part if any(tokens is None for tokens in encode_row(encoder, data, number))]
-    return np.concatenate(distributed.all_gather_array(np.array(mine, dtype=np.int64))).tolist()
-
-
 def check_all_fit(encoder: PromptEncoder, data: ScoreData) -> None:
     """For ``--strict``.
 
     Raises:
         UserError: some rows do not fit.
     """
-    if unfit := unfit_rows(encoder, data):
+    part = distributed.part_of(len(data.rows))
+    mine = [number for number in part if None in encode_row(encoder, data, number)]
+    if unfit := [number for own in distributed.all_gather_json(mine) for number in own]:
         raise UserError(
             f"{data.rows.where(unfit[0])}: query and answer do not fit into {encoder.max_length} tokens "
             f"(--context_max_length, or what the LM takes), nor do those of {len(unfit) - 1} more rows: raise it, "
@@ -130,15 +135,15 @@ def check_all_fit(encoder: PromptEncoder, data: ScoreData) -> None:
 
 
 def score_units(
-    model: LanguageModel, encoder: PromptEncoder, data: ScoreData, journal: Journal, max_tokens: int
+    model: LanguageModel, encoder: PromptEncoder, data: ScoreData, store: ResponseStore, max_tokens: int
 ) -> None:
-    """Score what the journal lacks, together with the other processes.
+    """Score what the store lacks, together with the other processes.
 
     Args:
         model: the LM.
         encoder: texts to prompts.
         data: rows.
-        journal: opened; takes the scores.
+        store: opened; takes the scores, by number of the pair within its unit.
         max_tokens: budget of a batch, padding included.
     """
     units, pairs = data.units(), data.pairs
@@ -146,21 +151,19 @@ def score_units(
     lengths = data.rows.scan.lengths
     # The heaviest first: what is left for the end is light, and no process waits long.
     order = sorted(range(len(units)), key=lambda unit: -int(lengths[units[unit].start : units[unit].stop].sum()))
-    max_tokens, max_logits = budgets(model, max_tokens)
     passed = 0
     with (
         distributed.raising_together(),
         tqdm(total=sum(sizes), desc="scoring", unit="pair", disable=not distributed.is_main(), smoothing=0.1) as bar,
     ):
         for unit in order:
-            if journal.claim(unit):
-                journal.repair(unit)
-                present = journal.read(unit, sizes[unit])
-                bar.update(int((~np.isnan(present)).sum()))
-                batches = _score_unit(model, encoder, data, units[unit], present, max_tokens, max_logits)
-                for numbers, scores in batches:
-                    journal.add(unit, numbers, scores)
-                    bar.update(len(numbers))
+            if store.claim(unit):
+                present = store.read(unit)
+                bar.update(len(present))
+                if len(present) < sizes[unit]:
+                    for responses in _score_unit(model, encoder, data, units[unit], present, max_tokens):
+                        store.add(unit, responses)
+                        bar.update(len(responses))
             # Units of other processes count when this one gets past them.
             passed += sizes[unit]
             bar.update(passed - bar.n if passed > bar.n else 0)
@@ -171,27 +174,25 @@ def _score_unit(
     encoder: PromptEncoder,
     data: ScoreData,
     rows: range,
-    present: np.ndarray,
+    present: Container[str],
     max_tokens: int,
-    max_logits: int,
-) -> Iterator[tuple[list[int], list[Any]]]:
-    """Batches of numbers and scores of what is not in `present`."""
-    if not np.isnan(present).any():
-        return
+) -> Iterator[dict[str, Response | None]]:
+    """Batches of what is not `present`."""
     encoded = [tokens for number in rows for tokens in encode_row(encoder, data, number)]
-    missing = np.flatnonzero(np.isnan(present)).tolist()
+    missing = [number for number in range(len(encoded)) if str(number) not in present]
     if unfit := [number for number in missing if encoded[number] is None]:
-        yield unfit, [None] * len(unfit)
-    work = collect_work([(number, tokens) for number in missing if (tokens := encoded[number]) is not None])
+        yield {str(number): None for number in unfit}
+    asked = [(number, tokens) for number in missing if (tokens := encoded[number]) is not None]
     row_of = np.repeat(rows, data.pairs[rows.start : rows.stop])
-    for batch in cut_work(work, max_tokens, max_logits, model.vocabulary, model.padding_side):
-        numbers, scores = score_batch(model, batch)
-        for number, score in zip(numbers, scores, strict=True):
-            check_finite([score], data.rows.where(int(row_of[number])))
-        yield numbers, scores
+
+    def where(place: int) -> str:
+        return data.rows.where(int(row_of[asked[place][0]]))
+
+    for batch in respond(model, [tokens for _, tokens in asked], None, max_tokens, where):
+        yield {str(asked[place][0]): response for place, response in batch.items()}
 
 
-def write_scored(data: ScoreData, journal: Journal, field: str, path: str, partly: bool = False) -> int:
+def write_scored(data: ScoreData, store: ResponseStore, field: str, path: str, partly: bool = False) -> int:
     """Write all rows with the scores of their candidates; by one process.
 
     Rows that do not fit or were not reached lose a `field` they had: it would be of another model. Rows that were
@@ -199,7 +200,7 @@ def write_scored(data: ScoreData, journal: Journal, field: str, path: str, partl
 
     Args:
         data: rows.
-        journal: holds the scores.
+        store: holds the scores.
         field: gets the list of scores, in pos + neg (or history) order.
         path: JSON lines file, there only when it is whole.
         partly: rows without scores are no error.
@@ -208,34 +209,32 @@ def write_scored(data: ScoreData, journal: Journal, field: str, path: str, partl
         How many rows have their scores.
 
     Raises:
-        UserError: the journal lacks scores.
+        UserError: the store lacks scores.
     """
-    pairs = data.pairs
     unfit: list[int] = []
-    absent = 0
-    replaced = 0
+    absent = replaced = 0
     with atomic_write(path) as file:
         for unit, rows in enumerate(data.units()):
-            scores = journal.read(unit, int(pairs[rows.start : rows.stop].sum()))
-            ends = np.cumsum(pairs[rows.start : rows.stop])
+            responses = store.read(unit)
+            keys = map(str, count())
             for number in rows:
-                end = int(ends[number - rows.start])
-                own = scores[end - int(pairs[number]) : end]
+                own = list(islice(keys, int(data.pairs[number])))
                 row = data.rows[number]
                 replaced += field in row
                 row.pop(field, None)
-                if np.isnan(own).any():
+                if not responses.keys() >= set(own):
                     absent += 1
-                elif (own == UNFIT).any():
+                elif any(responses[key] is None for key in own):
                     unfit.append(number)
                 else:
-                    row[field] = reduce_answers(own, data.answers(number), data.answer_select)
+                    scores = np.array([response.log_likelihoods[0] for key in own if (response := responses[key])])
+                    row[field] = reduce_answers(scores, data.answers(number), data.answer_select)
                     # The texts are what is trained on.
                     for name in TOKEN_FIELDS if has_tokens(row) else ():
                         del row[name]
                 file.write(json_line(row))
         if absent and not partly:
-            raise UserError(f"{journal.folder} lacks the scores of {absent} rows: start again to score them")
+            raise UserError(f"{store.folder} lacks the scores of {absent} rows: start again to score them")
     _report(data, field, path, unfit, absent, replaced)
     return len(data.rows) - len(unfit) - absent
 
@@ -250,13 +249,9 @@ def reduce_answers(scores: np.ndarray, answers: int, answer_select: str) -> list
 def _report(data: ScoreData, field: str, path: str, unfit: Sequence[int], absent: int, replaced: int) -> None:
     if unfit:
         shown = ", ".join(data.rows.where(number) for number in unfit[:SHOWN_ROWS])
-        more = f" and {len(unfit) - SHOWN_ROWS} more" if len(unfit) > SHOWN_ROWS else ""
-        logger.warning(
-            "%d rows are unscored: query and answer do not fit, or the answer has no tokens (%s%s)",
-            len(unfit),
-            shown,
-            more,
-        )
+        shown += f" and {len(unfit) - SHOWN_ROWS} more" if len(unfit) > SHOWN_ROWS else ""
+        reason = "query and answer do not fit, or the answer has no tokens"
+        logger.warning("%d rows are unscored: %s (%s)", len(unfit), reason, shown)
     if absent:
         logger.warning("%d rows are unscored: the run that scored stopped before them", absent)
     if replaced:

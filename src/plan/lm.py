@@ -29,7 +29,7 @@ def scoring_lines(data: ScoreData, encoder: PromptEncoder) -> Iterator[Line]:
     fitting = [tokens for row in encoded for tokens in row if tokens is not None]
     lengths = [len(tokens) for tokens in fitting]
     yield "tokens", f"a prompt with its answer: {describe(lengths)} (of {len(numbers)} rows)"
-    yield "tokens", f"an answer: {describe(len(tokens.answer) for tokens in fitting)}"
+    yield "tokens", f"an answer: {describe(len(tokens.answer or ()) for tokens in fitting)}"
     yield "tokens", f"about {sum(lengths) / max(len(lengths), 1) * pairs:,.0f} in all"
     if unfit := sum(None in row for row in encoded):
         yield "tokens", f"{unfit} of these rows do not fit into {encoder.max_length} tokens and stay unscored"

@@ -26,8 +26,8 @@ import pytest
 import torch
 from transformers import BertModel, LlamaForCausalLM
 
+from evaluation.runner.args import LMEvalArgs
 from src.lm.args import LMScoreArgs
-from src.lm.eval_args import LMEvalArgs
 from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.data.rows import check_train_row
 from src.retrieval.models.checkpoint_folders import complete_checkpoints

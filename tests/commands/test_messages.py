@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from evaluation.runner.run import run_task
-from tests.helpers import ROOT
+from tests.helpers import ROOT, evaluation_class
 
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path
@@ -105,7 +105,7 @@ def flags_of(command: str, monkeypatch) -> set[str]:
     monkeypatch.setattr(sys, "argv", [command])
     module = importlib.import_module(command)
     with pytest.raises(Parsed) as parsed:
-        module.main() if hasattr(module, "main") else run_task(module.TASK)
+        module.main() if hasattr(module, "main") else run_task(evaluation_class(module))
     return parsed.value.args[0]
 
 

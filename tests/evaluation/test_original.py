@@ -17,17 +17,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
+from evaluation.eval_icl import FAMILY_OF, ICL, problems
+from evaluation.runner.args import ICLArgs
 from evaluation.runner.run import run_task
-from evaluation.tasks.icl import FAMILY_OF, problems, score
 from src.lm.ask import Asker
-from src.lm.budget import Layout, Prompt, passages_layout
-from src.lm.builders import make_decoding
-from src.lm.eval_args import ICLArgs
-from src.lm.memory import Response
+from src.lm.generate import Decoding
+from src.lm.prompts import Layout, Prompt, passages_layout
+from src.lm.response_store import Response
 from src.utils.errors import UserError
 from tests.conftest import make_tokenizer
 from tests.evaluation.test_parts import writer  # noqa: F401  (a fixture)
-from tests.helpers import ROOT, read_rows, write_rows
+from tests.helpers import ROOT, evaluation_class, read_rows, write_rows
 
 ORIGINAL = ROOT / "tests" / "data" / "original"
 EXPECTED = sorted(path.stem for path in (ORIGINAL / "expected").glob("*.json"))
@@ -53,8 +53,8 @@ def ask(monkeypatch, lm, tmp_path):
 
         def watched(self, requests, *rest):
             answers = real(self, requests, *rest)
-            for request, (_, response) in zip(requests, answers, strict=True):
-                for place, part in enumerate(self.encoder.encode(request).parts):
+            for parts, (_, response) in zip(self.encoder.encode(requests), answers, strict=True):
+                for place, part in enumerate(parts):
                     own = {"prompt": tokenizer.decode(part.prompt)}
                     if part.answer is None:
                         seen.append({**own, "kind": "gen", "out": response.texts[0]})
@@ -71,7 +71,7 @@ def ask(monkeypatch, lm, tmp_path):
         monkeypatch.setattr(Asker, "__call__", watched)
         log = tmp_path / "log" / "run.log"
         own = ["--output_dir", str(tmp_path / "out"), "--log_path", str(log)]
-        run_task(importlib.import_module(module).TASK, [*argv, *own])
+        run_task(evaluation_class(importlib.import_module(module)), [*argv, *own])
         return seen, read_rows(Path(read_rows(log.with_suffix(".jsonl"))[-1]["outputs"]))
 
     return call
@@ -191,16 +191,16 @@ def test_which_option_is_right(options, answer, right):
     assert bool(problems(row)) == (right is None)
     for choice in range(2 if right is not None else 0):
         nlls = tuple(-float(place != choice) for place in range(2))
-        assert score(row, Response((), nlls, (1, 1))) == {"accuracy": float(choice == right)}
+        assert ICL.score(None, row, Response((), nlls, (1, 1))) == {"accuracy": float(choice == right)}
 
 
 def test_generated_answers_of_icl():
     row = {"task_name": "squad_v1", "answers": ["x", "a  red house"]}
-    assert score(row, Response(("The Red house!",))) == {"exact_match": 1}
+    assert ICL.score(None, row, Response(("The Red house!",))) == {"exact_match": 1}
     # ROUGE-L is that of the first answer.
     row = {"task_name": "gigaword", "answers": ["a b", "c d"]}
-    assert score(row, Response(("a  b",)))["rouge_l"] == pytest.approx(1)
-    assert score(row, Response(("c d",))) == {"rouge_l": 0}
+    assert ICL.score(None, row, Response(("a  b",)))["rouge_l"] == pytest.approx(1)
+    assert ICL.score(None, row, Response(("c d",))) == {"rouge_l": 0}
 
 
 def test_marks_around_prompts_of_icl(ask, lm, tmp_path):
@@ -222,7 +222,7 @@ def test_marks_around_prompts_of_icl(ask, lm, tmp_path):
         assert own["answer"] == tokenizer.decode(ids[-size:])
     assert generated["prompt"] == "<s> [INST] What? [/INST]"
     for flag, first_line, stops in ((None, False, ()), (13, True, (13,)), (5, False, (5,))):
-        made = make_decoding(ICLArgs(eval_data="x", add_llama_inst=True, eos_token_id=flag, few_shot=0), tokenizer)
+        made = Decoding.from_args(ICLArgs(eval_data="x", add_llama_inst=True, eos_token_id=flag, few_shot=0), tokenizer)
         assert (made.first_line, made.stop_tokens) == (first_line, stops)
 
 

@@ -16,21 +16,21 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from evaluation import eval_lrlm, eval_tool
+from evaluation.eval_mmlu import GROUP_OF, GROUPS
 from evaluation.report import read_results
 from evaluation.runner.run import run_task
 from evaluation.runner.text_metrics import binary_f1, contains_answer, exact_match, rouge_l, token_f1
 from evaluation.self_retrieval.chunks import Integration, plan_chunks, windows
-from evaluation.tasks.mmlu import GROUP_OF, GROUPS
 from scripts.sample import eval as sample_eval
 from scripts.sample import lm as sample_lm
-from src.lm.budget import Prompt, fit
 from src.lm.generate import Decoding, end_tokens, generate, newline_tokens
 from src.lm.model import LanguageModel, LMConfig, load_lm
+from src.lm.prompts import Prompt, PromptEncoder, Request
 from src.utils.cli import run as run_entry
 from src.utils.errors import UserError
 from src.utils.files import path_name
 from tests.conftest import make_tokenizer
-from tests.helpers import environment, read_rows, write_rows
+from tests.helpers import environment, evaluation_class, read_rows, write_rows
 from tests.lm.test_score import models  # noqa: F401  (a fixture)
 from tests.reference import evaluation as reference
 from tests.reference.lm_score import decoder_likelihood
@@ -80,7 +80,7 @@ def evaluate(monkeypatch, capsys, caplog, data_root, models, tiny_bert, tmp_path
         monkeypatch.setattr(sys, "argv", [f"eval_{task}", *map(str, [*command, *flags])])
         module = importlib.import_module(f"evaluation.eval_{task}")
         with pytest.raises(SystemExit) as stop:
-            run_entry((lambda: run_task(module.TASK)) if task != "tool" else module.main)
+            run_entry((lambda: run_task(evaluation_class(module))) if task != "tool" else module.main)
         printed = capsys.readouterr().err + caplog.text
         assert int(stop.value.code or 0) == expect, printed
         if expect:
@@ -346,7 +346,7 @@ def test_logs_have_a_place_of_their_own(data_root, models, tmp_path, monkeypatch
     common = ["--data_root", str(data_root), "--cpu", "--output_dir", "out"]
     lrlm = [*map(str, LRLM), "--model_name_or_path", models["llama"], "--retrieval_method", "no"]
     for log in ((), ("logs/lrlm.no",), ("logs/lrlm.bm25",), ("logs/lrlm.log",), ("logs",), ("new/lrlm",)):
-        run_task(eval_lrlm.TASK, [*common, *lrlm, *(("--log_path", *log) if log else ())])
+        run_task(eval_lrlm.LRLM, [*common, *lrlm, *(("--log_path", *log) if log else ())])
     for log in ("logs", "tools/"):
         flags = [*common, "--retrieval_method", "bm25", "--hits", "20", "--log_path", log]
         monkeypatch.setattr(sys, "argv", ["eval_tool", *flags])
@@ -422,15 +422,15 @@ def test_prompts_stay_in_their_budget_and_keep_the_question(knowledge, examples,
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     prompt = Prompt(question, tuple(knowledge), tuple(examples), "header", cut_first=cut_first)
-    found = fit(prompt, length, budget, tokenizer)
-    if found is None:
-        assert length(Prompt(question, header="header").text) > budget
+    # One more for the token that begins a text.
+    encoder = PromptEncoder(tokenizer, budget + 1)
+    found = prompt if length(prompt.text) <= budget else encoder.fit(prompt, prompt.knowledge, ())
+    fits = length(Prompt(question, header="header").text) <= budget
+    assert (encoder.encode([Request(prompt)]) != [None]) == (length(found.text) <= budget) == fits
+    if not fits:
         return
-    assert length(found.text) <= budget
     assert found.question == question
     assert found.examples == prompt.examples[len(examples) - len(found.examples) :]
-    if length(prompt.text) <= budget:
-        assert found == prompt
     whole = [key for key in found.knowledge if key in prompt.knowledge]
     if len(found.knowledge) < len(prompt.knowledge):
         # Whole keys stay in their order, from the side that is kept, and at most one is cut.
@@ -654,19 +654,24 @@ def test_a_ninth_task_is_one_short_file(evaluate, data_root, tmp_path, monkeypat
     source = '''
 """Does a passage hold the answer? A task of one's own."""
 
-from evaluation.runner.run import EvalTask
-from src.lm.ask import Request
-from src.lm.budget import Prompt
-from src.lm.eval_args import QuestionArgs
+from evaluation.runner.args import QuestionArgs
+from evaluation.runner.task import EvalTask
+from src.lm.prompts import Prompt, Request
 
-TASK = EvalTask(
-    name="ninth",
-    args=QuestionArgs,
-    defaults={"eval_data": "llm-embedder:qa/nq/test.json", "corpus": "llm-embedder:qa/nq/corpus.json", "metrics": []},
-    request=lambda context, row, found, shots: Request(Prompt(row["query"], found.texts), ("Yes", "No")),
-    score=lambda row, response: {"yes": float(response.choice == 0)},
-    gold=lambda row: "Yes",
-)
+
+class Ninth(EvalTask):
+    name = "ninth"
+    flags = QuestionArgs
+    defaults = {"eval_data": "llm-embedder:qa/nq/test.json", "corpus": "llm-embedder:qa/nq/corpus.json", "metrics": []}
+
+    def request(self, row, found, examples):
+        return Request(Prompt(row["query"], found.texts), ("Yes", "No"))
+
+    def score(self, row, response):
+        return {"yes": float(response.choice == 0)}
+
+    def gold(self, row):
+        return "Yes"
 '''
     (tmp_path / "eval_ninth.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -761,8 +766,7 @@ def test_a_sample_depends_on_its_own_prompt_alone(models):  # noqa: F811
     decoding = Decoding(8, do_sample=True, num_return_sequences=2, first_line=False)
 
     def written(chosen):
-        texts = {}
-        generate(model, chosen, decoding, 10_000, texts.__setitem__)
+        texts = dict(item for batch in generate(model, chosen, decoding, 10_000) for item in batch.items())
         return [texts[number] for number in range(len(chosen))]
 
     together = written(prompts)
@@ -809,7 +813,7 @@ def test_keys_are_cut_on_the_side_that_one_asks_for(evaluate, data_root, models,
 @pytest.mark.parametrize("task", ["qa", "mmlu", "popqa", "icl", "qrecc", "msc", "lrlm", "tool"])
 def test_instructions_need_no_folder_of_a_known_name(evaluate, data_root, tmp_path, task):
     module = importlib.import_module(f"evaluation.eval_{task}")
-    defaults = module.DEFAULTS if task == "tool" else module.TASK.defaults
+    defaults = module.DEFAULTS if task == "tool" else evaluation_class(module).defaults
     rows = read_rows(data_root / defaults["eval_data"].removeprefix("llm-embedder:"))[:2]
     path = write_rows(tmp_path / "anywhere.json", rows)
     flags = ("--eval_data", path, "--version", "llm-embedder", "--add_instruction", "True", *SMALL[task])

@@ -1,4 +1,4 @@
-"""Damaged caches, vectors, indexes and journals: what reads them gives the right values, or an error in one line.
+"""Damaged caches, vectors, indexes and responses: what reads them gives the right values, or an error in one line.
 
 python -m tests.faults.damaged --seeds 20
 """
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from src.lm.journal import Journal
-from src.lm.memory import Response, ResponseMemory, read_responses
+from evaluation.runner.outputs import read_responses
+from src.lm.response_store import Response, ResponseStore
 from src.retrieval.args import BM25Args
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.rows import check_corpus_row, check_eval_row
@@ -48,6 +48,11 @@ TEXTS = [f"word{number} and {'more ' * number}" for number in range(8)]
 JUNK: list[Any] = [None, [], {}, "x", 0, True, [[]], {"identity": {}}, {"identity": [], "files": 3}, [None, {"a": 1}]]
 LINES = [b"null", b"[]", b"{", b"[[0], [1e999]]", b"[[99], [1.0]]", b"[[0, 1], [0.5]]", b'[["0"], ["x"]]', b"\xff\x00"]
 LINES += [b"[" * 100_000, b"9" * 5000, b'{"prompt_hash": [], "response": {}}', b'{"prompt_hash": "a", "response": 3}']
+LINES += [
+    b'{"responses": [], "checksum": 3}',
+    b'{"responses": {"0": 3}}',
+    b'{"checksum": null, "responses": {"9": null}}',
+]
 LINES += [b'{"prompt_hash": "a", "response": {"texts": [1], "log_likelihoods": ["x"], "tokens": [null]}}']
 
 
@@ -107,31 +112,33 @@ def bm25(folder: Path, load_index: bool) -> np.ndarray:
     return build_bm25_searcher(TEXTS, str(corpus), "{text}", str(folder), args).search(["more", "word3"], 3)[1]
 
 
-def make_journal(folder: Path) -> None:
-    """Two units of scores."""
-    journal = Journal(str(folder))
-    journal.open({"model": "a", "files": [1, 2]})
-    journal.add(0, [0, 1], [-1.5, None])
-    journal.add(0, [2], [-0.25])
+RESPONSES = {"0": Response(("text",), (-1.5,), (3,)), "1": None}
 
 
-def read_journal(folder: Path) -> np.ndarray:
-    """After a kill."""
-    journal = Journal(str(folder))
-    journal.open({"model": "a", "files": [1, 2]})
-    return journal.read(0, 4)
+def opened(folder: Path) -> ResponseStore:
+    """As after a kill."""
+    store = ResponseStore(folder)
+    store.open({"model": "a", "files": [1, 2]})
+    return store
 
 
-def make_memory(folder: Path) -> None:
-    """Two responses."""
-    with ResponseMemory(str(folder)) as memory:
-        memory.keep("a", Response(("text",), (-1.5,), (3,)))
-        memory.keep("b", Response((), (-1.0, -2.0), (1, 2)))
+def make_responses(folder: Path) -> None:
+    """Responses in two parts."""
+    store = opened(folder)
+    store.add(0, RESPONSES)
+    store.add(0, {"2": Response((), (-1.0, -2.0), (1, 2))})
+    store.add(1, RESPONSES)
 
 
-def read_memory(folder: Path) -> dict[str, Response]:
-    """After a kill."""
-    return read_responses(map(str, folder.glob("*.jsonl")))
+def make_outputs(folder: Path) -> None:
+    """An evaluation's outputs."""
+    rows = [{"prompt_hash": key, "response": vars(each) if each else None} for key, each in RESPONSES.items()]
+    write_rows(folder / "outputs.jsonl", rows)
+
+
+def read_outputs(folder: Path) -> dict[str, Response]:
+    """With ``--load_prev_result``."""
+    return read_responses(str(folder / "outputs.jsonl"))
 
 
 def read_scan(folder: Path) -> list[dict[str, Any]]:
@@ -177,18 +184,15 @@ def read_weights(folder: Path) -> list[bytes]:
     return sorted({path.read_bytes() for path in folder.rglob("*") if path.suffix in (".pt", ".safetensors")})
 
 
-def in_part(found: np.ndarray, whole: np.ndarray) -> bool:
-    """Whether scores are those, or not there."""
-    return bool((np.isnan(found) | (found == whole)).all())
-
-
 KINDS = {
     "vectors": Kind(make_vectors, read_vectors),
     "vectors made again": Kind(make_vectors, make_again),
     "index": Kind(make_index, read_index),
     "bm25": Kind(partial(bm25, load_index=False), partial(bm25, load_index=True)),
-    "journal": Kind(make_journal, read_journal, in_part),
-    "memory": Kind(make_memory, read_memory, lambda found, whole: found.items() <= whole.items()),
+    "responses": Kind(
+        make_responses, lambda folder: opened(folder).read(0), lambda found, whole: found.items() <= whole.items()
+    ),
+    "outputs": Kind(make_outputs, read_outputs, lambda found, whole: True),
     "scan": Kind(read_scan, read_scan, lambda found, whole: found == whole),
     "hits": Kind(make_hits, read_hits),
     "weights": Kind(make_weights, read_weights, lambda found, whole: found in (whole, [])),

@@ -31,6 +31,7 @@ from src.retrieval.data.rows import (
 )
 from src.utils.files import json_line
 from src.utils.jsonl import BYTE_ORDER_MARK, _check_line, open_jsonl, scan_file
+from tests.helpers import evaluation_class
 
 CHECKS: dict[str, Callable[[Any], tuple[list[str], dict[str, Any]]]] = {
     "train": check_train_row,
@@ -42,7 +43,7 @@ CHECKS: dict[str, Callable[[Any], tuple[list[str], dict[str, Any]]]] = {
     "lrlm": eval_lrlm.check_row,
     **{
         task.name: partial(check_further, check=check_eval_row, further=task.check.problems)
-        for task in (each.TASK for each in (eval_icl, eval_mmlu, eval_msc, eval_popqa, eval_qa, eval_qrecc))
+        for task in map(evaluation_class, (eval_icl, eval_mmlu, eval_msc, eval_popqa, eval_qa, eval_qrecc))
         if task.check is not None
     },
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -29,10 +28,10 @@ from transformers import (
 import run_lm_score
 from scripts.sample import lm as sample_lm
 from src.lm.args import LMScoreArgs
-from src.lm.journal import UNFIT, Journal
 from src.lm.likelihood import collect_work, cut_work
 from src.lm.model import LanguageModel
-from src.lm.prompts import LLAMA_INST, PromptEncoder, PromptTokens
+from src.lm.prompts import LLAMA_INST, PromptEncoder, PromptTokens, score_request
+from src.lm.response_store import Response, ResponseStore
 from src.lm.score import ScoreData, score_units, write_scored
 from src.retrieval.data.rows import check_lm_row
 from src.utils.cli import run as run_entry
@@ -97,6 +96,12 @@ def toy(task: str, candidates: int = 3, rows: int = 2) -> list[dict]:
         row["answers"] = [answer[:60] for answer in row["answers"]]
         row.pop("teacher_scores", None)
     return found
+
+
+def encode(encoder, task, query, keys, answer) -> list:
+    """Tokens of the prompt with each key."""
+    found = encoder.encode([score_request(task, query, key, answer) for key in keys])
+    return [own[0] if own is not None else None for own in found]
 
 
 def own_candidates(row: dict) -> list[str]:
@@ -173,9 +178,9 @@ def test_a_tokenizer_without_padding_scores_alike(models, score, tmp_path):
 
 def test_instruction_marks_go_around_the_prompt():
     encoder = PromptEncoder(make_tokenizer(), 400, 100, frame=LLAMA_INST)
-    text = [make_tokenizer().decode(tokens.prompt) for tokens in encoder.encode("icl", "q", ["k"], "w")]
+    text = [make_tokenizer().decode(tokens.prompt) for tokens in encode(encoder, "icl", "q", ["k"], "w")]
     assert text == ["[CLS] [ inst ] k q [ / inst ]"]
-    (plain,) = encoder.encode("lrlm", "q", ["k"], "w")
+    (plain,) = encode(encoder, "lrlm", "q", ["k"], "w")
     assert "inst" not in make_tokenizer().decode(plain.prompt)
 
 
@@ -224,7 +229,7 @@ def test_a_long_key_is_cut_and_nothing_else():
     key = " ".join(map(str, range(10, 60)))
     for side, start, end in (("right", "1011", ""), ("left", "", "5859")):
         encoder = PromptEncoder(tokenizer, 40, 30, side)
-        (tokens,) = encoder.encode("chat", "qqq", [key], "www")
+        (tokens,) = encode(encoder, "chat", "qqq", [key], "www")
         assert len(tokens) <= 40
         text = tokenizer.decode([*tokens.prompt, *tokens.answer], skip_special_tokens=True).replace(" ", "")
         assert text.endswith("speaker1:qqqspeaker2:www")
@@ -232,8 +237,8 @@ def test_a_long_key_is_cut_and_nothing_else():
         assert kept in key.replace(" ", "")
         assert kept.startswith(start)
         assert kept.endswith(end)
-    assert PromptEncoder(tokenizer, 20, 30).encode("chat", "qqq", [key], "www") == [None]
-    (short,) = PromptEncoder(tokenizer, 400, 5).encode("icl", "q", [key], "w")
+    assert encode(PromptEncoder(tokenizer, 20, 30), "chat", "qqq", [key], "www") == [None]
+    (short,) = encode(PromptEncoder(tokenizer, 400, 5), "icl", "q", [key], "w")
     assert len(short.prompt) == 1 + 5 + 1
 
 
@@ -246,23 +251,20 @@ def test_a_token_that_spans_the_end_of_the_prompt_belongs_to_the_answer():
                 return {"input_ids": [ord(texts[0])]}
             return {"input_ids": [[hash(text[i : i + 2]) for i in range(0, len(text), 2)] for text in texts]}
 
-    (tokens,) = PromptEncoder(Pairs(), 100, 100).encode("lrlm", "abc", ["k"], "xyz")
+    (tokens,) = encode(PromptEncoder(Pairs(), 100, 100), "lrlm", "abc", ["k"], "xyz")
     assert tokens == PromptTokens(tuple(map(hash, ("ka", "bc"))), tuple(map(hash, ("xy", "z"))))
-    (tokens,) = PromptEncoder(Pairs(), 100, 100).encode("lrlm", "abcd", ["k"], "xyz")
+    (tokens,) = encode(PromptEncoder(Pairs(), 100, 100), "lrlm", "abcd", ["k"], "xyz")
     assert tokens == PromptTokens(tuple(map(hash, ("ka", "bc"))), tuple(map(hash, ("dx", "yz"))))
 
 
 def test_work_is_collected_once_and_cut_to_the_budget():
     rng = np.random.default_rng(0)
     pairs = [
-        (
-            number,
-            PromptTokens(tuple(rng.integers(0, 3, rng.integers(1, 6))), tuple(rng.integers(0, 2, rng.integers(1, 4)))),
-        )
-        for number in range(300)
+        PromptTokens(tuple(rng.integers(0, 3, rng.integers(1, 6))), tuple(rng.integers(0, 2, rng.integers(1, 4))))
+        for _ in range(300)
     ]
     work = collect_work(pairs)
-    assert sum(len(own.answers) for own in work) == len({(tokens.prompt, tokens.answer) for _, tokens in pairs})
+    assert sum(len(own.answers) for own in work) == len(set(pairs))
     for side in ("left", "right"):
         batches = list(cut_work(work, 64, 200, 4, side))
         numbers = [number for batch in batches for own in batch for each in own.numbers for number in each]
@@ -295,11 +297,10 @@ def test_work_grows_with_the_rows_and_no_faster(answer_select, models, tmp_path,
     model = LanguageModel(*load(models["gpt2"]))
     encoder = PromptEncoder(model.tokenizer, 100, 100)
     monkeypatch.setattr("src.lm.score.UNIT_PAIRS", 8)
-    monkeypatch.setattr("src.lm.score.score_batch", lambda model, batch: instant(batch))
+    monkeypatch.setattr("src.lm.likelihood.score_batch", lambda model, batch: instant(batch))
 
     def instant(batch):
-        numbers = [number for work in batch for own in work.numbers for number in own]
-        return numbers, [0.0] * len(numbers)
+        return {number: 0.0 for work in batch for own in work.numbers for number in own}
 
     def elements(size: int) -> int:
         folder = tmp_path / str(size)
@@ -308,10 +309,10 @@ def test_work_grows_with_the_rows_and_no_faster(answer_select, models, tmp_path,
         columns = data.rows.scan.columns
         columns.update({name: values.view(Counted) for name, values in columns.items() if values.dtype.kind == "i"})
         Counted.seen = 0
-        journal = Journal(folder / "parts")
-        journal.open({})
-        score_units(model, encoder, data, journal, 100)
-        assert write_scored(data, journal, "teacher_scores", str(folder / "out.json")) == size
+        store = ResponseStore(folder / "parts")
+        store.open({})
+        score_units(model, encoder, data, store, 100)
+        assert write_scored(data, store, "teacher_scores", str(folder / "out.json")) == size
         return Counted.seen
 
     few = elements(40)
@@ -345,12 +346,12 @@ def test_a_killed_run_goes_on_and_scores_nothing_twice(models, score, tmp_path, 
     with pytest.raises(KilledError):
         run_lm_score.main()
     parts = tmp_path / "rows.scored.x.json.parts"
-    journal = sorted(parts.glob("*.jsonl"))
-    assert journal
+    kept = sorted(parts.glob("*.jsonl"))
+    assert kept
     assert not (tmp_path / "rows.scored.x.json").exists()
     before = len(seen)
-    with open(journal[-1], "a") as file:
-        file.write("[[0, 1], [-3.2")
+    with open(kept[-1], "a") as file:
+        file.write('\n{"responses": {"0": {"texts": [], "log_like')
     assert "stopped before them" in score(*flags, "--load_score")
     part = read_rows(tmp_path / "rows.scored.x.json")
     assert len(part) == len(rows)
@@ -482,7 +483,7 @@ def test_answers_after_prompts_of_several_lengths_in_one_batch(models):
 
 
 def test_many_answers_are_split_over_batches():
-    answers = [(n, PromptTokens(tuple(range(10)), (n, n))) for n in range(40)]
+    answers = [PromptTokens(tuple(range(10)), (n, n)) for n in range(40)]
     batches = list(cut_work(collect_work(answers), 60, 10**6, 50, "left"))
     assert [len(batch[0].answers) for batch in batches] == [5] * 8
 
@@ -511,7 +512,9 @@ def test_scores_without_a_manifest_are_not_trusted(models, score, tmp_path):
     data = write_rows(tmp_path / "rows.json", [GOOD])
     parts = tmp_path / "rows.scored.x.json.parts"
     parts.mkdir()
-    (parts / "0000000.jsonl").write_text("[[0, 1], [-123.0, -456.0]]\n")
+    store = ResponseStore(parts)
+    store.add(0, {str(pair): Response((), (-123.0,), (1,)) for pair in range(2)})
+    store.manifest.unlink()
     score("--eval_data", data, "--model_name_or_path", models["llama"])
     assert -123.0 not in read_rows(tmp_path / "rows.scored.x.json")[0]["teacher_scores"]
 
@@ -541,41 +544,45 @@ def test_scores_made_with_other_settings_are_not_mixed_in(other, models, tmp_pat
         return run_lm_score.identity(args, args.lm_dtype, rows, args.context_max_length)
 
     changed = dict(other)
-    journal = Journal(str(tmp_path / "parts"))
-    journal.open(made(lm_dtype="fp32"))
+    store = ResponseStore(tmp_path / "parts")
+    store.open(made(lm_dtype="fp32"))
+    assert store.claim(0)
     if changed.pop("eval_data", None):
         write_rows(data, [GOOD, GOOD])
     if changed.pop("model_name_or_path", None):
         (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"scores of another run: .* was made with"):
-        journal.check(made(**{"lm_dtype": "fp32", **changed}))
+        store.check(made(**{"lm_dtype": "fp32", **changed}))
 
 
 def test_scores_of_another_model_are_not_mixed_in(models, score, tmp_path):
     data = write_rows(tmp_path / "rows.json", [GOOD])
-    journal = Journal(f"{tmp_path / 'rows.scored.x.json'}.parts")
-    journal.open({"model_name_or_path": "another"})
+    store = ResponseStore(tmp_path / "rows.scored.x.json.parts")
+    store.open({"model_name_or_path": "another"})
+    store.add(0, {})
     printed = score("--eval_data", data, "--model_name_or_path", models["llama"], expect=2)
     assert "was made with model_name_or_path 'another' (this run: " in printed
     assert "--save_name" in printed
 
 
-def test_journal(tmp_path):
-    journal = Journal(str(tmp_path / "parts"))
-    journal.open({"a": 1})
-    assert journal.claim(3)
-    assert not journal.claim(3)
-    journal.add(3, [0, 2], [-1.5, None])
+def test_response_store(tmp_path):
+    store, first, last = ResponseStore(tmp_path / "parts"), Response((), (-1.5,), (3,)), Response(("a\nb",))
+    store.open({"a": 1})
+    assert store.claim(3)
+    assert not store.claim(3)
+    store.add(3, {"0": first, "2": None})
     with open(tmp_path / "parts" / "0000003.jsonl", "ab") as file:
-        file.write(json.dumps([[1], [-9.0]]).encode()[:-2])
-    np.testing.assert_equal(journal.read(3, 4), [-1.5, np.nan, UNFIT, np.nan])
-    journal.repair(3)
-    journal.add(3, [1], [-2.0])
-    np.testing.assert_equal(journal.read(3, 4), [-1.5, -2.0, UNFIT, np.nan])
-    journal.open({"a": 1})
-    assert journal.claim(3)
-    journal.remove()
-    assert not journal.exists()
+        file.write(b'\n{"responses": {"1": nul')
+    assert store.read(3) == {"0": first, "2": None}
+    store.add(3, {"1": last})
+    store.add(0, {"x": last})
+    assert store.read(3) == {"0": first, "1": last, "2": None}
+    assert store.read() == {**store.read(3), "x": last}
+    assert store.read(4) == {}
+    store.open({"a": 1})
+    assert store.claim(3)
+    store.remove()
+    assert not store.folder.exists()
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from src.utils.display import human_bytes, summarize
 from src.utils.files import path_name
 from src.utils.jsonl import sample
 from tests.evaluation.test_tasks import TASKS, data_root  # noqa: F401  (a fixture)
-from tests.helpers import run, write_rows
+from tests.helpers import evaluation_class, run, write_rows
 from tests.lm.test_score import models  # noqa: F401  (a fixture)
 
 
@@ -411,10 +411,10 @@ def test_evaluations(task, dry, data_root, tiny_bert, models, tmp_path):  # noqa
     flags += ["--model_name_or_path", without_weights(models["llama"], tmp_path / "lm")]
     if task == "lrlm":
         flags += ["--target_length", 64, "--context_window_size", 128, "--chunk_size", 16, "--key_num", 2]
-    plan = dry(lambda: run_task(module.TASK), *flags)
+    plan = dry(lambda: run_task(evaluation_class(module)), *flags)
     if task == "qrecc":
         assert "LM" not in plan
-        plan = dry(lambda: run_task(module.TASK), *flags, "--do_generate")
+        plan = dry(lambda: run_task(evaluation_class(module)), *flags, "--do_generate")
     assert plan["LM"][0].startswith(str(tmp_path / "lm"))
     assert any(re.match(r"a prompt: median [1-9]", text) for text in plan["tokens"])
     if task == "lrlm":
@@ -431,7 +431,7 @@ def test_help_lists_the_flags_of_all_commands(command, monkeypatch, capsys):
     module = importlib.import_module(command)
     monkeypatch.setattr(sys, "argv", [command, "--help"])
     with pytest.raises(SystemExit) as stop:
-        module.main() if hasattr(module, "main") else run_task(module.TASK)
+        module.main() if hasattr(module, "main") else run_task(evaluation_class(module))
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "--config FILE" in printed

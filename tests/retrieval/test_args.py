@@ -15,7 +15,7 @@ from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.utils.cli import parse_args
 from src.utils.errors import UserError
-from tests.helpers import ROOT
+from tests.helpers import ROOT, evaluation_class
 
 FLAGS = ROOT.parent / "shared" / "contract" / "flags.json"
 #: fp16 falls back to fp32 where the device has no fp16 training; data_root follows an environment variable.
@@ -60,7 +60,7 @@ def test_every_flag_of_an_evaluation_has_the_documented_default(name, monkeypatc
         wanted |= {"eval_data": defaults["eval_data"]}
         (args,), given = parse_args([EvalRetrievalArgs], [], **defaults)
     else:
-        (args,), given = parse_args([module.TASK.args], [], **module.TASK.defaults)
+        (args,), given = parse_args([(kind := evaluation_class(module)).flags], [], **kind.defaults)
     assert not given
     if isinstance(wanted["train_data"], str):
         wanted["train_data"] = [wanted["train_data"]]

@@ -210,12 +210,13 @@ def test_scores_of_an_lm_are_those_of_the_cpu(small_lm: str, tmp_path: Path, dty
 
 def test_greedy_texts_are_those_of_the_cpu_and_samples_repeat(small_lm: str):
     prompts = [[5, 6, 7], list(range(5, 30)), [9]]
-    texts: dict[str, dict[int, list[str]]] = {}
+    texts: dict[str, dict[int, tuple[str, ...]]] = {}
     for name, device, sample in (("cpu", CPU, False), ("gpu", GPU, False), ("one", GPU, True), ("two", GPU, True)):
         lm = load_lm(LMConfig(small_lm, "fp32", device))
         found = texts.setdefault(name, {})
         decoding = Decoding(12, do_sample=sample, num_return_sequences=2 if sample else 1, temperature=1.5)
-        generate(lm, prompts, decoding, 10_000, lambda number, text, found=found: found.update({number: list(text)}))
+        for batch in generate(lm, prompts, decoding, 10_000):
+            found.update(batch)
     assert texts["gpu"] == texts["cpu"]
     assert texts["one"] == texts["two"] != texts["gpu"]
 

@@ -25,7 +25,7 @@ HISTORY_NO_EFFECT = (
     *("neg_sample", "neg_near_duplicate", "score_name"),
 )
 
-#: Flags of `SelfRetrievalArgs` that mean nothing where a key is a turn, not a chunk.
+#: Flags of `HistoryArgs` that mean nothing where a key is a turn, not a chunk.
 CHUNK_FLAGS = ("context_window_size", "target_length", "chunk_size", "integrate_method", "add_sep")
 
 #: Defaults of evaluations whose prompts hold retrieved passages.
@@ -75,18 +75,19 @@ class KnowledgeArgs(LMEvalArgs):
 
 
 @dataclass
-class FewShotArgs:
+class FewShotArgs(LMEvalArgs):
     """How many examples a prompt holds."""
 
     few_shot: int = flag(0, "Examples in a prompt.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.few_shot < 0:
             raise UserError(f"--few_shot must be 0 or more, found {self.few_shot}")
 
 
 @dataclass
-class GenerateArgs:
+class GenerateArgs(LMEvalArgs):
     """How to generate."""
 
     do_sample: bool = flag(False, "Draw tokens at random instead of taking the likeliest.")
@@ -101,6 +102,7 @@ class GenerateArgs:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(
             num_return_sequences=self.num_return_sequences,
             temperature=self.temperature,
@@ -117,8 +119,8 @@ class GenerateArgs:
 
 
 @dataclass
-class SelfRetrievalArgs:
-    """Retrieval from a long text's own past."""
+class HistoryArgs(LMEvalArgs):
+    """Retrieval from a row's own past: a long text's or a dialogue's."""
 
     context_window_size: int = flag(2048, "Tokens of the text itself that the LM sees, the target included.")
     target_length: int = flag(1024, "Tokens at the end of a text whose perplexity is measured.")
@@ -138,6 +140,7 @@ class SelfRetrievalArgs:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("order_method", self.order_method, ORDER_METHODS)
         check_choice("integrate_method", self.integrate_method, INTEGRATE_METHODS)
         check_positive(
@@ -157,27 +160,10 @@ class SelfRetrievalArgs:
 class QuestionArgs(GenerateArgs, FewShotArgs, KnowledgeArgs):
     """Questions answered in own words."""
 
-    def __post_init__(self) -> None:
-        for checked in (GenerateArgs, FewShotArgs, KnowledgeArgs):
-            checked.__post_init__(self)
-
 
 @dataclass
 class ChoiceArgs(FewShotArgs, KnowledgeArgs):
     """Questions answered by a choice."""
-
-    def __post_init__(self) -> None:
-        for checked in (FewShotArgs, KnowledgeArgs):
-            checked.__post_init__(self)
-
-
-@dataclass
-class HistoryArgs(SelfRetrievalArgs, LMEvalArgs):
-    """Retrieval from a row's own past."""
-
-    def __post_init__(self) -> None:
-        for checked in (SelfRetrievalArgs, LMEvalArgs):
-            checked.__post_init__(self)
 
 
 @dataclass
@@ -186,13 +172,9 @@ class QReCCArgs(GenerateArgs, KnowledgeArgs):
 
     do_generate: bool = flag(False, "Let the LM answer with what was retrieved, and report ROUGE-L.")
 
-    def __post_init__(self) -> None:
-        for checked in (GenerateArgs, KnowledgeArgs):
-            checked.__post_init__(self)
-
 
 @dataclass
-class ICLArgs(GenerateArgs, FewShotArgs, LMEvalArgs):
+class ICLArgs(GenerateArgs, FewShotArgs):
     """Tasks solved with retrieved examples."""
 
     methods: ClassVar[tuple[str, ...]] = (*LMEvalArgs.methods, SAME_TASK)
@@ -200,8 +182,7 @@ class ICLArgs(GenerateArgs, FewShotArgs, LMEvalArgs):
     task_names: list[str] | None = flag(None, "Tasks to evaluate on (all when None), as in the rows' task_name.")
 
     def __post_init__(self) -> None:
-        for checked in (GenerateArgs, FewShotArgs, LMEvalArgs):
-            checked.__post_init__(self)
+        super().__post_init__()
         if self.few_shot > self.hits and self.retrieval_method not in ("no", SAME_TASK):
             raise UserError(f"--few_shot {self.few_shot}: only --hits {self.hits} examples are retrieved, give more")
 
