@@ -18,7 +18,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,17 +28,25 @@ from src.utils.files import atomic_write, check_output
 
 logger = logging.getLogger("evaluation.report")
 
-#: Heading, task, metric, whether less is better.
-Column = tuple[str, str, str, bool]
-COLUMNS: tuple[Column, ...] = (
-    ("MMLU", "mmlu", "accuracy", False),
-    ("PopQA", "popqa", "accuracy", False),
-    ("NQ EM", "qa", "exact_match", False),
-    ("ICL avg", "icl", "average", False),
-    ("MSC ppl", "msc", "perplexity", True),
-    ("LRLM ppl", "lrlm", "perplexity", True),
-    ("ToolBench ndcg@5", "tool", "ndcg@5", False),
-    ("QReCC ndcg@3", "qrecc", "ndcg@3", False),
+
+class Column(NamedTuple):
+    """A metric of a task; `lower`: less is better."""
+
+    heading: str
+    task: str
+    metric: str
+    lower: bool = False
+
+
+COLUMNS = (
+    Column("MMLU", "mmlu", "accuracy"),
+    Column("PopQA", "popqa", "accuracy"),
+    Column("NQ EM", "qa", "exact_match"),
+    Column("ICL avg", "icl", "average"),
+    Column("MSC ppl", "msc", "perplexity", lower=True),
+    Column("LRLM ppl", "lrlm", "perplexity", lower=True),
+    Column("ToolBench ndcg@5", "tool", "ndcg@5"),
+    Column("QReCC ndcg@3", "qrecc", "ndcg@3"),
 )
 RETRIEVAL_METRIC = re.compile(r"(\w+)@(\d+)$")
 #: Under which evaluation.eval_retrieval reports, and the usual cutoff of each metric it may have.
@@ -47,11 +55,17 @@ USUAL_CUTOFFS = {"ndcg": 10, "mrr": 10, "recall": 100, "nq_recall": 20}
 #: Values of single rows of which less is better.
 LOWER_IS_BETTER = ("nll",)
 RESAMPLES = 10_000
+#: Panels of the figure in a row.
+WIDE = 4
 #: Facts and arguments that make results of one task incomparable when they differ.
 PROTOCOL = (
     *("rows", "tokens", "context_max_length", "few_shot", "max_new_tokens", "task_names", "add_llama_inst"),
     *("use_chat_template", "context_window_size", "target_length", "anchor_length", "do_sample"),
 )
+#: What reading a line as a result raises where it is none.
+NO_RESULT = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,18 +80,18 @@ class Leaderboard:
     """
 
     results: dict[str, dict[str, dict[str, float]]]
-    columns: tuple[Column, ...] = COLUMNS
+    columns: tuple[Column, ...]
     notes: tuple[str, ...] = ()
 
-    def table(self) -> tuple[list[str], list[list[float | None]]]:
-        """Row names, and for each the values of `columns`; None for what is missing."""
-        names = list(self.results)
-        return names, [
-            [self.results[name].get(task, {}).get(metric) for _, task, metric, _ in self.columns] for name in names
-        ]
+    def values(self) -> dict[str, list[float | None]]:
+        """For each row name the values of the columns; None for what is missing."""
+        return {
+            name: [tasks.get(column.task, {}).get(column.metric) for column in self.columns]
+            for name, tasks in self.results.items()
+        }
 
 
-def read_results(folder: str) -> list[dict[str, Any]]:
+def read_results(folder: str) -> list[Record]:
     """All results below a folder, the oldest first.
 
     Raises:
@@ -93,7 +107,7 @@ def read_results(folder: str) -> list[dict[str, Any]]:
                 if {"metrics", "task", "retriever", "time"} <= record.keys():
                     # Other files of JSON lines may lie there, and lines of training have no task.
                     found.append(_checked(record))
-            except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError):
+            except NO_RESULT:
                 if line.strip():
                     broken.append(f"{path}:{number}")
     if broken:
@@ -103,99 +117,89 @@ def read_results(folder: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: str(record["time"]))
 
 
-def _checked(record: dict[str, Any]) -> dict[str, Any]:
+def _checked(record: Record) -> Record:
     """A result whose parts are of the kinds that a table is made of; a ValueError or the like otherwise."""
     model, arguments = record.get("model"), record.get("arguments") or {}
     names = arguments.get("task_names") or []
     if not isinstance(model, str | None) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise ValueError("a name is no text")
-    return {**record, "arguments": arguments, "metrics": {name: _number(v) for name, v in record["metrics"].items()}}
+    return {**record, "arguments": arguments, "metrics": _numbers(record["metrics"])}
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no number")
-    return value
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    for value in values.values():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{value!r} is no number")
+    return dict(values)
 
 
-def leaderboard(records: Sequence[dict[str, Any]]) -> Leaderboard:
+def leaderboard(records: Sequence[Record]) -> Leaderboard:
     """Results by retriever; a later one of the same task replaces an earlier one."""
     models = short_names([record["model"] for record in records if record.get("model")], 2)
     retrievers = short_names([str(record["retriever"]) for record in records], 2)
-    tasks = {task: _datasets(records, task) for task in {str(record["task"]) for record in records}}
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    shown: dict[str, dict[str, dict[str, Any]]] = {}
+    by_task: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        name, task = retrievers[str(record["retriever"])], str(record["task"])
+        by_task[str(record["task"])].append(record)
+    datasets = {task: short_names(list(map(_dataset, own)), 1) for task, own in by_task.items()}
+
+    def key(task: str, dataset: str) -> str:
+        return f"{task} {datasets[task][dataset]}" if len(datasets[task]) > 1 else task
+
+    results: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    shown: dict[str, dict[str, Record]] = defaultdict(dict)
+    for record in records:
+        name, task = retrievers[str(record["retriever"])], key(str(record["task"]), _dataset(record))
         if save_name := record.get("arguments", {}).get("save_name"):
             name = f"{name} ({save_name})"
-        key = _key(task, tasks[task].get(_dataset(record)))
         # Tasks without an LM belong to a retriever's rows with every LM.
-        owners = [record["model"]] if record.get("model") else sorted(models) or [""]
-        for model in owners:
+        for model in [record["model"]] if record.get("model") else sorted(models) or [""]:
             row = f"{name} · {models[model]}" if len(models) > 1 else name
-            results.setdefault(row, {})[key] = record["metrics"]
-            shown.setdefault(key, {})[row] = record
-    usual = COLUMNS if any(task in tasks for _, task, *_ in COLUMNS) else ()
-    columns = [
-        (f"{heading} {data}".strip(), _key(task, data), metric, lower)
-        for heading, task, metric, lower in (*usual, *_of_retrieval(records), *_further(records))
-        for data in (tasks.get(task) or {"": ""}).values()
-    ]
-    notes = [note for key, of_row in shown.items() for note in _differences(key, list(of_row.values()))]
+            results[row][task] = record["metrics"]
+            shown[task][row] = record
+    usual = COLUMNS if any(column.task in by_task for column in COLUMNS) else ()
+    known = {column.task for column in COLUMNS} | {RETRIEVAL}
+    # Of tasks that somebody added the first metric.
+    added = [(task, next(iter(own[-1]["metrics"]), "")) for task, own in by_task.items() if task not in known]
+    further = [Column(f"{task} {metric}", task, metric) for task, metric in added if metric]
+    columns = []
+    for column in (*usual, *_of_retrieval(by_task[RETRIEVAL]), *further):
+        names = datasets.get(column.task, {})
+        for dataset, short in names.items() if len(names) > 1 else ():
+            columns.append(column._replace(heading=f"{column.heading} {short}", task=key(column.task, dataset)))
+        if len(names) < 2:
+            columns.append(column)
+    notes = [note for task, of_row in shown.items() for note in _differences(task, list(of_row.values()))]
     return Leaderboard({name: results[name] for name in sorted(results, key=_rank)}, tuple(columns), tuple(notes))
 
 
-def _of_retrieval(records: Sequence[dict[str, Any]]) -> list[Column]:
+def _of_retrieval(records: Sequence[Record]) -> list[Column]:
     """Columns of evaluation.eval_retrieval: each metric at the cutoff that most runs have, the nearest to the usual."""
-    found: dict[str, Counter[int]] = defaultdict(Counter)
-    for record in records:
-        for metric in record["metrics"] if record["task"] == RETRIEVAL else ():
-            if (matched := RETRIEVAL_METRIC.match(metric)) and matched[1] in USUAL_CUTOFFS:
-                found[matched[1]][int(matched[2])] += 1
-    columns: list[Column] = []
+    counts = Counter(
+        match.groups() for each in records for name in each["metrics"] if (match := RETRIEVAL_METRIC.match(name))
+    )
+    columns = []
     for name, usual in USUAL_CUTOFFS.items():
-        cutoffs = sorted(found[name], key=lambda k: (-found[name][k], abs(math.log(k / usual)), k))
-        columns += [(f"{name}@{cutoff}", RETRIEVAL, f"{name}@{cutoff}", False) for cutoff in cutoffs[:1]]
+        runs = {int(cutoff): number for (metric, cutoff), number in counts.items() if metric == name}
+        for cutoff in sorted(runs, key=lambda k: (-runs[k], abs(math.log(k / usual)), k))[:1]:
+            columns.append(Column(f"{name}@{cutoff}", RETRIEVAL, f"{name}@{cutoff}"))
     return columns
 
 
-def _further(records: Sequence[dict[str, Any]]) -> list[Column]:
-    """Columns of tasks that somebody added: their first metric."""
-    known = {task for _, task, *_ in COLUMNS} | {RETRIEVAL}
-    firsts = {str(record["task"]): next(iter(record["metrics"]), "") for record in records}
-    return [
-        (f"{task} {metric}", task, metric, False) for task, metric in firsts.items() if task not in known and metric
-    ]
-
-
-def _differences(key: str, records: Sequence[dict[str, Any]]) -> list[str]:
+def _differences(task: str, records: Sequence[Record]) -> list[str]:
     """What of `PROTOCOL` differs between the results that are shown of a task."""
     notes = []
     for name in PROTOCOL:
-        values = {
-            json.dumps(record.get(name, record["metrics"].get(name, record.get("arguments", {}).get(name))))
-            for record in records
-        }
+        facts = [{**record.get("arguments", {}), **record["metrics"], **record}.get(name) for record in records]
+        values = set(map(json.dumps, facts))
         if len(values) > 1:
-            notes.append(f"{key}: results differ in {name} ({', '.join(sorted(values))}) and do not compare")
+            notes.append(f"{task}: results differ in {name} ({', '.join(sorted(values))}) and do not compare")
     return notes
 
 
-def _dataset(record: dict[str, Any]) -> str:
+def _dataset(record: Record) -> str:
     arguments = record.get("arguments", {})
     # Of some tasks only: another average.
     return " ".join([str(arguments.get("eval_data", "")), *(arguments.get("task_names") or ())])
-
-
-def _datasets(records: Sequence[dict[str, Any]], task: str) -> dict[str, str]:
-    """Short names of the data that a task was run on; none when it is always the same."""
-    names = short_names([_dataset(record) for record in records if record["task"] == task], 1)
-    return names if len(names) > 1 else {}
-
-
-def _key(task: str, data: str | None) -> str:
-    return f"{task} {data}" if data else task
 
 
 def short_names(names: Sequence[str], least: int) -> dict[str, str]:
@@ -215,54 +219,44 @@ def _rank(name: str) -> tuple[int, str]:
     return (order.index(plain) if plain in order else len(order), name)
 
 
-def _cells(board: Leaderboard) -> list[list[str]]:
-    names, values = board.table()
-    shown = [["" if value is None else f"{value:.4f}" for value in row] for row in values]
-    return [
-        ["retriever", *(heading for heading, *_ in board.columns)],
-        *([name, *row] for name, row in zip(names, shown, strict=True)),
-    ]
-
-
 def to_text(board: Leaderboard) -> str:
     """A table for a terminal."""
-    cells = _cells(board)
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    lines = [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in cells
-    ]
-    notes = ["", *(f"note: {note}" for note in board.notes)] if board.notes else []
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], *notes])
+    table = [["retriever", *(column.heading for column in board.columns)]]
+    for name, values in board.values().items():
+        table.append([name, *("" if value is None else f"{value:.4f}" for value in values)])
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    table.insert(1, ["-" * width for width in widths])
+    lines = ["  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in table]
+    return "\n".join([*lines, *([""] if board.notes else []), *(f"note: {note}" for note in board.notes)])
 
 
 def to_markdown(board: Leaderboard) -> str:
     """A Markdown table; the best value of each column in bold."""
-    names, values = board.table()
     lines = [
-        "| retriever | " + " | ".join(heading for heading, *_ in board.columns) + " |",
+        "| retriever | " + " | ".join(column.heading for column in board.columns) + " |",
         "| --- |" + " ---: |" * len(board.columns),
     ]
-    for name, row in zip(names, values, strict=True):
-        cells = []
-        for column, value in enumerate(row):
-            present = [other[column] for other in values if other[column] is not None]
-            best = (min if board.columns[column][3] else max)(present) if present else None  # type: ignore[type-var]
-            cells.append("" if value is None else f"**{value:.4f}**" if value == best else f"{value:.4f}")
-        lines.append(f"| {name.replace('|', chr(92) + '|')} | " + " | ".join(cells) + " |")
-    notes = ["", *(f"- {note}" for note in board.notes)] if board.notes else []
-    return "\n".join([*lines, *notes]) + "\n"
+    rows = board.values()
+    best = []
+    for column, whole in zip(board.columns, zip(*rows.values(), strict=True), strict=True):
+        present = [value for value in whole if value is not None]
+        best.append((min if column.lower else max)(present, default=None))
+    for name, values in rows.items():
+        cells = ["" if value is None else f"{value:.4f}" for value in values]
+        marked = [
+            f"**{cell}**" if cell and value == top else cell
+            for cell, value, top in zip(cells, values, best, strict=True)
+        ]
+        lines.append(f"| {name.replace('|', chr(92) + '|')} | " + " | ".join(marked) + " |")
+    return "\n".join([*lines, *([""] if board.notes else []), *(f"- {note}" for note in board.notes)]) + "\n"
 
 
 def to_csv(board: Leaderboard) -> str:
     """The table with all digits."""
-    names, values = board.table()
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["retriever", *(heading for heading, *_ in board.columns)])
-    writer.writerows([name, *row] for name, row in zip(names, values, strict=True))
+    writer.writerow(["retriever", *(column.heading for column in board.columns)])
+    writer.writerows([name, *values] for name, values in board.values().items())
     return buffer.getvalue()
 
 
@@ -273,56 +267,38 @@ def draw(board: Leaderboard, path: Path) -> None:
         UserError: matplotlib is not installed.
     """
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError as error:
         raise UserError("the plot needs matplotlib: pip install -e '.[eval]', or give --no_plot") from error
-    # A "$" in a name is no mathematics.
-    with pyplot.rc_context({"text.parse_math": False}):
-        _draw(board, path, pyplot)
-
-
-def _draw(board: Leaderboard, path: Path, pyplot: Any) -> None:
-    names, values = board.table()
-    columns = [column for column in range(len(board.columns)) if any(row[column] is not None for row in values)]
+    rows = board.values()
+    colours = {name: f"C{number}" for number, name in enumerate(rows)}
+    by_column = zip(board.columns, zip(*rows.values(), strict=True), strict=True)
+    bars = [(column, values) for column, values in by_column if any(value is not None for value in values)]
     curves = _curves(board)
-    wide = 4
-    panels = len(columns) + len(curves)
-    rows = max(1, -(-panels // wide))
-    figure, axes = pyplot.subplots(rows, wide, figsize=(4 * wide, 3.2 * rows), squeeze=False)
-    flat = list(axes.flat)
-    colours = {name: f"C{number}" for number, name in enumerate(names)}
-    for axis, column in zip(flat, columns, strict=False):
-        heading, _, _, lower = board.columns[column]
-        present = [(name, row[column]) for name, row in zip(names, values, strict=True) if row[column] is not None]
-        bars = axis.bar(
-            range(len(present)), [value for _, value in present], color=[colours[name] for name, _ in present]
-        )
-        axis.bar_label(bars, fmt="%.3f", fontsize=7)
-        axis.margins(x=max(0.05, 0.5 - 0.1 * len(present)), y=0.12)
-        axis.set_ylim(bottom=0)
-        axis.set_title(heading + (" (lower is better)" if lower else ""), fontsize=10)
-        axis.set_xticks([])
-    for axis, (heading, lines) in zip(flat[len(columns) :], curves.items(), strict=False):
-        for name, points in lines.items():
-            cutoffs, heights = zip(*sorted(points.items()), strict=True)
-            axis.plot(cutoffs, heights, marker="o", color=colours[name])
-        axis.set_xscale("log")
-        ticks = sorted({cutoff for points in lines.values() for cutoff in points})
-        axis.set_xticks(ticks, [str(cutoff) for cutoff in ticks])
-        axis.minorticks_off()
-        axis.set_title(heading, fontsize=10)
-        axis.set_xlabel("cutoff", fontsize=8)
-    for axis in flat[panels:]:
-        axis.axis("off")
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
-    figure.legend(handles, names, loc="lower center", ncols=min(4, len(names)), fontsize=8)
-    figure.tight_layout(rect=(0, 0.06 + 0.03 * (len(names) // 4), 1, 1))
-    with atomic_write(path, "wb") as file:
+    high = max(1, -(-(len(bars) + len(curves)) // WIDE))
+    # A "$" in a name is no mathematics.
+    with rc_context({"text.parse_math": False}), atomic_write(path, "wb") as file:
+        figure = Figure(figsize=(4 * WIDE, 3.2 * high), layout="constrained")
+        for number, (column, values) in enumerate(bars, 1):
+            title = column.heading + (" (lower is better)" if column.lower else "")
+            axes = figure.add_subplot(high, WIDE, number, title=title, xticks=[])
+            present = {name: value for name, value in zip(rows, values, strict=True) if value is not None}
+            drawn = axes.bar(range(len(present)), list(present.values()), color=[colours[name] for name in present])
+            axes.bar_label(drawn, fmt="%.3f", fontsize=7)
+            axes.margins(x=max(0.05, 0.5 - 0.1 * len(present)), y=0.12)
+            axes.set_ylim(bottom=0)
+        for number, (title, lines) in enumerate(curves.items(), len(bars) + 1):
+            axes = figure.add_subplot(high, WIDE, number, title=title, xlabel="cutoff", xscale="log")
+            for name, points in lines.items():
+                axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", color=colours[name])
+            ticks = sorted({cutoff for points in lines.values() for cutoff in points})
+            axes.set_xticks(ticks, list(map(str, ticks)))
+            axes.minorticks_off()
+        handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=8)
         figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)
 
 
 def _curves(board: Leaderboard) -> dict[str, dict[str, dict[int, float]]]:
@@ -331,9 +307,9 @@ def _curves(board: Leaderboard) -> dict[str, dict[str, dict[int, float]]]:
     for name, tasks in board.results.items():
         for task, metrics in tasks.items():
             for metric, value in metrics.items():
-                if matched := RETRIEVAL_METRIC.match(metric):
-                    title = f"{task}: {matched[1]} by cutoff"
-                    found.setdefault(title, {}).setdefault(name, {})[int(matched[2])] = value
+                if match := RETRIEVAL_METRIC.match(metric):
+                    title = f"{task}: {match[1]} by cutoff"
+                    found.setdefault(title, {}).setdefault(name, {})[int(match[2])] = value
     return {title: lines for title, lines in found.items() if any(len(points) > 1 for points in lines.values())}
 
 
@@ -358,7 +334,8 @@ def read_values(path: str, metric: str | None) -> Outputs:
     """
     if not os.path.isfile(path):
         raise UserError(f"--compare: no such file: {path}")
-    rows: dict[str, dict[str, Any]] = {}
+    values: dict[str, dict[str, float]] = {}
+    gold: dict[str, Any] = {}
     seen: Counter[int | str] = Counter()
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
@@ -366,21 +343,18 @@ def read_values(path: str, metric: str | None) -> Outputs:
                 row = json.loads(line)
                 # Numbers of queries may come again, in files of several tasks.
                 seen[row["query_id"]] += 1
-                rows[f"{row['query_id']} ({seen[row['query_id']]})"] = {
-                    "gold": row.get("gold"),
-                    "values": {name: _number(value) for name, value in row["values"].items()},
-                }
-            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+                key = f"{row['query_id']} ({seen[row['query_id']]})"
+                values[key], gold[key] = _numbers(row["values"]), row.get("gold")
+            except NO_RESULT as error:
                 raise UserError(f"{path}:{number} is no line of an evaluation's outputs") from error
-    names = list(dict.fromkeys(name for row in rows.values() for name in row["values"]))
+    names = list(dict.fromkeys(name for own in values.values() for name in own))
     if not names:
         raise UserError(f"--compare: {path} has no values")
     if metric is not None and metric not in names:
         raise UserError(f"--metric {metric}: {path} has {', '.join(names)}")
-    chosen = {key: metric or next(iter(row["values"]), "") for key, row in rows.items()}
-    values = {key: row["values"][chosen[key]] for key, row in rows.items() if chosen[key] in row["values"]}
-    shown = ", ".join(dict.fromkeys(chosen[key] for key in values))
-    return Outputs(shown, values, {key: rows[key]["gold"] for key in values})
+    chosen = {key: metric or next(iter(own)) for key, own in values.items() if metric in own or (own and not metric)}
+    shown = ", ".join(dict.fromkeys(chosen.values()))
+    return Outputs(shown, {key: values[key][name] for key, name in chosen.items()}, gold)
 
 
 def check_same(first: Outputs, second: Outputs) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from src.retrieval.data.rows import ROW_FIELDS
 from src.retrieval.data.tasks import TASKS
@@ -14,22 +14,11 @@ from src.utils.flags import check_choice, check_name, check_positive, data_root_
 SIDES = ("left", "right")
 ANSWER_SELECT = ("random", "first", "best", "mean")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
-#: Flags that all entry points take, and that scoring has no use for.
-NO_EFFECT = (
-    "train_data",
-    "corpus",
-    "key_template",
-    "metrics",
-    "cutoffs",
-    "filter_answers",
-    "max_neg_num",
-    "load_result",
-    "save_result",
-)
+NO_EFFECT_HELP = "No effect here; accepted because all entry points share it."
 
 
 def _shared(default: object) -> object:
-    return flag(default, "No effect here; accepted because all entry points share it.")
+    return flag(default, NO_EFFECT_HELP)
 
 
 @dataclass
@@ -133,3 +122,7 @@ class LMScoreArgs(LMArgs):
         check_positive(key_max_length=self.key_max_length)
         if self.score_name is not None and (self.score_name in ROW_FIELDS or not self.score_name):
             raise UserError(f"--score_name {self.score_name!r} is no name for scores: choose one that rows do not use")
+
+
+#: Flags that all entry points take, and that scoring has no use for.
+NO_EFFECT = [each.name for each in fields(LMScoreArgs) if each.metadata["help"] == NO_EFFECT_HELP]

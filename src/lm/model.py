@@ -107,9 +107,9 @@ class LanguageModel:
         self.padding_side = padding_side
         self.pads_left = pads_left
         self.encoder_decoder: bool = bool(model.config.is_encoder_decoder)
-        known = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in known and (padding_side == "left" or add_position_ids)
-        self._keeps_logits = "logits_to_keep" in known
+        self._knows_positions = _takes(model, "position_ids")
+        self._wants_positions = self._knows_positions and (padding_side == "left" or add_position_ids)
+        self._keeps_logits = _takes(model, "logits_to_keep")
         #: How many tokens it can read.
         self.embeddings = model.get_input_embeddings().weight.size(0)  # type: ignore[operator]
 
@@ -131,23 +131,22 @@ class LanguageModel:
         """
         if self.encoder_decoder:
             return self._decoded_scores(self._encode(prompts), answers)
-        width = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
         rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-        ids, mask = self._pad(rows, width, self.padding_side)
-        firsts = [
-            (width - len(row) if self.padding_side == "left" else 0) + len(prompt) - 1
-            for row, prompt in zip(rows, prompts, strict=True)
-        ]
+        ids, mask = self._pad(rows, self.padding_side)
+        before = [ids.shape[1] - len(row) if self.padding_side == "left" else 0 for row in rows]
+        firsts = [skipped + len(prompt) - 1 for skipped, prompt in zip(before, prompts, strict=True)]
         spans = [range(first, first + len(answer)) for first, answer in zip(firsts, answers, strict=True)]
+        # The logits of other columns are never computed.
         columns = sorted(set().union(*spans))
-        logits = self._logits(ids, mask, columns)
-        places = {column: place for place, column in enumerate(columns)}
-        return _scores(
-            [
-                _token_log_likelihoods(row[places[span.start] : places[span.start] + len(span)], answer).mean()
-                for row, span, answer in zip(logits, spans, answers, strict=True)
-            ]
-        )
+        options = self._keep(columns)
+        if self._wants_positions:
+            options["position_ids"] = _positions(mask)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
+        if not self._keeps_logits:
+            logits = logits[:, columns]
+        places = [columns.index(first) for first in firsts]
+        parts = [own[place:] for own, place in zip(logits, places, strict=True)]
+        return _per_token(_sums(parts, answers), answers)
 
     @torch.no_grad()
     def shared_answer_scores(
@@ -171,12 +170,12 @@ class LanguageModel:
         anew = [prompt for prompt in prompts for _ in range(number)]
         if not self.pads_left:
             return self.answer_scores(anew, flat).reshape(-1, number)
-        width = max(map(len, prompts))
-        ids, mask = self._pad(prompts, width, "left")
+        ids, mask = self._pad(prompts, "left")
         # Left padding puts what follows the prompts into the same columns, whatever --padding_side says.
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        options = {"position_ids": positions} if self._knows_positions() else {}
-        read = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **self._keep([width - 1]), **options)
+        positions = _positions(mask)
+        options = {"position_ids": positions} if self._knows_positions else {}
+        last = self._keep([ids.shape[1] - 1])
+        read = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **last, **options)
         cache = getattr(read, "past_key_values", None)
         if not isinstance(cache, DynamicCache) or not all(isinstance(own, DynamicLayer) for own in cache.layers):
             # Models that keep something else than keys and values read each prompt anew.
@@ -184,25 +183,19 @@ class LanguageModel:
         first = read.logits[:, -1].float().log_softmax(-1).repeat_interleave(number, 0)
         starts = torch.tensor([answer[0] for answer in flat], device=first.device)
         sums = first.gather(1, starts[:, None]).squeeze(1)
-        lengths = torch.tensor([len(answer) for answer in flat], device=first.device)
-        longest = int(lengths.max())
+        longest = max(map(len, flat))
         if longest > 1:
             cache.batch_repeat_interleave(number)
-            rest, rest_mask = self._pad([answer[:-1] for answer in flat], longest - 1, "right")
+            rest, rest_mask = self._pad([answer[:-1] for answer in flat], "right")
             mask = torch.cat([mask.repeat_interleave(number, 0), rest_mask], 1)
             if options:
                 ends = positions[:, -1:].repeat_interleave(number, 0)
                 options = {"position_ids": ends + 1 + torch.arange(longest - 1, device=ends.device)}
             following = self.model(
                 input_ids=rest, attention_mask=mask, past_key_values=cache, use_cache=True, **options
-            ).logits
-            sums = sums + torch.stack(
-                [
-                    _token_log_likelihoods(row[: len(answer) - 1], answer[1:]).sum()
-                    for row, answer in zip(following, flat, strict=True)
-                ]
             )
-        return (sums / lengths).cpu().numpy().reshape(-1, number)
+            sums = sums + _sums(following.logits, [answer[1:] for answer in flat])
+        return _per_token(sums, flat).reshape(-1, number)
 
     @torch.no_grad()
     def continuations(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[str]:
@@ -215,43 +208,31 @@ class LanguageModel:
         Returns:
             ``num_return_sequences`` texts for each prompt in turn.
         """
-        width = max(map(len, prompts))
-        ids, mask = self._pad(prompts, width, "right" if self.encoder_decoder else "left")
+        ids, mask = self._pad(prompts, "right" if self.encoder_decoder else "left")
         model: Any = self.model
         written = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        new = written[:, 1 if self.encoder_decoder else width :]
+        new = written[:, 1 if self.encoder_decoder else ids.shape[1] :]
         # What follows the end is padding of the batch, with a token that may well have a text.
         ends = torch.isin(new, torch.tensor(config.eos_token_id, device=new.device))
         lengths = (ends.cumsum(1) - ends.long() == 0).sum(1).tolist()
         own = [row[:length] for row, length in zip(new.tolist(), lengths, strict=True)]
         return list(self.tokenizer.batch_decode(own, skip_special_tokens=True))
 
-    def _logits(self, ids: Tensor, mask: Tensor, columns: Sequence[int]) -> Tensor:
-        """Logits ``(n, columns, vocabulary)`` of a causal LM; those of other columns are never computed."""
-        options: dict[str, Any] = self._keep(columns)
-        if self._takes_positions:
-            options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
-        return logits if self._keeps_logits else logits[:, list(columns)]
-
     def _keep(self, columns: Sequence[int]) -> dict[str, Any]:
         if not self._keeps_logits:
             return {}
         return {"logits_to_keep": torch.tensor(columns, device=self.model.device)}
 
-    def _knows_positions(self) -> bool:
-        return "position_ids" in inspect.signature(self.model.forward).parameters
-
     def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """The encoder's states ``(n, length, width)`` of an encoder-decoder LM, and the mask."""
-        ids, mask = self._pad(prompts, max(map(len, prompts)), "right")
+        ids, mask = self._pad(prompts, "right")
         return self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
 
     def _decoded_scores(self, encoded: tuple[Tensor, Tensor], answers: Sequence[Sequence[int]]) -> np.ndarray:
         states, mask = encoded
         start = self.model.config.decoder_start_token_id
         rows = [[start, *answer[:-1]] for answer in answers]
-        ids, decoder_mask = self._pad(rows, max(map(len, rows)), "right")
+        ids, decoder_mask = self._pad(rows, "right")
         logits = self.model(
             encoder_outputs=(states,),
             attention_mask=mask,
@@ -259,14 +240,9 @@ class LanguageModel:
             decoder_attention_mask=decoder_mask,
             use_cache=False,
         ).logits
-        return _scores(
-            [
-                _token_log_likelihoods(row[: len(answer)], answer).mean()
-                for row, answer in zip(logits, answers, strict=True)
-            ]
-        )
+        return _per_token(_sums(logits, answers), answers)
 
-    def _pad(self, rows: Sequence[Sequence[int]], width: int, side: str) -> tuple[Tensor, Tensor]:
+    def _pad(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
         """Token ids and mask, int64 ``(n, width)``."""
         # What stands under the mask is never looked at; a padding token may be missing, or beyond the vocabulary.
         if (largest := max(max(row, default=0) for row in rows)) >= self.embeddings:
@@ -274,6 +250,7 @@ class LanguageModel:
                 f"a prompt spells out {self.tokenizer.convert_ids_to_tokens(largest)!r}, a token of the tokenizer that "
                 "the language model does not know: take it out of the data"
             )
+        width = max(map(len, rows))
         ids = torch.zeros((len(rows), width), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for number, row in enumerate(rows):
@@ -283,14 +260,24 @@ class LanguageModel:
         return ids.to(self.model.device), mask.to(self.model.device)
 
 
-def _token_log_likelihoods(logits: Tensor, tokens: Sequence[int]) -> Tensor:
-    """fp32 ``(tokens,)`` of logits ``(tokens, vocabulary)``."""
-    wanted = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
-    return -F.cross_entropy(logits.float(), wanted, reduction="none")
+def _takes(model: PreTrainedModel, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
 
 
-def _scores(values: Sequence[Tensor]) -> np.ndarray:
-    return torch.stack(list(values)).cpu().numpy()
+def _positions(mask: Tensor) -> Tensor:
+    """Positions of tokens, int64 ``(n, width)``, counted from the first that is not under the mask."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def _sums(logits: Sequence[Tensor] | Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
+    """Log-likelihoods, fp32 ``(answers,)``, of answers by the first of their logits ``(columns, vocabulary)``."""
+    tokens = [torch.tensor(answer, dtype=torch.int64, device=logits[0].device) for answer in answers]
+    each = zip(logits, tokens, strict=True)
+    return torch.stack([-F.cross_entropy(own[: len(ids)].float(), ids, reduction="sum") for own, ids in each])
+
+
+def _per_token(sums: Tensor, answers: Sequence[Sequence[int]]) -> np.ndarray:
+    return (sums / torch.tensor(list(map(len, answers)), device=sums.device)).cpu().numpy()
 
 
 def model_identity(name: str, cache_dir: str | None = None) -> dict[str, Any]:
@@ -416,9 +403,7 @@ def honours_left_padding(model: PreTrainedModel) -> bool:
     """Whether tokens under the mask on the left change nothing; recurrent models may read them."""
     ids = torch.tensor([[1, 2, 3]], device=model.device)
     mask = torch.tensor([[0, 0, 1, 1, 1]], device=model.device)
-    options = {}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    options = {"position_ids": _positions(mask)} if _takes(model, "position_ids") else {}
     padded = torch.cat([torch.full_like(ids[:, :2], 2), ids], 1)
     found = model(input_ids=padded, attention_mask=mask, **options).logits[0, -1].float()
     wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from evaluation import eval_lrlm, eval_tool
+from evaluation.eval_icl import ICL
 from evaluation.eval_mmlu import GROUP_OF, GROUPS
 from evaluation.report import read_results
 from evaluation.runner.run import run_task
@@ -205,14 +206,12 @@ def test_icl(evaluate, data_root, models):  # noqa: F811
 
 
 def test_icl_f1_and_rouge_by_hand():
-    from evaluation.eval_icl import summarize
-
     chosen, right = [1, 1, 0, 1], [1, 0, 1, 1]
     rows = [
         ({"task_name": "multirc"}, {"chosen": float(c), "right": float(r)}) for c, r in zip(chosen, right, strict=True)
     ]
     rows += [({"task_name": "aeslc"}, {"rouge_l": 0.5}), ({"task_name": "aeslc"}, {"rouge_l": 1.0})]
-    found = summarize(rows)
+    found = ICL.summarize(None, rows)
     # Two true positives, one false positive, one false negative.
     assert found["multirc"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
     assert found["aeslc"] == found["summarisation"] == 0.75
