@@ -90,7 +90,7 @@ def main() -> None:
     if len(paths) < 2:
         raise UserError(f"--files: two files or more are needed, found {len(paths)}")
     output = resolve_path(args.output_file, args.data_root)
-    check_output(output, "output_file")
+    check_output(output, "output_file", paths)
     with locks.hold(output):
         merge(paths, output, args.max_neg_num)
 

@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--anserini_dir", help="as of the commands: folder with Anserini's jar")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
+    if args.processes < 0:
+        parser.error(f"--processes must be 0 or more, found {args.processes}")
     findings = []
     for finding in examine(args):
         findings.append(finding)

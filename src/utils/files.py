@@ -102,10 +102,15 @@ def check_writable(folder: str, flag: str) -> None:
         ) from error
 
 
-def check_output(path: str, flag: str) -> None:
-    """Raise a UserError unless a file can be written at `path`, whose folder may not exist yet; leaves nothing."""
+def check_output(path: str, flag: str, inputs: Iterable[str] = ()) -> None:
+    """Raise a UserError unless a file can be written at `path`, whose folder may not exist yet; leaves nothing.
+
+    None of the `inputs` may be that file.
+    """
     check_writable(os.path.dirname(path) or ".", flag)
     _check_replaceable(path)
+    if any(os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other) for other in inputs):
+        raise UserError(f"--{flag} {path} is one of the files to read, and would be lost: give another name")
 
 
 def _check_replaceable(path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -12,6 +13,8 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from src.utils.errors import UserError
 
 
 def versions() -> dict[str, str]:
@@ -23,6 +26,20 @@ def lines_path(log_path: str) -> Path:
     """The file of JSON lines of a log: of its name, with ``.jsonl`` in place of ``.log`` or behind any other ending."""
     path = Path(log_path)
     return path if path.suffix == ".jsonl" else path.with_name(f"{path.name.removesuffix('.log')}.jsonl")
+
+
+def check_log(log_path: str) -> None:
+    """Raise a UserError where metrics would be appended to what is no log of metrics, such as a file of data."""
+    if not log_path:
+        raise UserError("--log_path is empty: name a file or a folder")
+    # The lines come last: a log may have no other file.
+    for path, start in {Path(log_path): b"20", lines_path(log_path): b'{"time"'}.items():
+        if path.is_dir():
+            raise UserError(f"--log_path: {path} is a folder, a file is needed")
+        if path.suffix != ".log" and path.is_file() and path.stat().st_size:
+            with open(path, "rb") as file:
+                if not file.read(len(start)) == start:
+                    raise UserError(f"--log_path: {path} is there, and no log of metrics: name another file")
 
 
 def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[str, Any], **facts: Any) -> None:
@@ -46,7 +63,9 @@ def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[s
 def _append(path: Path, text: str) -> None:
     """Add to a file at once, so that what several runs add does not mix; any error names the file."""
     try:
-        with open(path, "ab", buffering=0) as file:
-            file.write(text.encode(errors="replace"))
+        with open(path, "ab+", buffering=0) as file:
+            # A run that was killed may have left half a line.
+            torn = file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n"
+            file.write(("\n" * bool(torn) + text).encode(errors="replace"))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_choice("task", args.task, dict.fromkeys((*TASKS, *task_config)))
     files = list(dict.fromkeys(expand_data_paths(args.files, args.data_root, "FILE")))
     if args.json:
-        check_output(args.json, "json")
+        check_output(args.json, "json", files)
     reports = {path: check_file(path, args, task_config) for path in files}
     errors = sum(len(lines) for report in reports.values() for lines in report.errors.values())
     warnings = sum(len(lines) for report in reports.values() for lines in report.warnings.values())

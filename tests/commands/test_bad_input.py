@@ -175,6 +175,9 @@ BAD_ARGUMENTS = {
         "leave it out with --eval_method rerank",
     ),
     "vectors saved in training": ("--train_data {train} --save_encode", "--save_encode is of no use in training"),
+    "log without a name": ("--train_data {train} --log_path=", "--log_path is empty"),
+    "log that is the data": ("--train_data {train} --log_path {train}", "{train} is there, and no log of metrics"),
+    "groups beyond memory": ("--train_data {train} --train_group_size 99999999", "must be 65536 at most"),
     "log below a file": ("--train_data {train} --log_path {train}/log", "{train} is no folder"),
     "losses that differ in a batch": (
         "--train_data {qa} {convsearch} --use_train_config --version llm-embedder",

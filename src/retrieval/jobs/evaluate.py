@@ -24,7 +24,7 @@ from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.files import check_writable, existing_file, resolve_path
 from src.utils.jsonl import JsonLines
-from src.utils.result_log import lines_path, log_result
+from src.utils.result_log import check_log, log_result
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,8 @@ def check_outputs(args: DataArgs, output_dir: str, log_path: str) -> None:
     check_writable(output_dir, "output_dir")
     check_places(output_dir)
     log = log_file(args, log_path)
+    check_log(log)
     check_writable(os.path.dirname(log) or ".", "log_path")
-    for path in (log, lines_path(log)):
-        if os.path.isdir(path):
-            raise UserError(f"--log_path: {path} is a folder, a file is needed")
     for folder in stores_written(args, output_dir) if isinstance(args, RetrievalArgs) else ():
         check_writable(folder, "output_dir")
     collates = any(metric.startswith("collate") for metric in args.metrics)

@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--output is needed: the file for the figure of several runs")
     names = [os.path.normpath(folder) for folder in args.folders] if len(args.folders) > 1 else [""]
     path = args.output or os.path.join(args.folders[0], FIGURE)
+    if not path.endswith(".png"):
+        raise UserError(f"--output {path}: the figure is a PNG, give a name that ends in .png")
     check_output(path, "output")
     draw(dict(zip(names, map(read_history, args.folders), strict=True)), path)
     logger.info("figure: %s", path)

@@ -26,6 +26,8 @@ from src.utils import distributed
 from src.utils.errors import UserError, first_line
 from src.utils.flags import check_choice, flag, refuse
 
+#: Most keys of a query: more would only repeat them until memory is full.
+MOST_KEYS = 65_536
 #: Packages that training can report to, by the names of pip.
 REPORTERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "clearml", "swanlab")
 #: Flags whose fields are filled in or replaced when settings are made, by other flags or by what the machine has.
@@ -57,6 +59,7 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "from 0 to below 1": (lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 lora_dropout"),
     "a share of the steps, from 0 to 1": (lambda value: 0 <= value <= 1, "warmup_ratio"),
     "a number": (math.isfinite, "mask_margin"),
+    f"{MOST_KEYS} at most": (lambda value: value <= MOST_KEYS, "train_group_size"),
 }
 #: Flags that take one of a few words.
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -126,7 +129,7 @@ class RetrievalTrainingArgs(TrainingArguments):
     )
 
     max_sample_num: int | None = flag(None, "Most rows of each training file, drawn by --seed.")
-    train_group_size: int = flag(8, "Keys per query: one positive, the rest negatives.")
+    train_group_size: int = flag(8, f"Keys per query: one positive, the rest negatives; {MOST_KEYS} at most.")
     select_positive: str = flag(
         "first", "first, random, teacher (best teacher score of all candidates) or teacher-pos (best positive)."
     )

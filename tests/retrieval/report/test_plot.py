@@ -69,6 +69,8 @@ def test_several_runs_are_compared_in_one_figure(tmp_path, monkeypatch):
     folders = [str(tmp_path / name) for name in ("one", "two")]
     with pytest.raises(UserError, match="--output is needed"):
         main(folders)
+    with pytest.raises(UserError, match=r"data.json: the figure is a PNG"):
+        main([*folders, "--output", str(tmp_path / "data.json")])
     figures = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: figures.append(figure))
     main([*folders, "--output", str(tmp_path / "both.png")])
