@@ -33,17 +33,9 @@ TRIAL_SECONDS = 30
 
 @functools.cache  # Training evaluates again and again.
 def check_factory(factory: str, width: int, metric: str, rows: int, parameters: str | None = None) -> None:
-    """Find out before anything is encoded whether FAISS can build such an index and search it.
+    """Raise a UserError if FAISS cannot build such an index of `rows` vectors (the fewest of a process) and search it.
 
-    Args:
-        factory: FAISS factory string.
-        width: of the vectors.
-        metric: ``cos``, ``ip`` or ``l2``.
-        rows: vectors of the smallest index.
-        parameters: of the search, as `FaissIndex.build` takes them.
-
-    Raises:
-        UserError: it cannot.
+    Called before anything is encoded.
     """
     if factory == "Flat" and not parameters:
         return
@@ -76,15 +68,9 @@ def bytes_per_vector(factory: str, width: int, metric: str) -> int | None:
 def default_search_parameters(index: faiss.Index, rows: int, hits: int) -> str:
     """Set what makes an approximate index find nearly what an exact one does (measured: docs/retrieval.md); return it.
 
-    Args:
-        index: trained.
-        rows: vectors in it.
-        hits: per query.
-
-    Returns:
-        Parameters as FAISS reads them, empty for an index without any: ``nprobe`` cells of an inverted file, as many
-        as four times the square root of their number, and as hold four times the hits; ``efSearch`` candidates of a
-        graph, twice the hits; and of an index that scores the best again four times the hits (``k_factor_rf``).
+    Empty for an index without any: ``nprobe`` cells of an inverted file, as many as four times the square root of their
+    number, and as hold four times the hits; ``efSearch`` candidates of a graph, twice the hits; and of an index that
+    scores the best again four times the hits (``k_factor_rf``).
     """
     inverted_file = faiss.try_extract_index_ivf(index)
     found = {}
@@ -134,13 +120,7 @@ class FaissIndex:
 
     @classmethod
     def build(cls, shards: Sequence[VectorShard], factory: str, metric: str, **search: Any) -> FaissIndex:
-        """Train on a sample of the vectors where the kind of index needs it, and add them shard by shard.
-
-        Args:
-            shards: at least one, of consecutive rows.
-            factory: FAISS factory string that `check_factory` has found fit.
-            metric: ``cos``, ``ip`` or ``l2``.
-            search: as for the constructor.
+        """Train on a sample of the vectors (at least a shard) where that is needed, and add them shard by shard.
 
         Raises:
             UserError: FAISS cannot train it on these vectors.
@@ -149,7 +129,7 @@ class FaissIndex:
         index = faiss.index_factory(shards[0].load().shape[1], factory, faiss_trial.faiss_metric(metric))
         try:
             if not index.is_trained:
-                index.train(_sample(shards, _training_rows(index)))
+                index.train(_sample(shards, index))
         except RuntimeError as error:
             raise UserError(f"--faiss_index_factory {factory!r}: {faiss_trial.reason(error)}") from error
         built = cls(index, shards[0].first, sum(shard.rows for shard in shards), **search)
@@ -171,11 +151,7 @@ class FaissIndex:
         return cls(index, first, index.ntotal, **search)
 
     def save(self, path: str) -> None:
-        """Write the index to a file.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write the index to a file, or raise an OSError."""
         on_gpu = hasattr(faiss, "GpuIndex") and isinstance(self.index, faiss.GpuIndex)
         try:
             faiss.write_index(faiss.index_gpu_to_cpu(self.index) if on_gpu else self.index, path)
@@ -193,15 +169,11 @@ class FaissIndex:
         return scores, np.where(rows < 0, -1, rows + self.first)
 
 
-def _training_rows(index: faiss.Index) -> int:
+def _sample(shards: Sequence[VectorShard], index: faiss.Index) -> np.ndarray:
+    """As many vectors as the index is trained on, or all, evenly spread over the shards; fp32."""
     inverted_file = faiss.try_extract_index_ivf(index)
-    return max(TRAIN_ROWS, TRAIN_ROWS_PER_CELL * (inverted_file.nlist if inverted_file is not None else 0))
-
-
-def _sample(shards: Sequence[VectorShard], wanted: int) -> np.ndarray:
-    """About `wanted` vectors, or all, evenly spread over the shards; fp32."""
-    total = sum(shard.rows for shard in shards)
-    step = max(1, total // wanted)
+    cells = inverted_file.nlist if inverted_file is not None else 0
+    step = max(1, sum(shard.rows for shard in shards) // max(TRAIN_ROWS, TRAIN_ROWS_PER_CELL * cells))
     return np.concatenate([shard.load()[::step] for shard in shards]).astype(np.float32)
 
 

@@ -29,16 +29,7 @@ def reason(error: RuntimeError) -> str:
 
 
 def problem_of(factory: str, width: int, metric: str, rows: int, most: int, parameters: str) -> str | None:
-    """Why an index cannot be built and searched; None when it can.
-
-    Args:
-        factory: FAISS factory string.
-        width: of the vectors.
-        metric: ``cos``, ``ip`` or ``l2``.
-        rows: vectors of the smallest index.
-        most: vectors that an index is trained on.
-        parameters: of the search, as FAISS reads them.
-    """
+    """Why an index of `rows` vectors, trained on `most` of them, cannot be built and searched; None when it can."""
     index = faiss.index_factory(width, factory, faiss_metric(metric))
     if metric == "ip" and index.metric_type != faiss.METRIC_INNER_PRODUCT:
         return "it has no inner products, and would search by distance"

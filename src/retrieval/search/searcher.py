@@ -88,14 +88,8 @@ def dense_searcher(
 ) -> DenseSearcher:
     """Encode the corpus over all processes (or load what was saved) and index it.
 
-    Without an index to be saved, ``Flat`` is searched exactly, from vectors in memory or on the disk.
-
-    Args:
-        args: flags.
-        data: with the corpus.
-        output_dir: has or gets a folder of vectors and indexes.
-        device: of the model.
-        model: in eval mode.
+    The model is in eval mode on `device`. Without an index to be saved, ``Flat`` is searched exactly, from vectors in
+    memory or on the disk.
 
     Raises:
         UserError: FAISS does not know the kind of index; saved vectors or indexes are missing or were made from

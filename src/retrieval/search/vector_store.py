@@ -188,12 +188,7 @@ def _remove_shards(folder: str, kept: Collection[str]) -> None:
 def finish_store(store: VectorStore, written: Mapping[str, str]) -> VectorStore:
     """Make a store whose shards are all there the one of its folder, and delete others; all processes together.
 
-    Args:
-        store: see `create_store`.
-        written: checksums of the shards that this process wrote.
-
-    Returns:
-        The store, with all checksums.
+    `written` are checksums of the shards that this process wrote, by name; the store returned has all.
     """
     checksums = {**store.checksums}
     unknown = [number for number in range(store.count) if store.name(number) not in checksums]

@@ -106,10 +106,7 @@ def _complaint(text: str) -> str:
 
 
 def find_anserini(anserini_dir: str | None) -> Anserini:
-    """Anserini in a folder, else the jar of an installed pyserini, with a Java that can run it.
-
-    Args:
-        anserini_dir: a folder with a fat jar (or that jar), or with ``target/appassembler/bin``.
+    """Anserini in a folder (or a fat jar itself), else the jar of an installed pyserini, with a Java that can run it.
 
     Raises:
         UserError: there is no jar, or no Java new enough for it.
@@ -210,14 +207,7 @@ def java_version(java: str) -> int | None:
 def build_anserini_searcher(
     anserini: Anserini, corpus: Sequence[str], made_from: Mapping[str, Any], folder: Path, args: BM25Args
 ) -> AnseriniSearcher:
-    """Write the collection and index it, or reuse what the flags say; the main process does the work.
-
-    Args:
-        anserini: ready to run.
-        corpus: texts.
-        made_from: what the texts depend on.
-        folder: of collection, index and logs; absolute.
-        args: flags.
+    """Write the collection and index it below the absolute `folder`, or reuse what the flags say.
 
     Raises:
         UserError: Anserini fails or loses a document; what shall be reused is missing or was made from something else.
@@ -263,11 +253,6 @@ def _manifest(folder: Path) -> Path:
     return folder.with_suffix(".json")
 
 
-def docid_format(rows: int) -> str:
-    """Format of a row number as a document id: zero-padded, so that Lucene's order of equal scores is by row."""
-    return f"{{:0{len(str(max(rows - 1, 0)))}d}}"
-
-
 def write_collection(corpus: Sequence[str], folder: Path, threads: int) -> int:
     """Write the corpus as Anserini's JsonCollection and return how many documents that makes.
 
@@ -284,11 +269,12 @@ def write_collection(corpus: Sequence[str], folder: Path, threads: int) -> int:
 
 
 def _documents(corpus: Sequence[str], part: range) -> Iterator[dict[str, Any]]:
-    name = docid_format(len(corpus))
+    digits = len(str(len(corpus) - 1))
     for row in part:
         text = encodable(corpus[row])
         if text.strip():
-            yield {"id": name.format(row), "contents": text}
+            # Zero-padded, so that Lucene's order of equal scores is by row.
+            yield {"id": f"{row:0{digits}d}", "contents": text}
 
 
 def encodable(text: str) -> str:
