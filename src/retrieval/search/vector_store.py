@@ -137,10 +137,8 @@ class VectorStore:
 
     def shards(self, numbers: Sequence[int]) -> list[VectorShard]:
         """Shards to be read when they are needed."""
-        return [
-            VectorShard(self.range_of(number).start, len(self.range_of(number)), partial(self.read, number))
-            for number in numbers
-        ]
+        parts = [(number, self.range_of(number)) for number in numbers]
+        return [VectorShard(part.start, len(part), partial(self.read, number)) for number, part in parts]
 
 
 def create_store(folder: str, made_from: Mapping[str, Any], width: int, dtype: str) -> VectorStore:

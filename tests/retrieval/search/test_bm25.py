@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.retrieval.args import BM25Args
+from src.retrieval.args import BM25Args, RetrievalArgs
 from src.retrieval.search.bm25 import analyzer, anserini, engine
 from src.retrieval.search.bm25.analyzer import MAX_QUERY_TERMS, EnglishAnalyzer, cut_terms, first_terms, tokenize
 from src.retrieval.search.bm25.choose import EMBEDDED, build_bm25_searcher
@@ -188,6 +188,10 @@ def test_engine_is_chosen_and_told(corpus, monkeypatch, caplog, tmp_path):
     for backend in ("auto", "embedded"):
         with pytest.raises(UserError, match="--language de: the embedded BM25 engine knows English"):
             build(corpus, bm25_backend=backend, language="de")
+
+
+def test_the_embedded_engine_has_its_former_name_too():
+    assert RetrievalArgs(bm25_backend="bm25s").bm25_backend == "embedded"
 
 
 def test_a_folder_cleared_between_runs_is_made_again(corpus):
