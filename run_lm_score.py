@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from src.lm.args import NO_EFFECT, LMScoreArgs
 from src.lm.model import LMConfig, empty_lm, lm_max_length, load_lm, load_lm_tokenizer, model_identity
-from src.lm.prompts import PromptEncoder, make_frame
+from src.lm.prompts import PromptEncoder
 from src.lm.response_store import ResponseStore
 from src.lm.score import ScoreData, check_all_fit, check_tokens, score_units, write_scored
 from src.plan.lm import lm_lines, scoring_lines
@@ -76,14 +76,8 @@ def prompt_encoder(
     args: LMScoreArgs, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, limit: int | None
 ) -> PromptEncoder:
     """How texts become prompts of an LM, of at most `limit` tokens (None: as many as it takes)."""
-    return PromptEncoder(
-        tokenizer,
-        max_length=lm_max_length(config, limit),
-        key_max_length=args.key_max_length,
-        truncation_side=args.truncation_side,
-        frame=make_frame(tokenizer, args.add_llama_inst, args.use_chat_template),
-        encoder_decoder=bool(config.is_encoder_decoder),
-    )
+    lengths = {"max_length": lm_max_length(config, limit), "key_max_length": args.key_max_length}
+    return PromptEncoder.from_args(args, tokenizer, config, **lengths)
 
 
 def plan(args: LMScoreArgs, config: LMConfig, data: ScoreData, output: str, limit: int | None) -> list[Line]:

@@ -17,7 +17,7 @@ from evaluation.runner.task import EvalTask
 from src.lm.ask import Answer, Asker
 from src.lm.generate import Decoding
 from src.lm.model import lm_max_length, load_lm, load_lm_tokenizer, model_identity
-from src.lm.prompts import PromptEncoder, make_frame
+from src.lm.prompts import PromptEncoder
 from src.lm.response_store import ResponseStore
 from src.retrieval.jobs.evaluate import check_outputs, log_file, record
 from src.retrieval.models.encode import progress
@@ -89,12 +89,11 @@ def make_asker(task: EvalTask, path: str) -> Asker:
     args, lm = task.args, task.lm
     tokenizer, config = load_lm_tokenizer(lm)
     decoding = Decoding.from_args(args, tokenizer) if isinstance(args, GenerateArgs) else None
-    encoder = PromptEncoder(
+    encoder = PromptEncoder.from_args(
+        args,
         tokenizer,
+        config,
         max_length=lm_max_length(config, args.context_max_length),
-        truncation_side=args.truncation_side,
-        frame=make_frame(tokenizer, args.add_llama_inst, args.use_chat_template),
-        encoder_decoder=bool(config.is_encoder_decoder),
         counts_answer=not config.is_encoder_decoder,
         new_tokens=decoding.max_new_tokens if decoding is not None else 0,
     )

@@ -9,10 +9,11 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from src.lm.args import LMArgs
 from src.retrieval.models.loading import loading
 from src.utils.errors import UserError
 
@@ -203,6 +204,19 @@ class PromptEncoder:
     encoder_decoder: bool = False
     counts_answer: bool = True
     new_tokens: int = 0
+
+    @classmethod
+    def from_args(
+        cls, args: LMArgs, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, **more: Any
+    ) -> PromptEncoder:
+        """What the flags ask for, of an LM with that tokenizer and configuration; `more` are further attributes.
+
+        Raises:
+            UserError: the tokenizer has no chat template that the flags ask for.
+        """
+        frame = make_frame(tokenizer, args.add_llama_inst, args.use_chat_template)
+        kind = bool(config.is_encoder_decoder)
+        return cls(tokenizer, truncation_side=args.truncation_side, frame=frame, encoder_decoder=kind, **more)
 
     @cached_property
     def passages(self) -> Layout:

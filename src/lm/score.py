@@ -48,10 +48,6 @@ class ScoreData:
     seed: int = 42
     prompts: Mapping[str, str] = field(default_factory=dict)
 
-    def answers(self, number: int) -> int:
-        """How many answers of a row are scored."""
-        return int(self.rows.scan.columns["answers"][number]) if self.answer_select in ("best", "mean") else 1
-
     def chosen(self, number: int, row: dict[str, Any]) -> list[str]:
         """The answers of a row that are scored."""
         answers: list[str] = row["answers"]
@@ -69,11 +65,15 @@ class ScoreData:
         return [range(first, end) for first, end in pairwise(bounds)]
 
     @cached_property
+    def answers(self) -> np.ndarray:
+        """int64 ``(rows,)``, how many answers of each row are scored."""
+        counts = self.rows.scan.columns["answers"]
+        return counts if self.answer_select in ("best", "mean") else np.ones_like(counts)
+
+    @cached_property
     def pairs(self) -> np.ndarray:
         """int64 ``(rows,)``, (candidate, answer) pairs of each row."""
-        columns = self.rows.scan.columns
-        many = self.answer_select in ("best", "mean")
-        return columns["candidates"] * (columns["answers"] if many else 1)
+        return self.rows.scan.columns["candidates"] * self.answers
 
 
 def encode_row(encoder: PromptEncoder, data: ScoreData, number: int) -> list[PromptTokens | None]:
@@ -228,7 +228,7 @@ def write_scored(data: ScoreData, store: ResponseStore, field: str, path: str, p
                     unfit.append(number)
                 else:
                     scores = np.array([response.log_likelihoods[0] for key in own if (response := responses[key])])
-                    row[field] = reduce_answers(scores, data.answers(number), data.answer_select)
+                    row[field] = reduce_answers(scores, int(data.answers[number]), data.answer_select)
                     # The texts are what is trained on.
                     for name in TOKEN_FIELDS if has_tokens(row) else ():
                         del row[name]
