@@ -15,6 +15,7 @@ from tqdm import tqdm
 from src.retrieval.models.cross_encoder import CrossEncoder
 from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.models.encode import EncodeConfig
+from src.retrieval.models.similarity import paired_similarity
 
 if TYPE_CHECKING:
     from src.retrieval.args import RankerArgs, RetrievalArgs
@@ -58,8 +59,8 @@ def _similarities(
     key_vectors = model.encode_keys(list(places), key_config)
     scores = []
     for query, own_keys in zip(query_vectors, keys, strict=True):
-        vectors = key_vectors[[places[key] for key in own_keys]]
-        scores.append(model.similarity(query[None], vectors)[0])
+        vectors = torch.from_numpy(key_vectors[[places[key] for key in own_keys]])
+        scores.append(paired_similarity(torch.from_numpy(query), vectors, model.metric).numpy())
         bar.update(len(own_keys))
     return np.concatenate(scores)
 

@@ -20,3 +20,12 @@ def similarity(queries: Tensor, keys: Tensor, metric: str, cos_temperature: floa
     if metric == "l2":
         return 2 * products - queries.square().sum(1, keepdim=True) - keys.square().sum(1)
     return products
+
+
+def paired_similarity(queries: Tensor, keys: Tensor, metric: str) -> Tensor:
+    """Scores of each query with the key of the same row, fp32 ``(n,)``: equal pairs score alike wherever they stand.
+
+    Either may be a single vector, compared with all of the other.
+    """
+    queries, keys = queries.float(), keys.float()
+    return -(queries - keys).square().sum(-1) if metric == "l2" else (queries * keys).sum(-1)

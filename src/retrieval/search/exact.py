@@ -77,19 +77,20 @@ class ExactIndex:
 
 
 def best_of_block(queries: Tensor, block: Tensor, metric: str, hits: int) -> tuple[Tensor, Tensor]:
-    """The `hits` best rows of a block by rising number, or all: fp32 scores and int64 rows ``(queries, n)``.
+    """The `hits` best rows of a block, or all, best first: fp32 scores and int64 rows ``(queries, n)``.
 
-    FAISS and topk choose any of equal scores. So one more is asked for, and where it is as good as the last hit, all
-    scores of the query are sorted.
+    FAISS and topk choose any of equal scores. So more are asked for, until the last is worse than the last hit: by the
+    same call, since a product of other shapes may round otherwise.
     """
-    most = min(hits + 1, len(block))
     candidates = by_faiss if queries.device.type == "cpu" else by_torch
+    most = min(hits + 1, len(block))
     scores, rows = candidates(queries, block, metric, most)
-    if most > hits:
-        for query in (scores[:, -1] == scores[:, -2]).nonzero():
-            scores[query, :hits], rows[query, :hits] = _best(similarity(queries[query], block, metric), hits)
-    scores, (rows, order) = scores[:, :hits], rows[:, :hits].sort(dim=1)
-    return scores.gather(1, order), rows
+    while most < len(block) and bool((scores[:, -1] == scores[:, hits - 1]).any()):
+        most = min(2 * most, len(block))
+        scores, rows = candidates(queries, block, metric, most)
+    rows, order = rows.sort(dim=1)
+    scores, order = _best(scores.gather(1, order), hits)
+    return scores, rows.gather(1, order)
 
 
 def by_faiss(queries: Tensor, block: Tensor, metric: str, hits: int) -> tuple[Tensor, Tensor]:
