@@ -57,7 +57,7 @@ _METRICS = {
 
 
 def metric_of(task: str) -> str:
-    """Accuracy, F1 of the second option, exact match or ROUGE-L."""
+    """The metric of a task: accuracy, F1 of the second option, exact match or ROUGE-L."""
     return _METRICS.get(task, ACCURACY)
 
 
@@ -72,12 +72,12 @@ def example_task(task: str) -> str:
 
 
 def single_blanks(text: str) -> str:
-    """The text with one blank wherever there are several."""
+    """Replace several blanks by one."""
     return re.sub(" {2,}", " ", text)
 
 
 def right_option(row: Row) -> int | None:
-    """The option that ``answers`` names, by its text or else by its number; None if it is no option."""
+    """The number of the option that ``answers`` names, by its text or else its number; None if it names none."""
     answer, options = row["answers"][0], row["options"]
     if answer in options:
         return options.index(answer)
@@ -86,26 +86,27 @@ def right_option(row: Row) -> int | None:
 
 
 def problems(row: Row) -> list[str]:
-    """Of the fields that the evaluation needs."""
-    found = text_problems(row, "task_name") + text_list_problems(row, "answers", 1)
-    if not found and row["task_name"] not in FAMILY_OF:
-        found.append(f"task_name {row['task_name']!r} is unknown: choose from {', '.join(FAMILY_OF)}")
-    if not found and chooses(row["task_name"]):
-        found += text_list_problems(row, "options") or blank_problems(row, "options")
-    if found or not chooses(row["task_name"]):
-        return found
-    options = row.get("options") or []
+    """What is wrong with the fields that this evaluation needs."""
+    if wrong := text_problems(row, "task_name") + text_list_problems(row, "answers", 1):
+        return wrong
+    task, options = row["task_name"], row.get("options") or []
+    if task not in FAMILY_OF:
+        return [f"task_name {task!r} is unknown: choose from {', '.join(FAMILY_OF)}"]
+    if not chooses(task):
+        return []
+    if wrong := text_list_problems(row, "options") or blank_problems(row, "options"):
+        return wrong
     if not options:
-        found.append(f"field 'options' is missing: task {row['task_name']!r} chooses between some")
-    elif metric_of(row["task_name"]) == BINARY_F1 and len(options) != 2:
-        found.append(f"field 'options' needs two, of which the second is the positive class, found {len(options)}")
-    elif right_option(row) is None:
-        found.append(f"answers[0] {row['answers'][0]!r} is none of the options {options!r}, by text or number from 0")
-    return found
+        return [f"field 'options' is missing: task {task!r} chooses between some"]
+    if metric_of(task) == BINARY_F1 and len(options) != 2:
+        return [f"field 'options' needs two, of which the second is the positive class, found {len(options)}"]
+    if right_option(row) is None:
+        return [f"answers[0] {row['answers'][0]!r} is none of the options {options!r}, by text or number from 0"]
+    return []
 
 
 class ICL(EvalTask):
-    """Retrieved examples and a query, whose answer is chosen or written."""
+    """Retrieved examples and a query, whose answer is chosen or generated."""
 
     name = "icl"
     flags = ICLArgs
@@ -157,12 +158,11 @@ class ICL(EvalTask):
             raise UserError(f"{corpus.path} has no example of any task of {rows.path}: {', '.join(missing)}")
         if missing:
             logger.warning("%s has no example of %s: asked without examples", corpus.path, ", ".join(missing))
-        places = {name: np.array(own) for name, own in of_task.items()}
 
         def choose(row: Row) -> list[int]:
-            own = places.get(example_task(row["task_name"]), ())
+            examples = of_task.get(example_task(row["task_name"]), [])
             rng = query_rng(args.seed, row["query"])
-            return rng.choice(own, min(args.few_shot, len(own)), replace=False).tolist()
+            return rng.choice(examples, min(args.few_shot, len(examples)), replace=False).tolist()
 
         return choose
 
@@ -178,7 +178,7 @@ class ICL(EvalTask):
         return Request(Prompt(f"{single_blanks(row['query'])}\n ", examples=retrieved, layout=LAYOUT), options)
 
     def score(self, row: Row, response: Response) -> Values:
-        """The value of the task's metric; for F1, which a single row has not, whether it is right, and both options."""
+        """The value of the task's metric; for F1, which a row alone has not, whether it is right, and both options."""
         metric = metric_of(row["task_name"])
         if response.log_likelihoods:
             right = right_option(row)
@@ -192,22 +192,19 @@ class ICL(EvalTask):
             return {metric: mean([rouge_l(text, answers[0]) for text in response.texts])}
         return {metric: mean([exact_match(text, answers, articles=False) for text in response.texts])}
 
-    def gold(self, row: Row) -> list[str]:
-        """All answers."""
-        return row["answers"]
-
     def summarize(self, rows: Sequence[tuple[Row, Values]]) -> Values:
         """The metric of each task, the mean of each family's tasks, and of all tasks."""
         by_task: dict[str, list[Values]] = defaultdict(list)
         for row, values in rows:
             by_task[row["task_name"]].append(values)
         tasks = {}
-        for task in (task for task in FAMILY_OF if task in by_task):
-            own = by_task[task]
-            if metric_of(task) == BINARY_F1:
-                tasks[task] = binary_f1([values["chosen"] for values in own], [values["right"] for values in own])
+        for task in sorted(by_task, key=list(FAMILY_OF).index):
+            metric, values_of = metric_of(task), by_task[task]
+            if metric == BINARY_F1:
+                chosen, right = ([values[name] for values in values_of] for name in ("chosen", "right"))
+                tasks[task] = binary_f1(chosen, right)
             else:
-                tasks[task] = mean([next(iter(values.values())) for values in own])
+                tasks[task] = mean([values[metric] for values in values_of])
         return {**tasks, **group_means(tasks, FAMILIES), "average": mean(list(tasks.values()))}
 
 

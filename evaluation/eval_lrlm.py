@@ -30,7 +30,7 @@ TEXTS_A_TIME = 16
 
 
 def check_row(row: Row) -> tuple[list[str], dict[str, Any]]:
-    """Check one row: ``text``."""
+    """Check that a row has a ``text``."""
     return text_problems(row, "text"), {}
 
 
@@ -61,7 +61,7 @@ class LRLM(FromPast):
         return EvalData(rows, None, args.key_template, args.task, instruction_of)
 
     def batch_tokens(self, encoder: PromptEncoder) -> int:
-        """As many windows as ``--lm_batch_size`` times ``--chunk_batch_size``.
+        """``--lm_batch_size`` times ``--chunk_batch_size`` windows.
 
         Raises:
             UserError: the LM does not take so many tokens.
@@ -108,7 +108,7 @@ class LRLM(FromPast):
         how = self._integration()
         spans = plan.values if args.add_key_continuation else plan.keys
         terms = [tokens[span.start : span.stop] for span in spans]
-        texts = [self._text(own) if args.retrieval_method == "dense" else "" for own in terms]
+        texts = [self._text(ids) if args.retrieval_method == "dense" else "" for ids in terms]
 
         def after_key(key: int, place: int) -> Request:
             one = replace(plan, targets=plan.targets[place : place + 1], queries=plan.queries[place : place + 1])
@@ -116,26 +116,26 @@ class LRLM(FromPast):
 
         queries = [tokens[span.start : span.stop] for span in plan.queries]
         return [
-            Case(number, place, self._text(own), texts, partial(after_key, place=place), own, terms)
-            for place, own in enumerate(queries)
+            Case(number, place, self._text(ids), texts, partial(after_key, place=place), ids, terms)
+            for place, ids in enumerate(queries)
         ]
 
     def retrieve(self) -> Retrieved:
-        """Chunks of each text's own past, for each of its target chunks."""
-        # An oracle asks about all chunks for each target, of whole windows: thousands for a single text.
+        """Chunks of each text's past, for each of its target chunks."""
+        # An oracle scores a window for each chunk and target: thousands for a single text.
         best = self.best_keys(1 if self.args.retrieval_method == ORACLE else TEXTS_A_TIME)
         found = []
-        for number, own in enumerate(best):
+        for number, best_of_targets in enumerate(best):
             texts: tuple[str, ...] = ()
             if self.args.debug_retrieval:
                 tokens, plan = self._read(self.data.rows[number])
-                spans = [plan.values[key] for keys in own for key in keys] if plan is not None else []
+                spans = [plan.values[key] for keys in best_of_targets for key in keys] if plan is not None else []
                 texts = tuple(self._text(tokens[span.start : span.stop]) for span in spans)
-            found.append(Found(tuple(map(tuple, own)), texts))
+            found.append(Found(tuple(map(tuple, best_of_targets)), texts))
         return found, {}
 
     def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request | None:
-        """How likely is each target chunk? None for a text without anything before its target."""
+        """Ask for the likelihood of each target chunk; None for a text without anything before its target."""
         tokens, plan = self._read(row)
         if plan is None:
             return None

@@ -59,15 +59,15 @@ def subject_of(row: Row) -> str:
 
 
 def problems(row: Row) -> list[str]:
-    """Of the fields that this evaluation needs."""
-    found = text_problems(row, "subject") + text_list_problems(row, "choices", 1)
-    if not found and subject_of(row) not in GROUP_OF:
-        found.append(f"subject {row['subject']!r} is none of MMLU's: {', '.join(sorted(GROUP_OF))}")
-    if not found and len(row["choices"]) != len(LETTERS):
-        found.append(f"field 'choices' needs four options, found {len(row['choices'])}")
+    """What is wrong with the fields that this evaluation needs."""
+    wrong = text_problems(row, "subject") + text_list_problems(row, "choices", 1)
+    if not wrong and subject_of(row) not in GROUP_OF:
+        wrong.append(f"subject {row['subject']!r} is none of MMLU's: {', '.join(sorted(GROUP_OF))}")
+    if not wrong and len(row["choices"]) != len(LETTERS):
+        wrong.append(f"field 'choices' needs four options, found {len(row['choices'])}")
     if not isinstance(row.get("answer"), int) or not 0 <= row["answer"] < len(LETTERS):
-        found.append(f"field 'answer' must be the number of the right option, 0 to 3, found {row.get('answer')!r}")
-    return found
+        wrong.append(f"field 'answer' must be the number of the right option, 0 to 3, found {row.get('answer')!r}")
+    return wrong
 
 
 def question(query: str, choices: Sequence[str], answer: str = "") -> str:

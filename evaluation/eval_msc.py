@@ -23,7 +23,7 @@ ROWS_A_TIME = 64
 
 
 def problems(row: Row) -> list[str]:
-    """Of the fields that this evaluation needs."""
+    """What is wrong with the fields that this evaluation needs."""
     if not isinstance(row.get("history"), list):
         return [f"field 'history' must be a list of past turns, found {type(row.get('history')).__name__}"]
     return text_list_problems(row, "history") + (
@@ -68,15 +68,15 @@ class MSC(FromPast):
         return [Case(number, 0, query, turns, after_key, first_terms(self._terms(query)), [*map(self._terms, turns)])]
 
     def retrieve(self) -> Retrieved:
-        """Turns of each row's own history."""
+        """Turns of each row's history."""
         found = []
-        for row, (own,) in zip(self.data.rows, self.best_keys(ROWS_A_TIME), strict=True):
-            turns = in_order(own, self.args.order_method)
+        for row, (best,) in zip(self.data.rows, self.best_keys(ROWS_A_TIME), strict=True):
+            turns = in_order(best, self.args.order_method)
             found.append(Found(tuple(turns), tuple(row["history"][turn] for turn in turns)))
         return found, {}
 
     def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request:
-        """How likely is the reply after past turns, of which the last stay longest, and the speaker's words?"""
+        """Ask for the likelihood of the reply after past turns, the last of which stay longest, and the query."""
         question = f"Speaker 1: {row['query'].strip()}\nSpeaker 2: "
         turns = tuple(turn.strip() for turn in found.texts)
         return Request(Prompt(question, turns, layout=LAYOUT, cut_first=True), (row["answers"][0].strip(),))

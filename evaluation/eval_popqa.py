@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
 
-from evaluation.runner.args import KNOWLEDGE_DEFAULTS, QuestionArgs
-from evaluation.runner.from_corpus import Found, Row, Values
+from evaluation.eval_qa import QA
+from evaluation.runner.args import KNOWLEDGE_DEFAULTS
+from evaluation.runner.from_corpus import Row, Values
 from evaluation.runner.run import start
-from evaluation.runner.task import EvalTask
 from evaluation.runner.text_metrics import contains_answer, mean
-from src.lm.prompts import Prompt, Request
 from src.lm.response_store import Response
 from src.retrieval.data.rows import FurtherCheck, blank_problems, text_list_problems
 
@@ -26,32 +26,26 @@ RELATIONS = (22, 91, 97, 106, 164, 182, 218, 257, 292, 422, 472, 484, 526, 533, 
 
 def answers(row: Row) -> list[str]:
     """What counts as right: a list, or one as JSON text (as PopQA is published)."""
-    found = row["possible_answers"]
-    return json.loads(found) if isinstance(found, str) else found
+    given = row["possible_answers"]
+    return json.loads(given) if isinstance(given, str) else given
 
 
 def problems(row: Row) -> list[str]:
-    """Of the fields that this evaluation needs."""
+    """What is wrong with the fields that this evaluation needs."""
     try:
-        own = {"possible_answers": answers(row)}
+        read = {"possible_answers": answers(row)}
     except (KeyError, json.JSONDecodeError):
         return ["field 'possible_answers' is missing: give a list of strings, or one as JSON text"]
-    found = text_list_problems(own, "possible_answers", 1) or blank_problems(own, "possible_answers")
+    wrong = text_list_problems(read, "possible_answers", 1) or blank_problems(read, "possible_answers")
     if not isinstance(row.get("prop_id"), int) or isinstance(row["prop_id"], bool):
-        found.append(f"field 'prop_id' must be the number of the relation, found {row.get('prop_id')!r}")
-    return found
+        wrong.append(f"field 'prop_id' must be the number of the relation, found {row.get('prop_id')!r}")
+    return wrong
 
 
-def question(query: str, answer: str = "") -> str:
-    """A question, with its answer as an example."""
-    return f"Q: {query} A: {answer}"
-
-
-class PopQA(EvalTask):
-    """Passages, examples of other relations and a question, to be answered in own words."""
+class PopQA(QA):
+    """Questions in PopQA's form, with examples of other relations."""
 
     name = "popqa"
-    flags = QuestionArgs
     defaults: ClassVar[dict[str, Any]] = {
         **KNOWLEDGE_DEFAULTS,
         "eval_data": "llm-embedder:qa/popqa/test.json",
@@ -64,7 +58,9 @@ class PopQA(EvalTask):
         "output_dir": "data/results/popqa",
         "log_path": "data/results/popqa/popqa.log",
     }
+    no_effect = ("train_data",)
     check = FurtherCheck("popqa-2", problems)
+    form = "Q: {} A: {}"
 
     def examples(self) -> Callable[[Row], Sequence[str]]:
         """``--few_shot`` of the evaluation's rows, by ``--seed``: as many of each relation but the row's own.
@@ -78,22 +74,17 @@ class PopQA(EvalTask):
         each = max(1, few_shot // (len(RELATIONS) - 1))
         shown = {
             relation: [
-                question(row["query"], row.get("obj") or answers(row)[0])
+                self.form.format(row["query"], row.get("obj") or answers(row)[0])
                 for row in (rows[place] for place in rng.permutation(len(rows))[:each])
             ]
             for relation, rows in members.items()
         }
 
         def choose(row: Row) -> list[str]:
-            others = [own for relation, own in shown.items() if relation != row["prop_id"]]
-            return [text for own in others for text in own][:few_shot]
+            others = (texts for relation, texts in shown.items() if relation != row["prop_id"])
+            return [*chain.from_iterable(others)][:few_shot]
 
         return choose
-
-    def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request:
-        """Knowledge, examples, question."""
-        asked = question(row["query"].strip())
-        return Request(Prompt(asked, found.texts, tuple(examples), layout=self.ask.encoder.passages))
 
     def score(self, row: Row, response: Response) -> Values:
         """Whether an answer occurs in the output."""

@@ -6,6 +6,7 @@ torchrun --nproc_per_node 8 -m evaluation.eval_qa --query_encoder data/outputs/m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from evaluation.runner.args import KNOWLEDGE_DEFAULTS, QuestionArgs
@@ -19,18 +20,12 @@ from src.lm.response_store import Response
 from src.retrieval.data.rows import FurtherCheck, text_list_problems
 
 
-def problems(row: Row) -> list[str]:
-    """Of the fields that this evaluation needs."""
-    return text_list_problems(row, "answers", 1)
-
-
-def question(query: str, answer: str = "") -> str:
-    """A question, with its answer as an example."""
-    return f"Question: {query}\nAnswer: {answer}"
-
-
 class QA(EvalTask):
-    """Passages, examples and a question, to be answered in own words."""
+    """Passages, examples and a question, to be answered in the LM's words.
+
+    Attributes:
+        form: a question and, in examples, its answer.
+    """
 
     name = "qa"
     flags = QuestionArgs
@@ -48,17 +43,18 @@ class QA(EvalTask):
         "output_dir": "data/results/qa/",
         "log_path": "data/results/qa/qa.log",
     }
-    no_effect = ()
-    check = FurtherCheck("qa-1", problems)
+    no_effect: tuple[str, ...] = ()
+    check = FurtherCheck("qa-1", partial(text_list_problems, field="answers", least=1))
+    form = "Question: {}\nAnswer: {}"
 
     def examples(self) -> Callable[[Row], Sequence[str]]:
         """Questions with their first answers, the same for all rows."""
-        return from_train_data(self, lambda row: question(row["query"], row["answers"][0]))
+        return from_train_data(self, lambda row: self.form.format(row["query"], row["answers"][0]))
 
     def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request:
         """Knowledge, examples, question."""
-        asked = question(row["query"].strip())
-        return Request(Prompt(asked, found.texts, tuple(examples), layout=self.ask.encoder.passages))
+        question = self.form.format(row["query"].strip(), "")
+        return Request(Prompt(question, found.texts, tuple(examples), layout=self.ask.encoder.passages))
 
     def score(self, row: Row, response: Response) -> Values:
         """Exact match and F1, means over the texts."""
@@ -67,10 +63,6 @@ class QA(EvalTask):
             "exact_match": mean([exact_match(text, answers) for text in texts]),
             "f1": mean([token_f1(text, answers) for text in texts]),
         }
-
-    def gold(self, row: Row) -> list[str]:
-        """All answers."""
-        return row["answers"]
 
 
 if __name__ == "__main__":

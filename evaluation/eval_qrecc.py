@@ -6,6 +6,7 @@ torchrun --nproc_per_node 8 -m evaluation.eval_qrecc --query_encoder data/output
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from evaluation.runner.args import QReCCArgs
@@ -18,13 +19,8 @@ from src.lm.response_store import Response
 from src.retrieval.data.rows import FurtherCheck, text_list_problems
 
 
-def problems(row: Row) -> list[str]:
-    """Of the fields that this evaluation needs; answers only matter when some are generated."""
-    return text_list_problems(row, "answers")
-
-
 class QReCC(EvalTask):
-    """Passages, a conversation and its last question, to be answered in own words."""
+    """Passages, a conversation and its last question, to be answered in the LM's words."""
 
     name = "qrecc"
     flags = QReCCArgs
@@ -45,7 +41,8 @@ class QReCC(EvalTask):
         "output_dir": "data/results/qrecc",
         "log_path": "data/results/qrecc/qrecc.log",
     }
-    check = FurtherCheck("qrecc-1", problems)
+    # Only --do_generate needs any answers.
+    check = FurtherCheck("qrecc-1", partial(text_list_problems, field="answers"))
     left_out = "they have no answers, or do not fit into --context_max_length"
 
     def asks(self) -> bool:

@@ -45,12 +45,7 @@ class EvalRetrievalArgs(EvalOutputArgs, RetrievalArgs):
 
 
 def main(name: str = "retrieval", **defaults: Any) -> None:
-    """Parse, load, search, report.
-
-    Args:
-        name: under which results are reported.
-        defaults: of flags that differ from those of this entry point.
-    """
+    """Parse, load, search, and log under the task's `name`; `defaults` are those of flags that differ here."""
     started = time.monotonic()
     (args,), given = parse_args([EvalRetrievalArgs], **defaults)
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)
@@ -70,15 +65,11 @@ def main(name: str = "retrieval", **defaults: Any) -> None:
 
     config = replace(config, retriever=retriever_identity(args, data, encoder))
     searcher: Callable[[], Searcher] = partial(build_searcher, args, data, device, load_model)
-    metrics = evaluate(
-        data,
-        config,
-        lambda: dense_scorer(args, device, load_model()),
-        lambda: retrieve(data, config, searcher),
-    )
-    facts = {"task": name, "retriever": retriever_name(args)}
+    scorer = partial(dense_scorer, args, device)
+    metrics = evaluate(data, config, lambda: scorer(load_model()), lambda: retrieve(data, config, searcher))
+    seconds = round(time.monotonic() - started, 1)
     log = log_file(args, args.log_path)
-    record(metrics, log, asdict(args), seconds=round(time.monotonic() - started, 1), **facts)
+    record(metrics, log, asdict(args), seconds=seconds, task=name, retriever=retriever_name(args))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ DEFAULTS = {
 
 
 def main() -> None:
-    """Run the evaluation of retrieval with these defaults."""
+    """Evaluate retrieval with these defaults."""
     eval_retrieval.main("tool", **DEFAULTS)
 
 

@@ -72,11 +72,9 @@ Record = dict[str, Any]
 class Leaderboard:
     """The newest result of each retriever (with each LM, where there are several) on each task.
 
-    Attributes:
-        results: row name → task (with the data's name, where a task was run on several) → metrics.
-        columns: those of `COLUMNS`, once for each of a task's data, where any of these tasks was run; those of
-            evaluation.eval_retrieval; one for each further task.
-        notes: what keeps results of one column from being compared.
+    `results` are metrics by row name and task (with the data's name, where a task was run on several). `columns` are
+    `COLUMNS`, where any of their tasks was run, those of evaluation.eval_retrieval and one for each further task, once
+    for each of a task's data. `notes` say what keeps results of one column from being compared.
     """
 
     results: dict[str, dict[str, dict[str, float]]]
@@ -92,33 +90,29 @@ class Leaderboard:
 
 
 def read_results(folder: str) -> list[Record]:
-    """All results below a folder, the oldest first.
-
-    Raises:
-        UserError: the folder is missing, or holds none.
-    """
+    """All results below a folder, the oldest first; a UserError if there is none."""
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is no folder: name the one that the evaluations' --log_path lies in")
-    found, broken = [], []
+    results, broken = [], []
     for path in sorted(Path(folder).rglob("*.jsonl")):
         for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
                 record = json.loads(line)
                 if {"metrics", "task", "retriever", "time"} <= record.keys():
                     # Other files of JSON lines may lie there, and lines of training have no task.
-                    found.append(_checked(record))
+                    results.append(_checked(record))
             except NO_RESULT:
                 if line.strip():
                     broken.append(f"{path}:{number}")
     if broken:
         logger.warning("%d lines are no results and left out; the first is %s", len(broken), broken[0])
-    if not found:
+    if not results:
         raise UserError(f"no result of an evaluation below {folder}: each writes one into the .jsonl beside --log_path")
-    return sorted(found, key=lambda record: str(record["time"]))
+    return sorted(results, key=lambda record: str(record["time"]))
 
 
 def _checked(record: Record) -> Record:
-    """A result whose parts are of the kinds that a table is made of; a ValueError or the like otherwise."""
+    """A result with names and numbers where a table needs them; one of `NO_RESULT` is raised for others."""
     model, arguments = record.get("model"), record.get("arguments") or {}
     names = arguments.get("task_names") or []
     if not isinstance(model, str | None) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
@@ -134,13 +128,13 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 
 def leaderboard(records: Sequence[Record]) -> Leaderboard:
-    """Results by retriever; a later one of the same task replaces an earlier one."""
+    """Arrange results by retriever and task; a later one replaces an earlier one."""
     models = short_names([record["model"] for record in records if record.get("model")], 2)
     retrievers = short_names([str(record["retriever"]) for record in records], 2)
     by_task: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_task[str(record["task"])].append(record)
-    datasets = {task: short_names(list(map(_dataset, own)), 1) for task, own in by_task.items()}
+    datasets = {task: short_names(list(map(_dataset, members)), 1) for task, members in by_task.items()}
 
     def key(task: str, dataset: str) -> str:
         return f"{task} {datasets[task][dataset]}" if len(datasets[task]) > 1 else task
@@ -158,35 +152,38 @@ def leaderboard(records: Sequence[Record]) -> Leaderboard:
             shown[task][row] = record
     usual = COLUMNS if any(column.task in by_task for column in COLUMNS) else ()
     known = {column.task for column in COLUMNS} | {RETRIEVAL}
-    # Of tasks that somebody added the first metric.
-    added = [(task, next(iter(own[-1]["metrics"]), "")) for task, own in by_task.items() if task not in known]
-    further = [Column(f"{task} {metric}", task, metric) for task, metric in added if metric]
+    # The first metric of tasks that somebody added.
+    further = [
+        Column(f"{task} {metric}", task, metric)
+        for task, members in by_task.items()
+        if task not in known
+        for metric in list(members[-1]["metrics"])[:1]
+    ]
     columns = []
     for column in (*usual, *_of_retrieval(by_task[RETRIEVAL]), *further):
         names = datasets.get(column.task, {})
-        for dataset, short in names.items() if len(names) > 1 else ():
-            columns.append(column._replace(heading=f"{column.heading} {short}", task=key(column.task, dataset)))
-        if len(names) < 2:
-            columns.append(column)
+        split = [column._replace(heading=f"{column.heading} {n}", task=f"{column.task} {n}") for n in names.values()]
+        columns += split if len(names) > 1 else [column]
     notes = [note for task, of_row in shown.items() for note in _differences(task, list(of_row.values()))]
     return Leaderboard({name: results[name] for name in sorted(results, key=_rank)}, tuple(columns), tuple(notes))
 
 
 def _of_retrieval(records: Sequence[Record]) -> list[Column]:
-    """Columns of evaluation.eval_retrieval: each metric at the cutoff that most runs have, the nearest to the usual."""
+    """Columns of evaluation.eval_retrieval: each metric at the cutoff of most runs, the nearest to the usual one."""
     counts = Counter(
         match.groups() for each in records for name in each["metrics"] if (match := RETRIEVAL_METRIC.match(name))
     )
     columns = []
     for name, usual in USUAL_CUTOFFS.items():
         runs = {int(cutoff): number for (metric, cutoff), number in counts.items() if metric == name}
-        for cutoff in sorted(runs, key=lambda k: (-runs[k], abs(math.log(k / usual)), k))[:1]:
+        if runs:
+            cutoff = min(runs, key=lambda k: (-runs[k], abs(math.log(k / usual)), k))
             columns.append(Column(f"{name}@{cutoff}", RETRIEVAL, f"{name}@{cutoff}"))
     return columns
 
 
 def _differences(task: str, records: Sequence[Record]) -> list[str]:
-    """What of `PROTOCOL` differs between the results that are shown of a task."""
+    """Notes on what of `PROTOCOL` differs between a task's results."""
     notes = []
     for name in PROTOCOL:
         facts = [{**record.get("arguments", {}), **record["metrics"], **record}.get(name) for record in records]
@@ -198,15 +195,15 @@ def _differences(task: str, records: Sequence[Record]) -> list[str]:
 
 def _dataset(record: Record) -> str:
     arguments = record.get("arguments", {})
-    # Of some tasks only: another average.
+    # A choice of tasks has another average.
     return " ".join([str(arguments.get("eval_data", "")), *(arguments.get("task_names") or ())])
 
 
 def short_names(names: Sequence[str], least: int) -> dict[str, str]:
-    """As many last parts of each path, `least` or more, as it takes to tell them apart."""
+    """The last parts of each path, as many (`least` or more) as it takes for all to differ."""
     parts = {name: Path(name).parts for name in names}
     for size in range(least, max(map(len, parts.values()), default=0) + 1):
-        short = {name: "/".join(own[-size:]) for name, own in parts.items()}
+        short = {name: "/".join(all_parts[-size:]) for name, all_parts in parts.items()}
         if len(set(short.values())) == len(short):
             return short
     return {name: name for name in names}
@@ -219,11 +216,14 @@ def _rank(name: str) -> tuple[int, str]:
     return (order.index(plain) if plain in order else len(order), name)
 
 
+def _cells(values: Sequence[float | None]) -> list[str]:
+    return ["" if value is None else f"{value:.4f}" for value in values]
+
+
 def to_text(board: Leaderboard) -> str:
     """A table for a terminal."""
     table = [["retriever", *(column.heading for column in board.columns)]]
-    for name, values in board.values().items():
-        table.append([name, *("" if value is None else f"{value:.4f}" for value in values)])
+    table += [[name, *_cells(values)] for name, values in board.values().items()]
     widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
     table.insert(1, ["-" * width for width in widths])
     lines = ["  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in table]
@@ -237,16 +237,13 @@ def to_markdown(board: Leaderboard) -> str:
         "| --- |" + " ---: |" * len(board.columns),
     ]
     rows = board.values()
-    best = []
-    for column, whole in zip(board.columns, zip(*rows.values(), strict=True), strict=True):
-        present = [value for value in whole if value is not None]
-        best.append((min if column.lower else max)(present, default=None))
+    best = [
+        (min if column.lower else max)((value for value in values if value is not None), default=None)
+        for column, values in zip(board.columns, zip(*rows.values(), strict=True), strict=True)
+    ]
     for name, values in rows.items():
-        cells = ["" if value is None else f"{value:.4f}" for value in values]
-        marked = [
-            f"**{cell}**" if cell and value == top else cell
-            for cell, value, top in zip(cells, values, best, strict=True)
-        ]
+        cells = zip(_cells(values), values, best, strict=True)
+        marked = [f"**{cell}**" if cell and value == top else cell for cell, value, top in cells]
         lines.append(f"| {name.replace('|', chr(92) + '|')} | " + " | ".join(marked) + " |")
     return "\n".join([*lines, *([""] if board.notes else []), *(f"- {note}" for note in board.notes)]) + "\n"
 
@@ -261,11 +258,7 @@ def to_csv(board: Leaderboard) -> str:
 
 
 def draw(board: Leaderboard, path: Path) -> None:
-    """Bars by task, and nDCG and recall by cutoff where a task has them.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Draw bars by task, and retrieval metrics by cutoff where a task has them at several."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -303,23 +296,19 @@ def draw(board: Leaderboard, path: Path) -> None:
 
 def _curves(board: Leaderboard) -> dict[str, dict[str, dict[int, float]]]:
     """Title → row name → cutoff → value, of tasks with retrieval metrics at more than one cutoff."""
-    found: dict[str, dict[str, dict[int, float]]] = {}
+    curves: dict[str, dict[str, dict[int, float]]] = {}
     for name, tasks in board.results.items():
         for task, metrics in tasks.items():
             for metric, value in metrics.items():
                 if match := RETRIEVAL_METRIC.match(metric):
                     title = f"{task}: {match[1]} by cutoff"
-                    found.setdefault(title, {}).setdefault(name, {})[int(match[2])] = value
-    return {title: lines for title, lines in found.items() if any(len(points) > 1 for points in lines.values())}
+                    curves.setdefault(title, {}).setdefault(name, {})[int(match[2])] = value
+    return {title: lines for title, lines in curves.items() if any(len(points) > 1 for points in lines.values())}
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of a file of outputs: values of a metric and right answers, by query id.
-
-    Attributes:
-        metric: its name, or the names of those that are the first of some row.
-    """
+    """Values of a metric (or of each row's first one, `metric` naming all of these) and right answers, by query id."""
 
     metric: str
     values: dict[str, float]
@@ -327,11 +316,7 @@ class Outputs:
 
 
 def read_values(path: str, metric: str | None) -> Outputs:
-    """The values of a metric in a file of outputs; without `metric` the first of each row.
-
-    Raises:
-        UserError: the file is missing, or has no such metric.
-    """
+    """Read the values of a metric from a file of outputs; without `metric` the first of each row."""
     if not os.path.isfile(path):
         raise UserError(f"--compare: no such file: {path}")
     values: dict[str, dict[str, float]] = {}
@@ -347,22 +332,19 @@ def read_values(path: str, metric: str | None) -> Outputs:
                 values[key], gold[key] = _numbers(row["values"]), row.get("gold")
             except NO_RESULT as error:
                 raise UserError(f"{path}:{number} is no line of an evaluation's outputs") from error
-    names = list(dict.fromkeys(name for own in values.values() for name in own))
+    names = list(dict.fromkeys(name for row_values in values.values() for name in row_values))
     if not names:
         raise UserError(f"--compare: {path} has no values")
     if metric is not None and metric not in names:
         raise UserError(f"--metric {metric}: {path} has {', '.join(names)}")
-    chosen = {key: metric or next(iter(own)) for key, own in values.items() if metric in own or (own and not metric)}
+    first = {key: next(iter(row_values)) for key, row_values in values.items() if row_values}
+    chosen = {key: metric for key in values if metric in values[key]} if metric else first
     shown = ", ".join(dict.fromkeys(chosen.values()))
     return Outputs(shown, {key: values[key][name] for key, name in chosen.items()}, gold)
 
 
 def check_same(first: Outputs, second: Outputs) -> None:
-    """Refuse outputs of different evaluations, and say what only one of them has.
-
-    Raises:
-        UserError: right answers differ, so these are no outputs of the same rows.
-    """
+    """Refuse outputs of different evaluations: right answers differ. Warn of rows that only one of them has."""
     common = first.gold.keys() & second.gold.keys()
     if differing := sorted(key for key in common if first.gold[key] != second.gold[key]):
         raise UserError(
@@ -381,9 +363,6 @@ def compare(
     Returns:
         ``examples``, ``first``, ``second`` (means), ``wins``, ``losses``, ``ties`` of the second, ``difference`` of
         means and ``low``, ``high``: its 95 % interval by paired bootstrap (Efron 1979), over `RESAMPLES` resamples.
-
-    Raises:
-        UserError: they have no example in common.
     """
     common = sorted(first.keys() & second.keys())
     if not common:
@@ -422,11 +401,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         first, second = (read_values(path, args.metric) for path in args.compare)
         check_same(first, second)
         metric, lower = first.metric, first.metric in LOWER_IS_BETTER
-        found = compare(first.values, second.values, lower)
+        result = compare(first.values, second.values, lower)
         note = " (less is better)" if lower else ""
-        print(f"{metric}{note}: {found['first']:.4f} → {found['second']:.4f} on {found['examples']} examples")
-        print(f"second wins {found['wins']}, loses {found['losses']}, ties {found['ties']}")
-        print(f"difference {found['difference']:+.4f}, 95 % interval {found['low']:+.4f} to {found['high']:+.4f}")
+        print(f"{metric}{note}: {result['first']:.4f} → {result['second']:.4f} on {result['examples']} examples")
+        print(f"second wins {result['wins']}, loses {result['losses']}, ties {result['ties']}")
+        print(f"difference {result['difference']:+.4f}, 95 % interval {result['low']:+.4f} to {result['high']:+.4f}")
         return
     folder = Path(args.output_dir or args.folder)
     paths = {ending: folder / f"leaderboard.{ending}" for ending in ("md", "csv", "png")[: 2 if args.no_plot else 3]}

@@ -1,4 +1,4 @@
-"""Flags of the evaluations that let a language model use what was retrieved."""
+"""Flags of the evaluations with a language model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,6 @@ class LMEvalArgs(LMArgs, EvalOutputArgs, RetrievalArgs):
     load_prev_result: bool = flag(
         False, "Take over the outputs that an earlier run saved for the same prompt, model and settings."
     )
-
     debug_retrieval: bool = flag(False, "Save the texts of retrieved keys with the outputs.")
 
     def __post_init__(self) -> None:
@@ -111,16 +110,14 @@ class GenerateArgs(LMEvalArgs):
         )
         if self.top_p > 1:
             raise UserError(f"--top_p is a probability of at most 1, found {self.top_p}")
-        if not self.do_sample:
-            given = {"temperature": self.temperature != 1, "top_p": self.top_p != 1}
-            given["num_return_sequences"] = self.num_return_sequences != 1
-            if names := [name for name, changed in given.items() if changed]:
-                raise UserError(f"--{names[0]} changes nothing unless answers are sampled: add --do_sample")
+        for name in ("temperature", "top_p", "num_return_sequences"):
+            if not self.do_sample and getattr(self, name) != 1:
+                raise UserError(f"--{name} changes nothing unless answers are sampled: add --do_sample")
 
 
 @dataclass
 class HistoryArgs(LMEvalArgs):
-    """Retrieval from a row's own past: a long text's or a dialogue's."""
+    """Retrieval from a row's past: a long text's or a dialogue's."""
 
     context_window_size: int = flag(2048, "Tokens of the text itself that the LM sees, the target included.")
     target_length: int = flag(1024, "Tokens at the end of a text whose perplexity is measured.")
@@ -151,14 +148,13 @@ class HistoryArgs(LMEvalArgs):
             chunk_batch_size=self.chunk_batch_size,
         )
         if len(self.add_sep or ()) >= self.chunk_size:
-            raise UserError(
-                f"--add_sep: its {len(self.add_sep or ())} tokens must be fewer than --chunk_size {self.chunk_size}"
-            )
+            number = len(self.add_sep or ())
+            raise UserError(f"--add_sep: its {number} tokens must be fewer than --chunk_size {self.chunk_size}")
 
 
 @dataclass
 class QuestionArgs(GenerateArgs, FewShotArgs, KnowledgeArgs):
-    """Questions answered in own words."""
+    """Questions answered by a generated text."""
 
 
 @dataclass

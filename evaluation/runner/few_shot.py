@@ -20,13 +20,10 @@ from src.utils.jsonl import open_jsonl
 def from_train_data(
     task: EvalTask, show: Callable[[Row], str], group: Callable[[Row], str] | None = None
 ) -> Callable[[Row], Sequence[str]]:
-    """``--few_shot`` examples out of ``--train_data``, the same for all rows (of a group).
+    """``--few_shot`` examples out of ``--train_data``, which must pass the task's check; the same for all rows.
 
-    Args:
-        task: whose check the training rows must pass, too.
-        show: row → example.
-        group: row → the group its examples come from, whose first rows are taken in the order of the file; None draws
-            from all rows by ``--seed``.
+    `show` turns a row into an example. With a `group` a row's examples are the first rows of its group, in the order of
+    the file; without, they are drawn from all rows by ``--seed``.
 
     Raises:
         UserError: there are no training rows, or they have problems.
@@ -48,6 +45,5 @@ def from_train_data(
         return lambda row: texts
     groups: dict[str, list[str]] = defaultdict(list)
     for row in pool:
-        if len(groups[group(row)]) < args.few_shot:
-            groups[group(row)].append(show(row))
-    return lambda row: groups.get(group(row), [])
+        groups[group(row)].append(show(row))
+    return lambda row: groups.get(group(row), [])[: args.few_shot]

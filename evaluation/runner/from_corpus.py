@@ -1,4 +1,4 @@
-"""What each row is given from the corpus: retrieved, loaded, chosen, or brought along by the row."""
+"""The keys of each row: retrieved from the corpus, loaded, chosen, or brought by the row; and the retriever's name."""
 
 from __future__ import annotations
 
@@ -38,30 +38,25 @@ GIVEN_KEYS = "given-keys"
 
 @dataclass(frozen=True)
 class Found:
-    """What was retrieved for a row, best first.
-
-    Attributes:
-        indices: corpus rows, or whatever the evaluation numbers.
-        texts: theirs, without instruction.
-    """
+    """What was retrieved for a row, best first: corpus rows (or whatever the evaluation numbers), and their texts."""
 
     indices: tuple[Any, ...] = ()
     texts: tuple[str, ...] = ()
 
 
-#: What each row is given, and the metrics of retrieval.
+#: For each row its keys, and the metrics of retrieval.
 Retrieved = tuple[list[Found], Values]
 
 
 def retriever_name(args: RetrievalArgs) -> str:
-    """How reports call the retriever."""
+    """The retriever's name in logs and reports."""
     if not args.corpus and args.retrieval_method != "no" and not isinstance(args, HistoryArgs):
         return GIVEN_KEYS
     return args.query_encoder if args.retrieval_method == "dense" else args.retrieval_method
 
 
 def results_folder(args: Any) -> str:
-    """The folder below --output_dir of what a retriever finds and stores."""
+    """The retriever's folder below --output_dir."""
     name = retriever_name(args)
     if name == args.query_encoder and not args.tie_encoders:
         name = f"{name}+{args.key_encoder}"
@@ -69,29 +64,29 @@ def results_folder(args: Any) -> str:
 
 
 def results_config(args: Any) -> EvalConfig:
-    """What an evaluation computes, and where it writes."""
+    """The settings of retrieval, which writes into `results_folder`."""
     return EvalConfig.from_args(args, output_dir=results_folder(args), seed=args.seed)
 
 
 def retriever_identity(args: RetrievalArgs, data: EvalData, encoder: EncoderConfig) -> dict[str, Any]:
-    """What hits depend on besides rows and corpus, as far as flags and the sizes and times of files tell."""
-    made: dict[str, Any] = {"name": retriever_name(args)}
+    """What hits depend on besides rows and corpus, as far as flags and the sizes and times of files show."""
+    identity: dict[str, Any] = {"name": retriever_name(args)}
     if args.retrieval_method == "dense":
         instruction = data.instruction_of(data.task)
-        made |= {"query instruction": instruction.query, "key instruction": instruction.key}
-        made |= {name: getattr(args, name) for name in ("query_max_length", "key_max_length", "truncation_side")}
-        made |= {"truncate_dim": args.truncate_dim, "dense_metric": encoder.dense_metric}
-        # None where the encoder tells; lists, as JSON has them.
-        made["pooling_method"] = list(encoder.pooling_method) if encoder.pooling_method else None
+        identity |= {"query instruction": instruction.query, "key instruction": instruction.key}
+        identity |= {name: getattr(args, name) for name in ("query_max_length", "key_max_length", "truncation_side")}
+        identity |= {"truncate_dim": args.truncate_dim, "dense_metric": encoder.dense_metric}
+        # None where the encoder's folder has it; lists, as JSON has them.
+        identity["pooling_method"] = list(encoder.pooling_method) if encoder.pooling_method else None
         if args.faiss_index_factory != "Flat":
-            made |= {"index": args.faiss_index_factory, "faiss_search_params": args.faiss_search_params}
+            identity |= {"index": args.faiss_index_factory, "faiss_search_params": args.faiss_search_params}
         folders = encoder_folders(encoder)
-        made |= {f"files of the {name}": model_identity(path, encoder.cache_dir) for name, path in folders.items()}
+        identity |= {f"files of the {name}": model_identity(path, encoder.cache_dir) for name, path in folders.items()}
     elif args.retrieval_method == "bm25":
-        made |= {"k1": args.k1, "b": args.b, "language": args.language}
+        identity |= {"k1": args.k1, "b": args.b, "language": args.language}
     else:
-        made["seed"] = args.seed  # type: ignore[attr-defined]
-    return made
+        identity["seed"] = args.seed  # type: ignore[attr-defined]
+    return identity
 
 
 def from_corpus(task: EvalTask) -> Retrieved:
@@ -111,7 +106,6 @@ def from_corpus(task: EvalTask) -> Retrieved:
         hits = retrieve(data, config, lambda: build_searcher(args, data, task.device, task.retriever))
 
     def remembered() -> Iterator[Hits]:
-        """The hits, the first of which each row is given."""
         for window in hits:
             for row in window.rows[:, :most]:
                 indices = tuple(row[row >= 0].tolist())
@@ -121,18 +115,18 @@ def from_corpus(task: EvalTask) -> Retrieved:
     with hold_outputs(data, config):
         metrics = report(data, remembered(), config)
     if metrics:
-        # Whatever becomes of the LM's part.
+        # Shown before the LM starts, which may fail.
         logger.info("retrieval: %s", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     return found, metrics
 
 
 def chosen_hits(data: EvalData, choose: Callable[[Row], Sequence[int]], config: EvalConfig) -> Iterator[Hits]:
-    """Hits that are chosen row by row, equally good by score but in this order."""
+    """Hits that are chosen row by row, in this order, with equal scores."""
     for first in range(0, len(data.rows), WINDOW):
         indices = [list(choose(row))[: config.hits] for row in data.rows[first : first + WINDOW]]
         table = np.full((len(indices), max(map(len, indices), default=0)), -1, dtype=np.int64)
-        for place, own in enumerate(indices):
-            table[place, : len(own)] = own
+        for place, chosen in enumerate(indices):
+            table[place, : len(chosen)] = chosen
         yield Hits(first, table, np.where(table < 0, -np.inf, 0).astype(np.float32))
 
 

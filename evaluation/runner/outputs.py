@@ -1,4 +1,4 @@
-"""The file of an evaluation's outputs, a line for each row, and its name."""
+"""The file of an evaluation's outputs: its name, a line for each row, and the responses in it."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ LM_NAME_BYTES = 80
 
 
 def output_path(args: LMEvalArgs, rows_path: str) -> str:
-    """File of the outputs in the retriever's folder: another one for another LM or other tasks."""
+    """The file of outputs in the retriever's folder, with the names of the LM and of the tasks in its name."""
     names = [args.model_name_or_path, "+".join(getattr(args, "task_names", None) or ())]
     short = [path_name(name, LM_NAME_BYTES) for name in names if name] + ([args.save_name] if args.save_name else [])
-    # Most files of rows are called test, in a folder that tells the data.
+    # Most files of rows are called test, in a folder named after the data.
     path = Path(rows_path)
     named = path.with_name("-".join(filter(None, (path.parent.name, path.name))))
     return derived_path(str(named), "output", ".".join(short), results_folder(args))
 
 
 def output_line(task: EvalTask, number: int, found: Found, answer: Answer, values: Values) -> dict[str, Any]:
-    """A row's output: what was asked (as a hash), what came back, what is right, the values and what was retrieved."""
+    """A row's line in the file of outputs."""
     row, (key, response) = task.data.rows[number], answer
     line = {
         "query_id": query_id(row, number),
@@ -48,21 +48,21 @@ def output_line(task: EvalTask, number: int, found: Found, answer: Answer, value
     return {**line, "retrieved_texts": found.texts} if task.args.debug_retrieval else line
 
 
-def gather_answers(own: Mapping[int, Answer]) -> dict[int, Answer]:
+def gather_answers(answers: Mapping[int, Answer]) -> dict[int, Answer]:
     """The answers of all processes, by number of the row."""
-    plain = [[number, key, asdict(response) if response else None] for number, (key, response) in own.items()]
+    plain = [[number, key, asdict(response) if response else None] for number, (key, response) in answers.items()]
     parts = distributed.all_gather_json(plain)
     return {number: Answer(key, to_response(response)) for part in parts for number, key, response in part}
 
 
 def read_responses(path: str) -> dict[str, Response]:
     """The responses in an earlier run's outputs, by the hash of what was asked; damaged lines are left out."""
-    found: dict[str, Response] = {}
+    responses: dict[str, Response] = {}
     if os.path.isfile(path):
         with open(path, "rb") as file:
             for line in file:
                 with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     row = json.loads(line)
                     if (response := to_response(row["response"])) is not None:
-                        found[row["prompt_hash"]] = response
-    return found
+                        responses[row["prompt_hash"]] = response
+    return responses

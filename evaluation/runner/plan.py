@@ -19,7 +19,7 @@ from src.utils.jsonl import sample
 
 
 def task_lines(task: EvalTask, output: str) -> Iterator[Line]:
-    """Rows, corpus, tokens of some prompts, size of the LM, and the file of outputs."""
+    """Show rows, corpus, tokens of some prompts, size of the LM, and the file of outputs."""
     args, data = task.args, task.data
     model = load_dense_retriever(task.encoder) if args.retrieval_method == "dense" else None
     if data.corpus is not None:
@@ -33,7 +33,7 @@ def task_lines(task: EvalTask, output: str) -> Iterator[Line]:
 
 
 def _prompt_lines(task: EvalTask) -> Iterator[Line]:
-    """Tokens of the prompts of some rows; what would be retrieved for them is drawn at random in its place."""
+    """Tokens of the prompts of some rows, with keys drawn at random in place of retrieved ones."""
     numbers = sample(len(task.data.rows), SAMPLED_ROWS)
     drawn, examples = copy.copy(task), task.examples()
     drawn.data = replace(task.data, rows=task.data.rows.select(np.array(numbers)))
@@ -41,9 +41,9 @@ def _prompt_lines(task: EvalTask) -> Iterator[Line]:
     method = "no" if task.args.retrieval_method == "no" else "random"
     drawn.args = replace(task.args, retrieval_method=method, metrics=[], **nothing)
     found, _ = drawn.retrieve()
-    requests = [drawn.request(row, own, examples(row)) for row, own in zip(drawn.data.rows, found, strict=True)]
+    requests = [drawn.request(row, keys, examples(row)) for row, keys in zip(drawn.data.rows, found, strict=True)]
     tokens = task.ask.encoder.encode([request for request in requests if request is not None])
-    lengths = [len(each) for own in tokens if own is not None for each in own]
+    lengths = [len(prompt) for prompts in tokens if prompts is not None for prompt in prompts]
     yield "tokens", f"a prompt: {describe(lengths)} (of {len(numbers)} rows, with keys drawn at random)"
     if unfit := requests.count(None) + tokens.count(None):
         yield "tokens", f"{unfit} of these {len(numbers)} rows are left out, since {task.left_out}"

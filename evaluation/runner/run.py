@@ -28,7 +28,7 @@ from src.utils.files import atomic_write, check_output, check_writable, json_lin
 
 logger = logging.getLogger(__name__)
 
-#: Rows that a process answers before all wait for each other.
+#: Rows that a process answers before all processes wait for each other.
 ROWS_A_TIME = 256
 
 #: For `src.utils.cli.run`.
@@ -39,7 +39,7 @@ MEMORY_ADVICE = (
 
 
 def start(kind: type[EvalTask]) -> NoReturn:
-    """The entry point of an evaluation."""
+    """Run an evaluation and exit."""
     run(lambda: run_task(kind), MEMORY_ADVICE)
 
 
@@ -81,11 +81,7 @@ def run_task(kind: type[EvalTask], argv: Sequence[str] | None = None) -> None:
 
 
 def make_asker(task: EvalTask, path: str) -> Asker:
-    """Asks the LM, which is loaded when first needed; keeps its responses beside `path` until all are there.
-
-    Raises:
-        UserError: the LM is missing, or has no chat template that one asked for.
-    """
+    """Make the asker of an LM that is loaded when first needed, and whose responses lie beside `path` until the end."""
     args, lm = task.args, task.lm
     tokenizer, config = load_lm_tokenizer(lm)
     decoding = Decoding.from_args(args, tokenizer) if isinstance(args, GenerateArgs) else None
@@ -108,16 +104,7 @@ def make_asker(task: EvalTask, path: str) -> Asker:
 
 
 def ask(task: EvalTask, found: Sequence[Found], examples: Callable[[Row], Sequence[str]]) -> dict[int, Answer]:
-    """Ask the LM for every row, all processes together.
-
-    Args:
-        task: see there.
-        found: what each row is given.
-        examples: of a row.
-
-    Returns:
-        Answers by number of the row, on every process.
-    """
+    """Ask the LM for every row, all processes together; answers by number of the row, on every process."""
     rows = task.data.rows
     answers: dict[int, Answer] = {}
     step = ROWS_A_TIME * distributed.world_size()
@@ -126,8 +113,8 @@ def ask(task: EvalTask, found: Sequence[Found], examples: Callable[[Row], Sequen
             end = min(first + step, len(rows))
             mine = range(first + distributed.rank(), end, distributed.world_size())
             with distributed.raising_together():
-                own = [(number, rows[number]) for number in mine]
-                requests = [task.request(row, found[number], examples(row)) for number, row in own]
+                asked = [(number, rows[number]) for number in mine]
+                requests = [task.request(row, found[number], examples(row)) for number, row in asked]
                 part = dict(zip(mine, task.ask(requests, bar.update), strict=True))
             answers.update(gather_answers(part))
             bar.update(end - bar.n)
@@ -135,11 +122,7 @@ def ask(task: EvalTask, found: Sequence[Found], examples: Callable[[Row], Sequen
 
 
 def finish(task: EvalTask, found: Sequence[Found], answers: Mapping[int, Answer], path: str) -> Values:
-    """Score all responses, write them to `path`, and summarize.
-
-    Raises:
-        UserError: no row has a response.
-    """
+    """Score all responses, write them to `path`, and summarize; a UserError when no row has a response."""
     rows = task.data.rows
     skipped = sorted(number for number, answer in answers.items() if answer.response is None)
     values = {
@@ -156,4 +139,4 @@ def finish(task: EvalTask, found: Sequence[Found], answers: Mapping[int, Answer]
         what = "%d of %d rows are left out, since %s; the first is %s"
         logger.warning(what, len(skipped), len(rows), task.left_out, rows.where(skipped[0]))
     logger.info("outputs: %s", path)
-    return task.summarize([(rows[number], own) for number, own in values.items()])
+    return task.summarize([(rows[number], row_values) for number, row_values in values.items()])

@@ -1,8 +1,9 @@
-"""What an evaluation with a language model is: a class with a method for each thing that it may do differently."""
+"""The base class of evaluations with a language model, with a method for each thing that they do differently."""
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -26,19 +27,17 @@ from src.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 
-class EvalTask:
-    """An evaluation; a subclass has at least a name, flags, defaults, and the methods `request`, `score` and `gold`.
+class EvalTask(ABC):
+    """An evaluation; a subclass has at least a name, flags, defaults, and the methods `request` and `score`.
 
     Attributes:
-        name: under which results are reported.
-        flags: class of its flags.
+        name: of the task in logs and reports.
+        flags: settings class.
         defaults: of flags that differ from the class's.
         check: of the fields that its rows need.
         no_effect: flags that all evaluations take, and that this one has no use for.
         left_out: why rows cannot be asked.
-        from_past: keys come out of each row's own past, not out of a corpus.
-        args: the flags of this run.
-        device: of this process.
+        from_past: keys come out of each row's past, not out of a corpus.
         lm, encoder: how to load the language model and the retriever's encoder.
         data: rows and, unless there is none, the corpus.
         asker: asks the LM; None while it is not asked.
@@ -76,21 +75,17 @@ class EvalTask:
                     "one, or --retrieval_method no"
                 )
 
-    # --- what an evaluation must say --------------------------------------------------------------------------------
-
+    @abstractmethod
     def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request | None:
         """What to ask for a row, given what was retrieved for it; None for a row that cannot be asked."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, row: Row, response: Response) -> Values:
         """The values of a row's response."""
-        raise NotImplementedError
 
     def gold(self, row: Row) -> Any:
-        """The right answer, for the file of outputs."""
-        raise NotImplementedError
-
-    # --- what it may do in another way ------------------------------------------------------------------------------
+        """What is right, for the file of outputs."""
+        return row["answers"]
 
     def load(self) -> EvalData:
         """Open rows and corpus."""
@@ -123,14 +118,12 @@ class EvalTask:
         return int(self.args.lm_batch_size) * encoder.max_length
 
     def output(self, response: Response) -> Any:
-        """What the LM said, for the file of outputs."""
+        """The texts that the LM wrote, or the number of the option that it chose, for the file of outputs."""
         return list(response.texts) if response.texts else response.choice
 
     def summarize(self, rows: Sequence[tuple[Row, Values]]) -> Values:
-        """Metrics, of rows with their values."""
+        """Metrics of all rows: the means of their values."""
         return {name: float(np.mean([values[name] for _, values in rows])) for name in rows[0][1]}
-
-    # --- what it works with -----------------------------------------------------------------------------------------
 
     @property
     def ask(self) -> Asker:

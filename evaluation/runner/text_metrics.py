@@ -1,4 +1,4 @@
-"""Metrics of generated texts: each takes one output and what is right, and gives a number from 0 to 1."""
+"""Metrics of one generated text and the right answers, from 0 to 1; and their means."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -19,10 +20,7 @@ def _words(text: str, articles: bool) -> list[str]:
 def exact_match(output: str, answers: Sequence[str], articles: bool = True) -> float:
     """1 if the output is one of the answers, whatever their case, punctuation and blanks.
 
-    Args:
-        output: text.
-        answers: all that are right.
-        articles: whether a, an and the count; SQuAD's own normalisation (Rajpurkar et al. 2016) leaves them out.
+    With `articles` a, an and the count; SQuAD's normalisation (Rajpurkar et al. 2016) leaves them out.
     """
     return float(any(_words(output, articles) == _words(answer, articles) for answer in answers))
 
@@ -39,7 +37,7 @@ def _f1(words: Sequence[str], right: Sequence[str]) -> float:
 
 
 def binary_f1(chosen: Sequence[float], right: Sequence[float]) -> float:
-    """F1 of the class 1 among classes 0 and 1; 0 if it neither is right nor was chosen anywhere."""
+    """F1 of the class 1 among classes 0 and 1; 0 if it is neither right nor chosen anywhere."""
     both = sum(one * other for one, other in zip(chosen, right, strict=True))
     return 2 * both / max(sum(chosen) + sum(right), 1)
 
@@ -50,14 +48,14 @@ def rouge_l(output: str, answer: str) -> float:
     The words that any sentence shares with any of the answer's, in a longest common subsequence, over the distinct
     words of each, as the package rouge counts them.
     """
-    written, wanted = _sentences(output), _sentences(answer)
-    shared = {word for one in wanted for other in written for word in _common_subsequence(one, other)}
-    precision, recall = (len(shared) / len({word for own in side for word in own}) for side in (written, wanted))
+    written, right = _sentences(output), _sentences(answer)
+    shared = {word for one in right for other in written for word in _common_subsequence(one, other)}
+    precision, recall = (len(shared) / len({*chain.from_iterable(side)}) for side in (written, right))
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
 def _sentences(text: str) -> list[list[str]]:
-    """Words of each sentence; of one without words an empty word, as there always is behind the last full stop."""
+    """The words of each sentence; an empty word for one without any, which there always is after the last full stop."""
     return [part.split() or [""] for part in (text if "\n" in text else f"{text}\n").split(".") if part]
 
 
@@ -69,16 +67,16 @@ def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> list[str
         for place, other in enumerate(second):
             row.append(above[place] + 1 if word == other else max(above[place + 1], row[place]))
         sizes.append(row)
-    i, j, found = len(first), len(second), []
+    i, j, common = len(first), len(second), []
     while i and j:
         if first[i - 1] == second[j - 1]:
             i, j = i - 1, j - 1
-            found.append(first[i])
+            common.append(first[i])
         elif sizes[i - 1][j] > sizes[i][j - 1]:
             i -= 1
         else:
             j -= 1
-    return found
+    return common
 
 
 def contains_answer(output: str, answers: Sequence[str]) -> float:
@@ -94,4 +92,4 @@ def mean(values: Sequence[float]) -> float:
 def group_means(values: Mapping[str, float], groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """Means over the members of each group that has any."""
     present = {group: [values[name] for name in names if name in values] for group, names in groups.items()}
-    return {group: mean(own) for group, own in present.items() if own}
+    return {group: mean(numbers) for group, numbers in present.items() if numbers}

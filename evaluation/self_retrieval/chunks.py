@@ -1,4 +1,4 @@
-"""Which chunks of a long text are target, query, key and value, and the windows an LM then reads: pure functions.
+"""The chunks of a long text that are target, query, key and value, and the windows an LM then reads: pure functions.
 
 The text's last tokens are the target, cut into chunks. The LM sees a window at the text's end. What lies before the
 window is cut into chunks too, the keys; the value of a key is the chunk with the one that follows it, which lies before
@@ -17,13 +17,9 @@ from src.lm.prompts import PromptTokens
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """Token positions in a text.
+    """Token positions in a text: the first of the window, and those of its chunks, in the order of the text.
 
-    Attributes:
-        chunk_size: tokens of a chunk.
-        window: first token of the window.
-        targets, queries: as many of one as of the other, in the order of the text.
-        keys, values: likewise; the first key may be short.
+    There are as many queries as targets, and as many values as keys, of which the first may be short.
     """
 
     chunk_size: int
@@ -37,18 +33,13 @@ class ChunkPlan:
 def plan_chunks(
     length: int, target_length: int, window_size: int, chunk_size: int, replace: bool = False
 ) -> ChunkPlan | None:
-    """The plan of a text of `length` tokens.
+    """The plan of a text of `length` tokens; None for one that has no token before its target.
 
     Args:
-        length: tokens of the text.
-        target_length: tokens whose perplexity is measured.
+        length, target_length, chunk_size: in tokens; the last target chunk may be shorter.
         window_size: tokens that the LM sees without retrieval, target included; more than `target_length`.
-        chunk_size: tokens of a chunk; the last target chunk may be shorter.
         replace: values take the place of the window's most distant tokens; its first chunk is a key too, so that it
             stays where none before it fits better.
-
-    Returns:
-        None for a text that has no token before its target.
     """
     start = length - target_length
     if start < 1:
@@ -65,13 +56,10 @@ def plan_chunks(
 
 @dataclass(frozen=True)
 class Integration:
-    """How retrieved chunks enter the window.
+    """How retrieved chunks enter the window, in which order (see `in_order`).
 
-    Attributes:
-        order_method: see `in_order`.
-        replace: each takes the place of two of the window's most distant chunks, up to the first query; else they come
-            on top.
-        separator: takes the place of the last tokens of each of them; shorter than any.
+    With `replace` each takes the place of two of the window's most distant chunks, up to the first query; else they
+    come on top. The `separator`, shorter than any of them, takes the place of their last tokens.
     """
 
     order_method: str
@@ -82,30 +70,22 @@ class Integration:
 def windows(
     plan: ChunkPlan, retrieved: Sequence[Sequence[int]], tokens: Sequence[int], how: Integration
 ) -> list[PromptTokens]:
-    """What the LM reads: prompts, with target tokens as answers.
+    """Prompts, with target tokens as answers, of a text's `tokens`; `retrieved` has each target's keys, best first.
 
-    Neighbouring targets that were given the same keys are read in one pass.
-
-    Args:
-        plan: of the text.
-        retrieved: for each target numbers of keys, best first.
-        tokens: of the text.
-        how: see there.
+    Neighbouring targets with the same keys share a prompt.
     """
-    found = []
-    for _, group in groupby(_prefixes(plan, retrieved, tokens, how), key=lambda each: each[:2]):
-        parts = list(group)
-        prefix, start, first = parts[0]
-        found.append(
-            PromptTokens((*prefix, *tokens[start : first.start]), tuple(tokens[first.start : parts[-1][2].stop]))
-        )
-    return found
+    prompts = []
+    for (prefix, start), group in groupby(_prefixes(plan, retrieved, tokens, how), key=lambda each: each[:2]):
+        targets = [target for *_, target in group]
+        first, end = targets[0].start, targets[-1].stop
+        prompts.append(PromptTokens((*prefix, *tokens[start:first]), tuple(tokens[first:end])))
+    return prompts
 
 
 def _prefixes(
     plan: ChunkPlan, retrieved: Sequence[Sequence[int]], tokens: Sequence[int], how: Integration
 ) -> Iterator[tuple[tuple[int, ...], int, range]]:
-    """For each target: what stands before the text's own context, where that begins, and the target."""
+    """For each target: the tokens before the text's context, where that begins, and the target."""
     replaced = 2 * plan.chunk_size if how.replace else 0
     # The same for all targets, so that they can share a pass; a query always stays.
     room = max(0, plan.queries[0].start - plan.window) // replaced if how.replace else None

@@ -1,8 +1,9 @@
-"""Perplexity of what ends a row, given keys out of the row's own past (turns of a dialogue, chunks of a text)."""
+"""Perplexity of the end of a row, given keys out of the row's past (turns of a dialogue, chunks of a text)."""
 
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,13 +28,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Case:
-    """A query with the keys it may choose from.
+    """A query, at a `place` among those of its `row`, with the keys it may choose from, in the order of the past.
 
-    Attributes:
-        row, place: which query it is: the row, and which of the row's queries.
-        query, keys: texts without instruction, in the order of the past.
-        after_key: number of a key → the request whose likelihood tells how much this key alone helps.
-        query_terms, key_terms: query and keys as BM25 sees them.
+    Query and keys are texts without instruction, and as BM25 takes them. The likelihood of the request that `after_key`
+    makes of a key's number shows how much this key alone helps.
     """
 
     row: int
@@ -46,19 +44,15 @@ class Case:
 
 
 class FromPast(EvalTask):
-    """An evaluation whose keys come out of each row's own past: nothing leaves the row.
-
-    Attributes:
-        past: what the keys are, for messages.
-    """
+    """An evaluation whose keys come out of each row's past; `past` names them in messages."""
 
     no_effect: tuple[str, ...] = HISTORY_NO_EFFECT
     from_past = True
     past: str
 
+    @abstractmethod
     def cases(self, number: int) -> list[Case]:
         """The queries of a row."""
-        raise NotImplementedError
 
     def best_keys(self, rows_a_time: int) -> list[list[list[int]]]:
         """The best ``--key_num`` keys of every case of every row, best first, by all processes together.
@@ -76,7 +70,7 @@ class FromPast(EvalTask):
                 scores = iter(self._scores(flat) if any(case.keys for case in flat) else [np.empty(0)] * len(flat))
                 chosen += [[_best(next(scores), self.args.key_num) for _ in cases] for cases in window]
                 bar.update(len(window))
-        best = [own for part in distributed.all_gather_json(chosen) for own in part]
+        best = [*chain.from_iterable(distributed.all_gather_json(chosen))]
         empty = sum(bool(cases) and not any(cases) for cases in best)
         if empty and self.args.retrieval_method != "no":
             logger.warning("%d of %d rows have no %s to retrieve from", empty, len(rows), self.past)
@@ -95,14 +89,14 @@ class FromPast(EvalTask):
         if args.retrieval_method == "bm25":
             return bm25_scores(cases, args.k1, args.b)
         if args.retrieval_method == "dense":
-            return self._model_scores(cases)
+            return self._dense_scores(cases)
         return self._oracle_scores(cases)
 
     @cached_property
     def _scorer(self) -> PairScorer:
         return dense_scorer(self.args, self.device, self.retriever())
 
-    def _model_scores(self, cases: Sequence[Case]) -> list[np.ndarray]:
+    def _dense_scores(self, cases: Sequence[Case]) -> list[np.ndarray]:
         instruction = self.data.instruction_of(self.data.task)
         queries = [instruction.query + case.query for case in cases]
         keys = [[instruction.key + key for key in case.keys] for case in cases]
@@ -111,11 +105,11 @@ class FromPast(EvalTask):
     def _oracle_scores(self, cases: Sequence[Case]) -> list[np.ndarray]:
         """Likelihoods after each key alone, by the LM itself; minus infinity where it does not fit."""
         answers = self.ask([case.after_key(key) for case in cases for key in range(len(case.keys))])
-        found = [response.log_likelihoods[0] if response is not None else -np.inf for _, response in answers]
-        return _split(np.array(found, dtype=np.float32), cases)
+        scores = [response.log_likelihoods[0] if response is not None else -np.inf for _, response in answers]
+        return _split(np.array(scores, dtype=np.float32), cases)
 
     def batch_tokens(self, encoder: Any) -> int:
-        """As many prompts of full length as ``--lm_batch_size`` times ``--chunk_batch_size``."""
+        """``--lm_batch_size`` times ``--chunk_batch_size`` prompts of full length."""
         return super().batch_tokens(encoder) * int(self.args.chunk_batch_size)
 
     def score(self, row: Row, response: Response) -> Values:
@@ -129,7 +123,7 @@ class FromPast(EvalTask):
         return None
 
     def output(self, response: Response) -> None:
-        """Nothing is written."""
+        """None: nothing is generated or chosen."""
 
     def summarize(self, rows: Sequence[tuple[Row, Values]]) -> Values:
         """exp of the mean negative log-likelihood over all tokens of all rows."""
@@ -142,10 +136,9 @@ def bm25_scores(cases: Sequence[Case], k1: float, b: float) -> list[np.ndarray]:
     scores: list[np.ndarray] = []
     # Cases of one text share their keys.
     for _, group in groupby(cases, key=lambda case: id(case.key_terms)):
-        own = list(group)
-        terms = own[0].key_terms
-        index = BM25Index.from_tokens(terms, k1, b) if terms else None
-        scores += [index.scores(case.query_terms) if index is not None else np.empty(0) for case in own]
+        first, *others = group
+        index = BM25Index.from_tokens(first.key_terms, k1, b) if first.key_terms else None
+        scores += [index.scores(case.query_terms) if index is not None else np.empty(0) for case in (first, *others)]
     return scores
 
 
@@ -159,5 +152,5 @@ def _best(scores: np.ndarray, number: int) -> list[int]:
 
 
 def _split(scores: np.ndarray, cases: Sequence[Case]) -> list[np.ndarray]:
-    """Scores of all keys in a line, by case."""
+    """Split the scores of all keys by case."""
     return np.split(scores, np.cumsum([len(case.keys) for case in cases])[:-1])
