@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -46,9 +47,8 @@ class MergeArgs:
 def merge_rows(rows: Sequence[dict[str, Any]], max_neg_num: int | None) -> dict[str, Any]:
     """The first row, with the negatives of all rows in turn, best first, each text and corpus row once.
 
-    Neither a positive nor the query itself is among them.
-    ``neg_index`` is kept when every row has one; ``teacher_scores`` are left out, as they belong to the candidates of
-    one file.
+    Neither a positive nor the query is among them. ``neg_index`` is kept when every row has one, ``teacher_scores`` are
+    not: they belong to the candidates of one file.
     """
     indexed = all(len(row.get("neg_index") or []) == len(row["neg"]) for row in rows)
     lists = [zip(row["neg"], row["neg_index"] if indexed else row["neg"], strict=True) for row in rows]
@@ -84,32 +84,27 @@ def check_same_rows(files: Sequence[JsonLines]) -> None:
 
 
 def main() -> None:
-    """Parse, keep other runs away, and merge."""
+    """Check the files, then merge them row by row, while no other run writes the output."""
     (args,), _ = parse_args([MergeArgs])
     paths = expand_data_paths(args.files, args.data_root, "files")
     if len(paths) < 2:
         raise UserError(f"--files: two files or more are needed, found {len(paths)}")
     output = resolve_path(args.output_file, args.data_root)
     check_output(output, "output_file", paths)
-    with locks.hold(output):
-        merge(paths, output, args.max_neg_num)
+    counts: Counter[str] = Counter()
 
-
-def merge(paths: Sequence[str], output: str, max_neg_num: int | None) -> None:
-    """Read, merge, write and tell the counts."""
-    files = [open_jsonl(path, check_train_row, TRAIN_CHECK) for path in paths]
-    check_same_rows(files)
-    counts = {"negatives": 0, "given": 0, "scored": 0}
-
-    def merged() -> Iterator[dict[str, Any]]:
+    def merged(files: Sequence[JsonLines]) -> Iterator[dict[str, Any]]:
         for rows in zip(*files, strict=True):
-            row = merge_rows(rows, max_neg_num)
+            row = merge_rows(rows, args.max_neg_num)
             counts["given"] += sum(len(each["neg"]) for each in rows)
             counts["negatives"] += len(row["neg"])
             counts["scored"] += any(each.get("teacher_scores") for each in rows)
             yield row
 
-    count = write_jsonl(output, merged())
+    with locks.hold(output):
+        files = [open_jsonl(path, check_train_row, TRAIN_CHECK) for path in paths]
+        check_same_rows(files)
+        count = write_jsonl(output, merged(files))
     logger.info("%d rows, %d negatives of %d given: %s", count, counts["negatives"], counts["given"], output)
     if counts["scored"]:
         logger.info("teacher_scores of %d rows left out: they belong to the candidates of one file", counts["scored"])

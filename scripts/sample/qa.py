@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Write sample questions whose answers can only come from a passage: made-up towns, so that no language model knows
-them. The same bytes for the same arguments::
+"""Write sample questions on invented towns, whose answers no language model knows and only the passages have.
+
+The same bytes for the same arguments::
 
     python scripts/sample/qa.py
 
@@ -84,7 +85,7 @@ SUBJECTS = (
 
 
 def facts(rng: random.Random, town: str) -> dict[str, str]:
-    """What is made up about a town."""
+    """Invent what is known about a town."""
     return {
         "town": town,
         "year": str(rng.randrange(1100, 1800)),
