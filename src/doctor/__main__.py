@@ -18,24 +18,27 @@ from src.doctor.packages import PROBLEM, Finding, check_packages
 
 
 def examine(args: argparse.Namespace) -> Iterator[Finding]:
-    """All findings, as they are made; of the machine only when the packages are there."""
-    failed = False
-    for finding in check_packages():
-        failed |= finding.failed
-        yield finding
-    if failed:
+    """Yield all findings; those of the machine only when the required packages are there."""
+    packages = list(check_packages())
+    yield from packages
+    if any(finding.failed for finding in packages):
         return
     try:
-        # Imported here: it needs the packages that were looked for above.
+        # Imported here: it needs these packages.
         from src.doctor import machine
     except (ImportError, OSError) as error:
         yield Finding("imports", PROBLEM, str(error), "install that package anew: it is there, but broken", True)
         return
-    yield from machine.examine(args.output_dir, args.anserini_dir, args.processes)
+    yield from machine.check_devices()
+    yield from machine.check_engines(args.anserini_dir)
+    yield from machine.check_room(args.output_dir)
+    yield from machine.check_environment()
+    if args.processes:
+        yield machine.check_processes(args.processes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Look, print, and return the exit code."""
+    """Print all findings, and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m src.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,6 +67,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except OSError as error:
-        # A full disk, or a reader (head) that has enough; what Python still holds back goes nowhere.
+        # A full disk, or a reader (head) that has enough; what Python still buffers is dropped.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(f"error: the findings cannot be written: {error.strerror}")

@@ -1,4 +1,4 @@
-"""Devices, engines, free room and communication: what this machine can do, once the packages are there."""
+"""What this machine can do, once the packages are there: devices, engines, free room and communication."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def trains_in(device: torch.device, dtype: torch.dtype) -> bool:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             output = layer(torch.ones(8, 64, device=device))
         output.float().square().mean().backward()
-        # Autocast does nothing, with a warning, in precisions that it does not know.
+        # In a precision that autocast does not know it only warns.
         return layer.weight.grad is not None and bool(layer.weight.grad.isfinite().all()) and output.dtype == dtype
     except RuntimeError:
         return False
@@ -105,7 +105,7 @@ def room(name: str, free: int, total: int, advice: str) -> Finding:
 
 
 def check_environment() -> Iterator[Finding]:
-    """Where models and data are looked for."""
+    """Folders of models and data."""
     cache = constants.HF_HUB_CACHE
     there = "" if os.path.isdir(cache) else " (not there yet)"
     names = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if name in os.environ]
@@ -135,13 +135,3 @@ def check_processes(processes: int, patience: float = PATIENCE) -> Finding:
     lines = [line for line in errors.splitlines() if "rror" in line] or ["no message"]
     detail = f"exit code {started.returncode}: {lines[0].strip()}" if started.returncode else printed.strip()
     return judge(name, started.returncode == 0, detail, advice, True)
-
-
-def examine(output_dir: str, anserini_dir: str | None, processes: int) -> Iterator[Finding]:
-    """All findings, as they are made; that of several processes when there shall be any."""
-    yield from check_devices()
-    yield from check_engines(anserini_dir)
-    yield from check_room(output_dir)
-    yield from check_environment()
-    if processes:
-        yield check_processes(processes)

@@ -1,4 +1,4 @@
-"""The installed packages against those that the project requires. Needs none of them."""
+"""Compare the installed packages with those that the project requires. Needs none of them."""
 
 from __future__ import annotations
 
@@ -28,30 +28,29 @@ FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: what was looked at, what is there, and what to do when that is not well."""
+    """One line of the report: what was examined, its state, and what to do about it; `required` by everything else."""
 
     name: str
     status: str
     detail: str
     advice: str = ""
-    #: Nothing works without it.
     required: bool = False
 
     @property
     def failed(self) -> bool:
-        """Whether something required is not as it must be."""
+        """Whether something required is missing or a problem."""
         return self.required and self.status != OK
 
 
 def judge(
     name: str, good: bool, detail: str, advice: str = "", required: bool = False, otherwise: str = PROBLEM
 ) -> Finding:
-    """A finding that is ok, or has another status and advice."""
+    """Make a finding that is ok, or has another status and advice."""
     return Finding(name, OK if good else otherwise, detail, "" if good else advice, required)
 
 
 def installed(*names: str) -> str | None:
-    """The version of the first of these packages that is there."""
+    """The version of the first of these packages that is installed."""
     for name in names:
         try:
             return version(name)
@@ -75,13 +74,13 @@ def check_packages() -> Iterator[Finding]:
     for requirement in requirements:
         marker = requirement.marker
         extras = [extra for extra in ("", *EXTRAS) if marker is None or marker.evaluate({"extra": extra})]
-        # What GPUs bring to FAISS is looked at where GPUs are.
+        # FAISS on GPUs is a finding of the machine.
         if extras and extras[0] != "gpu":
             yield check_package(requirement, extras[0])
 
 
 def check_package(requirement: Any, extra: str) -> Finding:
-    """A package (a `packaging` requirement) of an extra; of an empty one, a package that all needs."""
+    """Judge a package (a requirement of `packaging`) of an extra; without one it is required."""
     name, required = requirement.name, not extra
     present = installed(*(FAISS_PACKAGES if name in FAISS_PACKAGES else (name,)))
     advice = f"pip install -e '.[{extra}]', needed for {EXTRAS[extra]}" if extra else "pip install -e ."

@@ -33,9 +33,9 @@ def first_kind(path: str) -> str:
 
 
 def check_file(path: str, args: argparse.Namespace, task_config: Mapping[str, TaskConfig]) -> DataReport:
-    """Read a file from end to end, and print its errors as they come, then warnings and statistics."""
+    """Read a file, and print its errors as they come, then warnings and statistics."""
     kind = args.kind or first_kind(path)
-    print(f"{path}: checked as {kind}" + ("" if args.kind else " (told by its first row; --kind says otherwise)"))
+    print(f"{path}: checked as {kind}" + ("" if args.kind else " (guessed from its first row; --kind overrides it)"))
     task = args.task or task_from_path(path, task_config)
     report = DataReport(kind, task, args.key_template, args.teacher_score_field, task_config)
     size = os.path.getsize(path)
@@ -64,8 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m src.validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSON lines files; globs and llm-embedder: paths, too")
-    parser.add_argument("--kind", choices=KINDS, help="what the files are (default: told by the first row of each)")
-    parser.add_argument("--task", help="task of rows that name none (default: told by the path)")
+    parser.add_argument(
+        "--kind", choices=KINDS, help="what the files are (default: guessed from the first row of each)"
+    )
+    parser.add_argument("--task", help="task of rows that name none (default: the one that the path names)")
     parser.add_argument("--task_config", metavar="FILE", help="file (YAML or JSON) with tasks of your own")
     parser.add_argument("--key_template", default=DataArgs.key_template, help="of a corpus (default: %(default)s)")
     parser.add_argument(

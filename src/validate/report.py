@@ -1,4 +1,4 @@
-"""What a data file holds: problems, and statistics in memory that grows by a few bytes a row."""
+"""Problems and statistics of a data file, in memory that grows by a few bytes a row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -42,7 +42,7 @@ ALIKE = 0.75
 
 
 def guess_kind(row: dict[str, Any]) -> str:
-    """The kind of a file by its first row."""
+    """Guess the kind of a file by a row."""
     if "query" not in row:
         return "corpus"
     if has_tokens(row):
@@ -51,7 +51,7 @@ def guess_kind(row: dict[str, Any]) -> str:
 
 
 class Repeats:
-    """Finds texts that come again, in 16 bytes for each text."""
+    """Finds repeated texts, in 16 bytes for each text."""
 
     def __init__(self) -> None:
         self._hashes = array("Q")
@@ -64,7 +64,7 @@ class Repeats:
         self._lines.append(line)
 
     def find(self) -> list[tuple[int, int]]:
-        """Lines whose text an earlier one has, and the first of those."""
+        """Lines that repeat the text of an earlier one, each with the first of these."""
         lines = np.array(self._lines, dtype=np.int64)
         _, firsts, group = np.unique(np.array(self._hashes, dtype=np.uint64), return_index=True, return_inverse=True)
         first = lines[firsts][group]
@@ -74,7 +74,7 @@ class Repeats:
 
 @cache
 def meant_field(name: str, score_field: str) -> str | None:
-    """The field that a name which is none may stand for: one that begins alike (doc_index is not pos_index)."""
+    """The field that an unknown name may stand for: one that begins alike (doc_index is not pos_index)."""
     fields = {*ROW_FIELDS, *TOKEN_FIELDS, score_field}
     # Further scores have names of their own.
     if name in fields or name.startswith(TEACHER_SCORES):
@@ -84,7 +84,7 @@ def meant_field(name: str, score_field: str) -> str | None:
 
 
 def row_warnings(row: dict[str, Any], positives: Sequence[str], negatives: Sequence[str]) -> Iterator[str]:
-    """What is odd about a row without errors."""
+    """Warnings about a row without errors."""
     if not row["query"].strip():
         yield "the query is empty"
     if any(not text.strip() for text in (*positives, *negatives)):
@@ -96,37 +96,33 @@ def row_warnings(row: dict[str, Any], positives: Sequence[str], negatives: Seque
         yield "a positive is among the negatives"
 
 
-def _lines_by_message() -> dict[str, array[int]]:
-    return defaultdict(lambda: array("q"))
-
-
 @dataclass
 class DataReport:
-    """Problems and statistics of one file, row by row."""
+    """Problems and statistics of one file, row by row.
+
+    Attributes:
+        errors, warnings: lines by message.
+        lengths: how often each length of something occurs.
+        spread: of teacher scores, to four digits so that there are not too many different ones.
+        untrainable: rows by policy of ``--select_positive``.
+        first_lines: of each line that repeats a text, the line that has it first.
+    """
 
     kind: str
-    #: Of rows that name none.
     default_task: str | None
-    #: Of a corpus.
     key_template: str
-    #: Of the teacher scores.
     score_field: str
     task_config: Mapping[str, TaskConfig]
-    rows: int = 0
-    tasks: Counter[str] = field(default_factory=Counter)
-    #: Lines by message.
-    errors: dict[str, array[int]] = field(default_factory=_lines_by_message)
-    warnings: dict[str, array[int]] = field(default_factory=_lines_by_message)
-    #: How often each length occurs, by what it is of.
-    lengths: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
-    #: Of teacher scores, to four digits so that there are not too many different ones.
-    spread: Counter[float] = field(default_factory=Counter)
-    #: Rows by policy of ``--select_positive``.
-    untrainable: Counter[str] = field(default_factory=Counter)
-    #: Of lines whose text came before, where it first did.
-    first_lines: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.rows = 0
+        self.tasks: Counter[str] = Counter()
+        self.errors: dict[str, array[int]] = defaultdict(partial(array, "q"))
+        self.warnings: dict[str, array[int]] = defaultdict(partial(array, "q"))
+        self.lengths: dict[str, Counter[int]] = defaultdict(Counter)
+        self.spread: Counter[float] = Counter()
+        self.untrainable: Counter[str] = Counter()
+        self.first_lines: dict[int, int] = {}
         self._check: RowCheck = check_eval_row if self.kind == "eval" else check_lm_row
         if self.kind == "corpus":
             self._check = partial(check_corpus_row, columns=template_columns(self.key_template))
@@ -139,7 +135,7 @@ class DataReport:
         self._candidates = array("q")
 
     def add(self, line: int, row: dict[str, Any] | None, problems: Sequence[str]) -> list[str]:
-        """Take in the row of a line, None when it could not be read, and return all its errors."""
+        """Take in the row of a line (None for one that cannot be read), and return all its errors."""
         self.rows += 1
         errors, numbers = (list(problems), {}) if row is None else self._check(row)
         if row is not None and self.kind == "lm" and not errors:
@@ -148,7 +144,7 @@ class DataReport:
             self.errors[error].append(line)
         if row is not None and self.kind != "corpus":
             for name in row:
-                # Optional fields whose name is misspelt would be passed over without a word.
+                # Nobody reads an optional field whose name is misspelt.
                 if (meant := meant_field(name, self.score_field)) is not None and meant not in row:
                     self.warnings[f"field {name!r} is not read: is {meant!r} meant?"].append(line)
         if row is not None and not errors:
@@ -159,7 +155,7 @@ class DataReport:
         return errors
 
     def finish(self) -> list[str]:
-        """Find what only the whole file tells, and return its errors."""
+        """Find repeated texts and rows that cannot be trained on, and return the errors of the file as a whole."""
         self._judge_candidates()
         self.first_lines = dict(self._texts.find())
         if self.first_lines:
@@ -217,7 +213,7 @@ class DataReport:
             self.warnings["no --select_positive can train on the row: it lacks candidates"].append(line)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The report of the file for ``--json``."""
         content: dict[str, Any] = {"kind": self.kind, "rows": self.rows, "tasks": dict(self.tasks)}
         content["lengths"] = {name: summarize(counts) for name, counts in self.lengths.items()}
         if self.kind == "train":
@@ -225,14 +221,12 @@ class DataReport:
             content["untrainable_rows"] = dict(self.untrainable)
         content["first_lines_of_repeats"] = self.first_lines
         for name, messages in (("errors", self.errors), ("warnings", self.warnings)):
-            content[name] = [
-                {"message": message, "count": len(lines), "lines": lines.tolist()}
-                for message, lines in messages.items()
-            ]
+            lists = ((message, lines.tolist()) for message, lines in messages.items())
+            content[name] = [{"message": message, "count": len(lines), "lines": lines} for message, lines in lists]
         return content
 
     def statistics(self) -> Iterator[str]:
-        """Lines for the terminal."""
+        """The statistics, line by line."""
         yield f"{self.rows:,} rows" + (f" ({describe_tasks(self.tasks)})" if self.tasks else "")
         for name, counts in self.lengths.items():
             yield f"{name}: {describe(counts)}"

@@ -73,7 +73,7 @@ def test_statistics_of_training_rows(check, tmp_path):
     path = write_rows(tmp_path / "tool" / "train.json", rows)
     code, printed, report = check(path)
     assert code == 0
-    assert f"{path}: checked as train (told by its first row" in printed
+    assert f"{path}: checked as train (guessed from its first row" in printed
     own = report["files"][str(path)]
     assert (own["kind"], own["rows"], own["tasks"]) == ("train", 5, {"qa": 1, "tool": 4})
     assert own["lengths"]["query characters"] == {"count": 5, "min": 5, "median": 5, "p95": 13, "max": 13}
@@ -169,7 +169,7 @@ def test_corpus(check, tmp_path):
     path = write_rows(tmp_path / "corpus.json", rows)
     code, printed, report = check(path)
     assert code == 1
-    assert "checked as corpus (told by its first row" in printed
+    assert "checked as corpus (guessed from its first row" in printed
     assert f"{path}:3: error: column 'title' of --key_template is missing (this row has: text)" in printed
     assert messages(report, path) == {
         "the passage is empty": [2],
