@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 from src.lm.model import LMConfig
 from src.lm.prompts import PromptEncoder
 from src.lm.score import ScoreData, encode_row
-from src.plan.retrieval import count_tasks
+from src.plan.retrieval import count_parameters, count_tasks
 from src.utils.devices import DTYPES
 from src.utils.display import Line, describe, describe_tasks, human_bytes
 from src.utils.jsonl import sample
 
-#: Rows whose prompts are made.
+#: Rows whose prompts are tokenized.
 SAMPLED_ROWS = 64
 
 
@@ -37,6 +37,6 @@ def scoring_lines(data: ScoreData, encoder: PromptEncoder) -> Iterator[Line]:
 
 def lm_lines(model: PreTrainedModel, config: LMConfig) -> Iterator[Line]:
     """Size of an LM, which may be without weights."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters, _ = count_parameters(model)
     size = human_bytes(parameters * DTYPES[config.dtype].itemsize)
     yield "LM", f"{config.model_name_or_path}: {parameters:,} parameters, {size} in {config.dtype}; batches come on top"

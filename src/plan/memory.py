@@ -1,6 +1,4 @@
-"""What a training run takes: steps, and the memory of a process. Pure functions of numbers.
-
-The memory of a process is estimated as the sum of
+"""Steps of a training run, and the memory of a process, estimated as the sum of
 
 - weights: 4 bytes a parameter (fp32), and 2 more under fp16 or bf16 autocast, which keeps copies of them. ZeRO from
   stage 1 on computes with 2 bytes a parameter in half precision and trains fp32 copies besides, 4 bytes a trained
@@ -10,8 +8,8 @@ The memory of a process is estimated as the sum of
 - activations kept for the backward pass: for each token about as many numbers as twice the outputs of all linear maps
   (the input and the output of each), plus the attention weights where they are not fused away; of 4 bytes, or of 3 on
   average under autocast. With gradient checkpointing, the input of every layer and all of one layer;
-- or, in place of activations where it takes more, the whole fp32 weights, 4 bytes a parameter, that ZeRO stage 3 and
-  FSDP copy to evaluate.
+- or, in place of activations where it takes more, all fp32 weights, 4 bytes a parameter, which ZeRO stage 3 and FSDP
+  gather to evaluate.
 
 Optimizer and fp32 copies are sharded from ZeRO stage 1 on, gradients from 2 on, weights from 3 on; FSDP shards all.
 What DeepSpeed offloads, the optimizer with the fp32 copies and the weights, counts for the memory of the CPU.
@@ -35,15 +33,18 @@ ADAMW_BYTES = 8
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What memory depends on."""
+    """The numbers that memory depends on.
+
+    Attributes:
+        linear_outputs: sum of the output widths of the linear maps of all layers.
+        kept_attention: attention weights kept per layer, token and key token; 0 where attention is fused.
+    """
 
     parameters: int
     trainable: int
     layers: int
     hidden: int
-    #: Sum of the output widths of the linear maps of all layers.
     linear_outputs: int
-    #: Attention weights kept per layer, token and key token; 0 where attention is fused.
     kept_attention: int = 0
 
 
@@ -59,19 +60,19 @@ class Memory:
     offloaded: int = 0
 
     def describe(self) -> str:
-        """The most at a time and its parts in words."""
+        """The peak and its parts in words."""
         total = self.weights + self.gradients + self.optimizer + max(self.activations, self.evaluation)
         names = ("weights", "gradients", "optimizer", "activations")
         parts = ", ".join(f"{name} {human_bytes(getattr(self, name))}" for name in names)
         if self.evaluation:
-            parts += f" (or {human_bytes(self.evaluation)} of whole weights, to evaluate)"
+            parts += f" (or {human_bytes(self.evaluation)} of gathered weights, to evaluate)"
         if self.offloaded:
             parts += f"; in the memory of the CPU {human_bytes(self.offloaded)}"
         return f"about {human_bytes(total)}: {parts}"
 
 
 def step_counts(batches: int, accumulation: int, epochs: float, max_steps: int, stop: int | None) -> tuple[int, int]:
-    """Optimizer steps of an epoch of `batches` and of the whole run, as transformers' Trainer counts them.
+    """Optimizer steps of an epoch of `batches` and of the run, as transformers' Trainer counts them.
 
     A run has `max_steps` when these are above 0, else `epochs`; it ends at the step `stop` if there is one.
     """
@@ -103,16 +104,14 @@ def training_memory(
     offloaded: Collection[str] = (),
     evaluates: bool = False,
 ) -> Memory:
-    """Memory of a process that trains (see the module).
+    """Memory of one of the `processes` that train together (see the module).
 
     Args:
-        size, activations: see `activation_bytes`.
+        size, activations, half: see `activation_bytes`.
         optimizer_name: ``--optim``.
-        half: under fp16 or bf16 autocast.
-        processes: that train together.
-        sharded: over processes: the optimizer's state from 1 on, gradients from 2 on, weights from 3 on.
-        fp32_copies: of weights, apart from those that are computed with (DeepSpeed from stage 1 on).
-        offloaded: what lies in the memory of the CPU: ``optimizer`` (with the copies), ``weights``.
+        sharded: the stage of ZeRO, 3 for FSDP, 0 for neither.
+        fp32_copies: the weights that are trained are not those that are computed with (DeepSpeed from stage 1 on).
+        offloaded: of ``optimizer`` (with the copies) and ``weights``.
         evaluates: during training.
     """
 
@@ -124,10 +123,10 @@ def training_memory(
     copies = share(4 * size.trainable, 1) if fp32_copies else 0
     weights = share(size.parameters * ((2 if fp32_copies else 6) if half else 4), 3)
     gradients = share(4 * size.trainable * (2 if processes > 1 and not sharded else 1), 2)
-    whole = 4 * size.parameters if evaluates and sharded >= 3 else 0
+    gathered = 4 * size.parameters if evaluates and sharded >= 3 else 0
     on_cpu = 0
     if "weights" in offloaded:
         on_cpu, weights = weights, 0
     if "optimizer" in offloaded:
         on_cpu, optimizer, copies = on_cpu + optimizer + copies, 0, 0
-    return Memory(weights + copies, gradients, optimizer, activations, whole, on_cpu)
+    return Memory(weights + copies, gradients, optimizer, activations, gathered, on_cpu)

@@ -1,4 +1,4 @@
-"""``--dry_run`` of training and of retrieval: what `src.plan.memory` computes, from data and models without weights."""
+"""``--dry_run`` of training and of retrieval: numbers from data, and from models that may be without weights."""
 
 from __future__ import annotations
 
@@ -40,10 +40,7 @@ ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_
 
 
 def model_size(backbone: PreTrainedModel, parameters: int, trainable: int, fused_attention: bool) -> ModelSize:
-    """What memory depends on, of a model of that many parameters whose `backbone` may be without weights.
-
-    With `fused_attention` the device keeps no attention weights for the backward pass.
-    """
+    """Size of a model with these numbers of parameters; fused attention keeps no weights for the backward pass."""
     config = backbone.config.get_text_config()
     maps = [module for module in backbone.modules() if isinstance(module, nn.Linear | Conv1D)]
     outputs = sum(module.out_features if isinstance(module, nn.Linear) else module.nf for module in maps)
@@ -54,22 +51,14 @@ def model_size(backbone: PreTrainedModel, parameters: int, trainable: int, fused
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """How many parameters there are, and how many are trained."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+    """The number of parameters, and of those that are trained."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def count_tasks(names: np.ndarray, default: str | None) -> Counter[str]:
-    """How many rows are of each task; str ``(rows,)``, empty for those of the default."""
+    """Rows by task; `names` are str ``(rows,)``, empty for rows of the default."""
     return Counter(name or default or "none" for name in names.tolist())
-
-
-def source_lines(sources: Sequence[Source]) -> Iterator[Line]:
-    """Rows of each training file, those left out with the reason, and their tasks."""
-    for source in sources:
-        tasks = describe_tasks(count_tasks(source.rows.scan.columns["task"][source.kept], source.default_task))
-        yield "training", f"{source.rows.path}: {len(source):,} of {len(source.rows):,} rows in use ({tasks})"
-        yield from (("training", f"  {count:,} dropped: {reason}") for reason, count in source.dropped.items())
 
 
 def training_lines(
@@ -80,8 +69,11 @@ def training_lines(
     resume: str | None,
     evaluates: bool,
 ) -> Iterator[Line]:
-    """Rows, batches, steps, tokens and memory of a training run; `model` may be without weights."""
-    yield from source_lines(sources)
+    """Rows in use and dropped, batches, steps, tokens and memory of a training run."""
+    for source in sources:
+        tasks = describe_tasks(count_tasks(source.rows.scan.columns["task"][source.kept], source.default_task))
+        yield "training", f"{source.rows.path}: {len(source):,} of {len(source.rows):,} rows in use ({tasks})"
+        yield from (("training", f"  {count:,} dropped: {reason}") for reason, count in source.dropped.items())
     world, queries = distributed.world_size(), training.per_device_train_batch_size
     accumulation = training.gradient_accumulation_steps
     dataset = TrainDataset(sources, training.seed)
@@ -135,22 +127,21 @@ def _token_lines(batches: Sequence[Mapping[str, Any]], batches_a_step: int) -> I
 def _most_activations(
     size: ModelSize, batches: Sequence[Mapping[str, Any]], training: RetrievalTrainingArgs, half: bool
 ) -> int:
-    """Of what is in memory at a time: a batch; with GradCache a chunk of it, or the last of queries and of keys."""
+    """Bytes of the chunks in memory together: of a batch; with GradCache one, or the last of queries and of keys."""
     groups = [list(_chunks(batch)) for batch in batches]
     if training.grad_cache_chunk_size:
         groups = [[chunk] for group in groups for chunk in group]
         groups += [[part["chunks"][-1] for part in batch.values() if isinstance(part, dict)] for batch in batches]
     checkpointing = bool(training.activation_checkpointing)
-
-    def needed(chunk: dict[str, Tensor]) -> int:
-        tokens = chunk["input_ids"]
-        return activation_bytes(size, tokens.numel(), tokens.shape[1], half, checkpointing)
-
-    return max(sum(map(needed, group)) for group in groups)
+    shapes = [[chunk["input_ids"].shape for chunk in group] for group in groups]
+    return max(
+        sum(activation_bytes(size, rows * length, length, half, checkpointing) for rows, length in group)
+        for group in shapes
+    )
 
 
 def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[int]:
-    """Tokens of some of the texts, evenly spread, as they are cut."""
+    """Tokens of some of the texts, evenly spread, after truncation."""
     some = [texts[number] for number in sample(len(texts), SAMPLED_TEXTS)]
     return [len(ids) for ids in tokenizer(some, truncation=True, max_length=max_length)["input_ids"]]
 
@@ -162,10 +153,10 @@ def evaluation_lines(
     device: torch.device,
     model: TrainableModel | None,
 ) -> Iterator[Line]:
-    """Queries, passages, tokens and the size of the index of an evaluation; `model` may be without weights, or None.
+    """Queries, passages, tokens and the size of the index of an evaluation.
 
     Raises:
-        UserError: the index or the engine asked for cannot be had.
+        UserError: the requested index or engine is not available.
     """
     columns = data.rows.scan.columns
     yield "evaluation", f"{data.rows.path}: {len(data.rows):,} queries (task {data.task or 'none'})"
@@ -204,5 +195,5 @@ def _corpus_lines(
     yield "index", f"{rows:,} vectors × {width} dimensions, {dtype}: {size:,} bytes ({human_bytes(size)})"
     if factory != "Flat" or args.save_index:
         each = bytes_per_vector(factory, width, model.metric)
-        more = "FAISS does not tell its size" if each is None else f"{rows * each:,} bytes ({human_bytes(rows * each)})"
+        more = "FAISS does not know its size" if each is None else f"{rows * each:,} bytes ({human_bytes(rows * each)})"
         yield "index", f"{factory}: {more}"

@@ -117,7 +117,7 @@ def test_memory_adds_up():
     assert (
         Memory(0, 0, 0, 5, 6, 7)
         .describe()
-        .endswith("activations 5 bytes (or 6 bytes of whole weights, to evaluate); in the memory of the CPU 7 bytes")
+        .endswith("activations 5 bytes (or 6 bytes of gathered weights, to evaluate); in the memory of the CPU 7 bytes")
     )
     assert (human_bytes(1000), human_bytes(3 << 30)) == ("1000 bytes", "3 GiB")
     assert sample(3, 10) == [0, 1, 2]
