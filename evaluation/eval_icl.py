@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from evaluation.runner.args import SAME_TASK, ICLArgs
-from evaluation.runner.from_corpus import Found, Row, Values
+from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
 from evaluation.runner.task import EvalTask
 from evaluation.runner.text_metrics import binary_f1, exact_match, group_means, mean, rouge_l
@@ -139,11 +139,7 @@ class ICL(EvalTask):
         return replace(data, rows=data.rows.select(np.array(chosen)))
 
     def chosen_hits(self) -> Callable[[Row], Sequence[int]] | None:
-        """Also ``same-task-random``: examples of the row's ``task_name``; both parts of MNLI have those of ``mnli``.
-
-        Raises:
-            UserError: an example has none, or no row's task has an example.
-        """
+        """Also ``same-task-random``: examples of the row's ``task_name``; both parts of MNLI have those of ``mnli``."""
         corpus, rows, args = self.data.corpus, self.data.rows, self.args
         if args.retrieval_method != SAME_TASK or corpus is None:
             return super().chosen_hits()
@@ -167,15 +163,14 @@ class ICL(EvalTask):
         return choose
 
     def keys_in_prompt(self) -> int:
-        """As many as examples."""
         return self.args.few_shot
 
-    def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request:
+    def request(self, row: Row, retrieved: Retrieved, examples: Sequence[str]) -> Request:
         """Retrieved examples, the nearest last, and the query; options to choose from, or an answer to generate."""
-        retrieved = tuple(single_blanks(text) for text in reversed(found.texts))
+        shown = tuple(single_blanks(text) for text in reversed(retrieved.texts))
         options = tuple(row["options"]) if chooses(row["task_name"]) else ()
         # The blank before an option keeps its first token apart from the newline, whatever the tokenizer.
-        return Request(Prompt(f"{single_blanks(row['query'])}\n ", examples=retrieved, layout=LAYOUT), options)
+        return Request(Prompt(f"{single_blanks(row['query'])}\n ", examples=shown, layout=LAYOUT), options)
 
     def score(self, row: Row, response: Response) -> Values:
         """The value of the task's metric; for F1, which a row alone has not, whether it is right, and both options."""

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from evaluation.runner.args import HISTORY_NO_EFFECT, ORACLE, LRLMArgs
-from evaluation.runner.from_corpus import Found, Retrieved, Row
+from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
 from evaluation.self_retrieval.chunks import ChunkPlan, Integration, plan_chunks, windows
 from evaluation.self_retrieval.history import Case, FromPast
@@ -61,11 +61,7 @@ class LRLM(FromPast):
         return EvalData(rows, None, args.key_template, args.task, instruction_of)
 
     def batch_tokens(self, encoder: PromptEncoder) -> int:
-        """``--lm_batch_size`` times ``--chunk_batch_size`` windows.
-
-        Raises:
-            UserError: the LM does not take so many tokens.
-        """
+        """``--lm_batch_size`` times ``--chunk_batch_size`` windows, which the LM must take."""
         args = self.args
         added = args.retrieval_method != "no" and args.integrate_method == "concat"
         size = args.context_window_size + args.key_num * 2 * args.chunk_size * added
@@ -77,11 +73,7 @@ class LRLM(FromPast):
         return int(args.lm_batch_size * args.chunk_batch_size * size)
 
     def _integration(self) -> Integration:
-        """How retrieved chunks enter the window.
-
-        Raises:
-            UserError: a separator is no token.
-        """
+        """How retrieved chunks enter the window, as flags say."""
         args, size = self.args, len(self.ask.encoder.tokenizer)
         separator = tuple(args.add_sep or ())
         if beyond := [token for token in separator if not 0 <= token < size]:
@@ -89,7 +81,7 @@ class LRLM(FromPast):
         return Integration(args.order_method, args.integrate_method == "replace", separator)
 
     def _read(self, row: Row) -> tuple[list[int], ChunkPlan | None]:
-        """Tokens of a text, no more than --context_max_length from its end, and its plan."""
+        """The last ``--context_max_length`` tokens of a text, and its plan."""
         args = self.args
         text = row["text"][: args.anchor_length]
         tokens = self.ask.encoder.tokenizer(text, add_special_tokens=False)["input_ids"][-args.context_max_length :]
@@ -120,26 +112,26 @@ class LRLM(FromPast):
             for place, ids in enumerate(queries)
         ]
 
-    def retrieve(self) -> Retrieved:
+    def retrieve(self) -> tuple[list[Retrieved], Values]:
         """Chunks of each text's past, for each of its target chunks."""
         # An oracle scores a window for each chunk and target: thousands for a single text.
         best = self.best_keys(1 if self.args.retrieval_method == ORACLE else TEXTS_A_TIME)
-        found = []
+        retrieved = []
         for number, best_of_targets in enumerate(best):
             texts: tuple[str, ...] = ()
             if self.args.debug_retrieval:
                 tokens, plan = self._read(self.data.rows[number])
                 spans = [plan.values[key] for keys in best_of_targets for key in keys] if plan is not None else []
                 texts = tuple(self._text(tokens[span.start : span.stop]) for span in spans)
-            found.append(Found(tuple(map(tuple, best_of_targets)), texts))
-        return found, {}
+            retrieved.append(Retrieved(tuple(map(tuple, best_of_targets)), texts))
+        return retrieved, {}
 
-    def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request | None:
+    def request(self, row: Row, retrieved: Retrieved, examples: Sequence[str]) -> Request | None:
         """Ask for the likelihood of each target chunk; None for a text without anything before its target."""
         tokens, plan = self._read(row)
         if plan is None:
             return None
-        return Request(windows=tuple(windows(plan, found.indices, tokens, self._integration())))
+        return Request(windows=tuple(windows(plan, retrieved.indices, tokens, self._integration())))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from evaluation.runner.args import KNOWLEDGE_DEFAULTS, ChoiceArgs
-from evaluation.runner.few_shot import from_train_data
-from evaluation.runner.from_corpus import Found, Row, Values
+from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
-from evaluation.runner.task import EvalTask
+from evaluation.runner.task import EvalTask, from_train_data
 from evaluation.runner.text_metrics import group_means, mean
 from src.lm.prompts import Layout, Prompt, Request
 from src.lm.response_store import Response
@@ -100,19 +99,18 @@ class MMLU(EvalTask):
             self, lambda row: question(row["query"], row["choices"], LETTERS[row["answer"]]), subject_of
         )
 
-    def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request:
+    def request(self, row: Row, retrieved: Retrieved, examples: Sequence[str]) -> Request:
         """Knowledge, subject, examples, question; the letters are the answers to choose from."""
         subject = subject_of(row).replace("_", " ")
         header = f"The following are multiple choice questions (with answers) about {subject}."
         asked = question(row["query"].strip(), row["choices"])
-        return Request(Prompt(asked, found.texts, tuple(examples), header, LAYOUT), LETTERS)
+        return Request(Prompt(asked, retrieved.texts, tuple(examples), header, LAYOUT), LETTERS)
 
     def score(self, row: Row, response: Response) -> Values:
         """Whether the right letter is the likeliest."""
         return {"accuracy": float(response.choice == row["answer"])}
 
     def gold(self, row: Row) -> int:
-        """Number of the right option."""
         return row["answer"]
 
     def summarize(self, rows: Sequence[tuple[Row, Values]]) -> Values:

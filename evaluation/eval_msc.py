@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from evaluation.runner.args import CHUNK_FLAGS, HISTORY_NO_EFFECT, MSCArgs
-from evaluation.runner.from_corpus import Found, Retrieved, Row
+from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
 from evaluation.self_retrieval.history import Case, FromPast, in_order
 from src.lm.prompts import Layout, Prompt, Request
@@ -61,28 +61,27 @@ class MSC(FromPast):
             turns = ["\n".join(turns[place : place + 2]) for place in range(len(turns))]
 
         def after_key(key: int) -> Request:
-            return self.request(row, Found((), (row["history"][key],)), ())
+            return self.request(row, Retrieved((), (row["history"][key],)), ())
 
         if self.args.retrieval_method != "bm25":
             return [Case(number, 0, query, turns, after_key)]
         return [Case(number, 0, query, turns, after_key, first_terms(self._terms(query)), [*map(self._terms, turns)])]
 
-    def retrieve(self) -> Retrieved:
+    def retrieve(self) -> tuple[list[Retrieved], Values]:
         """Turns of each row's history."""
-        found = []
+        retrieved = []
         for row, (best,) in zip(self.data.rows, self.best_keys(ROWS_A_TIME), strict=True):
             turns = in_order(best, self.args.order_method)
-            found.append(Found(tuple(turns), tuple(row["history"][turn] for turn in turns)))
-        return found, {}
+            retrieved.append(Retrieved(tuple(turns), tuple(row["history"][turn] for turn in turns)))
+        return retrieved, {}
 
-    def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request:
+    def request(self, row: Row, retrieved: Retrieved, examples: Sequence[str]) -> Request:
         """Ask for the likelihood of the reply after past turns, the last of which stay longest, and the query."""
         question = f"Speaker 1: {row['query'].strip()}\nSpeaker 2: "
-        turns = tuple(turn.strip() for turn in found.texts)
+        turns = tuple(turn.strip() for turn in retrieved.texts)
         return Request(Prompt(question, turns, layout=LAYOUT, cut_first=True), (row["answers"][0].strip(),))
 
     def gold(self, row: Row) -> Any:
-        """The reply."""
         return row["answers"][0]
 
 

@@ -63,9 +63,9 @@ class PopQA(QA):
     form = "Q: {} A: {}"
 
     def examples(self) -> Callable[[Row], Sequence[str]]:
-        """``--few_shot`` of the evaluation's rows, by ``--seed``: as many of each relation but the row's own.
+        """``--few_shot`` of the evaluation's rows, by ``--seed``: equally many of each relation but the row's.
 
-        Of a number that is smaller than the other relations, one of each of the first relations.
+        When there are more such relations than examples, one of each of the first.
         """
         few_shot, rng = self.args.few_shot, np.random.default_rng(self.args.seed)
         members: dict[int, list[Row]] = {relation: [] for relation in RELATIONS}
@@ -91,7 +91,6 @@ class PopQA(QA):
         return {"accuracy": mean([contains_answer(text, answers(row)) for text in response.texts])}
 
     def gold(self, row: Row) -> list[str]:
-        """All answers."""
         return answers(row)
 
 

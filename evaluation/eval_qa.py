@@ -10,10 +10,9 @@ from functools import partial
 from typing import Any, ClassVar
 
 from evaluation.runner.args import KNOWLEDGE_DEFAULTS, QuestionArgs
-from evaluation.runner.few_shot import from_train_data
-from evaluation.runner.from_corpus import Found, Row, Values
+from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
-from evaluation.runner.task import EvalTask
+from evaluation.runner.task import EvalTask, from_train_data
 from evaluation.runner.text_metrics import exact_match, mean, token_f1
 from src.lm.prompts import Prompt, Request
 from src.lm.response_store import Response
@@ -51,10 +50,10 @@ class QA(EvalTask):
         """Questions with their first answers, the same for all rows."""
         return from_train_data(self, lambda row: self.form.format(row["query"], row["answers"][0]))
 
-    def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request:
+    def request(self, row: Row, retrieved: Retrieved, examples: Sequence[str]) -> Request:
         """Knowledge, examples, question."""
         question = self.form.format(row["query"].strip(), "")
-        return Request(Prompt(question, found.texts, tuple(examples), layout=self.ask.encoder.passages))
+        return Request(Prompt(question, retrieved.texts, tuple(examples), layout=self.ask.encoder.passages))
 
     def score(self, row: Row, response: Response) -> Values:
         """Exact match and F1, means over the texts."""

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from evaluation.runner.args import QReCCArgs
-from evaluation.runner.from_corpus import Found, Row, Values
+from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
 from evaluation.runner.task import EvalTask
 from evaluation.runner.text_metrics import mean, rouge_l
@@ -49,12 +49,12 @@ class QReCC(EvalTask):
         """With ``--do_generate``."""
         return self.args.do_generate
 
-    def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request | None:
+    def request(self, row: Row, retrieved: Retrieved, examples: Sequence[str]) -> Request | None:
         """Knowledge, conversation, question; None for a question without an answer to compare with."""
         if not self.gold(row):
             return None
         question = f"Context and Question: {row['query'].strip()}\nAnswer: "
-        return Request(Prompt(question, found.texts, layout=self.ask.encoder.passages))
+        return Request(Prompt(question, retrieved.texts, layout=self.ask.encoder.passages))
 
     def score(self, row: Row, response: Response) -> Values:
         """ROUGE-L of the texts with the first answer."""

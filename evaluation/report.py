@@ -113,16 +113,15 @@ def read_results(folder: str) -> list[Record]:
 
 def _checked(record: Record) -> Record:
     """A result with names and numbers where a table needs them; one of `NO_RESULT` is raised for others."""
-    model, arguments = record.get("model"), record.get("arguments") or {}
-    names = arguments.get("task_names") or []
-    if not isinstance(model, str | None) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+    arguments = record.get("arguments") or {}
+    if not all(isinstance(name, str) for name in (record.get("model") or "", *(arguments.get("task_names") or ()))):
         raise ValueError("a name is no text")
     return {**record, "arguments": arguments, "metrics": _numbers(record["metrics"])}
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
     for value in values.values():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(f"{value!r} is no number")
     return dict(values)
 
@@ -134,15 +133,16 @@ def leaderboard(records: Sequence[Record]) -> Leaderboard:
     by_task: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_task[str(record["task"])].append(record)
-    datasets = {task: short_names(list(map(_dataset, members)), 1) for task, members in by_task.items()}
-
-    def key(task: str, dataset: str) -> str:
-        return f"{task} {datasets[task][dataset]}" if len(datasets[task]) > 1 else task
-
+    # What follows the name of a task that was run on several data.
+    suffixes: dict[str, dict[str, str]] = {}
+    for task, members in by_task.items():
+        names = short_names(list(map(_dataset, members)), 1)
+        suffixes[task] = {dataset: f" {name}" if len(names) > 1 else "" for dataset, name in names.items()}
     results: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     shown: dict[str, dict[str, Record]] = defaultdict(dict)
     for record in records:
-        name, task = retrievers[str(record["retriever"])], key(str(record["task"]), _dataset(record))
+        name, task = retrievers[str(record["retriever"])], str(record["task"])
+        task += suffixes[task][_dataset(record)]
         if save_name := record.get("arguments", {}).get("save_name"):
             name = f"{name} ({save_name})"
         # Tasks without an LM belong to a retriever's rows with every LM.
@@ -159,11 +159,11 @@ def leaderboard(records: Sequence[Record]) -> Leaderboard:
         if task not in known
         for metric in list(members[-1]["metrics"])[:1]
     ]
-    columns = []
-    for column in (*usual, *_of_retrieval(by_task[RETRIEVAL]), *further):
-        names = datasets.get(column.task, {})
-        split = [column._replace(heading=f"{column.heading} {n}", task=f"{column.task} {n}") for n in names.values()]
-        columns += split if len(names) > 1 else [column]
+    columns = [
+        column._replace(heading=column.heading + suffix, task=column.task + suffix)
+        for column in (*usual, *_of_retrieval(by_task[RETRIEVAL]), *further)
+        for suffix in suffixes.get(column.task, {"": ""}).values()
+    ]
     notes = [note for task, of_row in shown.items() for note in _differences(task, list(of_row.values()))]
     return Leaderboard({name: results[name] for name in sorted(results, key=_rank)}, tuple(columns), tuple(notes))
 
@@ -185,9 +185,9 @@ def _of_retrieval(records: Sequence[Record]) -> list[Column]:
 def _differences(task: str, records: Sequence[Record]) -> list[str]:
     """Notes on what of `PROTOCOL` differs between a task's results."""
     notes = []
+    facts = [{**record.get("arguments", {}), **record["metrics"], **record} for record in records]
     for name in PROTOCOL:
-        facts = [{**record.get("arguments", {}), **record["metrics"], **record}.get(name) for record in records]
-        values = set(map(json.dumps, facts))
+        values = {json.dumps(each.get(name)) for each in facts}
         if len(values) > 1:
             notes.append(f"{task}: results differ in {name} ({', '.join(sorted(values))}) and do not compare")
     return notes
@@ -203,7 +203,7 @@ def short_names(names: Sequence[str], least: int) -> dict[str, str]:
     """The last parts of each path, as many (`least` or more) as it takes for all to differ."""
     parts = {name: Path(name).parts for name in names}
     for size in range(least, max(map(len, parts.values()), default=0) + 1):
-        short = {name: "/".join(all_parts[-size:]) for name, all_parts in parts.items()}
+        short = {name: "/".join(path[-size:]) for name, path in parts.items()}
         if len(set(short.values())) == len(short):
             return short
     return {name: name for name in names}

@@ -21,12 +21,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.transformer import ModalityConfig
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
-from transformers import PreTrainedTokenizerBase
 
 from src.retrieval.args import DENSE_METRICS, POOLING_METHODS
 from src.retrieval.models.checkpoint_folders import beside, complete_checkpoints, replace_folder
 from src.retrieval.models.checks import position_limit
-from src.retrieval.models.dense import DenseRetriever, EncoderConfig, TextEncoder, load_dense_retriever
+from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.models.encode import EncodeConfig
 from src.retrieval.models.loading import loading
 from src.retrieval.models.lora import is_adapter_folder
@@ -100,15 +99,9 @@ def _hint(encoder: str) -> str:
     return ""
 
 
-def st_modules(
-    folder: str,
-    encoder: TextEncoder,
-    tokenizer: PreTrainedTokenizerBase,
-    metric: str,
-    max_length: int,
-    trust_remote_code: bool,
-) -> list[torch.nn.Module]:
-    """The sentence-transformers modules that do what `encoder` does with texts of its `tokenizer`."""
+def st_modules(folder: str, model: DenseRetriever, max_length: int, trust_remote_code: bool) -> list[torch.nn.Module]:
+    """The sentence-transformers modules that embed as `model` does; `folder` holds its transformer."""
+    encoder = model.encoders["encoder"]
     method = encoder.pooling_method[0]
     if method not in ST_POOLING:
         raise UserError(f"--encoder {folder}: sentence-transformers cannot express the pooling {method!r}")
@@ -121,7 +114,7 @@ def st_modules(
             module_output_name="token_embeddings",
         )
     # The folder's tokenizer may lack a padding token.
-    transformer.processor = tokenizer
+    transformer.processor = model.query_tokenizer
     transformer.max_seq_length = max_length
     modules: list[torch.nn.Module] = [transformer, Pooling(encoder.pooled_width, pooling_mode=ST_POOLING[method])]
     if encoder.dense is not None:
@@ -129,7 +122,7 @@ def st_modules(
         dense = Dense(linear.in_features, linear.out_features, linear.bias is not None, encoder.dense.activation)
         dense.linear.load_state_dict(linear.state_dict())
         modules.append(dense)
-    if metric == "cos":
+    if model.metric == "cos":
         modules.append(Normalize())
     return modules
 
@@ -201,7 +194,7 @@ def convert(args: ConvertArgs, given: frozenset[str], source: str, target: str) 
     staging = beside(target, "partial")
     shutil.rmtree(staging, ignore_errors=True)
     if target == source:
-        # The encoder's other files, such as our own record of the pooling, stay.
+        # The encoder's other files, such as the record of its pooling, stay.
         shutil.copytree(source, staging)
     else:
         os.makedirs(staging)
@@ -211,7 +204,7 @@ def convert(args: ConvertArgs, given: frozenset[str], source: str, target: str) 
             encoder.backbone.save_pretrained(merged)
             tokenizer.save_pretrained(merged)
         folder = merged if is_adapter_folder(source) else source
-        modules = st_modules(folder, encoder, tokenizer, model.metric, max_length, args.trust_remote_code)
+        modules = st_modules(folder, model, max_length, args.trust_remote_code)
         converted = SentenceTransformer(modules=modules, similarity_fn_name=ST_SIMILARITY[model.metric], device="cpu")
         shutil.rmtree(merged, ignore_errors=True)
         converted.save(staging)

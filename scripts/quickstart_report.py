@@ -26,7 +26,7 @@ QUERY = "How warm will it be in Lisbon tomorrow?"
 
 
 def bm25_metrics(corpus: list[str], rows: list[dict]) -> dict[str, float]:
-    """Metrics of BM25 on the same rows."""
+    """Metrics of BM25."""
     searcher = EmbeddedSearcher(BM25Index(index_texts(corpus, 1)))
     _, hits = searcher.search([row["query"] for row in rows], max(CUTOFFS))
     values = retrieval_metrics(hits, [row["pos_index"] for row in rows], METRICS, CUTOFFS)
@@ -46,7 +46,7 @@ def main() -> None:
     rows = read_jsonl(args.data_dir / "test.json")
     model = SentenceTransformer(args.model)
     print(f"\n{QUERY}")
-    # The evaluation kept its vectors of the corpus.
+    # Saved by the evaluation.
     saved = sorted((args.output_dir / "after/embeddings").glob("vectors.*.npy"))
     scores = model.similarity(model.encode([QUERY]), np.concatenate([np.load(path) for path in saved]))[0]
     for row in scores.argsort(descending=True)[:3].tolist():

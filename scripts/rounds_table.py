@@ -17,7 +17,7 @@ from src.utils.files import read_jsonl
 
 
 def main() -> None:
-    """Read the last metrics of each round, and print the table."""
+    """Print the last metrics of each round."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="OUT of the loop")
     parser.add_argument("--rounds", type=int, required=True, help="rounds to show")

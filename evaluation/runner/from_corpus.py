@@ -37,15 +37,11 @@ GIVEN_KEYS = "given-keys"
 
 
 @dataclass(frozen=True)
-class Found:
+class Retrieved:
     """What was retrieved for a row, best first: corpus rows (or whatever the evaluation numbers), and their texts."""
 
     indices: tuple[Any, ...] = ()
     texts: tuple[str, ...] = ()
-
-
-#: For each row its keys, and the metrics of retrieval.
-Retrieved = tuple[list[Found], Values]
 
 
 def retriever_name(args: RetrievalArgs) -> str:
@@ -89,14 +85,14 @@ def retriever_identity(args: RetrievalArgs, data: EvalData, encoder: EncoderConf
     return identity
 
 
-def from_corpus(task: EvalTask) -> Retrieved:
+def from_corpus(task: EvalTask) -> tuple[list[Retrieved], Values]:
     """Retrieve as ``--retrieval_method`` says, or take the keys that rows bring."""
     args, data, most = task.args, task.data, task.keys_in_prompt()
-    found: list[Found] = []
+    retrieved: list[Retrieved] = []
     if data.corpus is None:
         if args.retrieval_method == "no":
-            return [Found()] * len(data.rows), {}
-        return [Found(tuple(row.get("key_index") or ())[:most], tuple(row["key"][:most])) for row in data.rows], {}
+            return [Retrieved()] * len(data.rows), {}
+        return [Retrieved(tuple(row.get("key_index") or ())[:most], tuple(row["key"][:most])) for row in data.rows], {}
     identity = retriever_identity(args, data, task.encoder)
     config = replace(results_config(args), retriever=identity, same_retriever=True)
     choose = task.chosen_hits()
@@ -109,7 +105,7 @@ def from_corpus(task: EvalTask) -> Retrieved:
         for window in hits:
             for row in window.rows[:, :most]:
                 indices = tuple(row[row >= 0].tolist())
-                found.append(Found(indices, tuple(map(data.key_text, indices))))
+                retrieved.append(Retrieved(indices, tuple(map(data.key_text, indices))))
             yield window
 
     with hold_outputs(data, config):
@@ -117,7 +113,7 @@ def from_corpus(task: EvalTask) -> Retrieved:
     if metrics:
         # Shown before the LM starts, which may fail.
         logger.info("retrieval: %s", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    return found, metrics
+    return retrieved, metrics
 
 
 def chosen_hits(data: EvalData, choose: Callable[[Row], Sequence[int]], config: EvalConfig) -> Iterator[Hits]:

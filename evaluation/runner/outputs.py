@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.runner.args import LMEvalArgs
-from evaluation.runner.from_corpus import Found, Values, results_folder
+from evaluation.runner.from_corpus import Retrieved, Values, results_folder
 from evaluation.runner.task import EvalTask
 from src.lm.ask import Answer
 from src.lm.response_store import Response, to_response
@@ -33,7 +33,7 @@ def output_path(args: LMEvalArgs, rows_path: str) -> str:
     return derived_path(str(named), "output", ".".join(short), results_folder(args))
 
 
-def output_line(task: EvalTask, number: int, found: Found, answer: Answer, values: Values) -> dict[str, Any]:
+def output_line(task: EvalTask, number: int, retrieved: Retrieved, answer: Answer, values: Values) -> dict[str, Any]:
     """A row's line in the file of outputs."""
     row, (key, response) = task.data.rows[number], answer
     line = {
@@ -42,10 +42,10 @@ def output_line(task: EvalTask, number: int, found: Found, answer: Answer, value
         "output": task.output(response) if response is not None else None,
         "gold": task.gold(row),
         "values": values,
-        "retrieved": list(found.indices),
+        "retrieved": list(retrieved.indices),
         "response": asdict(response) if response is not None else None,
     }
-    return {**line, "retrieved_texts": found.texts} if task.args.debug_retrieval else line
+    return {**line, "retrieved_texts": retrieved.texts} if task.args.debug_retrieval else line
 
 
 def gather_answers(answers: Mapping[int, Answer]) -> dict[int, Answer]:

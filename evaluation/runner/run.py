@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cache, partial
 from typing import Any, NoReturn
 
+import numpy as np
+
 from evaluation.runner.args import GenerateArgs
-from evaluation.runner.from_corpus import Found, Row, Values, results_folder, retriever_name
+from evaluation.runner.from_corpus import Retrieved, Row, Values, results_config, results_folder, retriever_name
 from evaluation.runner.outputs import gather_answers, output_line, output_path, read_responses
-from evaluation.runner.plan import task_lines
 from evaluation.runner.task import EvalTask
 from src.lm.ask import Answer, Asker
 from src.lm.generate import Decoding
-from src.lm.model import lm_max_length, load_lm, load_lm_tokenizer, model_identity
+from src.lm.model import empty_lm, lm_max_length, load_lm, load_lm_tokenizer, model_identity
 from src.lm.prompts import PromptEncoder
 from src.lm.response_store import ResponseStore
+from src.plan.lm import SAMPLED_ROWS, lm_lines
+from src.plan.retrieval import evaluation_lines
 from src.retrieval.jobs.evaluate import check_outputs, log_file, record
+from src.retrieval.models.dense import load_dense_retriever
 from src.retrieval.models.encode import progress
 from src.utils import distributed, locks
 from src.utils.cli import parse_args, run, show_plan
+from src.utils.display import Line, describe
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output, check_writable, json_line
+from src.utils.jsonl import sample
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +73,10 @@ def run_task(kind: type[EvalTask], argv: Sequence[str] | None = None) -> None:
         if task.asker is not None:
             task.asker.open(read_responses(path) if args.load_prev_result else {})
         examples = task.examples()
-        found, metrics = task.retrieve()
+        retrieved, metrics = task.retrieve()
         if task.asker is not None:
-            answers = ask(task, found, examples)
-            metrics |= distributed.on_main(partial(finish, task, found, answers, path))
+            answers = ask(task, retrieved, examples)
+            metrics |= distributed.on_main(partial(finish, task, retrieved, answers, path))
             skipped = sum(answer.response is None for answer in answers.values())
             facts |= {"model": args.model_name_or_path, "outputs": path, "rows": len(rows), "skipped": skipped}
         log = log_file(args, args.log_path)
@@ -103,7 +110,38 @@ def make_asker(task: EvalTask, path: str) -> Asker:
     )
 
 
-def ask(task: EvalTask, found: Sequence[Found], examples: Callable[[Row], Sequence[str]]) -> dict[int, Answer]:
+def task_lines(task: EvalTask, output: str) -> Iterator[Line]:
+    """Show rows, corpus, tokens of some prompts, size of the LM, and the file of outputs."""
+    args, data = task.args, task.data
+    model = load_dense_retriever(task.encoder) if args.retrieval_method == "dense" else None
+    if data.corpus is not None:
+        yield from evaluation_lines(args, data, results_config(args), task.device, model)
+    else:
+        yield "evaluation", f"{data.rows.path}: {len(data.rows):,} rows, --retrieval_method {args.retrieval_method}"
+    if task.asker is not None:
+        yield from _prompt_lines(task)
+        yield from lm_lines(empty_lm(task.lm, load_lm_tokenizer(task.lm)[1]), task.lm)
+        yield "output", output
+
+
+def _prompt_lines(task: EvalTask) -> Iterator[Line]:
+    """Tokens of the prompts of some rows, with keys drawn at random in place of retrieved ones."""
+    numbers = sample(len(task.data.rows), SAMPLED_ROWS)
+    drawn, examples = copy.copy(task), task.examples()
+    drawn.data = replace(task.data, rows=task.data.rows.select(np.array(numbers)))
+    nothing = dict.fromkeys(("load_result", "save_result", "save_per_query", "save_trec"), False)
+    method = "no" if task.args.retrieval_method == "no" else "random"
+    drawn.args = replace(task.args, retrieval_method=method, metrics=[], **nothing)
+    retrieved, _ = drawn.retrieve()
+    requests = [drawn.request(row, keys, examples(row)) for row, keys in zip(drawn.data.rows, retrieved, strict=True)]
+    tokens = task.ask.encoder.encode([request for request in requests if request is not None])
+    lengths = [len(prompt) for prompts in tokens if prompts is not None for prompt in prompts]
+    yield "tokens", f"a prompt: {describe(lengths)} (of {len(numbers)} rows, with keys drawn at random)"
+    if unfit := requests.count(None) + tokens.count(None):
+        yield "tokens", f"{unfit} of these {len(numbers)} rows are left out, since {task.left_out}"
+
+
+def ask(task: EvalTask, retrieved: Sequence[Retrieved], examples: Callable[[Row], Sequence[str]]) -> dict[int, Answer]:
     """Ask the LM for every row, all processes together; answers by number of the row, on every process."""
     rows = task.data.rows
     answers: dict[int, Answer] = {}
@@ -114,14 +152,14 @@ def ask(task: EvalTask, found: Sequence[Found], examples: Callable[[Row], Sequen
             mine = range(first + distributed.rank(), end, distributed.world_size())
             with distributed.raising_together():
                 asked = [(number, rows[number]) for number in mine]
-                requests = [task.request(row, found[number], examples(row)) for number, row in asked]
+                requests = [task.request(row, retrieved[number], examples(row)) for number, row in asked]
                 part = dict(zip(mine, task.ask(requests, bar.update), strict=True))
             answers.update(gather_answers(part))
             bar.update(end - bar.n)
     return answers
 
 
-def finish(task: EvalTask, found: Sequence[Found], answers: Mapping[int, Answer], path: str) -> Values:
+def finish(task: EvalTask, retrieved: Sequence[Retrieved], answers: Mapping[int, Answer], path: str) -> Values:
     """Score all responses, write them to `path`, and summarize; a UserError when no row has a response."""
     rows = task.data.rows
     skipped = sorted(number for number, answer in answers.items() if answer.response is None)
@@ -134,7 +172,7 @@ def finish(task: EvalTask, found: Sequence[Found], answers: Mapping[int, Answer]
         raise UserError(f"{rows.path}: no row can be asked, since {task.left_out}")
     with atomic_write(path) as file:
         for number, answer in sorted(answers.items()):
-            file.write(json_line(output_line(task, number, found[number], answer, values.get(number, {}))))
+            file.write(json_line(output_line(task, number, retrieved[number], answer, values.get(number, {}))))
     if skipped:
         what = "%d of %d rows are left out, since %s; the first is %s"
         logger.warning(what, len(skipped), len(rows), task.left_out, rows.where(skipped[0]))

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from evaluation.runner.args import ORACLE, LMEvalArgs
-from evaluation.runner.from_corpus import Found, Retrieved, Row, Values, from_corpus, results_config
+from evaluation.runner.from_corpus import Retrieved, Row, Values, from_corpus, results_config
 from src.lm.ask import Asker
 from src.lm.model import LMConfig
 from src.lm.prompts import PromptEncoder, Request
 from src.lm.response_store import Response
 from src.retrieval.data.corpus import EvalData
-from src.retrieval.data.rows import FurtherCheck
+from src.retrieval.data.rows import EVAL_CHECK, FurtherCheck, check_eval_row, check_further
 from src.retrieval.jobs.evaluate import load_eval_data
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.ranking.config import LABEL_METRICS
+from src.utils import distributed
 from src.utils.errors import UserError
+from src.utils.files import expand_data_paths
+from src.utils.jsonl import open_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +37,11 @@ class EvalTask(ABC):
 
     Attributes:
         name: of the task in logs and reports.
-        flags: settings class.
-        defaults: of flags that differ from the class's.
+        flags, defaults: settings class, and the defaults that differ from the class's.
         check: of the fields that its rows need.
         no_effect: flags that all evaluations take, and that this one has no use for.
         left_out: why rows cannot be asked.
         from_past: keys come out of each row's past, not out of a corpus.
-        lm, encoder: how to load the language model and the retriever's encoder.
-        data: rows and, unless there is none, the corpus.
         asker: asks the LM; None while it is not asked.
     """
 
@@ -52,11 +54,7 @@ class EvalTask(ABC):
     from_past = False
 
     def __init__(self, args: Any, given: frozenset[str], device: torch.device) -> None:
-        """Open and check rows and corpus; `given` are the flags that the command line set.
-
-        Raises:
-            UserError: they have problems, or there is nothing to retrieve from.
-        """
+        """Open and check rows and corpus; `given` are the flags that the command line set."""
         self.device = device
         self.lm, self.encoder = LMConfig.from_args(args, given, device), EncoderConfig.from_args(args, given)
         self.asker: Asker | None = None
@@ -70,13 +68,13 @@ class EvalTask(ABC):
         if self.data.corpus is None and not self.from_past and args.retrieval_method != "no":
             keys = self.data.rows.scan.columns["keys"]
             if not keys.all():
+                where = self.data.rows.where(int(keys.argmin()))
                 raise UserError(
-                    f"{self.data.rows.where(int(keys.argmin()))}: no 'key', and no --corpus to retrieve from: give "
-                    "one, or --retrieval_method no"
+                    f"{where}: no 'key', and no --corpus to retrieve from: give one, or --retrieval_method no"
                 )
 
     @abstractmethod
-    def request(self, row: Row, found: Found, examples: Sequence[str]) -> Request | None:
+    def request(self, row: Row, retrieved: Retrieved, examples: Sequence[str]) -> Request | None:
         """What to ask for a row, given what was retrieved for it; None for a row that cannot be asked."""
 
     @abstractmethod
@@ -97,7 +95,7 @@ class EvalTask(ABC):
         """Row → the examples that stand before its question."""
         return lambda row: ()
 
-    def retrieve(self) -> Retrieved:
+    def retrieve(self) -> tuple[list[Retrieved], Values]:
         """What each row is given, and the metrics of retrieval."""
         return from_corpus(self)
 
@@ -134,3 +132,35 @@ class EvalTask(ABC):
     def retriever(self) -> DenseRetriever:
         """Load the encoder."""
         return load_dense_retriever(self.encoder).to(self.device).eval()
+
+
+def from_train_data(
+    task: EvalTask, show: Callable[[Row], str], group: Callable[[Row], str] | None = None
+) -> Callable[[Row], Sequence[str]]:
+    """``--few_shot`` examples out of ``--train_data``, which must pass the task's check; the same for all rows.
+
+    `show` turns a row into an example. With a `group` a row's examples are the first rows of its group, in the order of
+    the file; without, they are drawn from all rows by ``--seed``.
+
+    Raises:
+        UserError: there are no training rows, or they have problems.
+    """
+    args, check = task.args, task.check
+    if args.few_shot == 0:
+        return lambda row: ()
+    if not args.train_data:
+        raise UserError(f"--few_shot {args.few_shot} takes examples from --train_data: give it, or --few_shot 0")
+    assert check is not None
+    scan = partial(check_further, check=check_eval_row, further=check.problems)
+    pool: list[Row] = []
+    for path in expand_data_paths(args.train_data, args.data_root, "train_data"):
+        name = f"{EVAL_CHECK} {check.name}"
+        pool += distributed.on_main(partial(open_jsonl, path, scan, name, args.dataset_cache_dir))
+    if group is None:
+        order = np.random.default_rng(args.seed).permutation(len(pool))[: args.few_shot]
+        texts = [show(pool[number]) for number in order]
+        return lambda row: texts
+    groups: dict[str, list[str]] = defaultdict(list)
+    for row in pool:
+        groups[group(row)].append(show(row))
+    return lambda row: groups.get(group(row), [])[: args.few_shot]

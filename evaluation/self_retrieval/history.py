@@ -65,9 +65,7 @@ class FromPast(EvalTask):
         with distributed.raising_together(), progress(len(mine), "retrieving", distributed.is_main(), "row") as bar:
             for first in range(mine.start, mine.stop, rows_a_time):
                 window = [self.cases(number) for number in range(first, min(first + rows_a_time, mine.stop))]
-                flat = [*chain.from_iterable(window)]
-                # Without any keys no model is loaded.
-                scores = iter(self._scores(flat) if any(case.keys for case in flat) else [np.empty(0)] * len(flat))
+                scores = iter(self._scores([*chain.from_iterable(window)]))
                 chosen += [[_best(next(scores), self.args.key_num) for _ in cases] for cases in window]
                 bar.update(len(window))
         best = [*chain.from_iterable(distributed.all_gather_json(chosen))]
@@ -79,7 +77,8 @@ class FromPast(EvalTask):
     def _scores(self, cases: Sequence[Case]) -> list[np.ndarray]:
         """Scores of every case's keys, fp32 ``(keys,)`` each, by ``--retrieval_method``; higher is better."""
         args = self.args
-        if args.retrieval_method == "no":
+        # Without any keys no model is loaded.
+        if args.retrieval_method == "no" or not any(case.keys for case in cases):
             return [np.empty(0)] * len(cases)
         if args.retrieval_method == "recent":
             return [np.arange(len(case.keys), dtype=np.float32) for case in cases]
@@ -119,8 +118,7 @@ class FromPast(EvalTask):
         return {"nll": nll, "tokens": float(sum(sizes))}
 
     def gold(self, row: Row) -> Any:
-        """None: the text itself."""
-        return None
+        """None: the text is its own answer."""
 
     def output(self, response: Response) -> None:
         """None: nothing is generated or chosen."""

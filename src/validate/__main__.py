@@ -14,27 +14,32 @@ from collections.abc import Mapping, Sequence
 from tqdm import tqdm
 
 from src.retrieval.args import DataArgs
-from src.retrieval.data.rows import TEACHER_SCORES, template_columns
+from src.retrieval.data.rows import TEACHER_SCORES, has_tokens, template_columns
 from src.retrieval.data.tasks import TASKS, TaskConfig, load_task_config, task_from_path
 from src.utils.cli import run
 from src.utils.files import check_output, expand_data_paths, write_json
 from src.utils.flags import check_choice, default_data_root
 from src.utils.jsonl import parse_row, read_lines
-from src.validate.report import KINDS, REPEATS, DataReport, guess_kind
+from src.validate.report import KINDS, REPEATS, DataReport
 
 
-def first_kind(path: str) -> str:
-    """The kind of a file by its first row that can be read; train when there is none."""
+def guess_kind(path: str) -> str:
+    """Guess the kind of a file by its first row that can be read; train when there is none."""
     for _, body in read_lines(path, 0, os.path.getsize(path)):
         row, _ = parse_row(body) if body.strip() else (None, [])
-        if row is not None:
-            return guess_kind(row)
+        if row is None:
+            continue
+        if "query" not in row:
+            return "corpus"
+        if has_tokens(row):
+            return "lm"
+        return "train" if "history" in row or ("pos" in row and "neg" in row) else "eval"
     return "train"
 
 
 def check_file(path: str, args: argparse.Namespace, task_config: Mapping[str, TaskConfig]) -> DataReport:
     """Read a file, and print its errors as they come, then warnings and statistics."""
-    kind = args.kind or first_kind(path)
+    kind = args.kind or guess_kind(path)
     print(f"{path}: checked as {kind}" + ("" if args.kind else " (guessed from its first row; --kind overrides it)"))
     task = args.task or task_from_path(path, task_config)
     report = DataReport(kind, task, args.key_template, args.teacher_score_field, task_config)

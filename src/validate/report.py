@@ -23,7 +23,6 @@ from src.retrieval.data.rows import (
     check_eval_row,
     check_lm_row,
     check_train_row,
-    has_tokens,
     template_columns,
 )
 from src.retrieval.data.tasks import TASKS, TaskConfig, prompt_task_problems
@@ -39,15 +38,6 @@ REPEATS = {what: f"the {what} repeats that of an earlier row" for what in ("quer
 POLICIES = ("first", "teacher", "teacher-pos")
 #: How alike (by difflib's ratio) the name of a field is to the one that may be meant.
 ALIKE = 0.75
-
-
-def guess_kind(row: dict[str, Any]) -> str:
-    """Guess the kind of a file by a row."""
-    if "query" not in row:
-        return "corpus"
-    if has_tokens(row):
-        return "lm"
-    return "train" if "history" in row or ("pos" in row and "neg" in row) else "eval"
 
 
 class Repeats:

@@ -335,7 +335,7 @@ def use(base: str, folder: Path) -> np.ndarray:
     load_dense_retriever(EncoderConfig(str(folder), empty=True))
     model = load_dense_retriever(EncoderConfig(str(folder))).eval()
     if base == "st":
-        st_modules(str(folder), model.encoders["encoder"], model.key_tokenizer, model.metric, 32, False)
+        st_modules(str(folder), model, 32, False)
     with torch.no_grad():
         return model.embed_key(pad(model.key_tokenizer, model.key_tokenizer(["ab cd"]), [0])).numpy()
 
