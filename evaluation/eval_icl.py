@@ -138,11 +138,11 @@ class ICL(EvalTask):
             raise UserError(f"--task_names {' '.join(names)}: {data.rows.path} has no row of these")
         return replace(data, rows=data.rows.select(np.array(chosen)))
 
-    def chosen_hits(self) -> Callable[[Row], Sequence[int]] | None:
+    def chooser(self) -> Callable[[Row], Sequence[int]] | None:
         """Also ``same-task-random``: examples of the row's ``task_name``; both parts of MNLI have those of ``mnli``."""
         corpus, rows, args = self.data.corpus, self.data.rows, self.args
         if args.retrieval_method != SAME_TASK or corpus is None:
-            return super().chosen_hits()
+            return super().chooser()
         of_task: dict[str, list[int]] = defaultdict(list)
         for number, row in enumerate(corpus):
             if not isinstance(row.get("task_name"), str):

@@ -15,6 +15,7 @@ from evaluation.runner.args import HistoryArgs
 from src.lm.model import model_identity
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import EvalData
+from src.retrieval.data.rows import Row
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, encoder_folders
 from src.retrieval.ranking.config import EvalConfig
 from src.retrieval.ranking.evaluate import hold_outputs, report, retrieve
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Row = dict[str, Any]
 Values = dict[str, float]
 
 #: What reports call keys that the rows brought.
@@ -95,11 +95,11 @@ def from_corpus(task: EvalTask) -> tuple[list[Retrieved], Values]:
         return [Retrieved(tuple(row.get("key_index") or ())[:most], tuple(row["key"][:most])) for row in data.rows], {}
     identity = retriever_identity(args, data, task.encoder)
     config = replace(results_config(args), retriever=identity, same_retriever=True)
-    choose = task.chosen_hits()
+    choose = task.chooser()
     if choose is not None and not config.load_result:
         hits = chosen_hits(data, choose, config)
     else:
-        hits = retrieve(data, config, lambda: build_searcher(args, data, task.device, task.retriever))
+        hits = retrieve(data, config, lambda: build_searcher(args, data, task.device, task.load_retriever))
 
     def remembered() -> Iterator[Hits]:
         for window in hits:

@@ -61,30 +61,31 @@ def run_task(kind: type[EvalTask], argv: Sequence[str] | None = None) -> None:
     task = kind(args, given, device)
     args, rows = task.args, task.data.rows
     path = output_path(args, rows.path)
-    if task.asks():
+    asks = task.asks()
+    if asks:
         distributed.on_main(lambda: check_output(path, "output_dir"))
         distributed.on_main(lambda: check_writable(f"{path}.parts", "output_dir"))
-        task.asker = make_asker(task, path)
+        task.ask = make_asker(task, path)
     if args.dry_run:
         show_plan([*task_lines(task, path)])
         return
     facts: dict[str, Any] = {"task": task.name, "retriever": retriever_name(args)}
     with locks.hold(path):
-        if task.asker is not None:
-            task.asker.open(read_responses(path) if args.load_prev_result else {})
+        if asks:
+            task.ask.open(read_responses(path) if args.load_prev_result else {})
         examples = task.examples()
         retrieved, metrics = task.retrieve()
-        if task.asker is not None:
+        if asks:
             answers = ask(task, retrieved, examples)
             metrics |= distributed.on_main(partial(finish, task, retrieved, answers, path))
             skipped = sum(answer.response is None for answer in answers.values())
             facts |= {"model": args.model_name_or_path, "outputs": path, "rows": len(rows), "skipped": skipped}
         log = log_file(args, args.log_path)
         record(metrics, log, asdict(args), seconds=round(time.monotonic() - started, 1), **facts)
-        if task.asker is not None:
+        if asks:
             distributed.barrier()
             if distributed.is_main():
-                task.asker.store.remove()
+                task.ask.store.remove()
 
 
 def make_asker(task: EvalTask, path: str) -> Asker:
@@ -118,7 +119,7 @@ def task_lines(task: EvalTask, output: str) -> Iterator[Line]:
         yield from evaluation_lines(args, data, results_config(args), task.device, model)
     else:
         yield "evaluation", f"{data.rows.path}: {len(data.rows):,} rows, --retrieval_method {args.retrieval_method}"
-    if task.asker is not None:
+    if task.asks():
         yield from _prompt_lines(task)
         yield from lm_lines(empty_lm(task.lm, load_lm_tokenizer(task.lm)[1]), task.lm)
         yield "output", output

@@ -42,7 +42,7 @@ class EvalTask(ABC):
         no_effect: flags that all evaluations take, and that this one has no use for.
         left_out: why rows cannot be asked.
         from_past: keys come out of each row's past, not out of a corpus.
-        asker: asks the LM; None while it is not asked.
+        ask: asks the LM; set by the runner where `asks`.
     """
 
     name: str
@@ -52,12 +52,12 @@ class EvalTask(ABC):
     no_effect: tuple[str, ...] = ("train_data",)
     left_out = "they do not fit into --context_max_length"
     from_past = False
+    ask: Asker
 
     def __init__(self, args: Any, given: frozenset[str], device: torch.device) -> None:
         """Open and check rows and corpus; `given` are the flags that the command line set."""
         self.device = device
         self.lm, self.encoder = LMConfig.from_args(args, given, device), EncoderConfig.from_args(args, given)
-        self.asker: Asker | None = None
         unused = args.retrieval_method == "no" and not set(args.metrics).intersection((*LABEL_METRICS, "nq"))
         if self.from_past or unused or not args.corpus:
             if "metrics" in given and not self.from_past:
@@ -99,7 +99,7 @@ class EvalTask(ABC):
         """What each row is given, and the metrics of retrieval."""
         return from_corpus(self)
 
-    def chosen_hits(self) -> Callable[[Row], Sequence[int]] | None:
+    def chooser(self) -> Callable[[Row], Sequence[int]] | None:
         """Row → rows of the corpus, for a ``--retrieval_method`` that needs no search; None for others."""
         return (lambda row: row.get("pos_index") or ()) if self.args.retrieval_method == ORACLE else None
 
@@ -108,7 +108,7 @@ class EvalTask(ABC):
         return int(self.args.key_num)
 
     def asks(self) -> bool:
-        """Whether the LM is asked at all."""
+        """Whether the LM is asked."""
         return True
 
     def batch_tokens(self, encoder: PromptEncoder) -> int:
@@ -123,13 +123,7 @@ class EvalTask(ABC):
         """Metrics of all rows: the means of their values."""
         return {name: float(np.mean([values[name] for _, values in rows])) for name in rows[0][1]}
 
-    @property
-    def ask(self) -> Asker:
-        """`asker`, where there must be one."""
-        assert self.asker is not None
-        return self.asker
-
-    def retriever(self) -> DenseRetriever:
+    def load_retriever(self) -> DenseRetriever:
         """Load the encoder."""
         return load_dense_retriever(self.encoder).to(self.device).eval()
 

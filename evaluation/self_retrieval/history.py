@@ -93,7 +93,7 @@ class FromPast(EvalTask):
 
     @cached_property
     def _scorer(self) -> PairScorer:
-        return dense_scorer(self.args, self.device, self.retriever())
+        return dense_scorer(self.args, self.device, self.load_retriever())
 
     def _dense_scores(self, cases: Sequence[Case]) -> list[np.ndarray]:
         instruction = self.data.instruction_of(self.data.task)
