@@ -127,13 +127,6 @@ def st_modules(folder: str, model: DenseRetriever, max_length: int, trust_remote
     return modules
 
 
-def max_difference(model: DenseRetriever, converted: SentenceTransformer, max_length: int) -> float:
-    """The largest difference of a coordinate between both models' embeddings of a few sentences."""
-    ours = model.encode_queries(SENTENCES, EncodeConfig(max_length, torch.device("cpu")))
-    theirs = converted.encode(list(SENTENCES), convert_to_numpy=True, batch_size=len(SENTENCES))
-    return float(np.abs(ours - theirs).max())
-
-
 def check_target(source: str, target: str) -> None:
     """Refuse an output folder that holds the encoder, or files that are no earlier conversion; paths are absolute."""
     if is_adapter_folder(source) and os.path.realpath(target) == os.path.realpath(source):
@@ -209,7 +202,9 @@ def convert(args: ConvertArgs, given: frozenset[str], source: str, target: str) 
         shutil.rmtree(merged, ignore_errors=True)
         converted.save(staging)
         saved = SentenceTransformer(staging, device="cpu", trust_remote_code=args.trust_remote_code)
-        difference = max_difference(model, saved, max_length)
+        ours = model.encode_queries(SENTENCES, EncodeConfig(max_length, torch.device("cpu")))
+        theirs = saved.encode(list(SENTENCES), convert_to_numpy=True, batch_size=len(SENTENCES))
+        difference = float(np.abs(ours - theirs).max())
         if not difference <= TOLERANCE:
             raise UserError(f"the converted model embeds differently: by up to {difference:.2e}, above {TOLERANCE:.0e}")
         write_card(source, model, max_length, staging)
