@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.lm.args import NO_EFFECT, LMScoreArgs
 from src.lm.model import LMConfig, empty_lm, lm_max_length, load_lm, load_lm_tokenizer, model_identity
@@ -39,27 +39,23 @@ ANSWER_FLAGS = ("task", "answer_select", "seed")
 
 
 def load_data(args: LMScoreArgs) -> ScoreData:
-    """Open and check the rows, and find out their task.
-
-    Raises:
-        UserError: rows with problems, or without a task whose prompt is known.
-    """
-    own = load_task_config(args.task_config)
-    prompts = {name: task.lm_prompt for name, task in own.items() if task.lm_prompt is not None}
+    """Open the rows; raise a UserError for those with problems, or without a task whose prompt is known."""
+    config = load_task_config(args.task_config)
+    prompts = {name: task.lm_prompt for name, task in config.items() if task.lm_prompt is not None}
     check_choice("task", args.task, tuple(dict.fromkeys((*TASKS, *prompts))))
     assert args.eval_data is not None
     path = existing_file(resolve_path(args.eval_data, args.data_root), "eval_data")
     rows: JsonLines = distributed.on_main(partial(open_jsonl, path, check_lm_row, LM_CHECK, args.dataset_cache_dir))
-    default = args.task or task_from_path(path, own)
+    default = args.task or task_from_path(path, config)
     tasks = rows.scan.columns["task"]
     for task in np.unique(tasks):
-        for problem in prompt_task_problems(task, default, prompts, own):
+        for problem in prompt_task_problems(task, default, prompts, config):
             raise UserError(f"{rows.where(int(np.flatnonzero(tasks == task)[0]))}: {problem}")
     return ScoreData(rows, default, args.answer_select, args.seed, prompts)
 
 
 def identity(args: LMScoreArgs, dtype: str, data: ScoreData, limit: int | None) -> dict[str, Any]:
-    """What scores depend on: scores of anything else must not mix with these; `limit` as of `prompt_encoder`."""
+    """What scores depend on: scores of anything else must not mix with these."""
     rows = data.rows
     file = os.stat(rows.path)
     return {
@@ -73,30 +69,27 @@ def identity(args: LMScoreArgs, dtype: str, data: ScoreData, limit: int | None) 
 
 
 def prompt_encoder(
-    args: LMScoreArgs, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, limit: int | None
+    args: LMScoreArgs, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, data: ScoreData, limit: int | None
 ) -> PromptEncoder:
-    """How texts become prompts of an LM, of at most `limit` tokens (None: as many as it takes)."""
-    lengths = {"max_length": lm_max_length(config, limit), "key_max_length": args.key_max_length}
-    return PromptEncoder.from_args(args, tokenizer, config, **lengths)
+    """Texts to prompts of at most `limit` tokens (None: as many as the LM takes); raises a UserError for unfit rows."""
+    check_tokens(data, model.get_output_embeddings().weight.shape[0])
+    lengths = {"max_length": lm_max_length(model, limit), "key_max_length": args.key_max_length}
+    encoder = PromptEncoder.from_args(args, tokenizer, model.config, **lengths)
+    if args.strict:
+        check_all_fit(encoder, data)
+    return encoder
 
 
 def plan(args: LMScoreArgs, config: LMConfig, data: ScoreData, output: str, limit: int | None) -> list[Line]:
     """For ``--dry_run``: pairs, their tokens, and the size of the LM."""
     tokenizer, model_config = load_lm_tokenizer(config)
     model = empty_lm(config, model_config)
-    check_tokens(data, model.get_output_embeddings().weight.shape[0])
-    encoder = prompt_encoder(args, tokenizer, model_config, limit)
-    if args.strict:
-        check_all_fit(encoder, data)
+    encoder = prompt_encoder(args, tokenizer, model, data, limit)
     return [*scoring_lines(data, encoder), *lm_lines(model, config), ("output", output)]
 
 
 def fill(args: LMScoreArgs, config: LMConfig, data: ScoreData, store: ResponseStore, limit: int | None) -> None:
-    """Score what the store lacks; with ``--load_score`` only check that it is of these rows and settings.
-
-    Raises:
-        UserError: it is of others, or rows do not fit.
-    """
+    """Score what the store lacks; with ``--load_score`` only check that it is of these rows and settings."""
     whose = identity(args, config.dtype, data, limit)
     if args.load_score:
         if not distributed.on_main(store.manifest.exists):
@@ -104,10 +97,7 @@ def fill(args: LMScoreArgs, config: LMConfig, data: ScoreData, store: ResponseSt
         distributed.on_main(lambda: store.check(whose))
         return
     model = load_lm(config)
-    check_tokens(data, model.vocabulary)
-    encoder = prompt_encoder(args, model.tokenizer, model.model.config, limit)
-    if args.strict:
-        check_all_fit(encoder, data)
+    encoder = prompt_encoder(args, model.tokenizer, model.model, data, limit)
     store.open(whose)
     logger.info("scoring with %s in %s on %s", args.model_name_or_path, config.dtype, model.model.device)
     score_units(model, encoder, data, store, args.lm_batch_size * args.context_max_length)

@@ -97,7 +97,7 @@ def make_asker(task: EvalTask, path: str) -> Asker:
         args,
         tokenizer,
         config,
-        max_length=lm_max_length(config, args.context_max_length),
+        max_length=lm_max_length(empty_lm(lm, config), args.context_max_length),
         counts_answer=not config.is_encoder_decoder,
         new_tokens=decoding.max_new_tokens if decoding is not None else 0,
     )

@@ -23,20 +23,10 @@ def respond(
     max_tokens: int,
     where: Callable[[int], str] = lambda number: "prompts",
 ) -> Iterator[dict[int, Response]]:
-    """Score the answers of prompts, and continue those without, batch by batch.
+    """Score the answers of prompts, and continue those without as `decoding` says; yield each batch's by number.
 
-    Args:
-        model: the LM.
-        prompts: see there.
-        decoding: how to continue prompts; None where all have answers.
-        max_tokens: budget of a batch.
-        where: what the prompt of a number is called in messages.
-
-    Returns:
-        Of each batch the responses by number of the prompt.
-
-    Raises:
-        UserError: the model gives no numbers.
+    `max_tokens` is the budget of a batch; `where` names the prompt of a number in messages. Raises a UserError for
+    likelihoods that are no numbers.
     """
     scored = [number for number, each in enumerate(prompts) if each.answer is not None]
     asked = [prompts[number] for number in scored]
@@ -46,12 +36,12 @@ def respond(
         }
     continued = [number for number, each in enumerate(prompts) if each.answer is None]
     if continued and decoding is not None:
-        for texts in generate(model, [prompts[number].prompt for number in continued], decoding, max_tokens):
-            yield {continued[place]: Response(own) for place, own in texts.items()}
+        for batch in generate(model, [prompts[number].prompt for number in continued], decoding, max_tokens):
+            yield {continued[place]: Response(texts) for place, texts in batch.items()}
 
 
 class Answer(NamedTuple):
-    """What became of a request: hash of what was asked, and the response; empty and None when it does not fit."""
+    """Hash of a request, and the response; empty and None when it does not fit."""
 
     key: str
     response: Response | None
@@ -62,13 +52,11 @@ class Asker:
     """Asks the LM whatever it did not answer before.
 
     Attributes:
-        encoder: requests to tokens.
         decoding: how to generate; None for an evaluation that does not.
         identity: what responses depend on besides prompts: the model, for one.
         model: loads the LM when first called.
         store: keeps responses, by the hash of all that they depend on.
         max_tokens: budget of a batch, padding included.
-        known: the responses so far.
     """
 
     encoder: PromptEncoder
@@ -80,7 +68,7 @@ class Asker:
     known: dict[str, Response] = field(default_factory=dict)
 
     def open(self, known: Mapping[str, Response]) -> None:
-        """Take over the responses that are `known` or that a killed run left; all processes together."""
+        """Add the responses that are `known` or that a killed run left; all processes together."""
         self.store.open({"keys": "prompt_hash"})
         self.known.update(known)
         self.known.update({key: response for key, response in self.store.read().items() if response is not None})
@@ -88,24 +76,20 @@ class Asker:
     def __call__(
         self, requests: Sequence[Request | None], advance: Callable[[int], object] = lambda done: None
     ) -> list[Answer]:
-        """Answers to this process's requests; None asks nothing.
+        """Answer this process's requests; None asks nothing.
 
-        Args:
-            requests: what to ask.
-            advance: called with how many more requests the LM has answered.
-
-        Raises:
-            UserError: the model gives no numbers.
+        `advance` is called with how many more requests the LM has answered. Raises a UserError for likelihoods that
+        are no numbers.
         """
         encoded = iter(self.encoder.encode([request for request in requests if request is not None]))
         asked = [next(encoded) if request is not None else None for request in requests]
-        keys = [[self._key(each) for each in own or ()] for own in asked]
-        names = [own[0] if len(own) == 1 else _digest(own) if own else "" for own in keys]
+        part_keys = [[self._key(part) for part in parts or ()] for parts in asked]
+        names = [keys[0] if len(keys) == 1 else _digest(keys) if keys else "" for keys in part_keys]
         new: dict[str, PromptTokens] = {}
         waiting: dict[str, set[str]] = {}
-        for name, own, parts in zip(names, keys, asked, strict=True):
+        for name, keys, parts in zip(names, part_keys, asked, strict=True):
             if parts is not None and name not in self.known:
-                missing = {key: part for key, part in zip(own, parts, strict=True) if key not in self.known}
+                missing = {key: part for key, part in zip(keys, parts, strict=True) if key not in self.known}
                 waiting[name] = set(missing)
                 new.update(missing)
         if new:
@@ -118,10 +102,10 @@ class Asker:
                 for name in done:
                     del waiting[name]
                 advance(len(done))
-        return [Answer(name, self._response(name, own)) for name, own in zip(names, keys, strict=True)]
+        return [Answer(name, self._response(name, keys)) for name, keys in zip(names, part_keys, strict=True)]
 
     def _response(self, name: str, keys: Sequence[str]) -> Response | None:
-        """The response to a whole request, as it was given, or put together of those to its parts."""
+        """The response to a request, as it was given, or joined from those to its parts."""
         if not keys or name in self.known:
             return self.known.get(name)
         parts = [self.known[key] for key in keys]

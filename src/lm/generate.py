@@ -20,14 +20,7 @@ NEWLINE_ID = 13
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to generate.
-
-    Attributes:
-        max_new_tokens, do_sample, num_return_sequences, temperature, top_p: as the flags.
-        stop_tokens: end the answer, as the end of a text does.
-        first_line: keep the text up to the first newline only.
-        seed: for sampling.
-    """
+    """How to generate, as the flags; `stop_tokens` end the answer, of which `first_line` keeps the first line only."""
 
     max_new_tokens: int
     do_sample: bool = False
@@ -40,11 +33,7 @@ class Decoding:
 
     @classmethod
     def from_args(cls, args: Any, tokenizer: PreTrainedTokenizerBase) -> Decoding:
-        """What the flags ask for, and which tokens of the tokenizer end an answer.
-
-        Raises:
-            UserError: ``--eos_token_id`` is none of them.
-        """
+        """Read the flags, and which tokens of the tokenizer end an answer."""
         end = args.eos_token_id
         if not 0 <= (end or 0) < len(tokenizer):
             raise UserError(f"--eos_token_id {end}: the LM's tokenizer has the tokens 0 to {len(tokenizer) - 1}")
@@ -70,7 +59,7 @@ def newline_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def end_tokens(model: LanguageModel) -> list[int]:
-    """The tokens that end a text or a turn, by what tokenizer and model say."""
+    """The tokens that end a text or a turn, by the settings of tokenizer and model."""
     settings = (model.tokenizer, model.model.config, model.model.generation_config)
     ends = [getattr(each, "eos_token_id", None) for each in settings]
     return sorted({token for ids in ends if ids is not None for token in (ids if isinstance(ids, list) else [ids])})
@@ -79,16 +68,11 @@ def end_tokens(model: LanguageModel) -> list[int]:
 def generate(
     model: LanguageModel, prompts: Sequence[Sequence[int]], decoding: Decoding, max_tokens: int
 ) -> Iterator[dict[int, tuple[str, ...]]]:
-    """What the model writes after each prompt, by its number, batch by batch: ``num_return_sequences`` texts.
+    """Continue prompts (token ids, none empty): ``num_return_sequences`` texts by the prompt's number, batch by batch.
 
     White space around the texts is removed. Neither greedy nor sampled texts depend on the other prompts: a sample
-    is drawn by the seed and its prompt alone, one prompt at a time.
-
-    Args:
-        model: the LM.
-        prompts: token ids, none empty.
-        decoding: see there.
-        max_tokens: budget of a batch, padding and new tokens included.
+    is drawn by the seed and its prompt alone, one prompt at a time. `max_tokens` is the budget of a batch, padding and
+    new tokens included.
     """
     sampling = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0}
     config = GenerationConfig(
@@ -102,7 +86,7 @@ def generate(
     )
     each = decoding.num_return_sequences
     devices = range(torch.cuda.device_count()) if model.model.device.type == "cuda" else ()
-    # Some models that read what is padded on the left also mix up the states of a batch.
+    # Some models that read padding on the left also mix up the states of a batch.
     alone = decoding.do_sample or not model.pads_left
     for batch in _batches(prompts, decoding, 0 if alone else max_tokens):
         with torch.random.fork_rng(devices=devices):

@@ -52,10 +52,10 @@ class Work:
 
 def collect_work(prompts: Sequence[PromptTokens]) -> list[Work]:
     """Work in which nothing occurs twice, in order of first occurrence."""
-    found: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+    numbers: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
     for number, tokens in enumerate(prompts):
-        found.setdefault(tokens.prompt, {}).setdefault(tokens.answer or (), []).append(number)
-    return [Work(prompt, tuple(own), tuple(map(tuple, own.values()))) for prompt, own in found.items()]
+        numbers.setdefault(tokens.prompt, {}).setdefault(tokens.answer or (), []).append(number)
+    return [Work(prompt, tuple(own), tuple(map(tuple, own.values()))) for prompt, own in numbers.items()]
 
 
 def cut_work(
@@ -97,17 +97,7 @@ def score_prompts(
     max_tokens: int,
     where: Callable[[int], str] = lambda number: "prompts",
 ) -> Iterator[dict[int, float]]:
-    """Mean log-likelihood per token of the answers, by the number of the prompt, batch by batch.
-
-    Args:
-        model: the LM.
-        prompts: prompts with answers.
-        max_tokens: budget of a batch, padding included.
-        where: what the prompt of a number is called in messages.
-
-    Raises:
-        UserError: likelihoods are not finite.
-    """
+    """Mean log-likelihood per token of the answers, by the number of the prompt, batch by batch; see `respond`."""
     max_tokens, max_logits = budgets(model, max_tokens)
     for batch in cut_work(collect_work(prompts), max_tokens, max_logits, model.vocabulary, model.padding_side):
         scores = score_batch(model, batch)
@@ -121,7 +111,7 @@ def score_prompts(
 
 
 def score_batch(model: LanguageModel, batch: Sequence[Work]) -> dict[int, float]:
-    """Scores of all pairs of a batch, by number."""
+    """Score all pairs of a batch, by number."""
     prompts = [work.prompt for work in batch]
     if len(batch[0].answers) == 1:
         scores = model.answer_scores(prompts, [work.answers[0] for work in batch])[:, None]

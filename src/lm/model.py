@@ -42,14 +42,7 @@ WHAT = "language model"
 
 @dataclass(frozen=True)
 class LMConfig:
-    """How to load a language model.
-
-    Attributes:
-        model_name_or_path, padding_side, add_position_ids, cache_dir, trust_remote_code, allow_pickle: as the flags.
-        dtype: fp32, fp16 or bf16.
-        device: where it goes, unless `device_map` spreads it.
-        device_map: as accelerate understands it, or None.
-    """
+    """How to load a language model: settings as the flags; it goes to `device` unless `device_map` spreads it."""
 
     model_name_or_path: str
     dtype: str
@@ -84,14 +77,10 @@ class LMConfig:
 
 
 class LanguageModel:
-    """Scores answers. Padding, batching and sharing of prompts change no score.
+    """A causal or encoder-decoder LM in eval mode. Padding, batching and sharing of prompts change no score.
 
-    Args:
-        model: a causal or encoder-decoder LM in eval mode.
-        tokenizer: fitting it.
-        padding_side: ``left`` or ``right``.
-        add_position_ids: hand position numbers to the model even where it does not need them.
-        pads_left: whether prompts of unlike length may be padded on the left (see `honours_left_padding`).
+    `add_position_ids` passes position numbers even where the model does not need them; `pads_left`: prompts of unlike
+    length may be padded on the left (see `honours_left_padding`).
     """
 
     def __init__(
@@ -108,7 +97,7 @@ class LanguageModel:
         self.pads_left = pads_left
         self.encoder_decoder: bool = bool(model.config.is_encoder_decoder)
         self._knows_positions = _takes(model, "position_ids")
-        self._wants_positions = self._knows_positions and (padding_side == "left" or add_position_ids)
+        self._needs_positions = self._knows_positions and (padding_side == "left" or add_position_ids)
         self._keeps_logits = _takes(model, "logits_to_keep")
         #: How many tokens it can read.
         self.embeddings = model.get_input_embeddings().weight.size(0)  # type: ignore[operator]
@@ -120,15 +109,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def answer_scores(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
-        """Mean log-likelihood per token of one answer after each prompt.
-
-        Args:
-            prompts: token ids, none empty.
-            answers: token ids of as many answers, none empty.
-
-        Returns:
-            fp32 ``(len(prompts),)``.
-        """
+        """Mean log-likelihood per token, fp32 ``(prompts,)``, of an answer after each prompt; token ids, none empty."""
         if self.encoder_decoder:
             return self._decoded_scores(self._encode(prompts), answers)
         rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
@@ -139,7 +120,7 @@ class LanguageModel:
         # The logits of other columns are never computed.
         columns = sorted(set().union(*spans))
         options = self._keep(columns)
-        if self._wants_positions:
+        if self._needs_positions:
             options["position_ids"] = _positions(mask)
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
         if not self._keeps_logits:
@@ -152,14 +133,9 @@ class LanguageModel:
     def shared_answer_scores(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
     ) -> np.ndarray:
-        """Mean log-likelihood per token of several answers after each prompt, which is read once.
+        """Mean log-likelihood per token, fp32 ``(prompts, answers)``, of several answers after each prompt.
 
-        Args:
-            prompts: token ids, none empty.
-            answers: for each prompt as many answers as for the others, none empty.
-
-        Returns:
-            fp32 ``(len(prompts), answers)``.
+        A prompt is read once; each has as many answers as the others.
         """
         number = len(answers[0])
         flat = [answer for own in answers for answer in own]
@@ -178,7 +154,7 @@ class LanguageModel:
         read = self.model(input_ids=ids, attention_mask=mask, use_cache=True, **last, **options)
         cache = getattr(read, "past_key_values", None)
         if not isinstance(cache, DynamicCache) or not all(isinstance(own, DynamicLayer) for own in cache.layers):
-            # Models that keep something else than keys and values read each prompt anew.
+            # Models that keep anything but keys and values read each prompt anew.
             return self.answer_scores(anew, flat).reshape(-1, number)
         first = read.logits[:, -1].float().log_softmax(-1).repeat_interleave(number, 0)
         starts = torch.tensor([answer[0] for answer in flat], device=first.device)
@@ -199,14 +175,9 @@ class LanguageModel:
 
     @torch.no_grad()
     def continuations(self, prompts: Sequence[Sequence[int]], config: GenerationConfig) -> list[str]:
-        """What the model writes after each prompt, without special tokens.
+        """What the model writes after each prompt, without special tokens: ``num_return_sequences`` texts for each.
 
-        Args:
-            prompts: token ids, none empty; a single one for a model that does not pad left.
-            config: how to generate.
-
-        Returns:
-            ``num_return_sequences`` texts for each prompt in turn.
+        A model that does not pad left takes a single prompt.
         """
         ids, mask = self._pad(prompts, "right" if self.encoder_decoder else "left")
         model: Any = self.model
@@ -215,13 +186,11 @@ class LanguageModel:
         # What follows the end is padding of the batch, with a token that may well have a text.
         ends = torch.isin(new, torch.tensor(config.eos_token_id, device=new.device))
         lengths = (ends.cumsum(1) - ends.long() == 0).sum(1).tolist()
-        own = [row[:length] for row, length in zip(new.tolist(), lengths, strict=True)]
-        return list(self.tokenizer.batch_decode(own, skip_special_tokens=True))
+        texts = [row[:length] for row, length in zip(new.tolist(), lengths, strict=True)]
+        return list(self.tokenizer.batch_decode(texts, skip_special_tokens=True))
 
     def _keep(self, columns: Sequence[int]) -> dict[str, Any]:
-        if not self._keeps_logits:
-            return {}
-        return {"logits_to_keep": torch.tensor(columns, device=self.model.device)}
+        return {"logits_to_keep": torch.tensor(columns, device=self.model.device)} if self._keeps_logits else {}
 
     def _encode(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """The encoder's states ``(n, length, width)`` of an encoder-decoder LM, and the mask."""
@@ -285,7 +254,7 @@ def model_identity(name: str, cache_dir: str | None = None) -> dict[str, Any]:
     folder = Path(name)
     cached = None
     if not folder.is_dir():
-        # No name of a model, which loading will tell.
+        # Loading reports what is no name of a model.
         with contextlib.suppress(HFValidationError):
             cached = try_to_load_from_cache(name, "config.json", cache_dir)
     files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
@@ -296,23 +265,16 @@ def model_identity(name: str, cache_dir: str | None = None) -> dict[str, Any]:
     }
 
 
-def lm_max_length(config: PretrainedConfig, wanted: int | None) -> int:
-    """`wanted` tokens, or what the model takes when that is fewer or `wanted` None."""
-    limit = position_limit(config)
-    if wanted is None:
-        return sys.maxsize if limit is None else limit
-    if limit is not None and limit < wanted:
-        logger.info("--context_max_length %d: the model takes %d tokens at a time", wanted, limit)
-        return limit
-    return wanted
+def lm_max_length(model: PreTrainedModel, requested: int | None) -> int:
+    """`requested` tokens, or as many as the model (maybe without weights) takes: when that is fewer, or for None."""
+    limit = position_limit(model.config, model) or sys.maxsize
+    if requested is not None and limit < requested:
+        logger.info("--context_max_length %d: the model takes %d tokens at a time", requested, limit)
+    return limit if requested is None else min(limit, requested)
 
 
 def _gguf_file(path: str) -> str | None:
-    """Name of the .gguf file of a folder that holds nothing else to load.
-
-    Raises:
-        UserError: it holds several.
-    """
+    """Name of the .gguf file of a folder without a ``config.json``, or a UserError for several."""
     folder = Path(path)
     if not folder.is_dir() or (folder / "config.json").exists():
         return None
@@ -334,11 +296,7 @@ def _checkpoint(config: LMConfig) -> Checkpoint:
 
 
 def load_lm_tokenizer(config: LMConfig) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
-    """What prompts are made with, before the weights are loaded: tokenizer and configuration.
-
-    Raises:
-        UserError: they cannot be loaded.
-    """
+    """Load tokenizer and configuration, which prompts need before the weights are loaded."""
     checkpoint = _checkpoint(config)
     return checkpoint.tokenizer(), checkpoint.config()
 
@@ -348,20 +306,12 @@ def _auto_class(config: PretrainedConfig) -> Any:
 
 
 def empty_lm(config: LMConfig, model_config: PretrainedConfig) -> PreTrainedModel:
-    """The LM of a configuration without its weights, to tell its size.
-
-    Raises:
-        UserError: it is no LM, or its folder holds no weights.
-    """
+    """Build the LM of a configuration without its weights, or raise a UserError if it is none or has no weights."""
     return _checkpoint(config).empty(_auto_class(model_config), model_config)
 
 
 def load_lm(config: LMConfig) -> LanguageModel:
-    """Load a causal or encoder-decoder LM with its tokenizer.
-
-    Raises:
-        UserError: it cannot be loaded, is no LM, or lacks weights.
-    """
+    """Load a causal or encoder-decoder LM with its tokenizer, or raise a UserError if it is none or lacks weights."""
     name, checkpoint = config.model_name_or_path, _checkpoint(config)
     tokenizer, model_config = load_lm_tokenizer(config)
     options = {"dtype": DTYPES[config.dtype], "device_map": config.device_map}
@@ -379,17 +329,13 @@ def load_lm(config: LMConfig) -> LanguageModel:
             pads_left = honours_left_padding(model)
         if side == "left" and not pads_left:
             side = "right"
-            logger.info("%s takes no notice of padding on the left: it is padded on the right", name)
+            logger.info("%s ignores the mask of padding on the left: it is padded on the right", name)
     return LanguageModel(model, tokenizer, side, config.add_position_ids, pads_left)
 
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel, name: str) -> None:
-    """Find out whether a model looks at later tokens, as encoders do: it would read the answers that it scores.
-
-    Raises:
-        UserError: it does.
-    """
+    """Raise a UserError if a model looks at later tokens, as encoders do: it would read the answers that it scores."""
     logits = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=model.device)).logits[:, 0].float()
     # Half precision may round alike sums differently.
     if float((logits[0] - logits[1]).abs().max()) > 0.01 * float(logits.std()):
@@ -405,6 +351,6 @@ def honours_left_padding(model: PreTrainedModel) -> bool:
     mask = torch.tensor([[0, 0, 1, 1, 1]], device=model.device)
     options = {"position_ids": _positions(mask)} if _takes(model, "position_ids") else {}
     padded = torch.cat([torch.full_like(ids[:, :2], 2), ids], 1)
-    found = model(input_ids=padded, attention_mask=mask, **options).logits[0, -1].float()
-    wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
-    return torch.allclose(found, wanted, rtol=5e-2, atol=5e-2)
+    logits = model(input_ids=padded, attention_mask=mask, **options).logits[0, -1].float()
+    expected = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float()
+    return torch.allclose(logits, expected, rtol=5e-2, atol=5e-2)

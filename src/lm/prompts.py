@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, takewhile
 from typing import Any, cast
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -23,15 +24,9 @@ HALF = "\ufffd"
 
 @dataclass(frozen=True)
 class Layout:
-    """What stands before and between the parts of a prompt.
+    """What stands before and between the parts of a prompt: keys, then header, examples and question.
 
-    Attributes:
-        before_knowledge: before the first key.
-        between_keys: between two keys.
-        after_knowledge: between knowledge and the rest.
-        between_parts: between header, examples and question.
-        strip: remove white space around keys.
-        framed: whether a `Frame` goes around the prompt (not where the LM continues a text).
+    `strip` removes white space around keys; a `Frame` goes around the prompt unless the LM continues a text (`framed`).
     """
 
     before_knowledge: str = "Knowledge: "
@@ -58,14 +53,13 @@ def passages_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The parts of a prompt, in the order they stand in.
+    """The parts of a prompt.
 
     Attributes:
-        question: always kept whole; the answer follows it.
+        question: never cut; the answer follows it.
         knowledge: retrieved keys, the last of which are cut first (with `cut_first` the first).
         examples: the first of which are left out first.
         header: a line between knowledge and examples, kept like the question.
-        layout: what stands between the parts.
         key_stays: a key that is cut to nothing leaves what stands around it.
     """
 
@@ -79,7 +73,7 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """The whole prompt."""
+        """All parts joined."""
         layout = self.layout
         keys = [key.strip() for key in self.knowledge] if layout.strip else self.knowledge
         knowledge = [layout.before_knowledge + layout.between_keys.join(keys)] if keys else []
@@ -90,7 +84,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """Token ids of a prompt, and of the answer whose likelihood is asked for (None: continue the prompt)."""
+    """Token ids of a prompt, and of the answer to score (None: continue the prompt)."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...] | None
@@ -101,13 +95,7 @@ class PromptTokens:
 
 @dataclass(frozen=True)
 class Request:
-    """What the LM is asked.
-
-    Attributes:
-        prompt: to be answered.
-        options: answers whose likelihood is asked for; without any the LM generates one.
-        windows: tokens with answers whose likelihood is asked for, in place of prompt and options.
-    """
+    """A prompt with answers to score (`options`; without any the LM generates one), or `windows` of tokens to score."""
 
     prompt: Prompt | None = None
     options: tuple[str, ...] = ()
@@ -128,7 +116,7 @@ SCORE_PROMPTS = {
 
 
 def score_request(task: str, query: str, key: str, answer: str) -> Request:
-    """How likely is `answer` after `key` and `query`? `task` is one of `SCORE_PROMPTS`."""
+    """Ask how likely `answer` is after `key` and `query`; `task` is one of `SCORE_PROMPTS`."""
     layout, question = SCORE_PROMPTS[task]
     if layout.strip:
         query, answer = query.strip(), answer.strip()
@@ -137,11 +125,9 @@ def score_request(task: str, query: str, key: str, answer: str) -> Request:
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around a prompt for models that were tuned to follow instructions.
+    """Texts around a prompt for models that were tuned to follow instructions.
 
-    Attributes:
-        before, after: texts around the prompt.
-        special: put the tokenizer's special tokens before it (a chat template brings its own).
+    With `special` the tokenizer's special tokens come before it; a chat template has them already.
     """
 
     before: str = ""
@@ -161,7 +147,7 @@ _PLACE = "<the prompt stands here>"
 
 
 def make_frame(tokenizer: PreTrainedTokenizerBase, llama_inst: bool, chat_template: bool) -> Frame:
-    """The frame that ``--add_llama_inst`` or ``--use_chat_template`` asks for.
+    """Make the frame of ``--add_llama_inst`` or ``--use_chat_template``, if either is set.
 
     Raises:
         UserError: the tokenizer has no chat template, or one that changes the message.
@@ -186,13 +172,9 @@ class PromptEncoder:
     """Requests to tokens within a budget.
 
     Attributes:
-        tokenizer: of the LM.
-        max_length: most tokens of a prompt with its answer.
+        max_length: most tokens of a prompt with its answer; of the prompt alone unless `counts_answer`.
         key_max_length: most tokens of a key; None for any number.
-        truncation_side: ``left`` or ``right``, where a key is cut.
-        frame: what stands around the prompts.
-        encoder_decoder: prompt and answer are read apart, each with the special tokens of its own.
-        counts_answer: False where `max_length` holds for the prompt alone.
+        encoder_decoder: prompt and answer are read apart, each with its special tokens.
         new_tokens: of an answer that the LM generates.
     """
 
@@ -209,11 +191,7 @@ class PromptEncoder:
     def from_args(
         cls, args: LMArgs, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, **more: Any
     ) -> PromptEncoder:
-        """What the flags ask for, of an LM with that tokenizer and configuration; `more` are further attributes.
-
-        Raises:
-            UserError: the tokenizer has no chat template that the flags ask for.
-        """
+        """Read the flags, for an LM with that tokenizer and configuration; `more` are further attributes."""
         frame = make_frame(tokenizer, args.add_llama_inst, args.use_chat_template)
         kind = bool(config.is_encoder_decoder)
         return cls(tokenizer, truncation_side=args.truncation_side, frame=frame, encoder_decoder=kind, **more)
@@ -235,16 +213,16 @@ class PromptEncoder:
 
         None where the question does not fit, or where a prompt or an option has no tokens.
         """
-        found: list[tuple[PromptTokens, ...] | None] = [request.windows or None for request in requests]
+        encoded: list[tuple[PromptTokens, ...] | None] = [request.windows or None for request in requests]
         asked = [(number, each, each.prompt) for number, each in enumerate(requests) if each.prompt is not None]
         prompts = self._limit_keys([prompt for _, _, prompt in asked])
         tried = self._tokenize(prompts, [request.options for _, request, _ in asked])
-        for (number, request, whole), prompt, tokens in zip(asked, prompts, tried, strict=True):
+        for (number, request, uncut), prompt, tokens in zip(asked, prompts, tried, strict=True):
             if self._excess(tokens) > 0:
-                (tokens,) = self._tokenize([self.fit(prompt, whole.knowledge, request.options)], [request.options])
+                (tokens,) = self._tokenize([self.fit(prompt, uncut.knowledge, request.options)], [request.options])
             if self._excess(tokens) <= 0 and all(each.prompt and each.answer != () for each in tokens):
-                found[number] = tokens
-        return found
+                encoded[number] = tokens
+        return encoded
 
     def _limit_keys(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Cut keys of more than `key_max_length` tokens."""
@@ -255,7 +233,7 @@ class PromptEncoder:
         return [replace(prompt, knowledge=tuple(next(cut) for _ in prompt.knowledge)) for prompt in prompts]
 
     def _tokenize(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[tuple[PromptTokens, ...]]:
-        """Tokens of prompts with each of their options, told apart exactly: tokenized with and without the option.
+        """Tokens of prompts with each of their options, split exactly: tokenized with and without the option.
 
         A space at the end of a prompt belongs to the answer's first token, as tokenizers of LMs have it; of several at
         least the first belongs to the prompt.
@@ -263,22 +241,22 @@ class PromptEncoder:
         frames = [self.frame if prompt.layout.framed else PLAIN for prompt in prompts]
         heads = [frame(prompt.text) for frame, prompt in zip(frames, prompts, strict=True)]
         ends = [_ends(head) for head in heads]
-        without = iter(self._ids([end for own in ends for end in own], self.encoder_decoder))
+        without = iter(self._ids(list(chain.from_iterable(ends)), self.encoder_decoder))
         # Of an encoder-decoder LM the answer is read alone.
         before = [""] * len(heads) if self.encoder_decoder else heads
-        texts = [head + option for head, own in zip(before, options, strict=True) for option in own]
-        whole = iter(self._ids(texts))
-        found = []
-        for frame, own_ends, own_options in zip(frames, ends, options, strict=True):
-            short, *longer = [next(without) for _ in own_ends]
+        texts = [head + option for head, choices in zip(before, options, strict=True) for option in choices]
+        joined = iter(self._ids(texts))
+        tokens = []
+        for frame, places, choices in zip(frames, ends, options, strict=True):
+            short, *longer = [next(without) for _ in places]
             prefix = self._prefix if frame.special and not self.encoder_decoder else []
             parts = [PromptTokens((*prefix, *short), None)]
-            if own_options and self.encoder_decoder:
-                parts = [PromptTokens(tuple(short), tuple(next(whole))) for _ in own_options]
-            elif own_options:
-                parts = [_split(prefix, next(whole), [short, *longer]) for _ in own_options]
-            found.append(tuple(parts))
-        return found
+            if choices and self.encoder_decoder:
+                parts = [PromptTokens(tuple(short), tuple(next(joined))) for _ in choices]
+            elif choices:
+                parts = [_split(prefix, next(joined), [short, *longer]) for _ in choices]
+            tokens.append(tuple(parts))
+        return tokens
 
     def _excess(self, tokens: Sequence[PromptTokens]) -> int:
         """Tokens beyond the budget."""
@@ -287,13 +265,7 @@ class PromptEncoder:
         return max(sizes) - self.max_length
 
     def fit(self, prompt: Prompt, keys: Sequence[str], options: Sequence[str]) -> Prompt:
-        """The prompt with as much of its knowledge, then of its examples, as fits; the question stays if it does not.
-
-        Args:
-            prompt: that does not fit.
-            keys: its knowledge before any was cut.
-            options: of the request.
-        """
+        """Keep as much of the knowledge, then of the examples, as fits; `keys` are the knowledge before any was cut."""
 
         def excess(changed: Prompt) -> int:
             return self._excess(self._tokenize([changed], [options])[0])
@@ -306,15 +278,15 @@ class PromptEncoder:
         return shorter[fewest]
 
     def _cut_knowledge(self, prompt: Prompt, keys: Sequence[str], excess: Callable[[Prompt], int]) -> Prompt:
-        """The prompt with as many whole keys as fit, and a part of the next one."""
+        """Keep as many uncut keys as fit, and a part of the next one."""
         size = len(keys)
 
         def keeping(number: int, part: str = "") -> Prompt:
-            """With `number` whole keys, and `part` in place of the next."""
-            own = (part,) if part or prompt.key_stays else ()
+            """With `number` uncut keys, and `part` in place of the next."""
+            next_key = (part,) if part or prompt.key_stays else ()
             if prompt.cut_first:
-                return replace(prompt, knowledge=(*own, *prompt.knowledge[size - number :]))
-            return replace(prompt, knowledge=(*prompt.knowledge[:number], *own))
+                return replace(prompt, knowledge=(*next_key, *prompt.knowledge[size - number :]))
+            return replace(prompt, knowledge=(*prompt.knowledge[:number], *next_key))
 
         # The most keys that fit, by halving: with fewer keys a prompt is never longer.
         number = bisect_left(range(1, size), True, key=lambda more: excess(keeping(more)) > 0)
@@ -369,11 +341,6 @@ def _split(prefix: Sequence[int], ids: Sequence[int], prompts: Sequence[Sequence
 
     Where a token spans that end it belongs to the answer.
     """
-    start = max(_common_length(prompt, ids) for prompt in prompts)
+    alike = [takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)) for prompt in prompts]
+    start = max(len(list(pairs)) for pairs in alike)
     return PromptTokens((*prefix, *ids[:start]), tuple(ids[start:]))
-
-
-def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    both = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, other) in both if one != other), min(len(first), len(second)))

@@ -1,8 +1,7 @@
 """Responses of a language model on the disk while a long job runs: what a killed run has asked is not asked again.
 
-A folder holds a manifest, which says what the responses depend on, and parts, files of JSON lines to which every batch
-is added as it is done. A part is claimed by making a file that must not exist yet, so that processes, also on several
-hosts with a common folder, share out the parts among themselves as they go.
+A folder holds a manifest, which says what the responses depend on, and parts: files of JSON lines to which every batch
+is appended. Processes, also on several hosts with a common folder, claim parts by creating files that must not exist.
 """
 
 from __future__ import annotations
@@ -25,13 +24,7 @@ FORMAT = 4
 
 @dataclass(frozen=True)
 class Response:
-    """What came back.
-
-    Attributes:
-        texts: generated answers.
-        log_likelihoods: of the options or windows, mean per token.
-        tokens: how many tokens each option or window has.
-    """
+    """Generated `texts`, or mean `log_likelihoods` per token of options or windows and how many `tokens` each has."""
 
     texts: tuple[str, ...] = ()
     log_likelihoods: tuple[float, ...] = ()
@@ -44,11 +37,7 @@ class Response:
 
 
 def to_response(value: Mapping[str, Any] | None) -> Response | None:
-    """What `asdict` and JSON made of a response; None for none.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is damaged.
-    """
+    """Restore a response (None: none) from JSON; raises KeyError, TypeError or ValueError when it is damaged."""
     if value is None:
         return None
     response = Response(tuple(value["texts"]), tuple(value["log_likelihoods"]), tuple(value["tokens"]))
@@ -59,11 +48,7 @@ def to_response(value: Mapping[str, Any] | None) -> Response | None:
 
 
 class ResponseStore:
-    """Responses by key, in numbered parts; None for what cannot be asked.
-
-    Args:
-        folder: where it lies; no other run may write there.
-    """
+    """Responses by key, in numbered parts below a folder of this run alone; None for what cannot be asked."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
@@ -71,11 +56,7 @@ class ResponseStore:
         self._identity: dict[str, Any] = {}
 
     def open(self, identity: Mapping[str, Any]) -> None:
-        """Begin, or go on where a run with the same `identity` stopped; all processes together, before any claims.
-
-        Raises:
-            UserError: what is there depends on something else.
-        """
+        """Begin, or go on where a run with the same `identity` stopped; all processes together, before any claims."""
         self._identity = {"format": FORMAT, **identity}
         with distributed.raising_together():
             stale = [*self.folder.glob("*.claim")]
@@ -88,11 +69,7 @@ class ResponseStore:
                 path.unlink(missing_ok=True)
 
     def check(self, identity: Mapping[str, Any]) -> None:
-        """Compare what the responses depend on.
-
-        Raises:
-            UserError: they depend on something else, or nobody can tell.
-        """
+        """Raise a UserError if the responses depend on something else, or on nobody knows what."""
         remedy = f"remove {self.folder}, or choose another --save_name"
         read_manifest(self.manifest, "scores of another run", remedy, {"format": FORMAT, **identity})
 
@@ -107,7 +84,7 @@ class ResponseStore:
 
     def read(self, part: int | None = None) -> dict[str, Response | None]:
         """Responses of a part, or of all."""
-        found: dict[str, Response | None] = {}
+        responses: dict[str, Response | None] = {}
         for path in sorted(self.folder.glob("*.jsonl")) if part is None else [self._path(part)]:
             if path.is_file():
                 for line in path.read_bytes().split(b"\n"):
@@ -115,8 +92,8 @@ class ResponseStore:
                     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                         row = json.loads(line)
                         if row["checksum"] == content_checksum(row["responses"]):
-                            found.update({key: to_response(value) for key, value in row["responses"].items()})
-        return found
+                            responses.update({key: to_response(value) for key, value in row["responses"].items()})
+        return responses
 
     def add(self, part: int, responses: Mapping[str, Response | None]) -> None:
         """Append responses, which are kept also if this process is killed at once."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count, islice, pairwise
+from itertools import chain, count, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,11 @@ SHOWN_ROWS = 5
 
 @dataclass(frozen=True)
 class ScoreData:
-    """What is scored.
+    """Rows, checked by `check_lm_row`, and how they are scored.
 
     Attributes:
-        rows: checked by `check_lm_row`.
         default_task: of rows that name none.
-        answer_select: ``random``, ``first``, ``best`` or ``mean``.
-        seed: for ``random``.
+        answer_select: ``random`` (by `seed`), ``first``, ``best`` or ``mean``.
         prompts: task → the task whose prompt it takes, where that is another.
     """
 
@@ -85,15 +83,15 @@ def encode_row(encoder: PromptEncoder, data: ScoreData, number: int) -> list[Pro
     name = str(row.get("task") or data.default_task)
     task = data.prompts.get(name, name)
     if has_tokens(row):
-        return _own_tokens(encoder, row)
+        return _carried_tokens(encoder, row)
     positives, negatives = candidates(row)
     query = (row.get("context") or "") + row["query"] if task == "lrlm" else row["query"]
     keys = [*positives, *negatives]
     requests = [score_request(task, query, key, answer) for answer in data.chosen(number, row) for key in keys]
-    return [own[0] if own is not None else None for own in encoder.encode(requests)]
+    return [tokens[0] if tokens is not None else None for tokens in encoder.encode(requests)]
 
 
-def _own_tokens(encoder: PromptEncoder, row: dict[str, Any]) -> list[PromptTokens | None]:
+def _carried_tokens(encoder: PromptEncoder, row: dict[str, Any]) -> list[PromptTokens | None]:
     """Of an lrlm row that carries tokens: key, context, query and answer in a line, nothing added."""
     rest, answer = [*row["context_inputs"], *row["query_inputs"]], tuple(row["answer_inputs"])
     free = encoder.max_length - len(rest) - len(answer)
@@ -105,11 +103,7 @@ def _own_tokens(encoder: PromptEncoder, row: dict[str, Any]) -> list[PromptToken
 
 
 def check_tokens(data: ScoreData, vocabulary: int) -> None:
-    """Find out whether the tokens that rows carry can be those of the LM.
-
-    Raises:
-        UserError: some are beyond its vocabulary.
-    """
+    """Raise a UserError if rows carry tokens beyond the vocabulary of the LM."""
     highest = data.rows.scan.columns["token_max"]
     if beyond := np.flatnonzero(highest >= vocabulary).tolist():
         raise UserError(
@@ -119,14 +113,10 @@ def check_tokens(data: ScoreData, vocabulary: int) -> None:
 
 
 def check_all_fit(encoder: PromptEncoder, data: ScoreData) -> None:
-    """For ``--strict``.
-
-    Raises:
-        UserError: some rows do not fit.
-    """
+    """For ``--strict``: raise a UserError if some rows do not fit."""
     part = distributed.part_of(len(data.rows))
     mine = [number for number in part if None in encode_row(encoder, data, number)]
-    if unfit := [number for own in distributed.all_gather_json(mine) for number in own]:
+    if unfit := list(chain.from_iterable(distributed.all_gather_json(mine))):
         raise UserError(
             f"{data.rows.where(unfit[0])}: query and answer do not fit into {encoder.max_length} tokens "
             f"(--context_max_length, or what the LM takes), nor do those of {len(unfit) - 1} more rows: raise it, "
@@ -137,14 +127,9 @@ def check_all_fit(encoder: PromptEncoder, data: ScoreData) -> None:
 def score_units(
     model: LanguageModel, encoder: PromptEncoder, data: ScoreData, store: ResponseStore, max_tokens: int
 ) -> None:
-    """Score what the store lacks, together with the other processes.
+    """Score what the opened store lacks, by number of the pair within its unit, together with the other processes.
 
-    Args:
-        model: the LM.
-        encoder: texts to prompts.
-        data: rows.
-        store: opened; takes the scores, by number of the pair within its unit.
-        max_tokens: budget of a batch, padding included.
+    `max_tokens` is the budget of a batch, padding included.
     """
     units, pairs = data.units(), data.pairs
     sizes = [int(pairs[unit.start : unit.stop].sum()) for unit in units]
@@ -193,23 +178,10 @@ def _score_unit(
 
 
 def write_scored(data: ScoreData, store: ResponseStore, field: str, path: str, partly: bool = False) -> int:
-    """Write all rows with the scores of their candidates; by one process.
+    """Write all rows with the scores of their candidates, in pos + neg (or history) order; return how many have theirs.
 
-    Rows that do not fit or were not reached lose a `field` they had: it would be of another model. Rows that were
-    scored by their tokens lose these.
-
-    Args:
-        data: rows.
-        store: holds the scores.
-        field: gets the list of scores, in pos + neg (or history) order.
-        path: JSON lines file, there only when it is whole.
-        partly: rows without scores are no error.
-
-    Returns:
-        How many rows have their scores.
-
-    Raises:
-        UserError: the store lacks scores.
+    By one process. Rows that do not fit or were not reached lose a `field` they had: it would be of another model. Rows
+    that were scored by their tokens lose these. Rows without scores are an error unless `partly` is set.
     """
     unfit: list[int] = []
     absent = replaced = 0
@@ -218,16 +190,16 @@ def write_scored(data: ScoreData, store: ResponseStore, field: str, path: str, p
             responses = store.read(unit)
             keys = map(str, count())
             for number in rows:
-                own = list(islice(keys, int(data.pairs[number])))
+                pairs = list(islice(keys, int(data.pairs[number])))
                 row = data.rows[number]
                 replaced += field in row
                 row.pop(field, None)
-                if not responses.keys() >= set(own):
+                if not responses.keys() >= set(pairs):
                     absent += 1
-                elif any(responses[key] is None for key in own):
+                elif any(responses[key] is None for key in pairs):
                     unfit.append(number)
                 else:
-                    scores = np.array([response.log_likelihoods[0] for key in own if (response := responses[key])])
+                    scores = np.array([response.log_likelihoods[0] for key in pairs if (response := responses[key])])
                     row[field] = reduce_answers(scores, int(data.answers[number]), data.answer_select)
                     # The texts are what is trained on.
                     for name in TOKEN_FIELDS if has_tokens(row) else ():

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, T5En
 import run_dense
 import run_ranker
 from scripts import ours2st
-from src.lm.model import LMConfig, load_lm
+from src.lm.model import LMConfig, empty_lm, lm_max_length, load_lm, load_lm_tokenizer
 from src.retrieval.models.checks import position_limit
 from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
@@ -374,6 +374,19 @@ def test_limits_of_positions_hold_everywhere(tmp_path, monkeypatch, capsys):
     assert SentenceTransformer(str(tmp_path / "st"), device="cpu").max_seq_length == 129
     run(monkeypatch, ours2st.main, "--encoder", folder, "--max_length", 130, "--output_dir", tmp_path / "no", expect=2)
     assert "--max_length 130: " in capsys.readouterr().err
+
+
+def test_prompts_are_as_long_as_the_language_model_takes(tmp_path):
+    settings = {**POSITIONS, "pad_token_id": 1, "is_decoder": True}
+    folder = build(tmp_path / "base", "RobertaForCausalLM", **settings)
+    config = LMConfig(folder, "fp32", torch.device("cpu"))
+    empty = empty_lm(config, load_lm_tokenizer(config)[1])
+    model = load_lm(config)
+    limits = [lm_max_length(each, requested) for each in (empty, model.model) for requested in (None, 20, 1024)]
+    assert limits == [38, 20, 38] * 2
+    model.answer_scores([[9] * 37], [[9]])
+    with pytest.raises((IndexError, RuntimeError)):
+        model.answer_scores([[9] * 38], [[9]])
 
 
 @pytest.mark.parametrize("kind", ["encoder", "ranker", "language model"])
