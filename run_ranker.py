@@ -71,9 +71,9 @@ class RankerJob(Job[RankerArgs, CrossEncoder]):
         return ranker_scorer(self.args, device, model)
 
     def hits(self, model: CrossEncoder, data: EvalData, config: EvalConfig, device: torch.device) -> Iterable[Hits]:
-        if config.load_result:
+        if config.args.load_result:
             return load_hits(data, config)
-        return rerank(data, self.scorer(model, device), config.hits)
+        return rerank(data, self.scorer(model, device), config.args.hits)
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def results_folder(args: Any) -> str:
 
 def results_config(args: Any) -> EvalConfig:
     """The settings of retrieval, which writes into `results_folder`."""
-    return EvalConfig.from_args(args, output_dir=results_folder(args), seed=args.seed)
+    return EvalConfig(args, output_dir=results_folder(args), seed=args.seed)
 
 
 def retriever_identity(args: RetrievalArgs, data: EvalData, encoder: EncoderConfig) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def from_corpus(task: EvalTask) -> tuple[list[Retrieved], Values]:
     identity = retriever_identity(args, data, task.encoder)
     config = replace(results_config(args), retriever=identity, same_retriever=True)
     choose = task.chooser()
-    if choose is not None and not config.load_result:
+    if choose is not None and not config.args.load_result:
         hits = chosen_hits(data, choose, config)
     else:
         hits = retrieve(data, config, lambda: build_searcher(args, data, task.device, task.load_retriever))
@@ -119,7 +119,7 @@ def from_corpus(task: EvalTask) -> tuple[list[Retrieved], Values]:
 def chosen_hits(data: EvalData, choose: Callable[[Row], Sequence[int]], config: EvalConfig) -> Iterator[Hits]:
     """Hits that are chosen row by row, in this order, with equal scores."""
     for first in range(0, len(data.rows), WINDOW):
-        indices = [list(choose(row))[: config.hits] for row in data.rows[first : first + WINDOW]]
+        indices = [list(choose(row))[: config.args.hits] for row in data.rows[first : first + WINDOW]]
         table = np.full((len(indices), max(map(len, indices), default=0)), -1, dtype=np.int64)
         for place, chosen in enumerate(indices):
             table[place, : len(chosen)] = chosen

@@ -160,8 +160,8 @@ def evaluation_lines(
     """
     columns = data.rows.scan.columns
     yield "evaluation", f"{data.rows.path}: {len(data.rows):,} queries (task {data.task or 'none'})"
-    yield "evaluation", f"metrics: {', '.join(config.metrics) or 'none'}"
-    if SCORE in config.metrics:
+    yield "evaluation", f"metrics: {', '.join(config.args.metrics) or 'none'}"
+    if SCORE in config.args.metrics:
         yield "evaluation", f"{int(columns['candidates'].sum()):,} candidates to score"
     if config.rerank and config.ranks:
         yield "evaluation", f"{int(columns['keys'].sum()):,} keys to reorder"
@@ -177,7 +177,7 @@ def _corpus_lines(
 ) -> Iterator[Line]:
     assert data.corpus is not None
     rows = len(data.corpus)
-    hits = min(config.hits or rows, rows)
+    hits = min(config.args.hits or rows, rows)
     yield "corpus", f"{data.corpus.path}: {rows:,} passages, {hits:,} a query by {args.retrieval_method}"
     if args.retrieval_method == "bm25":
         engine = distributed.on_main(partial(choose_engine, args))

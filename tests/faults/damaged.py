@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import random
 import shutil
@@ -24,7 +23,7 @@ import torch
 
 from evaluation.runner.outputs import read_responses
 from src.lm.response_store import Response, ResponseStore
-from src.retrieval.args import BM25Args
+from src.retrieval.args import BM25Args, RetrievalArgs
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.rows import check_corpus_row, check_eval_row
 from src.retrieval.data.tasks import no_instruction
@@ -151,7 +150,8 @@ def evaluation(folder: Path) -> tuple[EvalData, EvalConfig]:
     """An evaluation whose hits are saved or loaded."""
     corpus = open_jsonl(str(folder.parent / "corpus.json"), partial(check_corpus_row, columns=["text"]), "corpus")
     rows = open_jsonl(str(folder.parent / "test.json"), check_eval_row, "rows")
-    config = EvalConfig(("mrr",), (1,), 3, str(folder), retriever={"name": "x"}, same_retriever=True)
+    args = RetrievalArgs(metrics=["mrr"], cutoffs=[1], hits=3)
+    config = EvalConfig(args, str(folder), seed=0, retriever={"name": "x"}, same_retriever=True)
     return EvalData(rows, corpus, "{text}", None, no_instruction), config
 
 
@@ -165,7 +165,7 @@ def make_hits(folder: Path) -> None:
 def read_hits(folder: Path) -> np.ndarray:
     """With ``--load_result``."""
     data, config = evaluation(folder)
-    return np.concatenate([hits.rows for hits in load_hits(data, dataclasses.replace(config, load_result=True))])
+    return np.concatenate([hits.rows for hits in load_hits(data, config)])
 
 
 def make_weights(folder: Path) -> None:

@@ -88,7 +88,7 @@ def load_eval_data(
             "--eval_data needs --corpus to retrieve from (run_dense.py --eval_method rerank orders each row's keys)"
         )
     size = len(corpus) if corpus is not None else None
-    rows = load_eval_rows(path, size, args.dataset_cache_dir, SCORE in config.metrics, further)
+    rows = load_eval_rows(path, size, args.dataset_cache_dir, SCORE in config.args.metrics, further)
     # Only models know instructions; to BM25 they would be words like others.
     lexical = isinstance(args, RetrievalArgs) and args.retrieval_method != "dense"
     instruction_of = no_instruction if lexical else instructions(args)
@@ -114,8 +114,8 @@ def evaluate(
         Metrics by name; none without hits.
     """
     with hold_outputs(data, config):
-        if SCORE in config.metrics:
-            write_scores(data, score(), config.score_name or "teacher_scores", scored_path(data, config))
+        if SCORE in config.args.metrics:
+            write_scores(data, score(), config.args.score_name or "teacher_scores", scored_path(data, config))
         return report(data, hits(), config) if config.ranks else {}
 
 

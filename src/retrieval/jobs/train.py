@@ -119,7 +119,7 @@ class Job(ABC, Generic[ArgsT, ModelT]):
     def _run(self) -> None:
         args, training = self.args, self.training
         device = prepared(torch.device("cpu") if args.cpu else training.device)
-        config = EvalConfig.from_args(args, output_dir=training.output_dir, seed=training.seed, rerank=self.reranks)
+        config = EvalConfig(args, output_dir=training.output_dir, seed=training.seed, rerank=self.reranks)
         data = load_eval_data(args, config)
         sources = load_sources(args, training)
         resume = distributed.on_main(

@@ -32,11 +32,7 @@ def nq_recall(
 ) -> dict[str, np.ndarray]:
     """Per query, whether one of the first k hits contains an answer: ``{"nq_recall@k": (queries,)}``.
 
-    Args:
-        hits: int ``(queries, hits)`` corpus row numbers, -1 for none.
-        answers: per query at least one answer.
-        text_of: text of a corpus row, without instruction.
-        cutoffs: ranks k.
+    `hits` are int ``(queries, hits)`` corpus row numbers, -1 for none; `text_of` gives their texts without instruction.
     """
     deepest = min(max(cutoffs), hits.shape[1])
     first = np.full(len(hits), np.inf)

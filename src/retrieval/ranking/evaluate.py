@@ -14,6 +14,7 @@ from typing import IO
 
 import numpy as np
 
+from src.retrieval.args import DataArgs, RetrievalArgs
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.models.encode import progress
 from src.retrieval.ranking.answer_recall import nq_recall
@@ -30,10 +31,10 @@ from src.retrieval.ranking.files import (
     run_lines,
 )
 from src.retrieval.ranking.metrics import retrieval_metrics
-from src.retrieval.ranking.mining import MiningSummary
+from src.retrieval.ranking.mining import MiningConfig, MiningSummary
 from src.retrieval.ranking.own_rows import find_own_rows, without_own_rows
 from src.retrieval.ranking.saved_hits import load_hits, origin_path, windows, write_origin
-from src.retrieval.search.searcher import NoSearcher, Searcher
+from src.retrieval.search.searcher import NoSearcher, Searcher, stores_written
 from src.utils import distributed, locks
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output, derived_path
@@ -42,21 +43,17 @@ logger = logging.getLogger(__name__)
 
 
 def check_labels(data: EvalData, config: EvalConfig) -> None:
-    """Find out before the work whether the metrics can be computed at all.
-
-    Raises:
-        UserError: no row has what a metric needs.
-    """
-    columns = data.rows.scan.columns
-    if any(metric in config.metrics for metric in LABEL_METRICS) and not (columns["positives"] > 0).any():
+    """Raise a UserError, before the work, if no row has what a metric needs."""
+    columns, metrics = data.rows.scan.columns, config.args.metrics
+    if not set(LABEL_METRICS).isdisjoint(metrics) and not (columns["positives"] > 0).any():
         raise UserError(
             f"{data.rows.path}: no row has pos_index, which --metrics {' '.join(LABEL_METRICS)} need "
             "(nq uses 'answers' instead)"
         )
-    if "nq" in config.metrics and not (columns["answers"] > 0).any():
+    if "nq" in metrics and not (columns["answers"] > 0).any():
         raise UserError(f"{data.rows.path}: no row has 'answers', which --metrics nq needs")
     for metric in ("nq", "collate_neg") if config.rerank else ("nq", "collate_key", "collate_neg"):
-        if metric in config.metrics and data.corpus is None:
+        if metric in metrics and data.corpus is None:
             raise UserError(f"--metrics {metric} needs --corpus: it works on the texts of the hits")
     if config.rerank and config.ranks:
         keys, indices = columns["keys"], columns["key_indices"]
@@ -69,11 +66,11 @@ def check_labels(data: EvalData, config: EvalConfig) -> None:
                 f"corpus row number of every key; {len(unequal)} rows have this problem (--metrics collate_key of "
                 "evaluation.eval_retrieval writes both)"
             )
-    if config.save_trec:
+    if config.args.save_trec:
         check_query_ids(data.rows)
 
 
-def window_metrics(data: EvalData, rows: Sequence[dict], hits: Hits, config: EvalConfig) -> dict[str, np.ndarray]:
+def window_metrics(data: EvalData, rows: Sequence[dict], hits: Hits, args: DataArgs) -> dict[str, np.ndarray]:
     """Metric name to fp64 ``(queries,)``, NaN for a row without the labels that the metric needs."""
     values: dict[str, np.ndarray] = {}
 
@@ -83,58 +80,41 @@ def window_metrics(data: EvalData, rows: Sequence[dict], hits: Hits, config: Eva
             values[name] = np.full(len(rows), np.nan)
             values[name][labelled] = part
 
-    if any(metric in config.metrics for metric in LABEL_METRICS):
-        add("pos_index", partial(retrieval_metrics, metrics=config.metrics, cutoffs=config.cutoffs))
-    if "nq" in config.metrics:
-        add("answers", partial(nq_recall, text_of=data.key_text, cutoffs=config.cutoffs))
+    if not set(LABEL_METRICS).isdisjoint(args.metrics):
+        add("pos_index", partial(retrieval_metrics, metrics=args.metrics, cutoffs=args.cutoffs))
+    if "nq" in args.metrics:
+        add("answers", partial(nq_recall, text_of=data.key_text, cutoffs=args.cutoffs))
     return values
 
 
-class MetricMeans:
-    """Means over the rows that have labels; rows without are left out and counted."""
-
-    def __init__(self) -> None:
-        self._columns: dict[str, list[np.ndarray]] = defaultdict(list)
-
-    def add(self, values: Mapping[str, np.ndarray]) -> None:
-        """Add the values of a window, see `window_metrics`."""
-        for name, column in values.items():
-            self._columns[name].append(column)
-
-    def result(self) -> dict[str, float]:
-        """Return the means; what was left out goes to the log."""
-        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
-        missing = {
-            "answers" if name.startswith("nq") else "pos_index": (int(np.isnan(column).sum()), len(column))
-            for name, column in columns.items()
-        }
-        for field, (without, rows) in missing.items():
-            if without:
-                logger.info("%d of %d rows have no %s and are left out of its metrics", without, rows, field)
-        return {name: float(np.nanmean(column)) for name, column in columns.items()}
+def metric_means(parts: Mapping[str, Sequence[np.ndarray]]) -> dict[str, float]:
+    """Means of what `window_metrics` gave over the rows that have labels; the log says how many rows have none."""
+    columns = {name: np.concatenate(values) for name, values in parts.items()}
+    missing = {
+        "answers" if name.startswith("nq") else "pos_index": (int(np.isnan(column).sum()), len(column))
+        for name, column in columns.items()
+    }
+    for field, (without, rows) in missing.items():
+        if without:
+            logger.info("%d of %d rows have no %s and are left out of its metrics", without, rows, field)
+    return {name: float(np.nanmean(column)) for name, column in columns.items()}
 
 
 def retrieve(data: EvalData, config: EvalConfig, searcher: Callable[[], Searcher]) -> Iterator[Hits]:
     """Hits of all rows, window by window, on every process: searched for, or loaded with ``--load_result``.
 
-    Args:
-        data: rows and corpus.
-        config: see there.
-        searcher: builds the searcher; not called when results are loaded.
+    `searcher` builds the searcher; it is not called when hits are loaded.
     """
-    own = find_own_rows(data) if config.drop_query else {}
-    if config.drop_query:
-        logger.info(
-            "%d of %d queries are in the corpus themselves, and left out of their hits", len(own), len(data.rows)
-        )
-    if config.load_result:
+    total, own = len(data.rows), find_own_rows(data) if config.drops_query else {}
+    if config.drops_query:
+        logger.info("%d of %d queries are in the corpus themselves, and left out of their hits", len(own), total)
+    if config.args.load_result:
         for hits in load_hits(data, config):
             yield Hits(hits.first, *without_own_rows(hits.rows, hits.scores, hits.first, own, hits.rows.shape[1]))
         return
-    total = len(data.rows)
     assert data.corpus is not None
     ready = searcher()
-    most = len(data.corpus) if config.hits is None else min(config.hits, len(data.corpus))
+    most = min(config.args.hits or len(data.corpus), len(data.corpus))
     asked = min(most + max(map(len, own.values()), default=0), len(data.corpus))
     short = 0
     with progress(total, "searching", distributed.is_main(), "query") as bar:
@@ -156,101 +136,94 @@ def retrieve(data: EvalData, config: EvalConfig, searcher: Callable[[], Searcher
 
 @dataclass(frozen=True)
 class Output:
-    """A file to write: what it is, where it goes, the lines of a window, and what to say of it in the end."""
+    """A file to write: its kind and path, the lines of a window, and a description for the log in the end."""
 
-    what: str
+    kind: str
     path: str
     lines: Callable[[Window], Iterator[str]]
     describe: Callable[[], str] | None = None
 
 
 def _outputs(data: EvalData, config: EvalConfig) -> list[Output]:
-    """The files that `config` asks for."""
-    source = data.rows.path
-    folder = config.output_dir if config.save_to_output else None
-    derived = partial(derived_path, source, save_name=config.save_name)
+    """The files of hits that the flags ask for."""
+    args = config.args
+    collated = partial(
+        derived_path,
+        data.rows.path,
+        save_name=args.save_name,
+        output_dir=config.output_dir if args.save_to_output else None,
+    )
+    derived = partial(derived_path, data.rows.path, save_name=args.save_name, output_dir=config.output_dir)
     outputs = []
-    if config.save_result and not config.load_result:
+    if config.saves_hits:
         outputs.append(Output("hits", result_path(data, config), result_lines))
-    if config.save_per_query:
-        outputs.append(Output("metrics per query", derived("per_query", output_dir=config.output_dir), per_query_lines))
-    if config.save_trec:
-        run = derived("run", output_dir=config.output_dir, extension=".trec")
-        qrels = derived("qrels", output_dir=config.output_dir, extension=".trec")
-        outputs += [Output("TREC run", run, run_lines), Output("TREC qrels", qrels, qrels_lines)]
-    if "collate_neg" in config.metrics:
-        summary = MiningSummary(config.mining.max_neg_num)
-        texts = (data.key_text, data.key_body)
-        lines = partial(mined_lines, texts=texts, config=config.mining, summary=summary)
-        outputs.append(Output("mined negatives", derived("neg", output_dir=folder), lines, summary.describe))
-    if "collate_key" in config.metrics:
+    if args.save_per_query:
+        outputs.append(Output("metrics per query", derived("per_query"), per_query_lines))
+    if args.save_trec:
+        outputs.append(Output("TREC run", derived("run", extension=".trec"), run_lines))
+        outputs.append(Output("TREC qrels", derived("qrels", extension=".trec"), qrels_lines))
+    if "collate_neg" in args.metrics:
+        mining, summary = MiningConfig.from_args(args, seed=config.seed), MiningSummary(args.max_neg_num)
+        lines = partial(mined_lines, texts=(data.key_text, data.key_body), config=mining, summary=summary)
+        outputs.append(Output("mined negatives", collated("neg"), lines, summary.describe))
+    if "collate_key" in args.metrics:
         lines = partial(key_lines, text_of=None if config.rerank else data.key_text)
-        outputs.append(Output("collated keys", derived("key", output_dir=folder), lines))
+        outputs.append(Output("collated keys", collated("key"), lines))
     return outputs
 
 
 def _written(data: EvalData, config: EvalConfig) -> list[str]:
-    """Paths of the files that `config` asks for."""
+    """Paths of all files that the flags ask for."""
     paths = [output.path for output in _outputs(data, config)] if config.ranks else []
-    if config.ranks and config.save_result and not config.load_result:
-        paths.append(origin_path(data, config))
-    return [*paths, scored_path(data, config)] if SCORE in config.metrics else paths
+    paths += [origin_path(data, config)] if config.ranks and config.saves_hits else []
+    return [*paths, scored_path(data, config)] if SCORE in config.args.metrics else paths
 
 
 def check_files(data: EvalData, config: EvalConfig) -> None:
-    """Find out before the work whether the files that `config` asks for can be written.
-
-    Raises:
-        UserError: one cannot.
-    """
+    """Raise a UserError, before the work, if a file that the flags ask for cannot be written."""
     for path in _written(data, config):
         inside = os.path.dirname(path) == os.path.normpath(config.output_dir)
         check_output(path, "output_dir" if inside else "eval_data")
 
 
 def hold_outputs(data: EvalData | None, config: EvalConfig) -> contextlib.AbstractContextManager[None]:
-    """Keep other runs from writing what `config` asks for; nothing without data.
-
-    Raises:
-        UserError: another one does.
-    """
-    return locks.hold(*_written(data, config), *config.stores) if data is not None else contextlib.nullcontext()
+    """Keep other runs from writing the same files, or raise a UserError if another one does; nothing without data."""
+    if data is None:
+        return contextlib.nullcontext()
+    args = config.args
+    stores = stores_written(args, config.output_dir) if isinstance(args, RetrievalArgs) and not config.rerank else ()
+    return locks.hold(*_written(data, config), *stores)
 
 
 def report(data: EvalData, windows_of_hits: Iterable[Hits], config: EvalConfig) -> dict[str, float]:
-    """Write the files asked for and return the metrics, on every process.
+    """Write the files that the flags ask for and return the metrics, on every process.
 
-    Args:
-        data: rows and corpus.
-        windows_of_hits: hits of consecutive windows that cover all rows; the main process writes them.
-        config: see there.
+    The hits are of consecutive windows that cover all rows; the main process writes them.
     """
-    means = MetricMeans()
+    values: dict[str, list[np.ndarray]] = defaultdict(list)
     outputs = _outputs(data, config) if distributed.is_main() else []
     with contextlib.ExitStack() as stack:
-        files: list[tuple[IO[str], Output]] = []
+        files: list[IO[str]] = []
+
+        def write(hits: Hits) -> None:
+            rows = data.rows[hits.first : hits.first + len(hits.rows)]
+            window = Window(rows, hits, window_metrics(data, rows, hits, config.args))
+            for name, column in window.values.items():
+                values[name].append(column)
+            # Not opened before there is something to write: what goes wrong until then leaves no trace.
+            files.extend(stack.enter_context(atomic_write(output.path)) for output in outputs[len(files) :])
+            for file, output in zip(files, outputs, strict=True):
+                file.writelines(output.lines(window))
+
         for hits in windows_of_hits:
-            if not files:
-                # Not before there is something to write: what goes wrong until then leaves no trace.
-                files = [(stack.enter_context(atomic_write(output.path)), output) for output in outputs]
-            distributed.on_main(partial(_write_window, data, hits, config, means, files))
-        if config.save_result and not config.load_result and distributed.is_main():
+            distributed.on_main(partial(write, hits))
+        if config.saves_hits and distributed.is_main():
             # The files take their names next. Until the new hits are known they are nobody's.
             Path(origin_path(data, config)).unlink(missing_ok=True)
-    if config.save_result and not config.load_result:
+    if config.saves_hits:
         distributed.on_main(lambda: write_origin(data, config))
     for output in outputs:
         if output.describe is not None:
             logger.info("%s", output.describe())
-        logger.info("%s: %s", output.what, output.path)
-    return distributed.on_main(means.result)
-
-
-def _write_window(
-    data: EvalData, hits: Hits, config: EvalConfig, means: MetricMeans, files: list[tuple[IO[str], Output]]
-) -> None:
-    rows = data.rows[hits.first : hits.first + len(hits.rows)]
-    window = Window(rows, hits, window_metrics(data, rows, hits, config))
-    means.add(window.values)
-    for file, output in files:
-        file.writelines(output.lines(window))
+        logger.info("%s: %s", output.kind, output.path)
+    return distributed.on_main(lambda: metric_means(values))

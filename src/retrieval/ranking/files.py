@@ -17,12 +17,9 @@ from src.utils.jsonl import JsonLines
 
 @dataclass(frozen=True)
 class Hits:
-    """Retrieval results of consecutive evaluation rows.
+    """Retrieval results of consecutive evaluation rows from number `first` on.
 
-    Attributes:
-        first: number of the first of these rows in the evaluation file.
-        rows: int64 ``(queries, hits)`` corpus row numbers, best first, -1 for none.
-        scores: fp32 ``(queries, hits)``.
+    `rows` are int64 ``(queries, hits)`` corpus row numbers, best first, -1 for none; `scores` fp32 of the same shape.
     """
 
     first: int
@@ -32,13 +29,7 @@ class Hits:
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive evaluation rows with their hits.
-
-    Attributes:
-        rows: the parsed rows.
-        hits: their hits.
-        values: metric name to fp64 ``(queries,)``, NaN for a row without labels.
-    """
+    """Consecutive evaluation rows with their hits, and metric name to fp64 ``(queries,)``, NaN without labels."""
 
     rows: list[dict[str, Any]]
     hits: Hits
@@ -127,11 +118,7 @@ def qrels_lines(window: Window) -> Iterator[str]:
 
 
 def check_query_ids(rows: JsonLines) -> None:
-    """Find out whether the query_ids can stand in TREC's format, whose fields are separated by blanks.
-
-    Raises:
-        UserError: an id is empty, holds white space, or occurs twice.
-    """
+    """Raise a UserError if a query_id cannot stand in TREC's format: empty, with white space, or there twice."""
     seen: dict[str, int] = {}
     for number, row in enumerate(rows):
         name = str(query_id(row, number))

@@ -12,11 +12,7 @@ import numpy as np
 
 
 def relevance_matrix(hits: np.ndarray, pos_index: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Which hits are positives.
-
-    Args:
-        hits: int ``(queries, hits)`` corpus row numbers, -1 for none.
-        pos_index: per query its positives; doubles count once.
+    """Which hits (corpus row numbers, -1 for none) are positives; doubles in `pos_index` count once.
 
     Returns:
         bool ``(queries, hits)`` and int64 ``(queries,)``, the number of distinct positives.
@@ -55,13 +51,9 @@ def ndcg(relevant: np.ndarray, positives: np.ndarray, cutoff: int) -> np.ndarray
 def retrieval_metrics(
     hits: np.ndarray, pos_index: Sequence[Sequence[int]], metrics: Sequence[str], cutoffs: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """Per-query values of mrr, recall and ndcg, such as ``{"ndcg@10": (queries,)}``.
+    """Per-query values of mrr, recall and ndcg, such as ``{"ndcg@10": (queries,)}``; other `metrics` are passed over.
 
-    Args:
-        hits: int ``(queries, hits)``.
-        pos_index: per query at least one positive.
-        metrics: any names; those other than these three are passed over.
-        cutoffs: ranks.
+    `hits` are int ``(queries, hits)``; every query has a positive.
     """
     relevant, positives = relevance_matrix(hits, pos_index)
     values = {}

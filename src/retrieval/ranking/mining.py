@@ -26,20 +26,16 @@ _WORD = regex.compile(
 
 @dataclass(frozen=True)
 class MiningConfig:
-    """Which hits become negatives.
+    """Which hits become negatives, as the flags.
 
     Attributes:
-        max_neg_num: most negatives per row.
-        filter_answers: leave out hits that contain an answer of the row.
         margin_absolute: leave out hits that score above positive - margin.
         margin_relative: leave out hits that score above positive - margin x |positive|. Both margins after
             NV-Retriever (arXiv 2407.15831, TopK-MarginPos and TopK-PercPos); the sign makes the second one right
             for scores below 0, too.
         ranks: first and last rank, from 1 on, of the hits that count.
-        sample: draw `max_neg_num` of what is left, in place of the first.
-        near_duplicate: leave out hits whose set of words overlaps that of a positive or of an earlier negative by so
-            much (Jaccard: common words / all words of both).
-        seed: for `sample`, with the row's number.
+        sample: draw `max_neg_num` of what is left by `seed` and the row's number, in place of the first.
+        near_duplicate: leave out hits that share so much of their words (Jaccard) with a positive or earlier negative.
     """
 
     max_neg_num: int = 100
@@ -68,17 +64,14 @@ class MiningConfig:
 
 @dataclass(frozen=True)
 class Mined:
-    """A row with its negatives.
+    """A row with ``pos``, ``neg`` and ``neg_index``, and how many hits were `dropped`, by reason.
 
-    Attributes:
-        row: the row with ``pos``, ``neg`` and ``neg_index``.
-        dropped: how many hits were left out, by reason.
-        positive_found: whether one of the positives is among the hits.
+    `retrieved`: one of its positives is among the hits.
     """
 
     row: dict[str, Any]
     dropped: Counter[str]
-    positive_found: bool
+    retrieved: bool
 
 
 def normalize(text: str) -> str:
@@ -96,9 +89,7 @@ def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
 def score_limit(positive: float | None, config: MiningConfig) -> float:
     """Return the highest score that a negative may have: infinite without a margin.
 
-    Args:
-        positive: score of the best-ranked positive; None when none was retrieved, below which nothing is known to be.
-        config: margins.
+    `positive` is the score of the best-ranked positive; None when none was retrieved: no hit is known to be below.
     """
     absolute, relative = config.margin_absolute, config.margin_relative
     if absolute is None and relative is None:
@@ -126,24 +117,19 @@ class _Filters:
         self._answers = row.get("answers") or []
         self._seen = set(self._positive_words)
         self._word_sets = [frozenset(words.split()) for words in self._seen]
-        self._limit = np.inf
 
     def is_positive(self, index: int) -> bool:
         """Whether a hit is a positive, by number or by text."""
         return index in self._positive_index or bool(self._positive_words & self._forms_of(index))
 
-    def set_limit(self, positive: float | None) -> None:
-        """Set the highest score of a negative by that of the best positive."""
-        self._limit = score_limit(positive, self.config)
-
-    def reason(self, rank: int, index: int, score: float) -> str | None:
-        """Why a hit becomes no negative; None when it does."""
+    def reason(self, rank: int, index: int, score: float, limit: float) -> str | None:
+        """Why a hit becomes no negative, which may score `limit` at most; None when it does."""
         first, last = self.config.ranks or (1, rank)
         if index in self._positive_index:
             return "positive"
         if not first <= rank <= last:
             return "outside of --neg_range"
-        if score > self._limit:
+        if score > limit:
             return "too close to the positive's score"
         if self.is_positive(index) or self._seen_before(self._words_of(index)):
             return "same text as a positive or an earlier negative"
@@ -179,9 +165,8 @@ def mine_negatives(
 
     A positive is never a negative: neither by index nor by text; nor is the query itself, nor are texts listed twice,
     where texts with the same words are the same (see `normalize`). With a margin, the positive's score is that of the
-    row's best-ranked positive, known by index or by text; when none was retrieved, every hit scores at least as high as
-    the positives, so that none passes.
-    ``teacher_scores`` are left out: they belong to the candidates of before.
+    row's best-ranked positive; when none was retrieved, no hit passes. ``teacher_scores`` are left out: they belong to
+    the candidates of before.
 
     Args:
         row: an evaluation row, ``pos``, ``pos_index`` and ``answers`` optional.
@@ -190,19 +175,18 @@ def mine_negatives(
         scores: fp32 ``(hits,)``.
         text_of: text of a corpus row, without instruction.
         config: see there.
-        body_of: text of a corpus row without its title, by which positives and the query may be known too; None for
-            `text_of`.
+        body_of: the same without its title, by which positives and the query may be known too.
     """
     filters = _Filters(row, text_of, body_of or text_of, config)
     ranked = list(zip(hits.tolist(), scores.tolist(), strict=True))
     best = next((score for index, score in ranked if filters.is_positive(index)), None)
-    filters.set_limit(best)
+    limit = score_limit(best, config)
     dropped: Counter[str] = Counter()
     negatives: list[int] = []
     for rank, (index, score) in enumerate(ranked, 1):
         if len(negatives) == config.max_neg_num and not config.sample:
             break
-        if reason := filters.reason(rank, index, score):
+        if reason := filters.reason(rank, index, score, limit):
             dropped[reason] += 1
         else:
             filters.add(index)
@@ -234,7 +218,7 @@ class MiningSummary:
         self.negatives += count
         self.short += count < self.most
         self.empty += count == 0
-        self.not_retrieved += not mined.positive_found
+        self.not_retrieved += not mined.retrieved
         self.dropped += mined.dropped
 
     def describe(self) -> str:

@@ -15,7 +15,7 @@ from src.utils import distributed
 
 
 def find_own_rows(data: EvalData) -> dict[int, set[int]]:
-    """Query number to the corpus rows with the same words (see `normalize`), on every process; all share the corpus.
+    """Find the corpus rows with the words of a query (see `normalize`), by its number; all processes share the work.
 
     A corpus row may be known by its text or by its last column, without the title; one that ``pos_index`` names stays.
     """
@@ -40,13 +40,9 @@ def find_own_rows(data: EvalData) -> dict[int, set[int]]:
 def without_own_rows(
     rows: np.ndarray, scores: np.ndarray, first: int, own: Mapping[int, set[int]], hits: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best `hits` of each query that are not its own rows; what fills up has row -1 and score -inf.
+    """The best `hits` of each query that are not its own rows (see `find_own_rows`), filled up with row -1, score -inf.
 
-    Args:
-        rows: int64 ``(queries, h)``.
-        scores: fp32 alike.
-        first: number of the first query.
-        own: see `find_own_rows`.
+    `rows` are int64 and `scores` fp32 ``(queries, h)``; `first` is the number of the first query.
     """
     keep = rows >= 0
     for offset in range(len(rows)):

@@ -28,8 +28,7 @@ PAIR_WINDOW = 65_536
 def cut_windows(counts: np.ndarray, most_rows: int = ROW_WINDOW, most_pairs: int = PAIR_WINDOW) -> Iterator[range]:
     """Consecutive rows with at most `most_rows` rows and, unless a single row has more, `most_pairs` pairs.
 
-    Args:
-        counts: int ``(rows,)``, pairs per row.
+    `counts` is int ``(rows,)``, pairs per row.
     """
     ends = np.cumsum(counts)
     first = 0
@@ -44,16 +43,10 @@ def cut_windows(counts: np.ndarray, most_rows: int = ROW_WINDOW, most_pairs: int
 def score_windows(
     data: EvalData, score: PairScorer, texts_of: Callable[[dict[str, Any]], Sequence[str]], counts: np.ndarray
 ) -> Iterator[tuple[range, np.ndarray]]:
-    """Scores of the candidates of all rows, window by window, on every process; each computes its part.
+    """Score the candidates of all rows, window by window; each process computes its part and gets all.
 
-    Args:
-        data: rows and instructions.
-        score: the model.
-        texts_of: the candidates of a row.
-        counts: int ``(rows,)``, how many they are.
-
-    Yields:
-        Row numbers, and fp32 ``(pairs,)``, row by row.
+    Of a row `texts_of` gives the candidates; `counts`, int ``(rows,)``, says how many they are. Yields row numbers and
+    their scores, fp32 ``(pairs,)``, row by row.
     """
     with progress(int(counts.sum()), "scoring", distributed.is_main(), "pair") as bar:
         for window in cut_windows(counts):
@@ -80,24 +73,16 @@ def rerank(data: EvalData, score: PairScorer, most: int | None) -> Iterator[Hits
     for window, scores in score_windows(data, score, lambda row: row.get("key") or [], counts):
         rows = np.full((len(window), width), -1, dtype=np.int64)
         values = np.full((len(window), width), -np.inf, dtype=np.float32)
-        ends = np.cumsum(counts[window.start : window.stop])
-        for number, row in enumerate(data.rows[window.start : window.stop]):
-            own = scores[ends[number] - counts[window[number]] : ends[number]]
-            best = np.argsort(-own, kind="stable")[:width]
+        parts = np.split(scores, np.cumsum(counts[window])[:-1])
+        for number, (row, part) in enumerate(zip(data.rows[window.start : window.stop], parts, strict=True)):
+            best = np.argsort(-part, kind="stable")[:width]
             rows[number, : len(best)] = np.array(row.get("key_index") or [], dtype=np.int64)[best]
-            values[number, : len(best)] = own[best]
+            values[number, : len(best)] = part[best]
         yield Hits(window.start, rows, values)
 
 
 def write_scores(data: EvalData, score: PairScorer, field: str, path: str) -> None:
-    """Score every candidate and write the rows with their scores, in pos + neg (or history) order, to `path`.
-
-    Args:
-        data: rows that were checked for candidates (see `check_eval_row`).
-        score: the model.
-        field: gets the list of scores; all other fields stay.
-        path: JSON lines file, written by the main process and there only when it is complete.
-    """
+    """Write the rows to `path` with the scores of their candidates, in pos + neg (or history) order, as `field`."""
     counts = data.rows.scan.columns["candidates"]
 
     def texts_of(row: dict[str, Any]) -> list[str]:
@@ -110,11 +95,9 @@ def write_scores(data: EvalData, score: PairScorer, field: str, path: str) -> No
         def write(window: range, scores: np.ndarray) -> None:
             if not opened:
                 opened.append(stack.enter_context(atomic_write(path)))
-            ends = np.cumsum(counts[window.start : window.stop])
-            for number, row in zip(window, data.rows[window.start : window.stop], strict=True):
-                end = ends[number - window.start]
-                own = shortest(scores[end - counts[number] : end])
-                opened[0].write(json_line({**row, field: own}))
+            rows = data.rows[window.start : window.stop]
+            for row, part in zip(rows, np.split(scores, np.cumsum(counts[window])[:-1]), strict=True):
+                opened[0].write(json_line({**row, field: shortest(part)}))
 
         for window, scores in score_windows(data, score, texts_of, counts):
             distributed.on_main(partial(write, window, scores))

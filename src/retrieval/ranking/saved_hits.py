@@ -26,7 +26,7 @@ ORIGIN_TEXTS = 1_000
 
 
 def origin_path(data: EvalData, config: EvalConfig) -> str:
-    """File that says what saved hits are of."""
+    """File of the manifest of saved hits."""
     return f"{result_path(data, config)}.origin"
 
 
@@ -34,7 +34,7 @@ def load_hits(data: EvalData, config: EvalConfig) -> Iterator[Hits]:
     """Hits of all rows that an earlier run saved, window by window, on every process.
 
     Raises:
-        UserError: there are none, or they are of other rows or another corpus.
+        UserError: there are none, or they are of other rows, another corpus or another retriever.
     """
     distributed.on_main(partial(_check_origin, data, config))
     size = len(data.corpus) if data.corpus is not None else None
@@ -44,15 +44,9 @@ def load_hits(data: EvalData, config: EvalConfig) -> Iterator[Hits]:
 
 
 def open_hits(path: str, rows: JsonLines, corpus_size: int | None) -> JsonLines:
-    """Open and check what `result_lines` wrote.
+    """Open what `result_lines` wrote of these rows; raise a UserError if it is missing, broken or of others.
 
-    Args:
-        path: result file.
-        rows: evaluation rows it was made from.
-        corpus_size: rows of the corpus; None when there is none to compare with.
-
-    Raises:
-        UserError: missing, broken, or made from other evaluation rows or another corpus.
+    `corpus_size` is None without a corpus to compare with.
     """
     saved = open_jsonl(existing_file(path, "load_result"), partial(check_hits_row, corpus_size=corpus_size), "hits")
     if len(saved) != len(rows):
@@ -76,18 +70,18 @@ def read_hits(saved: JsonLines, first: int, end: int) -> Hits:
 
 
 def _origin(data: EvalData, config: EvalConfig) -> dict[str, Any]:
-    """What saved hits are of; of long files some texts, evenly spread, stand for all."""
+    """The identity of hits; of long files some texts, evenly spread, stand for all."""
     rows, corpus = data.rows, data.corpus
     queries = (str(rows[number].get("query")) for number in sample(len(rows), ORIGIN_TEXTS))
     keys = map(data.key_text, sample(len(corpus), ORIGIN_TEXTS)) if corpus is not None else ()
     origin: dict[str, Any] = {"queries": [len(rows), text_hash(queries)]}
     origin |= {"corpus": [len(corpus), text_hash(keys)]} if corpus is not None else {}
-    origin |= {"without the query": True} if config.drop_query else {}
-    return {**origin, "hits": config.hits, "retriever": config.retriever}
+    origin |= {"without the query": True} if config.drops_query else {}
+    return {**origin, "hits": config.args.hits, "retriever": config.retriever}
 
 
 def write_origin(data: EvalData, config: EvalConfig) -> None:
-    """Write what saved hits are of, and their checksum, beside them."""
+    """Write the manifest of saved hits beside them."""
     hits = result_path(data, config)
     files = {os.path.basename(hits): file_checksum(hits)}
     Manifest(_origin(data, config), files).write(origin_path(data, config))
@@ -115,9 +109,9 @@ def _check_origin(data: EvalData, config: EvalConfig) -> None:
         problem = "other queries"
     elif saved.get("corpus") != current.get("corpus"):
         problem = "another corpus"
-    elif most is not None and (config.hits is None or config.hits > most):
-        problem = f"--hits {most}, and {config.hits or 'all'} are asked for"
-    elif saved.get("without the query", False) and not config.drop_query:
+    elif most is not None and (config.args.hits is None or config.args.hits > most):
+        problem = f"--hits {most}, and {config.args.hits or 'all'} are asked for"
+    elif saved.get("without the query", False) and not config.drops_query:
         problem = "--drop_query_from_hits"
     elif config.same_retriever and (difference := _difference(saved.get("retriever") or {}, config.retriever or {})):
         problem = f"another retriever ({difference})"

@@ -141,14 +141,14 @@ def test_evaluation_takes_the_instructions(tmp_path, claims):
     corpus = write_rows(tmp_path / "corpus.json", [{"text": "k"}])
     flags = {"eval_data": str(rows), "corpus": str(corpus), "key_template": "{text}", "version": "llm-embedder"}
     args = RetrievalArgs(**flags, task_config=claims)
-    data = load_eval_data(args, EvalConfig.from_args(args, output_dir=str(tmp_path), seed=0))
+    data = load_eval_data(args, EvalConfig(args, output_dir=str(tmp_path), seed=0))
     assert data is not None
     assert (data.queries[0], data.keys[0]) == ("Find evidence for this claim: q", "Evidence: k")
     bare = tmp_path / "bare.yaml"
     bare.write_text("claims: {lm_prompt: qa}")
     args = RetrievalArgs(**flags, task_config=str(bare))
     with pytest.raises(UserError, match="'claims' has no instruction, and --version llm-embedder has none"):
-        load_eval_data(args, EvalConfig.from_args(args, output_dir=str(tmp_path), seed=0))
+        load_eval_data(args, EvalConfig(args, output_dir=str(tmp_path), seed=0))
 
 
 def test_scoring_takes_the_prompt_that_the_file_names(tmp_path, claims, tiny_llama):

@@ -62,7 +62,7 @@ def test_margin_without_a_retrieved_positive():
     """Every hit scores at least as high as the positive that is not among them."""
     mined = mine_negatives(ROW, 0, HITS[3:], SCORES[3:], CORPUS.__getitem__, MiningConfig(margin_absolute=0.1))
     assert mined.row["neg"] == []
-    assert not mined.positive_found
+    assert not mined.retrieved
 
 
 def test_ranks():
@@ -132,7 +132,7 @@ def test_positives_known_by_text_count_like_those_known_by_index():
         assert indexes(row, margin_absolute=0.1) == [4, 5, 6, 7]
         assert indexes(row, margin_relative=0.2) == [5, 6, 7]
     mined = mine_negatives(by_text, 0, HITS, SCORES, CORPUS.__getitem__, MiningConfig())
-    assert mined.positive_found
+    assert mined.retrieved
 
 
 @pytest.mark.parametrize("index", [{}, {"pos_index": [1]}])
@@ -145,7 +145,7 @@ def test_positives_without_the_title_that_their_keys_have(index):
         config = MiningConfig(**config)
         mined = mine_negatives(row, 0, HITS, SCORES, keys.__getitem__, config, bodies.__getitem__)
         assert mined.row["neg_index"] == expected
-        assert mined.positive_found
+        assert mined.retrieved
 
 
 def test_the_query_itself_is_never_mined():
