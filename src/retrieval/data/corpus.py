@@ -30,15 +30,10 @@ def load_eval_rows(
     needs_candidates: bool = False,
     further: FurtherCheck | None = None,
 ) -> JsonLines:
-    """Open and check an evaluation file.
-
-    Args:
-        corpus_size: rows of the corpus; None when there is none.
-        needs_candidates: every row must have candidates (maybe none), to be scored.
-        further: check of the fields that an evaluation needs besides.
+    """Open and check an evaluation file, with `needs_candidates` one whose rows' candidates are to be scored.
 
     Raises:
-        UserError: rows with problems, or a ``pos_index`` or ``key_index`` beyond the corpus.
+        UserError: rows with problems, or a ``pos_index`` or ``key_index`` beyond the corpus (None: there is none).
     """
     check: RowCheck = partial(check_eval_row, scoring=needs_candidates)
     name = f"{EVAL_CHECK} scoring" if needs_candidates else EVAL_CHECK
@@ -87,13 +82,7 @@ def load_corpus(path: str, key_template: str, cache_dir: str | None) -> JsonLine
 
 @dataclass(frozen=True)
 class EvalData:
-    """The evaluation rows and the corpus, with how each becomes text.
-
-    Attributes:
-        corpus: None for reranking the keys in `rows`.
-        key_template: how a corpus row becomes a key.
-        task: of the rows, None when they name none.
-    """
+    """The evaluation rows (`task` is None when they name none) and the corpus, if any, with how each becomes text."""
 
     rows: JsonLines
     corpus: JsonLines | None

@@ -201,11 +201,9 @@ def check_eval_row(row: Row, scoring: bool = False) -> Checked:
 
 @dataclass(frozen=True)
 class FurtherCheck:
-    """What an evaluation asks of its rows besides what all rows must have.
+    """What an evaluation requires of its rows besides: the `name` changes whenever the check does.
 
-    Attributes:
-        name: changes whenever the check does.
-        problems: a module's function from a row to texts for the user.
+    `problems` is a module's function from a row to texts for the user.
     """
 
     name: str
@@ -215,7 +213,7 @@ class FurtherCheck:
 def check_further(
     row: dict[str, Any], check: Callable[[dict[str, Any]], Checked], further: Callable[[dict[str, Any]], list[str]]
 ) -> Checked:
-    """`check`, then, of a row without problems, `further`."""
+    """`check`, then `further` of a row without problems."""
     problems, numbers = check(row)
     problems = problems or further(row)
     return problems, {} if problems else numbers

@@ -52,10 +52,8 @@ def no_instruction(task: str | None) -> Instruction:
 class TaskConfig:
     """A task of the ``--task_config`` file, new or a released one; None where the file says nothing.
 
-    Attributes:
-        instruction: in place of that of any version.
-        training: some of `TRAINING_SETTINGS`, which go over those that the version has for this task.
-        lm_prompt: the released task whose prompt scoring by an LM takes.
+    The `instruction` replaces that of any version; `training` (some of `TRAINING_SETTINGS`) goes over that of the
+    version; `lm_prompt` is the released task whose prompt scoring by an LM takes.
     """
 
     instruction: Instruction | None = None
@@ -148,11 +146,7 @@ _TRAINING: Mapping[str, Mapping[str, dict[str, Any]]] = {
 def instruction_for(
     version: str, task: str | None, task_config: Mapping[str, TaskConfig] = NO_TASK_CONFIG
 ) -> Instruction:
-    """Return the instruction of a task: that of the task file, else that of an instruction set.
-
-    Raises:
-        UserError: unknown version or task, or no task where the version needs one.
-    """
+    """Return the instruction of a task by the task file, else by the version; raise a UserError if neither has one."""
     custom = task_config.get(task) if task is not None else None
     if custom is not None and custom.instruction is not None:
         return custom.instruction
@@ -205,12 +199,9 @@ def _listed(further: Collection[str]) -> str:
 def prompt_task_problems(
     task: str, default: str | None, prompts: Collection[str] = (), task_config: Collection[str] = ()
 ) -> list[str]:
-    """List what keeps an LM from being prompted for a row: the prompt of its task is not known.
+    """List what keeps an LM from being prompted for a row of `task` (empty: of `default`): its prompt is not known.
 
-    Args:
-        task: of the row, empty when it names none; `default` is that of such rows.
-        prompts: further tasks whose prompt is known.
-        task_config: further tasks, some of them without a prompt.
+    It is known for `TASKS` and `prompts`; `task_config` has further tasks, some of them without a prompt.
     """
     name, known = task or default, tuple(dict.fromkeys((*TASKS, *prompts)))
     if name in known:
@@ -296,11 +287,8 @@ def _read_part(where: str, task: dict[str, Any], part: str) -> dict[str, Any] | 
 def load_task_config(path: str | None) -> dict[str, TaskConfig]:
     """Read the tasks of a ``--task_config`` file, by name; none without one.
 
-    Args:
-        path: JSON when it ends in ``.json``, else YAML.
-
     Raises:
-        UserError: the file is missing or broken, or has names or values that mean nothing.
+        UserError: the file is missing or broken, or has unknown names or values.
     """
     if path is None:
         return {}
