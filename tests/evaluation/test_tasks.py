@@ -876,7 +876,7 @@ def test_new_hits_are_never_taken_for_the_old_ones(evaluate, monkeypatch, tmp_pa
         raise UserError("stopped here")
 
     with monkeypatch.context() as patch:
-        patch.setattr("src.retrieval.ranking.evaluate._write_window", fail)
+        patch.setattr("src.retrieval.ranking.evaluate.result_lines", fail)
         evaluate("qa", "--retrieval_method", "random", "--seed", 7, expect=2)
     assert (result.read_bytes(), origin.read_bytes()) == old
     with monkeypatch.context() as patch:
