@@ -67,6 +67,10 @@ class Texts(Sequence[str]):
             return [self.render(row) for row in self.rows[index]]
         return self.render(self.rows[index])
 
+    def part(self, numbers: range) -> Texts:
+        """Some consecutive texts, as if there were no others."""
+        return Texts(self.rows.select(np.arange(numbers.start, numbers.stop)), self.render)
+
 
 def render_key(row: dict[str, Any], template: str, prefix: str = "") -> str:
     """Render a corpus row as a key text: `prefix`, then `template` filled in (null counts as empty)."""

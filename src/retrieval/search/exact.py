@@ -21,13 +21,7 @@ QUERIES = 1 << 13
 
 @dataclass(frozen=True)
 class VectorShard:
-    """A run of consecutive corpus rows whose vectors are in memory, or on the disk until they are needed.
-
-    Attributes:
-        first: corpus row number of the first vector.
-        rows: how many there are.
-        load: returns them, fp32 or fp16 ``(rows, D)``.
-    """
+    """Vectors, fp32 or fp16 ``(rows, D)``, of consecutive corpus rows from `first` on; on the disk until loaded."""
 
     first: int
     rows: int
@@ -38,12 +32,7 @@ class Index(Protocol):
     """Finds the best corpus rows for query vectors."""
 
     def search(self, queries: np.ndarray, hits: int) -> tuple[np.ndarray, np.ndarray]:
-        """fp32 scores (higher is better) and int64 corpus row numbers, both ``(queries, hits)``; -1 fills up.
-
-        Args:
-            queries: fp32 ``(queries, D)``.
-            hits: how many per query.
-        """
+        """fp32 scores (higher is better) and int64 corpus row numbers, both ``(queries, hits)``; -1 fills up."""
 
 
 class ExactIndex:
@@ -71,15 +60,14 @@ class ExactIndex:
                     more_scores, more_rows = best_of_block(part, block, self.metric, hits)
                     # Earlier hits come first, and a stable sort leaves equal scores in that order.
                     scores[number], order = _best(torch.cat([scores[number], more_scores], 1), hits)
-                    found = torch.cat([rows[number], more_rows + shard.first + start], 1)
-                    rows[number] = found.gather(1, order)
+                    rows[number] = torch.cat([rows[number], more_rows + shard.first + start], 1).gather(1, order)
         return torch.cat(scores).cpu().numpy(), torch.cat(rows).cpu().numpy()
 
 
 def best_of_block(queries: Tensor, block: Tensor, metric: str, hits: int) -> tuple[Tensor, Tensor]:
     """The `hits` best rows of a block, or all, best first: fp32 scores and int64 rows ``(queries, n)``.
 
-    FAISS and topk choose any of equal scores. So more are asked for, until the last is worse than the last hit: by the
+    FAISS and topk choose any of equal scores. So more are requested, until the last is worse than the last hit: by the
     same call, since a product of other shapes may round otherwise.
     """
     candidates = by_faiss if queries.device.type == "cpu" else by_torch
@@ -101,14 +89,14 @@ def by_faiss(queries: Tensor, block: Tensor, metric: str, hits: int) -> tuple[Te
 
 def by_torch(queries: Tensor, block: Tensor, metric: str, hits: int) -> tuple[Tensor, Tensor]:
     """The same on any device."""
-    found = similarity(queries, block, metric).topk(hits)
-    return found.values, found.indices
+    scores, rows = similarity(queries, block, metric).topk(hits)
+    return scores, rows
 
 
 def _best(scores: Tensor, hits: int) -> tuple[Tensor, Tensor]:
     """The highest scores of each row, best first, and their columns; of equal ones the first."""
-    found = scores.sort(dim=1, descending=True, stable=True)
-    return found.values[:, :hits], found.indices[:, :hits]
+    values, columns = scores.sort(dim=1, descending=True, stable=True)
+    return values[:, :hits], columns[:, :hits]
 
 
 def no_hits(queries: int, hits: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 #: Vectors that FAISS is trained on: at least so many (or all), and so many per cell of an inverted file.
 TRAIN_ROWS = 100_000
 TRAIN_ROWS_PER_CELL = 64
-#: Most cells that a search looks at without being told to: FAISS on a GPU takes no more.
+#: Most cells that a search looks at by default: FAISS on a GPU takes no more.
 MOST_PROBES = 2048
 #: Seconds after which an index being tried out counts as slow to train, and not as impossible.
 TRIAL_SECONDS = 30
@@ -51,14 +51,14 @@ def check_factory(factory: str, width: int, metric: str, rows: int, parameters: 
     lines = done.stdout.splitlines()
     problem = json.loads(lines[-1]) if done.returncode == 0 and lines else "FAISS itself breaks down on it"
     if problem is not None:
-        with_them = f" with --faiss_search_params {parameters!r}" if parameters else ""
+        searched = f" with --faiss_search_params {parameters!r}" if parameters else ""
         raise UserError(
-            f"--faiss_index_factory {factory!r}{with_them} cannot index {rows} vectors of {width} dimensions: {problem}"
+            f"--faiss_index_factory {factory!r}{searched} cannot index {rows} vectors of {width} dimensions: {problem}"
         )
 
 
 def bytes_per_vector(factory: str, width: int, metric: str) -> int | None:
-    """What a FAISS index holds for each vector, row numbers apart; None for kinds that do not tell, such as HNSW."""
+    """Bytes of a FAISS index for each vector, row numbers apart; None where FAISS does not know, as of HNSW."""
     try:
         return faiss.index_factory(width, factory, faiss_trial.faiss_metric(metric)).sa_code_size()
     except RuntimeError:
@@ -73,13 +73,12 @@ def default_search_parameters(index: faiss.Index, rows: int, hits: int) -> str:
     scores the best again four times the hits (``k_factor_rf``).
     """
     inverted_file = faiss.try_extract_index_ivf(index)
-    found = {}
+    settings = {"efSearch": max(64, 2 * hits), "k_factor_rf": 4}
     if inverted_file is not None:
         cells = inverted_file.nlist
         nprobe = math.ceil(max(4 * math.sqrt(cells), 4 * hits * cells / rows))
-        found["nprobe"] = min(cells, nprobe, MOST_PROBES)
-    found |= {"efSearch": max(64, 2 * hits), "k_factor_rf": 4}
-    return ",".join(f"{name}={value}" for name, value in found.items() if _takes(index, f"{name}={value}"))
+        settings = {"nprobe": min(cells, nprobe, MOST_PROBES), **settings}
+    return ",".join(f"{name}={value}" for name, value in settings.items() if _takes(index, f"{name}={value}"))
 
 
 def _takes(index: faiss.Index, parameters: str) -> bool:
@@ -97,15 +96,10 @@ class FaissIndex:
     def __init__(
         self, index: faiss.Index, first: int, rows: int, *, device: torch.device, hits: int, parameters: str | None
     ) -> None:
-        """Set how it searches.
+        """Set how a trained index of `rows` vectors, from corpus row `first` on, searches for `hits` per query.
 
-        Args:
-            index: trained.
-            first: corpus row number of its first vector.
-            rows: vectors that it has or gets.
-            device: with a GPU the index is moved there, when the installed FAISS can.
-            hits: that a query will ask for.
-            parameters: of the search (``nprobe=32,k_factor_rf=4``); `default_search_parameters` when None.
+        It is moved to a GPU when the installed FAISS can. The `parameters` (``nprobe=32,k_factor_rf=4``) are
+        `default_search_parameters` when None.
 
         Raises:
             UserError: the index has no such parameters.
@@ -120,11 +114,7 @@ class FaissIndex:
 
     @classmethod
     def build(cls, shards: Sequence[VectorShard], factory: str, metric: str, **search: Any) -> FaissIndex:
-        """Train on a sample of the vectors (at least a shard) where that is needed, and add them shard by shard.
-
-        Raises:
-            UserError: FAISS cannot train it on these vectors.
-        """
+        """Train on a sample of the vectors (at least a shard) where that is needed, and add them shard by shard."""
         shards = sorted(shards, key=lambda shard: shard.first)
         index = faiss.index_factory(shards[0].load().shape[1], factory, faiss_trial.faiss_metric(metric))
         try:
@@ -139,11 +129,7 @@ class FaissIndex:
 
     @classmethod
     def load(cls, path: str, first: int, **search: Any) -> FaissIndex:
-        """Read what `save` wrote; `first` and `search` as for the constructor.
-
-        Raises:
-            UserError: the file is damaged, or the index has no such parameters.
-        """
+        """Read what `save` wrote; `first` and `search` as for the constructor."""
         try:
             index = faiss.read_index(path)
         except RuntimeError as error:

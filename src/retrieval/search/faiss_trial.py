@@ -40,10 +40,10 @@ def problem_of(factory: str, width: int, metric: str, rows: int, most: int, para
     try:
         _try(small, width, metric, min(rows, VECTORS), parameters)
     except RuntimeError as error:
-        wanted = _FEW_VECTORS.search(str(error))
-        if wanted is None or not VECTORS < int(wanted[1]) <= min(rows, most):
+        needed = _FEW_VECTORS.search(str(error))
+        if needed is None or not VECTORS < int(needed[1]) <= min(rows, most):
             raise
-        _try(small, width, metric, int(wanted[1]), parameters)
+        _try(small, width, metric, int(needed[1]), parameters)
     return None
 
 

@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from src.retrieval.args import RetrievalArgs
-from src.retrieval.data.corpus import EvalData
+from src.retrieval.data.corpus import EvalData, Texts
 from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.models.encode import EncodeConfig, encode, progress
 from src.retrieval.search.exact import ExactIndex, Index, VectorShard, merge_hits, no_hits
@@ -92,8 +93,7 @@ def dense_searcher(
     memory or on the disk.
 
     Raises:
-        UserError: FAISS does not know the kind of index; saved vectors or indexes are missing or were made from
-            something else.
+        UserError: FAISS cannot build such an index; saved vectors or indexes are missing or of something else.
     """
     folder = os.path.join(output_dir, args.embedding_name)
     query, key = (EncodeConfig.from_args(args, most, device) for most in (args.query_max_length, args.key_max_length))
@@ -120,7 +120,7 @@ def dense_searcher(
 
 def _shards(
     args: RetrievalArgs,
-    corpus: Sequence[str],
+    corpus: Texts,
     folder: str,
     made_from: Mapping[str, Any],
     config: EncodeConfig,
@@ -129,7 +129,7 @@ def _shards(
     """This process's share of the vectors: encoded into memory, or on the disk."""
 
     def encode_part(part: range, bar: tqdm) -> np.ndarray:
-        return encode(model.embed_key, model.key_tokenizer, _Part(corpus, part), config, bar)
+        return encode(model.embed_key, model.key_tokenizer, corpus.part(part), config, bar)
 
     if args.load_encode:
         store = distributed.on_main(partial(load_store, folder, made_from))
@@ -144,62 +144,39 @@ def _shards(
         with progress(len(part), "encoding the corpus", distributed.is_main()) as bar:
             vectors = encode_part(part, bar)
         return [VectorShard(part.start, len(part), lambda: vectors)]
-    return store.shards(distributed.part_of(store.count))
+    return list(map(store.shard, distributed.part_of(store.count)))
 
 
 def _encode_into(store: VectorStore, encode_part: Callable[[range, tqdm], np.ndarray]) -> VectorStore:
     """Write the shards that are missing, each by one process, and return the complete store."""
-    own = distributed.on_main(store.missing)[distributed.rank() :: distributed.world_size()]
-    total = sum(len(store.range_of(number)) for number in own)
+    missing = distributed.on_main(store.missing)[distributed.rank() :: distributed.world_size()]
+    parts = {number: store.range_of(number) for number in missing}
+    total = sum(map(len, parts.values()))
     with progress(total, "encoding the corpus", distributed.is_main() and total > 0) as bar:
-        written = {store.name(number): store.write(number, encode_part(store.range_of(number), bar)) for number in own}
+        written = {store.name(number): store.write(number, encode_part(part, bar)) for number, part in parts.items()}
     distributed.barrier()
     logger.info("saved vectors: %s", store.folder)
     return finish_store(store, written)
 
 
-class _Part(Sequence[str]):
-    """A part of a large corpus, of which slices are read when they are needed."""
-
-    def __init__(self, texts: Sequence[str], part: range) -> None:
-        self.texts = texts
-        self.part = part
-
-    def __len__(self) -> int:
-        return len(self.part)
-
-    def __getitem__(self, index: Any) -> Any:
-        part = self.part[index]
-        return self.texts[part.start : part.stop]
-
-
 def save_indexes(indexes: Sequence[FaissIndex], folder: str, indexed_from: Mapping[str, Any]) -> None:
     """Each process writes its index; the manifest comes last, so that half-saved ones have none."""
     manifest = Path(folder, INDEX_MANIFEST)
-
-    def prepare() -> None:
-        manifest.parent.mkdir(parents=True, exist_ok=True)
-        manifest.unlink(missing_ok=True)
-
-    distributed.on_main(prepare)
-    own: list[Any] = []
+    distributed.on_main(partial(manifest.unlink, missing_ok=True))
+    saved = []
     for index in indexes:
         name = f"index.{distributed.rank():05d}.faiss"
         with atomic_path(manifest.with_name(name)) as path:
             index.save(path)
-            own = [name, file_checksum(path), index.first]
-    parts = [part for part in distributed.all_gather_json(own) if part]
+            saved.append([name, file_checksum(path), index.first])
+    parts = list(chain.from_iterable(distributed.all_gather_json(saved)))
     files, firsts = {name: checksum for name, checksum, _ in parts}, [first for *_, first in parts]
     distributed.on_main(partial(Manifest(indexed_from, files, {"first_rows": firsts}).write, manifest))
     logger.info("saved index: %s", manifest)
 
 
 def load_indexes(folder: str, indexed_from: Mapping[str, Any], **search: Any) -> list[FaissIndex]:
-    """This process's share of the saved indexes; `search` as for `FaissIndex`.
-
-    Raises:
-        UserError: there is none, or it was made from something else.
-    """
+    """This process's share of the saved indexes; `search` as for `FaissIndex`."""
 
     def read() -> Manifest:
         check_free(folder)

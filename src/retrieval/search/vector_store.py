@@ -1,8 +1,8 @@
-"""Vectors on the disk: shards of consecutive rows, and a manifest that says what they were made from.
+"""Vectors on the disk: shards of consecutive rows, and a manifest of what they depend on.
 
 Every shard is renamed into place, so that an interrupted encoding goes on with the shards that are missing, whatever
-the number of processes then or now. Its manifest has another name until all are there: then it takes the place of the
-manifest of earlier vectors, which stay until that moment.
+the number of processes then or now. Its manifest has another name until all are there: then it replaces the manifest of
+earlier vectors, which stay until that moment.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,14 @@ from src.utils.manifest import Manifest, checksum, differences, read_manifest
 logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 128 << 20
-#: Of the vectors to be read, and of those that are being made.
+#: Of the vectors to be read, and of those that are being encoded.
 MANIFEST, UNFINISHED = "vectors.json", "vectors.partial.json"
 REMEDY = "leave the flag out, or use --save_encode to make them anew"
 SHARD_REMEDY = "remove it, and encode again with --save_encode"
 
 
 def vectors_made_from(args: RetrievalArgs, data: EvalData, model: DenseRetriever, dtype: str) -> dict[str, Any]:
-    """What vectors depend on that `model` computes in `dtype`; saved ones are only loaded for the same."""
+    """The identity of vectors that `model` computes in `dtype`; saved ones are only loaded for the same."""
     assert data.corpus is not None
     encoder = model.encoders[model.key_name]
     return {
@@ -65,11 +65,8 @@ class VectorStore:
     """The shards of one corpus below `folder`.
 
     Attributes:
-        folder: holds the manifest and the shards.
-        identity: what the vectors are made from, width and type included.
-        rows: of the corpus.
-        width: dimensions D.
-        dtype: NumPy name of the type kept.
+        identity: what the vectors depend on, width and type included.
+        dtype: NumPy name of the stored type.
         shard_rows: rows of each shard, but for the last.
         checksums: of shards, by their names; those that are known.
     """
@@ -110,18 +107,14 @@ class VectorStore:
         return [number for number in range(self.count) if not os.path.isfile(self.path(number))]
 
     def write(self, number: int, vectors: np.ndarray) -> str:
-        """Put a shard in place, whole, and return its checksum."""
+        """Put a complete shard in place, and return its checksum."""
         stored = np.ascontiguousarray(vectors, dtype=self.dtype)
         with atomic_write(self.path(number), "wb") as file:
             np.save(file, stored, allow_pickle=False)
         return checksum(stored)
 
     def read(self, number: int) -> np.ndarray:
-        """The vectors of a shard.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """The vectors of a shard; raises a UserError when its file is damaged."""
         path = self.path(number)
         try:
             vectors = np.load(path, allow_pickle=False)
@@ -130,15 +123,15 @@ class VectorStore:
             raise UserError(f"{path} cannot be read ({first_line(error)}): {SHARD_REMEDY}") from error
         if vectors.shape != (len(self.range_of(number)), self.width) or str(vectors.dtype) != self.dtype:
             raise UserError(f"{path} is not the shard that {MANIFEST} tells of: {SHARD_REMEDY}")
-        found = checksum(vectors)
-        if self.checksums.get(self.name(number), found) != found:
+        current = checksum(vectors)
+        if self.checksums.get(self.name(number), current) != current:
             raise UserError(f"{path} is damaged: it does not hold what was written: {SHARD_REMEDY}")
         return vectors
 
-    def shards(self, numbers: Sequence[int]) -> list[VectorShard]:
-        """Shards to be read when they are needed."""
-        parts = [(number, self.range_of(number)) for number in numbers]
-        return [VectorShard(part.start, len(part), partial(self.read, number)) for number, part in parts]
+    def shard(self, number: int) -> VectorShard:
+        """A shard to be read when it is needed."""
+        rows = self.range_of(number)
+        return VectorShard(rows.start, len(rows), partial(self.read, number))
 
 
 def create_store(folder: str, made_from: Mapping[str, Any], width: int, dtype: str) -> VectorStore:
@@ -168,7 +161,7 @@ def create_store(folder: str, made_from: Mapping[str, Any], width: int, dtype: s
 
 
 def _read(path: str) -> Manifest | None:
-    """A manifest of vectors; None, and a warning, when it is damaged: they are made anew."""
+    """Read a manifest of vectors; None, and a warning, when it is damaged."""
     try:
         return read_manifest(path, "--save_encode", "its vectors are made anew")
     except UserError as error:
@@ -186,15 +179,15 @@ def _remove_shards(folder: str, kept: Collection[str]) -> None:
 def finish_store(store: VectorStore, written: Mapping[str, str]) -> VectorStore:
     """Make a store whose shards are all there the one of its folder, and delete others; all processes together.
 
-    `written` are checksums of the shards that this process wrote, by name; the store returned has all.
+    `written` are checksums of the shards that this process wrote, by name; the returned store has all.
     """
-    checksums = {**store.checksums}
+    checksums = dict(store.checksums)
     unknown = [number for number in range(store.count) if store.name(number) not in checksums]
-    own = dict(written)
+    local = dict(written)
     for number in unknown[distributed.rank() :: distributed.world_size()]:
         # Of an interrupted run.
-        own.setdefault(store.name(number), checksum(store.read(number)))
-    for part in distributed.all_gather_json(own):
+        local.setdefault(store.name(number), checksum(store.read(number)))
+    for part in distributed.all_gather_json(local):
         checksums |= part
     manifest = Manifest(store.identity, checksums, {"shard_rows": store.shard_rows})
 
@@ -208,11 +201,7 @@ def finish_store(store: VectorStore, written: Mapping[str, str]) -> VectorStore:
 
 
 def load_store(folder: str, made_from: Mapping[str, Any]) -> VectorStore:
-    """The complete store of a corpus; for the main process.
-
-    Raises:
-        UserError: there is none, it is incomplete, or it was made from something else.
-    """
+    """The complete store of a corpus, or a UserError if it is missing or of other vectors; for the main process."""
     check_free(folder)
     complete, unfinished = (os.path.join(folder, name) for name in (MANIFEST, UNFINISHED))
     path = unfinished if os.path.isfile(unfinished) and not os.path.isfile(complete) else complete

@@ -99,6 +99,13 @@ def test_hostile_queries_and_documents_lose_nothing(tmp_path):
 
 
 @real
+def test_an_unknown_language_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match="--language 'xx' is unknown to Anserini"):
+        build(tmp_path, ["text"], language="xx")
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.json"]
+
+
+@real
 def test_language_and_saved_parts(tmp_path):
     texts = ["Die Häuser stehen", "ein Haus", "the houses"]
     build(tmp_path, texts, language="de", storeDocvectors=True)
@@ -223,6 +230,8 @@ def test_losses_are_errors(tmp_path, fake, monkeypatch, fault, message):
     with pytest.raises(UserError, match=message):
         build(tmp_path, TEXTS, language="xx" if fault == "english" else "en", **fake).search(["a", "b"], 4)
     if "Index" in fault or fault in ("lose document", "no index", "english"):
+        assert not (tmp_path / "bm25" / "anserini").exists(), "half an index is left"
+        assert (tmp_path / "bm25" / "collection").exists() == (fault != "english"), "languages are checked first"
         with pytest.raises(UserError, match="--load_index: nothing was saved"):
             build(tmp_path, TEXTS, load_index=True, **fake)
 

