@@ -92,10 +92,10 @@ def remove_unfinished(output_dir: str) -> None:
 
 
 def remove_oldest(output_dir: str, limit: int | None, keep: set[str]) -> None:
-    """Remove checkpoints until `limit` are left, those written longest ago first; None or 0 for no limit.
+    """Remove checkpoints until `limit` are left (None or 0: all stay), those written longest ago first.
 
-    By time and not by step: a folder may still hold checkpoints of an earlier run that went further. Those of the
-    absolute paths in `keep` stay, whatever the limit.
+    By time and not by step: the folder may hold checkpoints of an earlier run that went further. The absolute paths in
+    `keep` stay, whatever the limit.
     """
     if not limit or limit < 0:
         return
@@ -123,11 +123,7 @@ def complete_checkpoints(output_dir: str) -> list[str]:
 
 
 def read_state(folder: str) -> dict[str, Any]:
-    """Read trainer_state.json of a checkpoint.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """Read trainer_state.json of a checkpoint, or raise a UserError where it is damaged."""
     path = os.path.join(folder, TRAINER_STATE)
     state = read_object(path, "training state")
     step, history = state.get("global_step"), state.get("log_history")
@@ -156,12 +152,10 @@ def processes_saved(folder: str) -> int | None:
 
 
 def check_complete(folder: str, rank: int, processes: int) -> None:
-    """Refuse to resume without what transformers would do without, and not say so.
+    """Refuse to resume without the states of the schedule and of this process's random numbers.
 
-    Another number of `processes` than saved the checkpoint is told of: each draws dropout from a state of its own.
-
-    Raises:
-        UserError: there is no state of the learning rate's schedule, or none of this process's random numbers.
+    transformers would do without and not say so. With another number of `processes` than saved the checkpoint, whose
+    dropout comes from other states, warn.
     """
     saved = processes_saved(folder)
     needed = {"scheduler.pt": "the state of the learning rate's schedule"}
@@ -188,11 +182,7 @@ def _fits(name: str, value: Any, hint: Any) -> bool:
 
 
 def check_places(output_dir: str) -> None:
-    """Check before training that checkpoints can be put into `output_dir`, which may not exist yet.
-
-    Raises:
-        UserError: a file has the name of one.
-    """
+    """Refuse an `output_dir`, which may not exist yet, where a file has the name of a checkpoint."""
     for path in Path(output_dir).glob("checkpoint-*"):
         if CHECKPOINT.fullmatch(path.name) and not path.is_dir():
             raise UserError(f"--output_dir: {path} is no folder, so no checkpoint can be put there: remove it")
@@ -216,15 +206,10 @@ class Batches:
 
 
 def check_steps(folder: str, now: Batches, settings: Mapping[str, Any]) -> None:
-    """Refuse steps of another size than those that a checkpoint counts, and tell of rows that come in another order.
+    """Refuse to resume with steps of another size than those the checkpoint counts; warn of another order of rows.
 
-    Args:
-        folder: the checkpoint.
-        now: batches of this run.
-        settings: all arguments of this run.
-
-    Raises:
-        UserError: with the number of steps other rows would be passed over than those that were trained on.
+    `now` and `settings` are the batches and all arguments of this run. Passing over the number of steps would pass over
+    other rows than those that were trained on.
     """
     path = os.path.join(folder, ARGS_FILE)
     saved = read_json(path, "arguments") if os.path.isfile(path) else {}
@@ -259,8 +244,7 @@ def check_steps(folder: str, now: Batches, settings: Mapping[str, Any]) -> None:
 def checkpoint_to_resume(resume: str | None, output_dir: str) -> str | None:
     """Choose by ``--resume_from_checkpoint``: a folder, the last complete checkpoint for True, or None.
 
-    Raises:
-        UserError: the folder is no complete checkpoint, or is damaged.
+    Raise a UserError where the folder is no complete checkpoint, or damaged.
     """
     if resume is None or str(resume).lower() == "false":
         return None

@@ -26,9 +26,8 @@ def counted_positions(model: nn.Module) -> nn.Embedding | None:
 
 
 def position_limit(config: PretrainedConfig, model: nn.Module | None = None) -> int | None:
-    """Most tokens that a model takes; None when its configuration sets no limit.
-
-    Not every limit shows in a configuration: the model, maybe without weights, tells more.
+    """Most tokens that a model takes, None for no limit; the model, maybe without weights, knows more than its
+    configuration.
     """
     if model is not None and (table := counted_positions(model)) is not None and table.padding_idx is not None:
         return table.num_embeddings - table.padding_idx - 1
@@ -38,13 +37,9 @@ def position_limit(config: PretrainedConfig, model: nn.Module | None = None) -> 
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, checkpoint: Checkpoint) -> bool:
-    """Compare a tokenizer with the table of embeddings that its tokens are looked up in.
+    """Refuse a tokenizer with tokens beyond the table of embeddings that they are looked up in.
 
-    Returns:
-        Whether it has special tokens beyond the table that only a text which spells them out would need.
-
-    Raises:
-        UserError: it has other tokens beyond the table.
+    Return whether it has special tokens beyond the table, which only a text that spells them out would need.
     """
     try:
         table = model.get_input_embeddings()
@@ -69,14 +64,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel,
 def trial_run(
     compute: Callable[[Mapping[str, Tensor]], Tensor], tokens: Mapping[str, Tensor], checkpoint: Checkpoint
 ) -> Tensor | None:
-    """Run a model in eval mode on a few tokens, where its weights are: whatever its settings break shows here.
+    """Run a model in eval mode on a few tokens where its weights are; a UserError where its settings break it.
 
-    Returns:
-        What it computes; None where a model without weights cannot tell, or one on the CPU of a machine with a GPU,
-        which may have kernels for that only.
-
-    Raises:
-        UserError: it fails.
+    Return None where a model without weights cannot tell, or one on the CPU of a machine with a GPU, which may have
+    kernels for that only.
     """
     try:
         with checkpoint.loading(), torch.no_grad():
@@ -95,17 +86,9 @@ def check_padding(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
 ) -> None:
-    """Run a model in eval mode on a text alone and beside a longer one, and warn where that makes a difference.
+    """Warn where a model in eval mode computes something else of a text alone than beside a longer one.
 
-    Args:
-        compute: token tensors ``(n, length)`` to ``(n, ...)``.
-        tokenizer: pads.
-        encoded: two texts, the longer one last.
-        model: what `compute` runs.
-        checkpoint: where it comes from.
-
-    Raises:
-        UserError: it fails.
+    `compute` takes token tensors ``(n, length)`` to ``(n, ...)``; `encoded` holds two texts, the longer one last.
     """
     batches = (pad(tokenizer, encoded, places) for places in ([0], [0, 1]))
     inputs = ({name: part.to(model.device) for name, part in batch.items()} for batch in batches)

@@ -39,7 +39,7 @@ ST_SETTINGS = {"activation_fn": "torch.nn.modules.linear.Identity"}
 class RankerConfig:
     """How to load the cross-encoder; lengths are in tokens, special tokens not counted.
 
-    `empty` loads all but the weights: what is left tells sizes, and cannot score.
+    `empty` leaves the weights out: what remains has sizes, and cannot score.
     """
 
     ranker: str
@@ -65,12 +65,7 @@ class RankerConfig:
 
 
 class CrossEncoder(TrainableModel):
-    """Scores (query, key) pairs with one transformer that reads both texts at once.
-
-    Args:
-        backbone: a sequence-classification model with one label.
-        pairs: its tokenizer, with the limits of length.
-    """
+    """Scores (query, key) pairs with one sequence-classification model of one label, which reads both texts at once."""
 
     def __init__(self, backbone: PreTrainedModel, pairs: PairTokenizer) -> None:
         super().__init__()
@@ -91,8 +86,7 @@ class CrossEncoder(TrainableModel):
     ) -> np.ndarray:
         """Score (query, key) texts, instruction included: fp32 ``(n,)``, higher is more relevant; see `compute`.
 
-        Raises:
-            UserError: scores leave the range of half precision.
+        Raise a UserError where scores leave the range of half precision.
         """
         config = config or EncodeConfig(self.pairs.max_length, self.device)
         windows = compute(self.score, self.pairs, self.pairs.tokenizer, pairs, config, bar, PAIR_WINDOW)
@@ -128,8 +122,7 @@ class CrossEncoder(TrainableModel):
 def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEncoder:
     """Load a cross-encoder from a hub name, a folder of transformers or sentence-transformers, or our checkpoint.
 
-    Weights are fp32. An encoder without a head to score with gets a new one, drawn from torch's random state, which
-    `new_head` allows.
+    Weights are fp32. With `new_head` an encoder without a head gets one, drawn from torch's random state.
 
     Raises:
         UserError: it cannot be loaded, has another kind of head, or does not take texts of these lengths.

@@ -128,16 +128,7 @@ class EncoderConfig:
 
 
 class TextEncoder(nn.Module):
-    """A transformer, a pooling method (see `pooling.pool`) and possibly a dense layer over pooled vectors.
-
-    Args:
-        path: folder or hub name that it was loaded from.
-        tokenizer: of the transformer.
-        backbone: the transformer.
-        pooling_method: one, maybe followed by ``dense``.
-        pooled_width: dimensions of pooled vectors.
-        metric: how its vectors are compared: ``cos``, ``ip`` or ``l2``.
-    """
+    """A transformer, a pooling method (see `pooling.pool`, maybe followed by ``dense``) and its layer."""
 
     def __init__(
         self,
@@ -213,8 +204,7 @@ class DenseRetriever(TrainableModel):
     """Embeds queries and keys, with one encoder for both or one each.
 
     Args:
-        encoders: ``{"encoder": …}`` when tied, else ``{"query_encoder": …, "key_encoder": …}``; the names are those
-            of the checkpoint's folders.
+        encoders: ``{"encoder": …}`` when tied, else ``{"query_encoder": …, "key_encoder": …}``, as in checkpoints.
         truncate_dim: vectors are their first so many dimensions; None for all.
 
     Raises:
@@ -486,12 +476,9 @@ def encoder_folders(config: EncoderConfig) -> dict[str, str]:
 
 
 def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:
-    """Load the dual encoder from hub names, transformers or sentence-transformers folders, or our checkpoints.
+    """Load the dual encoder in fp32 from hub names, transformers or sentence-transformers folders, or our checkpoints.
 
-    Weights are fp32. A checkpoint-N folder stands for the encoders inside it.
-
-    Raises:
-        UserError: a checkpoint cannot be loaded, or does not fit the settings.
+    Raise a UserError where a checkpoint cannot be loaded, or does not fit the settings.
     """
     encoders = {name: _load_encoder(path, config) for name, path in encoder_folders(config).items()}
     return DenseRetriever(encoders, config.truncate_dim)

@@ -33,14 +33,10 @@ GPU_BATCH_TOKENS = 65_536
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """How a model is run over texts.
+    """How a model runs over texts (or pairs of them) of at most `max_length` tokens.
 
-    Attributes:
-        max_length: most tokens of a text (or of a pair of texts).
-        device: where the model lies.
-        dtype: fp32, fp16 or bf16 autocast; fp32 on a CPU.
-        batch_size: most texts in a batch, whatever their length.
-        batch_tokens: most padded tokens in a batch (one long text may exceed it).
+    `dtype` is fp32, or fp16 or bf16 autocast. A batch holds at most `batch_size` texts and `batch_tokens` tokens with
+    padding; one long text may exceed these.
     """
 
     max_length: int
@@ -118,11 +114,8 @@ def compute(
     Args:
         function: token tensors ``(n, length)`` to ``(n, ...)``.
         tokenize: items to ``input_ids`` and the like, cut to `EncodeConfig.max_length` and not padded.
-        tokenizer: pads them.
-        items: read window by window, the first ones smaller.
-        config: device, precision and batches.
         bar: moved on by the number of items of each batch.
-        window: most items tokenized and sorted at a time.
+        window: most items tokenized and sorted at a time; the first windows are smaller.
 
     Yields:
         fp32 ``(window, ...)``, in the order of `items`.
@@ -152,13 +145,9 @@ def encode(
     config: EncodeConfig,
     bar: tqdm | None = None,
 ) -> np.ndarray:
-    """Embed texts, at least one: token tensors to vectors ``(n, D)`` by `embed`.
+    """Embed texts, at least one: ``(len(texts), D)`` of `EncodeConfig.stored_dtype`, in their order.
 
-    Returns:
-        ``(len(texts), D)`` of `EncodeConfig.stored_dtype`, in the order of `texts`.
-
-    Raises:
-        UserError: the vectors are no numbers in that type.
+    Raise a UserError where vectors are no numbers in that type.
     """
 
     def tokenize(part: Sequence[str]) -> Mapping[str, list]:

@@ -37,17 +37,10 @@ _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_IN
 
 @contextlib.contextmanager
 def loading(path: str, what: str, part: str = "") -> Iterator[None]:
-    """Tell in one line why something of a checkpoint cannot be used, whatever it makes a library raise.
+    """Raise a UserError with the reason in place of whatever a library raises, want of memory aside.
 
-    Only for calls of libraries on what a checkpoint holds: our mistakes must stay visible.
-
-    Args:
-        path: folder or hub name.
-        what: kind of model.
-        part: of it, that is read.
-
-    Raises:
-        UserError: in place of any exception but want of memory.
+    Only for calls of libraries on what a checkpoint holds: our mistakes must stay visible. `what` is the kind of model,
+    `part` what is read of it.
     """
     try:
         yield
@@ -96,17 +89,9 @@ def inner_folder(path: str, names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model to load with transformers.
+    """A model to load with transformers; `gguf_file` is the file in the folder that holds all of it, if one does.
 
     Every method raises a UserError that names the model where a file is missing, damaged or of another kind.
-
-    Attributes:
-        path: folder or hub name.
-        what: kind of model, for messages.
-        cache_dir: of the hub.
-        trust_remote_code: run the code that comes with it.
-        allow_pickle: load weights that are kept in a pickle.
-        gguf_file: file in the folder that holds all of the model.
     """
 
     path: str
@@ -180,11 +165,7 @@ class Checkpoint:
     def load(
         self, auto_class: Any, config: PretrainedConfig | None, dtype: torch.dtype = torch.float32, **options: Any
     ) -> tuple[PreTrainedModel, list[str]]:
-        """Load the model with a class of transformers.
-
-        Returns:
-            The model, and the names of weights that the checkpoint lacks.
-        """
+        """Load the model with a class of transformers; return it and the names of weights that the checkpoint lacks."""
         self.check_weights(config)
         with self.loading():
             model, info = auto_class.from_pretrained(
@@ -219,10 +200,7 @@ class Checkpoint:
             )
 
     def empty(self, auto_class: Any, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-        """Build the model as its configuration describes it, on the meta device: shapes, no weights and no memory.
-
-        Weights must be there all the same, and undamaged.
-        """
+        """Build the model on the meta device: shapes, no weights and no memory. The files of weights are checked."""
         self.check_weights(config)
         if os.path.isdir(self.path) and self.gguf_file is None:
             if not any(os.path.isfile(os.path.join(self.path, name)) for name in _WEIGHTS):

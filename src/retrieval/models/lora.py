@@ -36,14 +36,7 @@ LINEAR = (nn.Linear, Conv1D)
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Size and place of the adapters.
-
-    Attributes:
-        r: rank.
-        alpha: the adapters' product is scaled by alpha / r.
-        dropout: before the adapters.
-        target_modules: names of the linear layers that get one; `ALL_LINEAR` for all.
-    """
+    """Rank of the adapters, their scale (alpha / r), the dropout before them, and the names of layers that get one."""
 
     r: int
     alpha: float
@@ -75,8 +68,7 @@ def _peft() -> Any:
 def add_adapters(backbone: nn.Module, settings: LoraSettings) -> None:
     """Put adapters into a transformer, whose weights no longer train.
 
-    Raises:
-        UserError: peft is missing, the model has none of the layers, or they are of another kind.
+    Raise a UserError where peft is missing, the model has none of the layers, or they are of another kind.
     """
     peft = _peft()
     targets: Any = list(settings.target_modules)
@@ -111,12 +103,7 @@ def has_adapters(backbone: nn.Module) -> bool:
 
 
 def merged_weights(backbone: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Merge adapters into the weights of a transformer, as if it had none: W + alpha / r * B A.
-
-    Args:
-        backbone: with adapters or without; it stays as it is, since training goes on.
-        state: its weights, maybe gathered from sharded training.
-    """
+    """Merge adapters, if any, into the weights `state` of a transformer, which stays as it is: W + alpha / r * B A."""
     merged = {name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if ".lora_" not in name}
     for name, layer in _adapted(backbone).items():
         down, up = (state[f"{name}.lora_{side}.{NAME}.weight"] for side in "AB")
@@ -130,14 +117,7 @@ def merged_weights(backbone: nn.Module, state: Mapping[str, Tensor]) -> dict[str
 
 
 def save_adapters(backbone: Any, state: Mapping[str, Tensor], folder: str, base: str) -> None:
-    """Write the adapters alone, as peft and transformers load them.
-
-    Args:
-        backbone: see `add_adapters`.
-        state: its weights.
-        folder: created when missing.
-        base: the encoder that the adapters belong to.
-    """
+    """Write the adapters of a transformer, whose weights are `state`, as peft and transformers load them."""
     config = copy.copy(backbone.peft_config[NAME])
     # A relative path would mean another folder elsewhere.
     config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
@@ -151,11 +131,7 @@ def save_adapters(backbone: Any, state: Mapping[str, Tensor], folder: str, base:
 
 
 def load_adapters(backbone: Any, folder: str) -> None:
-    """Take the adapters that `save_adapters` wrote.
-
-    Raises:
-        UserError: there are none, they are damaged, or of another size.
-    """
+    """Take the adapters that `save_adapters` wrote, or raise a UserError where they are damaged or do not fit."""
     path = os.path.join(folder, ADAPTER_WEIGHTS)
     if not os.path.isfile(path):
         raise UserError(f"{folder} has no adapters: was the checkpoint trained without --lora_r?")
@@ -173,11 +149,7 @@ def is_adapter_folder(path: str) -> bool:
 
 
 def base_of(folder: str) -> str:
-    """Name the encoder that a folder of adapters belongs to.
-
-    Raises:
-        UserError: its settings do not tell.
-    """
+    """Name the encoder that a folder of adapters belongs to, or raise a UserError where its settings do not."""
     base = read_object(os.path.join(folder, ADAPTER_CONFIG), "settings of adapters").get("base_model_name_or_path")
     if not isinstance(base, str):
         raise UserError(f"{folder}/{ADAPTER_CONFIG} names no base_model_name_or_path: the encoder it belongs to")
@@ -185,11 +157,7 @@ def base_of(folder: str) -> str:
 
 
 def merge_into(backbone: Any, folder: str) -> Any:
-    """Merge the adapters of `folder` into the weights of a transformer, all of which can be trained.
-
-    Raises:
-        UserError: they are not kept as safetensors, or do not fit.
-    """
+    """Merge the adapters of `folder`, in safetensors, into the weights of a transformer, which all can be trained."""
     if not os.path.isfile(os.path.join(folder, ADAPTER_WEIGHTS)):
         raise UserError(f"{folder} has no {ADAPTER_WEIGHTS}: save the adapters in that format (no pickle is read)")
     with loading(folder, "adapters"):

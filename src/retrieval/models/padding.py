@@ -1,7 +1,6 @@
 """Token tensors of sequences of unequal length.
 
-transformers' own padding goes through Python token by token, which takes several times as long as the tokenizer and
-longer than a GPU takes for the batch.
+transformers' own padding goes through Python token by token, and takes longer than a GPU does for the batch.
 """
 
 from __future__ import annotations
@@ -18,10 +17,9 @@ from transformers import PreTrainedTokenizerBase
 def pad(
     tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, list], positions: Sequence[int] | np.ndarray
 ) -> dict[str, Tensor]:
-    """Some of the sequences, padded on the right to the longest of them, as ``tokenizer.pad`` does it.
+    """Pad some of the sequences on the right to the longest of them, as ``tokenizer.pad`` does it.
 
     Args:
-        tokenizer: says what to pad with; its `padding_side` is right.
         encoded: ``input_ids`` and the like, a list per sequence; a mask may be left out.
         positions: which sequences, at least one.
 

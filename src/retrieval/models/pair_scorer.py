@@ -25,15 +25,9 @@ class PairScorer(Protocol):
     """Scores each query with its own keys."""
 
     def __call__(self, queries: Sequence[str], keys: Sequence[Sequence[str]], bar: tqdm) -> np.ndarray:
-        """Scores of all pairs, higher is more relevant.
+        """Score all pairs: fp32 ``(pairs,)``, query by query, higher is more relevant.
 
-        Args:
-            queries: texts, instruction included.
-            keys: texts for each query, instruction included; any number, also none.
-            bar: moved on by one for each pair in the end.
-
-        Returns:
-            fp32 ``(pairs,)``, query by query.
+        Texts include the instruction; a query may have any number of keys. `bar` moves on by one for each pair.
         """
         ...
 

@@ -41,11 +41,7 @@ class PairLayout:
 
 
 def read_layout(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> PairLayout:
-    """Read off a pair of letters how the tokenizer joins texts.
-
-    Raises:
-        UserError: the tokenizer cannot tell which text a token comes from.
-    """
+    """Read off a pair of letters how the tokenizer joins texts; a UserError where it cannot tell a token's text."""
     if not tokenizer.is_fast:
         raise UserError(
             f"{checkpoint!r} has a tokenizer written in Python: a ranker needs one of the tokenizers library "
@@ -67,14 +63,9 @@ def read_layout(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> PairLayo
 
 @dataclass(frozen=True)
 class PairTokenizer:
-    """Tokenizes pairs, each text within its own limit.
+    """Tokenizes pairs, each text within its limit (special tokens not counted), the pair within `max_length`.
 
-    Attributes:
-        tokenizer: of the model.
-        layout: how it joins two texts.
-        query_max_length, key_max_length: most tokens of each text, special tokens not counted.
-        max_length: most tokens of a pair in all; what a pair has too many comes off the key's end.
-        plain: special tokens that are spelt out in a text are text like any other.
+    What a pair has too many comes off the key's end. `plain`: special tokens spelt out in a text are text like others.
     """
 
     tokenizer: PreTrainedTokenizerBase

@@ -57,17 +57,10 @@ def _is_heeded(name: str, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class PoolingSpec:
-    """What a checkpoint says of itself; None where it says nothing.
+    """What a checkpoint says of itself, None where it says nothing, and the file (`origin`) that says so.
 
-    Attributes:
-        pooling_method: as the flag of that name.
-        dense_metric: as the flag of that name.
-        dense: folder of the dense layer's config.json and model.safetensors, or dense_pooler.bin of the original.
-        origin: the file that says so.
-        lower_case: texts are read in lower case, whatever the tokenizer does.
-        max_length: most tokens of a text, if its tokenizer has no other limit.
-        without_prompt: the tokens of an instruction are not pooled.
-        prompts: names of instructions.
+    `dense` is the folder of the dense layer, or dense_pooler.bin of the original; `without_prompt`: the tokens of an
+    instruction are not pooled; `prompts` are names of instructions.
     """
 
     pooling_method: tuple[str, ...] | None = None
@@ -165,16 +158,12 @@ def _read_weights(path: str, allow_pickle: bool) -> dict[str, Tensor]:
 
 
 def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:
-    """Pool token states into one vector per text.
+    """Pool token states ``(n, length, D)`` into one vector per text, ``(n, D)``.
 
     Args:
-        states: ``(n, length, D)`` token states.
         attention_mask: ``(n, length)``, 1 for tokens, 0 for padding on either side.
         method: ``cls`` (first token), ``mean`` (over tokens), ``last`` (last token), ``decoder`` (the states are of
             the decoder's start token).
-
-    Returns:
-        ``(n, D)``.
     """
     if method == "mean":
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
@@ -192,12 +181,8 @@ def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:
 def read_pooling_spec(checkpoint: Checkpoint, pooling_given: bool = False) -> PoolingSpec:
     """Read what our file or those of sentence-transformers in a checkpoint say of pooling and similarity.
 
-    Args:
-        checkpoint: of an encoder.
-        pooling_given: the pooling is chosen already, so that only the dense layer and how texts are read matter.
-
-    Raises:
-        UserError: the files are damaged, or describe what cannot be expressed here.
+    With `pooling_given` only the dense layer and how texts are read matter. Raise a UserError where the files are
+    damaged, or describe what cannot be expressed here.
     """
     if (own_file := checkpoint.find(OWN_FILE)) is not None:
         return _read_own_file(own_file)
@@ -279,11 +264,7 @@ def _read_settings(checkpoint: Checkpoint, names: Sequence[str]) -> tuple[str | 
 
 
 def read_module_list(modules_file: str) -> list[tuple[str, str]]:
-    """Kind and folder of each module of sentence-transformers.
-
-    Raises:
-        UserError: the file is damaged, or names a module of another package.
-    """
+    """Read kind and folder of each module of sentence-transformers; a UserError where the file is damaged."""
     entries = read_json(modules_file, "sentence-transformers modules")
     modules = []
     for entry in entries if isinstance(entries, list) else [entries]:

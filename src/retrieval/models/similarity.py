@@ -6,12 +6,9 @@ from torch import Tensor
 
 
 def similarity(queries: Tensor, keys: Tensor, metric: str, cos_temperature: float = 1.0) -> Tensor:
-    """Scores of all pairs, fp32 ``(B, K)``; higher is more alike.
+    """Score queries ``(B, D)`` against keys ``(K, D)``: fp32 ``(B, K)``, higher is more alike.
 
-    Args:
-        queries: ``(B, D)``, of unit length for ``cos``.
-        keys: ``(K, D)``, likewise.
-        metric: ``cos`` (divided by `cos_temperature`), ``ip``, or ``l2`` (negative squared distance).
+    `metric` is ``cos`` (of unit vectors, divided by `cos_temperature`), ``ip``, or ``l2`` (negative squared distance).
     """
     queries, keys = queries.float(), keys.float()
     products = queries @ keys.T

@@ -23,18 +23,12 @@ class TrainableModel(nn.Module, ABC):
     def save(self, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write each transformer with its tokenizer into a folder of its own below `folder`.
 
-        Args:
-            folder: created when missing.
-            state_dict: weights of this module gathered from sharded training; those it holds when None.
+        `state_dict` holds the weights of this module gathered from sharded training; those it has when None.
         """
 
     @abstractmethod
     def load_weights(self, folder: str) -> None:
-        """Take the weights that `save` wrote below `folder`.
-
-        Raises:
-            UserError: some are missing there, damaged, or of another shape.
-        """
+        """Take the weights that `save` wrote; a UserError where some are missing, damaged, or of another shape."""
 
     @property
     def device(self) -> torch.device:

@@ -246,10 +246,10 @@ class RetrievalTrainingArgs(TrainingArguments):
         check_choice("torch_compile_mode", self.torch_compile_mode, tuple(list_mode_options()))
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings, such that a file of them can be given as --config; without tokens, which are secrets.
+        """All settings, but for secret tokens, such that a file of them can be given as --config.
 
-        What was inferred is left as it was given, so that further flags mean what they would have meant beside those of
-        the first run, also on another machine.
+        What was inferred is left as it was given, so that further flags mean what they meant in the first run, also on
+        another machine.
         """
         settings = {**super().to_dict(), **self._given}
         return {name: value for name, value in settings.items() if not name.endswith("_token")}

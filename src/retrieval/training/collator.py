@@ -22,10 +22,7 @@ from src.retrieval.training.dataset import TrainExample
 class ChunkPolicy:
     """When a batch is cut, so that short texts are not padded to the longest.
 
-    Attributes:
-        max_texts: most texts in a chunk; 0 for no limit.
-        split_tokens: padding tokens that a further chunk must save to be worth another pass through the model; 0 for
-            no cut by length.
+    After `max_texts` (0 for no limit), and where a chunk saves `split_tokens` of padding (0 for no cut by length).
     """
 
     max_texts: int = 0
@@ -80,9 +77,8 @@ def _split(piece: np.ndarray, lengths: np.ndarray, split_tokens: int) -> list[np
 def pad_chunks(tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, list], policy: ChunkPolicy) -> dict[str, Any]:
     """Cut token sequences (``input_ids`` and the like, a list per text) into padded chunks.
 
-    Returns:
-        ``chunks``: a list of dictionaries of int64 tensors ``(n, longest of the chunk)``, and ``places``: int64
-        ``(texts,)``, where each text stands when the chunks are joined.
+    Return ``chunks``, dictionaries of int64 tensors ``(n, longest of the chunk)``, and ``places``: int64 ``(texts,)``,
+    where each text stands when the chunks are joined.
     """
     cut = cut_by_length([len(ids) for ids in encoded["input_ids"]], policy)
     places = np.empty(len(encoded["input_ids"]), dtype=np.int64)

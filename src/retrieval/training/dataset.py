@@ -51,8 +51,7 @@ class SourceSettings:
     ) -> SourceSettings:
         """Read the flags, with --use_train_config the settings of the rows' `task` over them.
 
-        Raises:
-            UserError: the version or task has no settings, or both loss weights are 0.
+        Raise a UserError where the version or task has no settings, or both loss weights are 0.
         """
         if args.use_train_config:
             args = copy.copy(args)
@@ -77,12 +76,8 @@ class SourceSettings:
 class Source:
     """One training file: the rows that pass its filters, and how they are trained.
 
-    Attributes:
-        kept: int64 ``(n,)``, numbers of the rows in use.
-        default_task: task of rows that name none.
-        score_field: field of the teacher scores.
-        scored: how many of the rows in use have teacher scores.
-        dropped: how many rows are not in use, by reason.
+    `kept` are the numbers of the rows in use, int64 ``(n,)``, of which `scored` have teacher scores in `score_field`;
+    `dropped` counts the others by reason. Rows that name no task have `default_task`.
     """
 
     rows: JsonLines
@@ -116,8 +111,7 @@ class TrainExample:
 class TrainDataset(Dataset):
     """Training examples of several files, addressed by (epoch, index).
 
-    Which negatives a row gets is a function of (seed, epoch, index) alone: not of the process, the worker, the
-    order of access or anything before it.
+    Which negatives a row gets is a function of (seed, epoch, index) alone: not of process, worker or order of access.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int) -> None:
@@ -179,14 +173,12 @@ def load_train_sources(
     score_field: str = TEACHER_SCORES,
     task_config: Collection[str] = (),
 ) -> list[Source]:
-    """Open, check and filter the training files.
+    """Open, check and filter the training files; one named twice gives two sources.
 
     Args:
-        files: paths; one named twice gives two sources.
         settings_of: settings by task; asked once per file.
         instruction_of: instruction by task; asked for every task that occurs.
         task: of rows that name none, the ``--task`` flag.
-        seed: for ``max_sample_num``.
         task_config: names of tasks besides the released ones.
 
     Raises:

@@ -40,11 +40,9 @@ class GradCache(nn.Module):
     vectors, and by them those of the parameters.
 
     Args:
-        model: the dual encoder as wrapped for training. It is called once a step, for the last chunk of the second
-            pass, so DistributedDataParallel averages gradients once, after they are all there; processes may have
-            different numbers of chunks.
-        plain: the same encoder without the wrapper, for all other calls: what it adds to the gradients stays with the
-            process, as under ``no_sync``.
+        model: the dual encoder as wrapped for training; called once a step, for the last chunk of the second pass, so
+            that DistributedDataParallel averages gradients once, whatever the numbers of chunks.
+        plain: the same encoder without the wrapper, for all other calls, as under ``no_sync``.
     """
 
     def __init__(self, model: nn.Module, plain: nn.Module) -> None:
@@ -56,11 +54,8 @@ class GradCache(nn.Module):
     def forward(self, query: Sequence[Tokens], key: Sequence[Tokens]) -> tuple[list[Tensor], list[Tensor]]:
         """Embed chunks of queries and of keys, at least one each, token tensors ``(n, length)``: the first pass.
 
-        The last chunk of queries and the last of keys form one call, so that the wrapped model sees every parameter of
-        untied encoders at once.
-
-        Returns:
-            Vectors ``(n, D)`` of each chunk, without a graph but requiring gradients.
+        The last chunks of both form one call, so that the wrapped model sees all parameters of untied encoders at once.
+        Return vectors ``(n, D)`` of each chunk, without a graph but requiring gradients.
         """
         calls: list[tuple[list[Tokens], list[Tokens]]] = [([chunk], []) for chunk in query[:-1]]
         calls += [([], [chunk]) for chunk in key[:-1]]
@@ -81,10 +76,7 @@ class GradCache(nn.Module):
     def backpropagate(self) -> None:
         """Go from the gradients at the vectors to those of the parameters, chunk by chunk: the second pass.
 
-        Random numbers go on afterwards as if there had been the first pass only.
-
-        Raises:
-            RuntimeError: there are no gradients at the vectors.
+        Random numbers go on as if there had been the first pass only. Raise a RuntimeError without gradients.
         """
         if not self._passes:
             raise RuntimeError("GradCache: there is no first pass to go on from")

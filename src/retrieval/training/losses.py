@@ -38,8 +38,7 @@ class BatchScores:
     """What the queries of this process score.
 
     Attributes:
-        scores: fp32 ``(B, K)``, each query against all keys it is compared with; one tensor per width of the vectors,
-            that of full vectors first.
+        scores: fp32 ``(B, K)``, one tensor per width of the vectors, that of full vectors first.
         positions: int64 ``(B, N)``, columns of each query's own keys, positive first.
         unit: the score of a similarity of 1, by which the log undoes the temperature.
         queries: how many queries all processes have together.
@@ -66,11 +65,8 @@ def dense_batch_scores(
 ) -> BatchScores:
     """Score every query of a dual encoder against the keys of the whole batch. See `ScoreBatch`.
 
-    Args:
-        inputs: of `TrainCollator`.
-        metric: ``cos``, ``ip`` or ``l2``.
-        negative_cross_device: the batch is that of all processes; each gets exact gradients for its own rows.
-        widths: leading dimensions that are compared too, beside the full vectors (Matryoshka, arXiv 2205.13147).
+    With `negative_cross_device` the batch is that of all processes; each gets exact gradients for its own rows.
+    `widths` are leading dimensions that are compared too, beside the full vectors (Matryoshka, arXiv 2205.13147).
     """
     query, key = inputs["query"], inputs["key"]
     query_vectors, key_vectors = model(query=query["chunks"], key=key["chunks"])
@@ -113,10 +109,8 @@ class LossParts:
 def mask_false_negatives(scores: Tensor, positions: Tensor, margin: float) -> Tensor:
     """Set the scores of false negatives ``(B, K)`` to the lowest finite value.
 
-    A key of another query is taken for a false negative when it scores above the query's own positive plus `margin`
-    (the positive-aware filter of NV-Retriever, arXiv 2407.15831, with the student's own scores). A query's own keys
-    always stay. `margin` is in units of `scores`; below 0 it also takes out keys that score a little less, such as
-    the same text.
+    Another query's key is one when it scores above the query's positive plus `margin`, in units of `scores` (the
+    positive-aware filter of NV-Retriever, arXiv 2407.15831, with the student's own scores).
     """
     threshold = scores.detach().gather(1, positions[:, :1]) + margin
     false = (scores.detach() > threshold).scatter(1, positions, False)

@@ -20,7 +20,7 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
     """Yields this process's part of every global batch, as (epoch, row) pairs.
 
     The batches of an epoch are a function of (policy, file sizes, global batch size, seed, epoch) alone, so the same
-    global batch comes out however it is split over processes. By policy:
+    global batch comes out however it is split over processes. By policy (``--inbatch_same_dataset``):
 
     - None: rows of all files, shuffled together;
     - ``epoch``: batches of one file each, cut and ordered anew each epoch;
@@ -30,15 +30,8 @@ class GlobalBatchSampler(Sampler[list[tuple[int, int]]]):
       within an epoch, which is as many steps as the other policies take.
 
     Else every row comes once an epoch. The last batch of an epoch (of a file, unless the policy is None) may be short
-    and is split as evenly as it goes; one with fewer rows than processes is filled up by repeating its rows.
-
-    Attributes:
-        policy: of ``--inbatch_same_dataset``.
-        sizes: rows per file.
-        global_batch_size: rows per batch over all processes.
-        seed: source of all randomness.
-        rank, world_size: which part to yield, of how many.
-        drop_last: leave out short batches, except for a file that has no full one.
+    and is split as evenly as it goes; one with fewer rows than processes is filled up by repeating its rows. With
+    `drop_last` short batches are left out, except for a file that has no full one. `sizes` are rows per file.
     """
 
     policy: str | None

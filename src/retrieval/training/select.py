@@ -80,9 +80,8 @@ def unusable(
 ) -> dict[str, np.ndarray]:
     """Find the rows that cannot give a group: by reason a bool mask ``(rows,)``; a row may have several.
 
-    Args:
-        positives, negatives: int ``(rows,)``, candidates per row.
-        best: int ``(rows,)``, position of the highest teacher score in pos + neg, -1 without scores.
+    `positives` and `negatives` count candidates per row; `best` is the position of the highest teacher score in
+    pos + neg, -1 without scores.
     """
     needs_scores = policy.positive.startswith("teacher") or policy.negative.startswith("teacher")
     reasons = {"no teacher_scores, which the selection needs": needs_scores & (best < 0)}

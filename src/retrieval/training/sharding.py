@@ -92,10 +92,7 @@ def offloaded(given: Any) -> frozenset[str]:
 
 
 def fsdp_settings(given: Any, fsdp: Any = True) -> dict[str, Any]:
-    """Return the settings of ``--fsdp_config``, completed, or raise a UserError for what is not supported.
-
-    `fsdp` is the value of ``--fsdp``, whose older form is a list of words.
-    """
+    """Return the settings of ``--fsdp_config``, completed, or raise a UserError for what is not supported."""
     settings = {name.removeprefix("fsdp_"): value for name, value in read_settings(given, "fsdp_config").items()}
     version, saving = settings.get("version", 2), settings.setdefault("state_dict_type", SHARDED)
     refuse(
@@ -125,18 +122,16 @@ def half_precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
 def load_unsharded() -> None:
     """Make `from_pretrained` give full weights to each process.
 
-    With ZeRO-3 announced, it would shard each transformer by itself, before adapters are put in or merged, new layers
-    drawn and fp32 weights rounded. The engine shards the finished model. transformers announces it anew whenever
-    settings or a Trainer are made.
+    With ZeRO-3 announced, as transformers does whenever settings or a Trainer are made, it would shard each transformer
+    before adapters are merged and new layers drawn. The engine shards the finished model.
     """
     unset_hf_deepspeed_config()
 
 
 def optimizer_layout(stage: int | None, fsdp: bool, processes: int) -> str:
-    """Name how a run keeps the optimizer's state in checkpoints, by its flags.
+    """Name how a run keeps the optimizer's state in checkpoints.
 
-    Args:
-        stage: of ZeRO, where each process writes its part, which only it can read; None without DeepSpeed.
+    With a `stage` of ZeRO (None without DeepSpeed) each process writes its part, which only it can read.
     """
     if stage is not None:
         parts = f" on {processes} processes" if stage else ""
@@ -168,12 +163,8 @@ def check_optimizer_state(checkpoint: str, layout: str) -> None:
 def full_state(model: nn.Module, device: torch.device | None) -> dict[str, Tensor]:
     """Gather the weights of a model in training from all processes, in fp32; every process must call this.
 
-    Args:
-        model: what the engine trains, not wrapped.
-        device: where to put the weights; None to take part without getting any.
-
-    Returns:
-        What ``model.state_dict()`` of the unsharded model would be; weights that layers share are shared.
+    Put them on `device` (None to take part without getting any). What ``state_dict()`` of the unsharded model would be;
+    weights that layers share are shared.
     """
     tensors = model.state_dict(keep_vars=True)
     gathered: dict[int, Tensor] = {}

@@ -60,14 +60,9 @@ DIVERGED = (
 
 
 class RetrievalTrainer(Trainer, Generic[ModelT]):
-    """Trains a dual encoder or a cross-encoder.
+    """Trains a dual encoder or a cross-encoder, evaluated by `evaluate_model` (metrics without prefix; None for never).
 
-    Args:
-        collator: examples to tensors.
-        score_batch: tensors to the scores that the losses compare.
-        evaluate_model: the model to metrics, without prefix; None when there is nothing to evaluate on.
-        saved_args: all arguments, written into each checkpoint.
-        write_cards: writes model cards below a folder that the model was saved to.
+    `saved_args` are written into each checkpoint, and `write_cards` writes model cards below it.
     """
 
     # Narrower than what transformers declares.
@@ -109,8 +104,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **kwargs: Any) -> TrainOutput:
         """Train from the beginning, or go on from a checkpoint folder (see `checkpoint_to_resume`).
 
-        Raises:
-            UserError: the checkpoint lacks what an exact continuation needs.
+        Raise a UserError where it lacks what an exact continuation needs.
         """
         args = self.args
         if isinstance(resume_from_checkpoint, str):
@@ -240,10 +234,9 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model with full weights, whoever holds which part of them; every process must call this.
+        """Write the model with full weights, whoever holds which part; every process must call this.
 
-        Raises:
-            UserError: on every process, of weights that are no numbers.
+        Raise a UserError, on every process, where weights are no numbers.
         """
         if self.args.engine is None:
             self._check_weights(dict(self.model.named_parameters()))
