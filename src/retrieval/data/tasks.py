@@ -1,8 +1,4 @@
-"""Tasks: the instructions and training settings of each, the released ones and those of a --task_config file.
-
-The instruction texts are those the released models were trained with; a changed blank changes their
-embeddings.
-"""
+"""Tasks: instructions and training settings of each, those of versions.yaml and of a --task_config file."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import Any
 
@@ -64,96 +61,19 @@ class TaskConfig:
 #: Tasks without a --task_config file.
 NO_TASK_CONFIG: Mapping[str, TaskConfig] = MappingProxyType({})
 
-#: By version and task; None: whatever the task.
-_INSTRUCTIONS: Mapping[str, Mapping[str | None, Instruction]] = {
-    "llm-embedder": {
-        "qa": Instruction(
-            "Represent this query for retrieving relevant documents: ", "Represent this document for retrieval: "
-        ),
-        "convsearch": Instruction(
-            "Encode this query and context for searching relevant passages: ", "Encode this passage for retrieval: "
-        ),
-        "chat": Instruction(
-            "Embed this dialogue to find useful historical dialogues: ",
-            "Embed this historical dialogue for retrieval: ",
-        ),
-        "lrlm": Instruction(
-            "Embed this text chunk for finding useful historical chunks: ",
-            "Embed this historical text chunk for retrieval: ",
-        ),
-        "icl": Instruction(
-            "Convert this example into vector to look for useful examples: ",
-            "Convert this example into vector for retrieval: ",
-        ),
-        "tool": Instruction(
-            "Transform this user request for fetching helpful tool descriptions: ",
-            "Transform this tool description for retrieval: ",
-        ),
-    },
-    "bge": {None: Instruction("Represent this sentence for searching relevant passages: ")},
-    "e5": {None: Instruction("query: ", "passage: ")},
-    "instructor": {
-        "qa": Instruction(
-            "Represent the query for retrieving supporting documents: ", "Represent the document for retrieval: "
-        ),
-        "convsearch": Instruction(
-            "Represent the query and context for retrieving supporting passages: ",
-            "Represent the passage for retrieval: ",
-        ),
-        "chat": Instruction(
-            "Represent the dialogue for retrieving useful historical dialogues: ",
-            "Represent the historical dialogue for retrieval: ",
-        ),
-        "lrlm": Instruction(
-            "Represent the text chunk for retrieving useful historical chunks: ",
-            "Represent the historical text chunk for retrieval: ",
-        ),
-        "icl": Instruction(
-            "Represent the example for retrieving duplicate examples: ", "Represent the example for retrieval: "
-        ),
-        "tool": Instruction(
-            "Represent the user request for retrieving duplicate examples: ",
-            "Represent the tool description for retrieval: ",
-        ),
-    },
-}
-
-VERSIONS = tuple(_INSTRUCTIONS)
-
-_CONTRASTIVE = {"select_positive": "first", "select_negative": "random", "distill_weight": 0, "stable_distill": False}
-_GRADED = {"select_negative": "random", "contrastive_weight": 0, "stable_distill": True}
-_DISTILLED = {
-    "select_positive": "teacher",
-    "select_negative": "random",
-    "contrastive_weight": 0,
-    "distill_weight": 1.0,
-    "teacher_temperature": 0.1,
-    "stable_distill": False,
-}
-#: By version and task, the flags that ``--use_train_config`` replaces.
-_TRAINING: Mapping[str, Mapping[str, dict[str, Any]]] = {
-    "llm-embedder": {
-        "qa": {"select_positive": "first", **_GRADED},
-        "convsearch": _CONTRASTIVE,
-        "chat": _DISTILLED,
-        "lrlm": {**_DISTILLED, "max_sample_num": 10000, "teacher_scores_margin": 0.1},
-        "icl": {"select_positive": "random", **_GRADED},
-        "tool": _CONTRASTIVE,
-    }
-}
+#: Versions of the instructions, as in versions.yaml.
+VERSIONS = ("llm-embedder", "bge", "e5", "instructor")
 
 
 def instruction_for(
     version: str, task: str | None, task_config: Mapping[str, TaskConfig] = NO_TASK_CONFIG
 ) -> Instruction:
     """Return the instruction of a task by the task file, else by the version; raise a UserError if neither has one."""
-    custom = task_config.get(task) if task is not None else None
-    if custom is not None and custom.instruction is not None:
-        return custom.instruction
+    released, custom = released_tasks().get(version, {}), task_config.get(task or "")
+    for settings in (custom, released.get(task or "*", released.get("*"))):
+        if settings is not None and settings.instruction is not None:
+            return settings.instruction
     check_choice("version", version, VERSIONS)
-    instructions = _INSTRUCTIONS[version]
-    if instruction := instructions.get(task, instructions.get(None)):
-        return instruction
     if custom is not None:
         raise UserError(
             f"--task_config: the task {task!r} has no instruction, and --version {version} has none for it: add "
@@ -173,17 +93,18 @@ def training_settings_for(
     Raises:
         UserError: neither has any for this task.
     """
-    settings = _TRAINING.get(version, {}).get(task or "")
-    custom = task_config.get(task) if task is not None else None
+    released, custom = released_tasks().get(version, {}), task_config.get(task or "")
+    settings = released[task].training if task in released else None
     if custom is not None and custom.training is not None:
         # What the file sets to null is left to the command line.
         return {name: value for name, value in {**(settings or {}), **custom.training}.items() if value is not None}
     if settings is not None:
-        return settings
-    if version not in _TRAINING:
+        return dict(settings)
+    if all(each.training is None for each in released.values()):
+        trained = [name for name, tasks in released_tasks().items() if any(each.training for each in tasks.values())]
         raise UserError(
             f"--use_train_config: version {version!r} has no training settings, choose --version from "
-            f"{', '.join(sorted(_TRAINING))}, leave --use_train_config out, or give --task_config with settings of "
+            f"{', '.join(trained)}, leave --use_train_config out, or give --task_config with settings of "
             "its own"
         )
     raise UserError(
@@ -290,16 +211,25 @@ def load_task_config(path: str | None) -> dict[str, TaskConfig]:
     Raises:
         UserError: the file is missing or broken, or has unknown names or values.
     """
-    if path is None:
-        return {}
-    content = read_settings(path, "--task_config")
+    return {} if path is None else _read_tasks(f"--task_config: {path}", read_settings(path, "--task_config"))
+
+
+@cache
+def released_tasks() -> dict[str, dict[str, TaskConfig]]:
+    """Read the released tasks by version, as versions.yaml has them; the task ``*`` is whatever the task."""
+    path = os.path.join(os.path.dirname(__file__), "versions.yaml")
+    versions = read_settings(path, "--version")
+    return {version: _read_tasks(f"{path}: {version}", tasks) for version, tasks in versions.items()}
+
+
+def _read_tasks(file: str, content: Any) -> dict[str, TaskConfig]:
     if not isinstance(content, dict) or not content:
-        raise UserError(f"--task_config: {path} must be a mapping from names of tasks to their settings")
+        raise UserError(f"{file} must be a mapping from names of tasks to their settings")
     tasks = {}
     for name, value in content.items():
+        where = f"{file}: {name}"
         if not isinstance(name, str) or not name or "/" in name:
-            raise UserError(f"--task_config: {path}: {name!r} is no name of a task: text in quotes without / is")
-        where = f"--task_config: {path}: {name}"
+            raise UserError(f"{file}: {name!r} is no name of a task: text in quotes without / is")
         task = _check_names(where, value, _PARTS)
         texts = _read_part(where, task, "instruction")
         instruction = None if texts is None else Instruction(texts.get("query") or "", texts.get("key") or "")

@@ -15,9 +15,11 @@ from src.lm.score import encode_row
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.tasks import (
     TRAINING_SETTINGS,
+    VERSIONS,
     Instruction,
     TaskConfig,
     load_task_config,
+    released_tasks,
     training_settings_for,
 )
 from src.retrieval.jobs.evaluate import load_eval_data
@@ -216,3 +218,7 @@ def test_a_missing_file(tmp_path):
 def test_every_training_setting_can_be_given():
     flags = {field.name for field in fields(RetrievalTrainingArgs)}
     assert set(TRAINING_SETTINGS) < flags
+
+
+def test_versions_are_those_of_the_file():
+    assert tuple(released_tasks()) == VERSIONS
