@@ -33,7 +33,7 @@ from src.utils.jsonl import JsonLines, open_jsonl
 
 logger = logging.getLogger("run_lm_score")
 
-#: Flags of prompts and answers.
+#: Flags of prompts, then of answers, that scores depend on.
 PROMPT_FLAGS = ("key_max_length", "truncation_side", "add_llama_inst", "use_chat_template")
 ANSWER_FLAGS = ("task", "answer_select", "seed")
 

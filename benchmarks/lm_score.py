@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.common import ROOT, compare, timed
+from src.lm.args import LMArgs
 from src.lm.model import LanguageModel, LMConfig, load_lm
 from src.lm.prompts import PromptEncoder, PromptTokens
 from src.lm.response_store import ResponseStore
@@ -75,7 +76,7 @@ def score_plainly(model: LanguageModel, pairs: list[PromptTokens], size: int) ->
 def measure(args: argparse.Namespace, side: str) -> float:
     """Pairs per second, tokenization included."""
     torch.set_num_threads(args.threads)
-    model = load_lm(LMConfig(args.model, args.dtype, prepared(torch.device(args.device))))
+    model = load_lm(LMConfig(LMArgs(args.model), args.dtype, prepared(torch.device(args.device))))
     encoder = PromptEncoder(model.tokenizer, CONTEXT, KEY_LENGTH)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/rows.json"

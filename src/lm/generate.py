@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from src.lm.model import LanguageModel
+from src.retrieval.models.encode import cut_batches
 from src.utils.errors import UserError
 
 #: What ``--eos_token_id`` was in the original for the newline of one tokenizer: here the newline of any.
@@ -88,27 +89,14 @@ def generate(
     devices = range(torch.cuda.device_count()) if model.model.device.type == "cuda" else ()
     # Some models that read padding on the left also mix up the states of a batch.
     alone = decoding.do_sample or not model.pads_left
-    for batch in _batches(prompts, decoding, 0 if alone else max_tokens):
+    lengths = [each * (len(prompt) + decoding.max_new_tokens) for prompt in prompts]
+    for positions in cut_batches(lengths, len(prompts), 0 if alone else max_tokens):
+        batch = positions.tolist()
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(_seed(decoding.seed, prompts[batch[0]]))
             texts = model.continuations([prompts[number] for number in batch], config)
         texts = [(text.split("\n", 1)[0] if decoding.first_line else text).strip() for text in texts]
         yield {number: tuple(texts[place * each : (place + 1) * each]) for place, number in enumerate(batch)}
-
-
-def _batches(prompts: Sequence[Sequence[int]], decoding: Decoding, max_tokens: int) -> Iterator[list[int]]:
-    """Numbers of prompts, longest first, whose padded and new tokens fit; at least one a batch."""
-    batch: list[int] = []
-    width = 0
-    for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
-        if batch and (len(batch) + 1) * decoding.num_return_sequences * width > max_tokens:
-            yield batch
-            batch = []
-        if not batch:
-            width = len(prompts[number]) + decoding.max_new_tokens
-        batch.append(number)
-    if batch:
-        yield batch
 
 
 def _seed(seed: int, prompt: Sequence[int]) -> int:

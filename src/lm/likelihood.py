@@ -19,13 +19,6 @@ CPU_LOGITS = 1 << 25
 GPU_LOGITS = 1 << 29
 
 
-def budgets(model: LanguageModel, max_tokens: int) -> tuple[int, int]:
-    """Padded tokens (at most `max_tokens`) and logits of a batch that suit the model's device."""
-    if model.model.device.type == "cpu":
-        return min(max_tokens, CPU_BATCH_TOKENS), CPU_LOGITS
-    return max_tokens, GPU_LOGITS
-
-
 @dataclass(frozen=True)
 class Work:
     """A prompt to read once, the answers to score after it, and the numbers of the pairs with each answer."""
@@ -55,7 +48,7 @@ def collect_work(prompts: Sequence[PromptTokens]) -> list[Work]:
     numbers: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
     for number, tokens in enumerate(prompts):
         numbers.setdefault(tokens.prompt, {}).setdefault(tokens.answer or (), []).append(number)
-    return [Work(prompt, tuple(own), tuple(map(tuple, own.values()))) for prompt, own in numbers.items()]
+    return [Work(prompt, tuple(each), tuple(map(tuple, each.values()))) for prompt, each in numbers.items()]
 
 
 def cut_work(
@@ -66,11 +59,11 @@ def cut_work(
     A single piece of work may exceed the budget, but not by its number of answers.
     """
     batch: list[Work] = []
-    for each in sorted(_split(work, max_tokens), key=lambda own: (len(own.answers), own.width), reverse=True):
+    for each in sorted(_split(work, max_tokens), key=lambda part: (len(part.answers), part.width), reverse=True):
         grown = [*batch, each]
-        number, longest = len(each.answers), max(own.longest for own in grown)
-        copies = max(own.copies for own in grown)
-        tokens = len(grown) * copies * (max(len(own.prompt) for own in grown) + longest)
+        number, longest = len(each.answers), max(other.longest for other in grown)
+        copies = max(other.copies for other in grown)
+        tokens = len(grown) * copies * (max(len(other.prompt) for other in grown) + longest)
         # Rows padded on the right end in different columns, each of which needs its logits.
         spread = grown[0].width - each.width if padding_side == "right" else 0
         logits = len(grown) * number * (longest + spread) * vocabulary
@@ -98,7 +91,9 @@ def score_prompts(
     where: Callable[[int], str] = lambda number: "prompts",
 ) -> Iterator[dict[int, float]]:
     """Mean log-likelihood per token of the answers, by the number of the prompt, batch by batch; see `respond`."""
-    max_tokens, max_logits = budgets(model, max_tokens)
+    max_logits = GPU_LOGITS
+    if model.model.device.type == "cpu":
+        max_tokens, max_logits = min(max_tokens, CPU_BATCH_TOKENS), CPU_LOGITS
     for batch in cut_work(collect_work(prompts), max_tokens, max_logits, model.vocabulary, model.padding_side):
         scores = score_batch(model, batch)
         for number, score in scores.items():

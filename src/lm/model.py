@@ -42,38 +42,22 @@ WHAT = "language model"
 
 @dataclass(frozen=True)
 class LMConfig:
-    """How to load a language model: settings as the flags; it goes to `device` unless `device_map` spreads it."""
+    """How to load the language model of the flags `args`; it goes to `device` unless ``--lm_device_map`` spreads it."""
 
-    model_name_or_path: str
+    args: LMArgs
     dtype: str
     device: torch.device
-    device_map: str | None = None
-    padding_side: str = "left"
-    add_position_ids: bool = False
-    cache_dir: str | None = None
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
 
     @classmethod
     def from_args(cls, args: LMArgs, given: frozenset[str], device: torch.device) -> LMConfig:
-        """What the flags ask for; on a CPU fp32 unless the command line set the precision (`given`).
+        """Take fp32 on a CPU, unless the command line set the precision (`given`).
 
         Raises:
             UserError: several processes would each spread the LM over all GPUs.
         """
         if args.lm_device_map is not None and distributed.launched_processes() > 1:
             raise UserError("--lm_device_map gives all GPUs to one process: start it with python, not with torchrun")
-        return cls(
-            model_name_or_path=args.model_name_or_path,
-            dtype=args.lm_dtype if device.type == "cuda" or "lm_dtype" in given else "fp32",
-            device=device,
-            device_map=args.lm_device_map,
-            padding_side=args.padding_side,
-            add_position_ids=args.add_position_ids,
-            cache_dir=args.model_cache_dir,
-            trust_remote_code=args.trust_remote_code,
-            allow_pickle=args.allow_pickle,
-        )
+        return cls(args, args.lm_dtype if device.type == "cuda" or "lm_dtype" in given else "fp32", device)
 
 
 class LanguageModel:
@@ -250,7 +234,7 @@ def _per_token(sums: Tensor, answers: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def model_identity(name: str, cache_dir: str | None = None) -> dict[str, Any]:
-    """What tells a model from another: its name, sizes and times of a folder's files, the commit of a hub model."""
+    """The identity of a model: its name, sizes and times of a folder's files, the commit of a hub model."""
     folder = Path(name)
     cached = None
     if not folder.is_dir():
@@ -284,20 +268,20 @@ def _gguf_file(path: str) -> str | None:
     return files[0] if files else None
 
 
-def _checkpoint(config: LMConfig) -> Checkpoint:
+def _checkpoint(args: LMArgs) -> Checkpoint:
     return Checkpoint(
-        path=config.model_name_or_path,
+        path=args.model_name_or_path,
         what=WHAT,
-        cache_dir=config.cache_dir,
-        trust_remote_code=config.trust_remote_code,
-        allow_pickle=config.allow_pickle,
-        gguf_file=_gguf_file(config.model_name_or_path),
+        cache_dir=args.model_cache_dir,
+        trust_remote_code=args.trust_remote_code,
+        allow_pickle=args.allow_pickle,
+        gguf_file=_gguf_file(args.model_name_or_path),
     )
 
 
 def load_lm_tokenizer(config: LMConfig) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
     """Load tokenizer and configuration, which prompts need before the weights are loaded."""
-    checkpoint = _checkpoint(config)
+    checkpoint = _checkpoint(config.args)
     return checkpoint.tokenizer(), checkpoint.config()
 
 
@@ -307,22 +291,22 @@ def _auto_class(config: PretrainedConfig) -> Any:
 
 def empty_lm(config: LMConfig, model_config: PretrainedConfig) -> PreTrainedModel:
     """Build the LM of a configuration without its weights, or raise a UserError if it is none or has no weights."""
-    return _checkpoint(config).empty(_auto_class(model_config), model_config)
+    return _checkpoint(config.args).empty(_auto_class(model_config), model_config)
 
 
 def load_lm(config: LMConfig) -> LanguageModel:
     """Load a causal or encoder-decoder LM with its tokenizer, or raise a UserError if it is none or lacks weights."""
-    name, checkpoint = config.model_name_or_path, _checkpoint(config)
+    args, checkpoint = config.args, _checkpoint(config.args)
     tokenizer, model_config = load_lm_tokenizer(config)
-    options = {"dtype": DTYPES[config.dtype], "device_map": config.device_map}
+    options = {"dtype": DTYPES[config.dtype], "device_map": args.lm_device_map}
     model: Any = checkpoint.load_complete(_auto_class(model_config), model_config, **options)
     check_vocabulary(tokenizer, model, checkpoint)
-    if config.device_map is None:
+    if args.lm_device_map is None:
         model = model.to(config.device)
     # How a model likes to sample (temperature, penalties) is no part of an evaluation; where its texts end is.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     model.eval()
-    side, pads_left = config.padding_side, True
+    side, pads_left, name = args.padding_side, True, args.model_name_or_path
     if not model_config.is_encoder_decoder:
         with loading(name, WHAT):
             check_causal(model, name)
@@ -330,7 +314,7 @@ def load_lm(config: LMConfig) -> LanguageModel:
         if side == "left" and not pads_left:
             side = "right"
             logger.info("%s ignores the mask of padding on the left: it is padded on the right", name)
-    return LanguageModel(model, tokenizer, side, config.add_position_ids, pads_left)
+    return LanguageModel(model, tokenizer, side, args.add_position_ids, pads_left)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, count, islice, pairwise
@@ -177,8 +177,8 @@ def _score_unit(
         yield {str(asked[place][0]): response for place, response in batch.items()}
 
 
-def write_scored(data: ScoreData, store: ResponseStore, field: str, path: str, partly: bool = False) -> int:
-    """Write all rows with the scores of their candidates, in pos + neg (or history) order; return how many have theirs.
+def write_scored(data: ScoreData, store: ResponseStore, field: str, path: str, partly: bool = False) -> None:
+    """Write all rows with the scores of their candidates, in pos + neg (or history) order.
 
     By one process. Rows that do not fit or were not reached lose a `field` they had: it would be of another model. Rows
     that were scored by their tokens lose these. Rows without scores are an error unless `partly` is set.
@@ -207,20 +207,8 @@ def write_scored(data: ScoreData, store: ResponseStore, field: str, path: str, p
                 file.write(json_line(row))
         if absent and not partly:
             raise UserError(f"{store.folder} lacks the scores of {absent} rows: start again to score them")
-    _report(data, field, path, unfit, absent, replaced)
-    return len(data.rows) - len(unfit) - absent
-
-
-def reduce_answers(scores: np.ndarray, answers: int, answer_select: str) -> list[float]:
-    """One score per candidate of fp64 ``(answers * candidates,)``, answer by answer."""
-    table = scores.reshape(answers, -1)
-    best = table.max(0) if answer_select == "best" else table.mean(0)
-    return shortest(best.astype(np.float32))
-
-
-def _report(data: ScoreData, field: str, path: str, unfit: Sequence[int], absent: int, replaced: int) -> None:
     if unfit:
-        shown = ", ".join(data.rows.where(number) for number in unfit[:SHOWN_ROWS])
+        shown = ", ".join(map(data.rows.where, unfit[:SHOWN_ROWS]))
         shown += f" and {len(unfit) - SHOWN_ROWS} more" if len(unfit) > SHOWN_ROWS else ""
         reason = "query and answer do not fit, or the answer has no tokens"
         logger.warning("%d rows are unscored: %s (%s)", len(unfit), reason, shown)
@@ -230,3 +218,10 @@ def _report(data: ScoreData, field: str, path: str, unfit: Sequence[int], absent
         logger.info("%d rows had %s already: replaced", replaced, field)
     scored = len(data.rows) - len(unfit) - absent
     logger.info("%s of %d of %d rows: %s", field, scored, len(data.rows), path)
+
+
+def reduce_answers(scores: np.ndarray, answers: int, answer_select: str) -> list[float]:
+    """One score per candidate of fp64 ``(answers * candidates,)``, answer by answer."""
+    table = scores.reshape(answers, -1)
+    best = table.max(0) if answer_select == "best" else table.mean(0)
+    return shortest(best.astype(np.float32))

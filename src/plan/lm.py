@@ -39,4 +39,7 @@ def lm_lines(model: PreTrainedModel, config: LMConfig) -> Iterator[Line]:
     """Size of an LM, which may be without weights."""
     parameters, _ = count_parameters(model)
     size = human_bytes(parameters * DTYPES[config.dtype].itemsize)
-    yield "LM", f"{config.model_name_or_path}: {parameters:,} parameters, {size} in {config.dtype}; batches come on top"
+    yield (
+        "LM",
+        f"{config.args.model_name_or_path}: {parameters:,} parameters, {size} in {config.dtype}; batches come on top",
+    )

@@ -24,6 +24,7 @@ from evaluation.runner.text_metrics import binary_f1, contains_answer, exact_mat
 from evaluation.self_retrieval.chunks import Integration, plan_chunks, windows
 from scripts.sample import eval as sample_eval
 from scripts.sample import lm as sample_lm
+from src.lm.args import LMArgs
 from src.lm.generate import Decoding, end_tokens, generate, newline_tokens
 from src.lm.model import LanguageModel, LMConfig, load_lm
 from src.lm.prompts import Prompt, PromptEncoder, Request
@@ -312,7 +313,7 @@ def test_questions_without_answers_are_left_out_of_rouge(evaluate, data_root, tm
 
 
 def test_padding_behind_the_end_of_a_text_does_not_show(models, monkeypatch):  # noqa: F811
-    model = load_lm(LMConfig(models["llama"], "fp32", torch.device("cpu")))
+    model = load_lm(LMConfig(LMArgs(models["llama"]), "fp32", torch.device("cpu")))
     one, other = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("abc", "xyz"))
     end = end_tokens(model)[0]
     written = torch.tensor(
@@ -760,7 +761,7 @@ def test_sampling_is_repeatable(evaluate):
 
 
 def test_a_sample_depends_on_its_own_prompt_alone(models):  # noqa: F811
-    model = load_lm(LMConfig(models["llama"], "fp32", torch.device("cpu")))
+    model = load_lm(LMConfig(LMArgs(models["llama"]), "fp32", torch.device("cpu")))
     prompts = model.tokenizer(["one two", "three", "four five six", "seven"])["input_ids"]
     decoding = Decoding(8, do_sample=True, num_return_sequences=2, first_line=False)
 

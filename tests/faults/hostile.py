@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from scripts.ours2st import st_modules
+from src.lm.args import LMArgs
 from src.lm.model import LMConfig, empty_lm, load_lm, load_lm_tokenizer
 from src.lm.prompts import make_frame
 from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
@@ -322,7 +323,7 @@ def at_random(bases: Mapping[str, Path], rng: random.Random) -> Iterator[Hostile
 def use(base: str, folder: Path) -> np.ndarray:
     """Load a folder as its kind is, and compute something small."""
     if base in ("lm", "gguf"):
-        config = LMConfig(str(folder), "fp32", CPU)
+        config = LMConfig(LMArgs(str(folder)), "fp32", CPU)
         tokenizer, settings = load_lm_tokenizer(config)
         if base == "lm":
             make_frame(tokenizer, False, bool(tokenizer.chat_template))

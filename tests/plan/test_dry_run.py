@@ -18,6 +18,7 @@ import run_lm_score
 import run_ranker
 from evaluation import eval_retrieval
 from evaluation.runner.run import run_task
+from src.lm.args import LMArgs
 from src.lm.model import LMConfig, empty_lm
 from src.plan.memory import Memory, ModelSize, activation_bytes, step_counts, training_memory
 from src.plan.retrieval import count_parameters, model_size
@@ -206,7 +207,7 @@ def test_models_without_weights_have_the_size_of_those_with(tiny_bert, tiny_t5, 
     assert count_parameters(rankers[0]) == count_parameters(rankers[1])
     real = AutoModelForCausalLM.from_pretrained(models["llama"])
     assert count_parameters(
-        empty_lm(LMConfig(models["llama"], "fp32", torch.device("cpu")), real.config)
+        empty_lm(LMConfig(LMArgs(models["llama"]), "fp32", torch.device("cpu")), real.config)
     ) == count_parameters(real)
     encoder = load_dense_retriever(EncoderConfig(without_weights(tiny_t5, tmp_path / "t5"), empty=True))
     assert count_parameters(encoder)[0] == count_parameters(AutoModel.from_pretrained(tiny_t5).encoder)[0]

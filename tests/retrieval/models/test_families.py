@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, T5En
 import run_dense
 import run_ranker
 from scripts import ours2st
+from src.lm.args import LMArgs
 from src.lm.model import LMConfig, empty_lm, lm_max_length, load_lm, load_lm_tokenizer
 from src.retrieval.models.checks import position_limit
 from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
@@ -379,7 +380,7 @@ def test_limits_of_positions_hold_everywhere(tmp_path, monkeypatch, capsys):
 def test_prompts_are_as_long_as_the_language_model_takes(tmp_path):
     settings = {**POSITIONS, "pad_token_id": 1, "is_decoder": True}
     folder = build(tmp_path / "base", "RobertaForCausalLM", **settings)
-    config = LMConfig(folder, "fp32", torch.device("cpu"))
+    config = LMConfig(LMArgs(folder), "fp32", torch.device("cpu"))
     empty = empty_lm(config, load_lm_tokenizer(config)[1])
     model = load_lm(config)
     limits = [lm_max_length(each, requested) for each in (empty, model.model) for requested in (None, 20, 1024)]
@@ -394,7 +395,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(kind, tmp_path):
     load = {
         "encoder": lambda folder: load_dense_retriever(EncoderConfig(folder)),
         "ranker": lambda folder: load_cross_encoder(RankerConfig(folder, 8, 8)),
-        "language model": lambda folder: load_lm(LMConfig(folder, "fp32", torch.device("cpu"))),
+        "language model": lambda folder: load_lm(LMConfig(LMArgs(folder), "fp32", torch.device("cpu"))),
     }[kind]
     name = {"encoder": "BertModel", "ranker": "BertForSequenceClassification"}.get(kind, "LlamaForCausalLM")
     settings = {**LLAMA, "num_labels": 1} if kind == "ranker" else LLAMA

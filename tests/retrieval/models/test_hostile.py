@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from src.lm.args import LMArgs
 from src.lm.model import LMConfig, load_lm
 from src.retrieval.data.rows import check_eval_row, check_lm_row, check_train_row
 from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
@@ -152,7 +153,7 @@ def test_a_link_below_data_root_may_lead_out_of_it_and_dots_may_not(tmp_path):
 LOADERS: dict[str, Callable[..., Any]] = {
     "encoder": lambda folder, **options: load_dense_retriever(EncoderConfig(folder, **options)),
     "ranker": lambda folder, **options: load_cross_encoder(RankerConfig(folder, 32, 32, **options)),
-    "lm": lambda folder, **options: load_lm(LMConfig(folder, "fp32", torch.device("cpu"), **options)),
+    "lm": lambda folder, **options: load_lm(LMConfig(LMArgs(folder, **options), "fp32", torch.device("cpu"))),
 }
 
 

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.doctor.machine import check_devices
 from src.doctor.packages import OK
+from src.lm.args import LMArgs
 from src.lm.generate import Decoding, generate
 from src.lm.model import LMConfig, load_lm
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
@@ -212,7 +213,7 @@ def test_greedy_texts_are_those_of_the_cpu_and_samples_repeat(small_lm: str):
     prompts = [[5, 6, 7], list(range(5, 30)), [9]]
     texts: dict[str, dict[int, tuple[str, ...]]] = {}
     for name, device, sample in (("cpu", CPU, False), ("gpu", GPU, False), ("one", GPU, True), ("two", GPU, True)):
-        lm = load_lm(LMConfig(small_lm, "fp32", device))
+        lm = load_lm(LMConfig(LMArgs(small_lm), "fp32", device))
         found = texts.setdefault(name, {})
         decoding = Decoding(12, do_sample=sample, num_return_sequences=2 if sample else 1, temperature=1.5)
         for batch in generate(lm, prompts, decoding, 10_000):
