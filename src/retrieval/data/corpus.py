@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from src.retrieval.data.rows import (
     check_further,
     template_columns,
 )
-from src.retrieval.data.tasks import InstructionOf, distinct_tasks, task_from_path
+from src.retrieval.data.tasks import InstructionOf
 from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.jsonl import JsonLines, RowCheck, open_jsonl
@@ -93,27 +93,6 @@ class EvalData:
     key_template: str
     task: str | None
     instruction_of: InstructionOf
-
-    @classmethod
-    def of(
-        cls,
-        rows: JsonLines,
-        corpus: JsonLines | None,
-        key_template: str,
-        task: str | None,
-        instruction_of: InstructionOf,
-        task_config: Collection[str] = (),
-    ) -> EvalData:
-        """Bundle rows and corpus; the task is that of the rows, else the flag `task`, else the path's.
-
-        Raises:
-            UserError: rows of several tasks, or the instruction set needs a task and none is known.
-        """
-        tasks = distinct_tasks(rows, task or task_from_path(rows.path, task_config))
-        if len(tasks) > 1:
-            raise UserError(f"{rows.path} mixes the tasks {', '.join(map(str, tasks))}: evaluate one task at a time")
-        instruction_of(tasks[0])
-        return cls(rows, corpus, key_template, tasks[0], instruction_of)
 
     @property
     def queries(self) -> Texts:

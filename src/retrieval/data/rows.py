@@ -63,7 +63,8 @@ def _is_index(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LARGEST_INT
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON or YAML is a finite number in fp32's range."""
     return type(value) in (int, float) and abs(value) <= LARGEST_FLOAT
 
 
@@ -84,7 +85,7 @@ def _list(words: str, item_kind: Kind) -> Kind:
 
 
 _STRINGS = _list("strings", _string)
-_NUMBERS = _list("numbers", _must_be("a finite number", _is_number))
+_NUMBERS = _list("numbers", _must_be("a finite number", is_number))
 _INDICES = _list("indices", _must_be("a row number of the corpus (0 or more)", _is_index))
 _TOKENS = _list("tokens", _must_be("a token number (0 or more)", _is_index))
 
@@ -255,13 +256,11 @@ def check_lm_row(row: Row) -> Checked:
         problems = blank_problems(row, "answers")
     if problems:
         return problems, {}
-    task = row.get("task") or ""
-    if has_tokens(row):
-        lists = [*row["score_inputs"], *(row[field] for field in TOKEN_FIELDS[1:])]
-        highest = max(max(tokens, default=-1) for tokens in lists)
-        return [], {"candidates": len(row["score_inputs"]), "answers": 1, "token_max": highest, "task": task}
-    count = sum(map(len, candidates(row)))
-    return [], {"candidates": count, "answers": len(row["answers"]), "token_max": -1, "task": task}
+    numbers = {"candidates": sum(map(len, candidates(row))), "task": row.get("task") or ""}
+    if not has_tokens(row):
+        return [], {**numbers, "answers": len(row["answers"]), "token_max": -1}
+    lists = [*row["score_inputs"], *(row[field] for field in TOKEN_FIELDS[1:])]
+    return [], {**numbers, "answers": 1, "token_max": max(max(tokens, default=-1) for tokens in lists)}
 
 
 def has_tokens(row: Row) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from src.retrieval.data.rows import is_number
 from src.utils.config_file import read_settings
 from src.utils.errors import UserError
 from src.utils.flags import check_choice
@@ -151,15 +151,19 @@ def distinct_tasks(rows: JsonLines, default: str | None) -> list[str | None]:
     return sorted({str(task) or default for task in np.unique(rows.scan.columns["task"])}, key=str)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def single_task(rows: JsonLines, default: str | None) -> str | None:
+    """Return the task of all rows, or raise a UserError for several; rows without one count as `default`."""
+    tasks = distinct_tasks(rows, default)
+    if len(tasks) > 1:
+        raise UserError(f"{rows.path} mixes the tasks {', '.join(map(str, tasks))}: evaluate one task at a time")
+    return tasks[0]
 
 
 #: What a value must be, in words and as a test.
 _Kind = tuple[str, Callable[[Any], bool]]
 _TEXT: _Kind = ("text", lambda value: isinstance(value, str))
-_NUMBER: _Kind = ("a number", _is_number)
-_WEIGHT: _Kind = ("a number of 0 or more", lambda value: _is_number(value) and value >= 0)
+_NUMBER: _Kind = ("a number", is_number)
+_WEIGHT: _Kind = ("a number of 0 or more", lambda value: is_number(value) and value >= 0)
 
 #: The settings of training that a task may have, by flag. All may be null: what the command line says.
 TRAINING_SETTINGS: Mapping[str, _Kind] = {
@@ -167,7 +171,7 @@ TRAINING_SETTINGS: Mapping[str, _Kind] = {
     "select_negative": (f"one of {', '.join(SELECT_NEGATIVE)}", lambda value: value in SELECT_NEGATIVE),
     "contrastive_weight": _WEIGHT,
     "distill_weight": _WEIGHT,
-    "teacher_temperature": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "teacher_temperature": ("a number above 0", lambda value: is_number(value) and value > 0),
     "stable_distill": ("true or false", lambda value: isinstance(value, bool)),
     "max_sample_num": ("a whole number above 0", lambda value: type(value) is int and value > 0),
     "teacher_scores_margin": _NUMBER,

@@ -12,7 +12,14 @@ from typing import Any
 from src.retrieval.args import DataArgs, RankerArgs, RetrievalArgs
 from src.retrieval.data.corpus import EvalData, load_corpus, load_eval_rows
 from src.retrieval.data.rows import FurtherCheck
-from src.retrieval.data.tasks import InstructionOf, instruction_for, load_task_config, no_instruction
+from src.retrieval.data.tasks import (
+    InstructionOf,
+    instruction_for,
+    load_task_config,
+    no_instruction,
+    single_task,
+    task_from_path,
+)
 from src.retrieval.models.checkpoint_folders import check_places
 from src.retrieval.models.pair_scorer import PairScorer
 from src.retrieval.ranking.config import SCORE, EvalConfig, scored_path
@@ -92,8 +99,10 @@ def load_eval_data(
     # Only models know instructions; to BM25 they would be words like others.
     lexical = isinstance(args, RetrievalArgs) and args.retrieval_method != "dense"
     instruction_of = no_instruction if lexical else instructions(args)
-    task_config = load_task_config(args.task_config)
-    data = EvalData.of(rows, corpus, args.key_template, args.task, instruction_of, task_config)
+    task = single_task(rows, args.task or task_from_path(path, load_task_config(args.task_config)))
+    # Some sets of instructions need a task.
+    instruction_of(task)
+    data = EvalData(rows, corpus, args.key_template, task, instruction_of)
     check_labels(data, config)
     distributed.on_main(partial(check_files, data, config))
     return data

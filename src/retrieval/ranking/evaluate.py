@@ -32,7 +32,7 @@ from src.retrieval.ranking.files import (
 )
 from src.retrieval.ranking.metrics import retrieval_metrics
 from src.retrieval.ranking.mining import MiningConfig, MiningSummary
-from src.retrieval.ranking.own_rows import find_own_rows, without_own_rows
+from src.retrieval.ranking.query_rows import find_query_rows, without_query_rows
 from src.retrieval.ranking.saved_hits import load_hits, origin_path, windows, write_origin
 from src.retrieval.search.searcher import NoSearcher, Searcher, stores_written
 from src.utils import distributed, locks
@@ -105,23 +105,24 @@ def retrieve(data: EvalData, config: EvalConfig, searcher: Callable[[], Searcher
 
     `searcher` builds the searcher; it is not called when hits are loaded.
     """
-    total, own = len(data.rows), find_own_rows(data) if config.drops_query else {}
+    total, query_rows = len(data.rows), find_query_rows(data) if config.drops_query else {}
     if config.drops_query:
-        logger.info("%d of %d queries are in the corpus themselves, and left out of their hits", len(own), total)
+        logger.info("%d of %d queries are in the corpus themselves, and left out of their hits", len(query_rows), total)
     if config.args.load_result:
         for hits in load_hits(data, config):
-            yield Hits(hits.first, *without_own_rows(hits.rows, hits.scores, hits.first, own, hits.rows.shape[1]))
+            kept = without_query_rows(hits.rows, hits.scores, hits.first, query_rows, hits.rows.shape[1])
+            yield Hits(hits.first, *kept)
         return
     assert data.corpus is not None
     ready = searcher()
     most = min(config.args.hits or len(data.corpus), len(data.corpus))
-    asked = min(most + max(map(len, own.values()), default=0), len(data.corpus))
+    requested = min(most + max(map(len, query_rows.values()), default=0), len(data.corpus))
     short = 0
     with progress(total, "searching", distributed.is_main(), "query") as bar:
         for first, end in windows(total):
-            scores, rows = ready.search(data.queries[first:end], asked)
+            scores, rows = ready.search(data.queries[first:end], requested)
             bar.update(end - first)
-            hits = Hits(first, *without_own_rows(rows, scores, first, own, most))
+            hits = Hits(first, *without_query_rows(rows, scores, first, query_rows, most))
             short += int(((hits.rows >= 0).sum(1) < most).sum())
             yield hits
     if short and not isinstance(ready, NoSearcher):

@@ -6,6 +6,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -54,19 +55,19 @@ def stores_written(args: RetrievalArgs, output_dir: str) -> list[str]:
     return [os.path.join(output_dir, BM25)] if args.retrieval_method == "bm25" and not args.load_index else []
 
 
+@dataclass(frozen=True)
 class DenseSearcher:
     """Each process searches its part of the corpus; results are merged."""
 
-    def __init__(self, model: DenseRetriever, config: EncodeConfig, indexes: Sequence[Index]) -> None:
-        self.model = model
-        self.config = config
-        self.indexes = indexes
+    model: DenseRetriever
+    config: EncodeConfig
+    indexes: Sequence[Index]
 
     def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Searcher.search`."""
         vectors = self._encode_queries(queries)
-        own = merge_hits([no_hits(len(queries), hits), *(index.search(vectors, hits) for index in self.indexes)], hits)
-        scores, rows = map(distributed.all_gather_array, own)
+        parts = [no_hits(len(queries), hits), *(index.search(vectors, hits) for index in self.indexes)]
+        scores, rows = map(distributed.all_gather_array, merge_hits(parts, hits))
         return merge_hits(list(zip(scores, rows, strict=True)), hits)
 
     def _encode_queries(self, queries: Sequence[str]) -> np.ndarray:
@@ -184,9 +185,9 @@ def load_indexes(folder: str, indexed_from: Mapping[str, Any], **search: Any) ->
 
     manifest = distributed.on_main(read)
     saved = list(zip(manifest.files.items(), manifest.facts["first_rows"], strict=True))
-    own = saved[distributed.rank() :: distributed.world_size()]
-    check_undamaged(folder, dict(part for part, _ in own), REMEDY)
-    return [FaissIndex.load(os.path.join(folder, name), first, **search) for (name, _), first in own]
+    share = saved[distributed.rank() :: distributed.world_size()]
+    check_undamaged(folder, dict(file for file, _ in share), REMEDY)
+    return [FaissIndex.load(os.path.join(folder, name), first, **search) for (name, _), first in share]
 
 
 def query_rng(seed: int, query: str) -> np.random.Generator:
@@ -194,12 +195,12 @@ def query_rng(seed: int, query: str) -> np.random.Generator:
     return np.random.default_rng((seed, zlib.crc32(query.encode(errors="surrogatepass"))))
 
 
+@dataclass(frozen=True)
 class RandomSearcher:
     """Distinct random rows for each query, reproducible by seed; all scores are 0."""
 
-    def __init__(self, corpus_size: int, seed: int) -> None:
-        self.corpus_size = corpus_size
-        self.seed = seed
+    corpus_size: int
+    seed: int
 
     def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Searcher.search`; the order of hits is random, as all scores are equal."""

@@ -122,7 +122,7 @@ class VectorStore:
             # NumPy reads a damaged head as it comes; one that asks for more than all memory, too.
             raise UserError(f"{path} cannot be read ({first_line(error)}): {SHARD_REMEDY}") from error
         if vectors.shape != (len(self.range_of(number)), self.width) or str(vectors.dtype) != self.dtype:
-            raise UserError(f"{path} is not the shard that {MANIFEST} tells of: {SHARD_REMEDY}")
+            raise UserError(f"{path} is not the shard of {MANIFEST}: {SHARD_REMEDY}")
         current = checksum(vectors)
         if self.checksums.get(self.name(number), current) != current:
             raise UserError(f"{path} is damaged: it does not hold what was written: {SHARD_REMEDY}")

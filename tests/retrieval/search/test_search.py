@@ -15,7 +15,7 @@ import torch
 
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import load_eval_rows
-from src.retrieval.ranking.own_rows import without_own_rows
+from src.retrieval.ranking.query_rows import without_query_rows
 from src.retrieval.ranking.saved_hits import open_hits
 from src.retrieval.search import exact
 from src.retrieval.search.exact import ExactIndex, VectorShard, merge_hits
@@ -322,7 +322,7 @@ def test_rows_of_the_query_itself_leave_their_places_to_later_hits():
     """Hand-derived: query 5 owns rows 3 and 9, query 6 none."""
     rows = np.array([[3, 1, 9, 4], [3, 1, -1, -1]])
     scores = np.array([[0.9, 0.8, 0.7, 0.6], [0.5, 0.4, -np.inf, -np.inf]], dtype=np.float32)
-    kept, values = without_own_rows(rows, scores, 5, {5: {3, 9}}, 3)
+    kept, values = without_query_rows(rows, scores, 5, {5: {3, 9}}, 3)
     assert kept.tolist() == [[1, 4, -1], [3, 1, -1]]
     np.testing.assert_array_equal(values, np.array([[0.8, 0.6, -np.inf], [0.5, 0.4, -np.inf]], dtype=np.float32))
     assert values.dtype == np.float32

@@ -309,15 +309,15 @@ def _last_count(pattern: re.Pattern[str], text: str) -> int:
     return int(counts[-1].replace(",", "")) if counts else 0
 
 
+@dataclass(frozen=True)
 class AnseriniSearcher:
     """Search by ``SearchCollection``, one run for all queries of a call, by the main process."""
 
-    def __init__(self, anserini: Anserini, rows: int, documents: int, folder: Path, args: BM25Args) -> None:
-        self.anserini = anserini
-        self.rows = rows
-        self.documents = documents
-        self.folder = folder
-        self.args = args
+    anserini: Anserini
+    rows: int
+    documents: int
+    folder: Path
+    args: BM25Args
 
     def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Searcher.search`. Scores are rounded to four decimals; each of equal ones is a millionth lower."""

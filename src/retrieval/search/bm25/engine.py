@@ -211,11 +211,11 @@ def best(scores: np.ndarray, hits: int) -> np.ndarray:
     return numbers[np.argsort(-scores[numbers], kind="stable")[:hits]]
 
 
+@dataclass(frozen=True)
 class EmbeddedSearcher:
     """Search of English texts in a `BM25Index`; each process answers its part of the queries."""
 
-    def __init__(self, index: BM25Index) -> None:
-        self.index = index
+    index: BM25Index
 
     def search(self, queries: Sequence[str], hits: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Searcher.search`."""
