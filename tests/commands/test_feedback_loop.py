@@ -5,22 +5,22 @@ from __future__ import annotations
 import re
 import subprocess
 
-from scripts.sample.qa import SUBJECTS, make
+from scripts.sample.qa import make
 from tests.helpers import ROOT, environment, read_rows, write_rows
 from tests.lm.test_score import models  # noqa: F401  (a fixture)
 
 
 def test_sample_questions_have_their_answer_in_one_passage_only():
-    files = make(30, 10, 0)
+    files, subjects = make(30, 10, 0), 4
     texts = [row["text"] for row in files["corpus"]]
-    towns = {name: {row["pos_index"][0] // len(SUBJECTS) for row in files[name]} for name in ("train", "test")}
+    towns = {name: {row["pos_index"][0] // subjects for row in files[name]} for name in ("train", "test")}
     assert len(texts) == len(set(texts)) == 120
     assert not towns["train"] & towns["test"]
     for row in (*files["train"], *files["test"]):
         assert row["pos"] == [texts[row["pos_index"][0]]]
-        own = row["pos_index"][0] // len(SUBJECTS) * len(SUBJECTS)
+        own = row["pos_index"][0] // subjects * subjects
         answer = row["answers"][0].removeprefix("The ")
-        found = [re.search(rf"\b{answer}\b", text) is not None for text in texts[own : own + len(SUBJECTS)]]
+        found = [re.search(rf"\b{answer}\b", text) is not None for text in texts[own : own + subjects]]
         assert found.count(True) == 1, answer
     assert make(30, 10, 0) == files
 
