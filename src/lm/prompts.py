@@ -40,17 +40,6 @@ class Layout:
 DEFAULT_LAYOUT = Layout()
 
 
-def passages_layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
-    """Passages before a question: the two encoded apart and decoded as one, as the original does.
-
-    Tokenizers that begin every text with a blank (Llama's) leave it between them.
-    """
-    parts = tokenizer(["a", "\n\na"], add_special_tokens=False)["input_ids"]
-    decoded = cast(str, tokenizer.decode([token for part in parts for token in part]))
-    blank, newline, _ = decoded.removeprefix("a").partition("\n")
-    return Layout(after_knowledge=f"{blank}\n\n") if newline else DEFAULT_LAYOUT
-
-
 @dataclass(frozen=True)
 class Prompt:
     """The parts of a prompt.
@@ -198,8 +187,13 @@ class PromptEncoder:
 
     @cached_property
     def passages(self) -> Layout:
-        """See `passages_layout`."""
-        return passages_layout(self.tokenizer)
+        """Of passages before a question: the two encoded apart and decoded as one, as the original does.
+
+        Tokenizers that begin every text with a blank (Llama's) leave it between them.
+        """
+        decoded = cast(str, self.tokenizer.decode(list(chain.from_iterable(self._ids(["a", "\n\na"])))))
+        blank, newline, _ = decoded.removeprefix("a").partition("\n")
+        return Layout(after_knowledge=f"{blank}\n\n") if newline else DEFAULT_LAYOUT
 
     @cached_property
     def _prefix(self) -> list[int]:

@@ -22,7 +22,7 @@ from evaluation.runner.args import ICLArgs
 from evaluation.runner.run import run_task
 from src.lm.ask import Asker
 from src.lm.generate import Decoding
-from src.lm.prompts import Layout, Prompt, passages_layout
+from src.lm.prompts import Layout, Prompt, PromptEncoder
 from src.lm.response_store import Response
 from src.utils.errors import UserError
 from tests.conftest import make_tokenizer
@@ -249,10 +249,10 @@ def test_passages_are_read_apart_from_the_question(lm, writer):  # noqa: F811
     """As the original does: both encoded, the tokens decoded together, and that read anew."""
     for folder, blank in ((lm, " "), (writer, "")):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        layout = passages_layout(tokenizer)
+        layout = PromptEncoder(tokenizer, 1).passages
         for keys in ((" a b",), ("", "a  b", "")):
             head = "Knowledge: " + "\n".join(keys)
             ids = tokenizer.encode(head, "\n\nQuestion: c", add_special_tokens=False)
             assert tokenizer.decode(ids) == Prompt("Question: c", keys, layout=layout).text
         assert layout.after_knowledge == f"{blank}\n\n"
-    assert passages_layout(make_tokenizer()) == Layout()
+    assert PromptEncoder(make_tokenizer(), 1).passages == Layout()
