@@ -12,7 +12,7 @@ import yaml
 
 import run_dense
 from src.retrieval.args import RetrievalArgs
-from src.retrieval.models.pooling import write_own_file
+from src.retrieval.models.pooling import write_embedder_file
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.utils.cli import parse_args
 from src.utils.cli import run as run_entry
@@ -192,7 +192,7 @@ def train(monkeypatch, *flags) -> None:
 def test_a_run_is_repeated_from_the_arguments_beside_its_checkpoint(tmp_path, tiny_bert, monkeypatch):
     """With the pooling that the checkpoint of the first run told, and no flag named."""
     encoder = shutil.copytree(tiny_bert, tmp_path / "encoder")
-    write_own_file(str(encoder), ("mean",), "ip")
+    write_embedder_file(str(encoder), ("mean",), "ip")
     rows = [{"query": f"query {n}", "pos": [f"positive {n}"], "neg": [f"negative {n}"]} for n in range(4)]
     settings = {
         "train_data": str(write_rows(tmp_path / "train.json", rows)),

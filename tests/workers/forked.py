@@ -167,7 +167,7 @@ def _arm(kill: Kill) -> None:
     trainer.RetrievalTrainer._save_checkpoint = saving  # type: ignore[method-assign]
     trainer.RetrievalTrainer.training_step = training  # type: ignore[method-assign]
     if kill.point == "weights":  # the encoder's folder exists, without a tokenizer or settings
-        die_after(dense, "write_own_file", before=True)
+        die_after(dense, "write_embedder_file", before=True)
     elif kill.point == "encoder":
         die_after(trainer.RetrievalTrainer, "save_model")
     elif kill.point == "optimizer":

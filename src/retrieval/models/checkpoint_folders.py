@@ -147,7 +147,7 @@ def processes_saved(folder: str) -> int | None:
     ranks = [match[1] for name in os.listdir(folder) if (match := RNG_STATE.fullmatch(name))]
     if not ranks:
         return None
-    # A rank in a name tells of two processes at least, whichever file is lost.
+    # A rank in a name means two processes at least, whichever file is lost.
     return 1 if None in ranks else max(2, *(int(rank) + 1 for rank in ranks))
 
 

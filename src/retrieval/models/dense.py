@@ -51,7 +51,7 @@ from src.retrieval.models.pooling import (
     leading_dimensions,
     pool,
     read_pooling_spec,
-    write_own_file,
+    write_embedder_file,
 )
 from src.retrieval.models.similarity import similarity
 from src.retrieval.models.trainable import TrainableModel, below
@@ -170,7 +170,7 @@ class TextEncoder(nn.Module):
             self.tokenizer.save_pretrained(target)
             if self.dense is not None:
                 self.dense.save(os.path.join(target, DENSE_FOLDER), below(state, "dense."))
-            write_own_file(target, self.pooling_method, self.metric)
+            write_embedder_file(target, self.pooling_method, self.metric)
 
     def load_weights(self, folder: str, name: str) -> None:
         """Take the weights that `save` wrote; see `TrainableModel.load_weights`."""

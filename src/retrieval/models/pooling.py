@@ -21,7 +21,7 @@ from src.utils.files import read_json, read_object, write_json
 
 POOLING_METHODS = ("cls", "mean", "last", "decoder", "dense")
 DENSE_METRICS = ("cos", "ip", "l2")
-OWN_FILE = "embedder.json"
+EMBEDDER_FILE = "embedder.json"
 DENSE_FOLDER = "dense"
 #: The dense layer of the original toolkit: one weight, in a pickle.
 ORIGINAL_DENSE = "dense_pooler.bin"
@@ -33,8 +33,6 @@ _ST_SIMILARITY = {"cosine": "cos", "dot": "ip", "euclidean": "l2"}
 _ST_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 #: What a dense layer of sentence-transformers reads and writes.
 _VECTOR = "sentence_embedding"
-
-
 #: Names in the names of the files with settings of sentence-transformers' Transformer.
 _ST_FAMILIES = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 #: Values of these settings that are heeded here, or change nothing.
@@ -171,10 +169,7 @@ def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:
     if method == "decoder":
         return states[:, 0]
     places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    if method == "cls":
-        position = attention_mask.argmax(1)
-    else:
-        position = (attention_mask * places).argmax(1)
+    position = (attention_mask if method == "cls" else attention_mask * places).argmax(1)
     return states[torch.arange(len(states), device=states.device), position]
 
 
@@ -184,14 +179,14 @@ def read_pooling_spec(checkpoint: Checkpoint, pooling_given: bool = False) -> Po
     With `pooling_given` only the dense layer and how texts are read matter. Raise a UserError where the files are
     damaged, or describe what cannot be expressed here.
     """
-    if (own_file := checkpoint.find(OWN_FILE)) is not None:
-        return _read_own_file(own_file)
+    if (embedder_file := checkpoint.find(EMBEDDER_FILE)) is not None:
+        return _read_embedder_file(embedder_file)
     if (modules_file := checkpoint.find("modules.json")) is not None:
         return _read_modules(checkpoint, modules_file, pooling_given)
     return PoolingSpec(dense=checkpoint.find(ORIGINAL_DENSE))
 
 
-def _read_own_file(path: str) -> PoolingSpec:
+def _read_embedder_file(path: str) -> PoolingSpec:
     settings = read_object(path, "encoder settings")
     methods, metric = settings.get("pooling_method"), settings.get("dense_metric")
     if not isinstance(methods, list) or not methods or not set(map(str, methods)) <= set(POOLING_METHODS):
@@ -202,9 +197,9 @@ def _read_own_file(path: str) -> PoolingSpec:
     return PoolingSpec(tuple(methods), metric, dense, path)
 
 
-def write_own_file(folder: str, pooling_method: tuple[str, ...], dense_metric: str) -> None:
+def write_embedder_file(folder: str, pooling_method: tuple[str, ...], dense_metric: str) -> None:
     """Record beside an encoder how it pools and compares, for `read_pooling_spec`."""
-    write_json(Path(folder) / OWN_FILE, {"pooling_method": list(pooling_method), "dense_metric": dense_metric})
+    write_json(Path(folder) / EMBEDDER_FILE, {"pooling_method": list(pooling_method), "dense_metric": dense_metric})
 
 
 def _read_modules(checkpoint: Checkpoint, modules_file: str, pooling_given: bool) -> PoolingSpec:

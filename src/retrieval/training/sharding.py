@@ -104,8 +104,8 @@ def fsdp_settings(given: Any, fsdp: Any = True) -> dict[str, Any]:
                 for name, instead in _UNSUPPORTED.items()
             },
             # The processes wait for each other for ever when the other kind is loaded again.
-            f"--fsdp_config: state_dict_type {saving} is not supported, use {SHARDED} (or leave it out): the encoder "
-            "is saved whole in any case": saving != SHARDED,
+            f"--fsdp_config: state_dict_type {saving} is not supported, use {SHARDED} (or leave it out): the "
+            "complete encoder is saved in any case": saving != SHARDED,
         }
     )
     return settings
