@@ -10,7 +10,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
 
 import numpy as np
 
@@ -110,19 +109,6 @@ class ICL(EvalTask):
 
     name = "icl"
     flags = ICLArgs
-    defaults: ClassVar[dict[str, Any]] = {
-        "eval_data": "llm-embedder:icl/icl/test.json",
-        "corpus": "llm-embedder:icl/icl/corpus.json",
-        "key_template": "{contents}",
-        "task": "icl",
-        "metrics": [],
-        "context_max_length": 1024,
-        "lm_batch_size": 2,
-        "few_shot": 8,
-        "max_new_tokens": 64,
-        "output_dir": "data/results/icl/",
-        "log_path": "data/results/icl/icl.log",
-    }
     check = FurtherCheck("icl-3", problems)
 
     def load(self) -> EvalData:

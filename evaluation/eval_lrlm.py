@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 from evaluation.runner.args import HISTORY_NO_EFFECT, ORACLE, LRLMArgs
 from evaluation.runner.from_corpus import Retrieved, Row, Values
@@ -39,15 +39,6 @@ class LRLM(FromPast):
 
     name = "lrlm"
     flags = LRLMArgs
-    defaults: ClassVar[dict[str, Any]] = {
-        "eval_data": "llm-embedder:lrlm/books3/test.json",
-        "task": "lrlm",
-        "context_max_length": 32768,
-        "lm_batch_size": 1,
-        "key_num": 8,
-        "output_dir": "data/outputs/lrlm",
-        "log_path": "data/results/lrlm",
-    }
     no_effect = (*HISTORY_NO_EFFECT, "add_llama_inst", "use_chat_template")
     left_out = "they are not longer than --target_length"
     past = "chunks before their window"

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
 
-from evaluation.runner.args import KNOWLEDGE_DEFAULTS, ChoiceArgs
+from evaluation.runner.args import ChoiceArgs
 from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
 from evaluation.runner.task import EvalTask, from_train_data
@@ -80,16 +79,6 @@ class MMLU(EvalTask):
 
     name = "mmlu"
     flags = ChoiceArgs
-    defaults: ClassVar[dict[str, Any]] = {
-        **KNOWLEDGE_DEFAULTS,
-        "train_data": ["llm-embedder:qa/mmlu/dev.json"],
-        "eval_data": "llm-embedder:qa/mmlu/test.json",
-        "corpus": "llm-embedder:qa/msmarco/corpus.json",
-        "task": "qa",
-        "lm_batch_size": 2,
-        "output_dir": "data/results/mmlu",
-        "log_path": "data/results/mmlu/mmlu.log",
-    }
     no_effect = ()
     check = FurtherCheck("mmlu-1", problems)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 from evaluation.runner.args import CHUNK_FLAGS, HISTORY_NO_EFFECT, MSCArgs
 from evaluation.runner.from_corpus import Retrieved, Row, Values
@@ -36,15 +36,6 @@ class MSC(FromPast):
 
     name = "msc"
     flags = MSCArgs
-    defaults: ClassVar[dict[str, Any]] = {
-        "eval_data": "llm-embedder:chat/msc/test.json",
-        "task": "chat",
-        "context_max_length": 4096,
-        "lm_batch_size": 1,
-        "chunk_batch_size": 2,
-        "output_dir": "data/results/msc",
-        "log_path": "data/results/msc/msc.log",
-    }
     no_effect = (*HISTORY_NO_EFFECT, *CHUNK_FLAGS)
     check = FurtherCheck("msc-2", problems)
     past = "history"

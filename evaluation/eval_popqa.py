@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, ClassVar
 
 import numpy as np
 
 from evaluation.eval_qa import QA
-from evaluation.runner.args import KNOWLEDGE_DEFAULTS
 from evaluation.runner.from_corpus import Row, Values
 from evaluation.runner.run import start
 from evaluation.runner.text_metrics import contains_answer, mean
@@ -46,18 +44,6 @@ class PopQA(QA):
     """Questions in PopQA's form, with examples of other relations."""
 
     name = "popqa"
-    defaults: ClassVar[dict[str, Any]] = {
-        **KNOWLEDGE_DEFAULTS,
-        "eval_data": "llm-embedder:qa/popqa/test.json",
-        "corpus": "llm-embedder:qa/nq/corpus.json",
-        "task": "qa",
-        "lm_batch_size": 2,
-        "few_shot": 15,
-        "max_new_tokens": 16,
-        "eos_token_id": 13,
-        "output_dir": "data/results/popqa",
-        "log_path": "data/results/popqa/popqa.log",
-    }
     no_effect = ("train_data",)
     check = FurtherCheck("popqa-2", problems)
     form = "Q: {} A: {}"

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
 
-from evaluation.runner.args import KNOWLEDGE_DEFAULTS, QuestionArgs
+from evaluation.runner.args import QuestionArgs
 from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
 from evaluation.runner.task import EvalTask, from_train_data
@@ -28,20 +27,6 @@ class QA(EvalTask):
 
     name = "qa"
     flags = QuestionArgs
-    defaults: ClassVar[dict[str, Any]] = {
-        **KNOWLEDGE_DEFAULTS,
-        "train_data": ["llm-embedder:qa/nq/dev.json"],
-        "eval_data": "llm-embedder:qa/nq/test.json",
-        "corpus": "llm-embedder:qa/nq/corpus.json",
-        "task": "qa",
-        "query_max_length": 32,
-        "lm_batch_size": 4,
-        "few_shot": 10,
-        "max_new_tokens": 32,
-        "eos_token_id": 13,
-        "output_dir": "data/results/qa/",
-        "log_path": "data/results/qa/qa.log",
-    }
     no_effect: tuple[str, ...] = ()
     check = FurtherCheck("qa-1", partial(text_list_problems, field="answers", least=1))
     form = "Question: {}\nAnswer: {}"

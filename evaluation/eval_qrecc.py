@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
 
 from evaluation.runner.args import QReCCArgs
 from evaluation.runner.from_corpus import Retrieved, Row, Values
@@ -24,23 +23,6 @@ class QReCC(EvalTask):
 
     name = "qrecc"
     flags = QReCCArgs
-    defaults: ClassVar[dict[str, Any]] = {
-        "eval_data": "llm-embedder:convsearch/qrecc/test.concat.json",
-        "corpus": "llm-embedder:convsearch/qrecc/corpus.json",
-        "key_template": "{text}",
-        "task": "convsearch",
-        "metrics": ["ndcg", "recall", "collate_key"],
-        "cutoffs": [3, 10, 100],
-        "max_neg_num": 32,
-        "save_to_output": True,
-        "hits": 100,
-        "context_max_length": 2048,
-        "lm_batch_size": 2,
-        "max_new_tokens": 128,
-        "eos_token_id": 13,
-        "output_dir": "data/results/qrecc",
-        "log_path": "data/results/qrecc/qrecc.log",
-    }
     # Only --do_generate needs any answers.
     check = FurtherCheck("qrecc-1", partial(text_list_problems, field="answers"))
     left_out = "they have no answers, or do not fit into --context_max_length"

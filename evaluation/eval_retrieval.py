@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from typing import Any
 
+from evaluation.runner.args import default_flags
 from evaluation.runner.from_corpus import (
     build_searcher,
     results_config,
@@ -44,10 +44,10 @@ class EvalRetrievalArgs(EvalOutputArgs, RetrievalArgs):
             raise UserError("--train_data: nothing is trained here; to mine for a file name it with --eval_data")
 
 
-def main(name: str = "retrieval", **defaults: Any) -> None:
-    """Parse, load, search, and log under the task's `name`; `defaults` are those of flags that differ here."""
+def main(name: str = "retrieval") -> None:
+    """Parse, load, search, and log under the task's `name`."""
     started = time.monotonic()
-    (args,), given = parse_args([EvalRetrievalArgs], **defaults)
+    (args,), given = parse_args([EvalRetrievalArgs], **default_flags(name))
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)
     distributed.on_main(lambda: check_outputs(args, results_folder(args), args.log_path))
     config, encoder = results_config(args), EncoderConfig.from_args(args, given)

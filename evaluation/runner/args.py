@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from src.lm.args import LMArgs
 from src.lm.generate import NEWLINE_ID
 from src.retrieval.args import RETRIEVAL_METHODS, EvalOutputArgs, RetrievalArgs
+from src.utils.config_file import read_settings
 from src.utils.errors import UserError
 from src.utils.flags import check_choice, check_positive, flag
 
@@ -28,14 +30,10 @@ HISTORY_NO_EFFECT = (
 #: Flags of `HistoryArgs` that mean nothing where a key is a turn, not a chunk.
 CHUNK_FLAGS = ("context_window_size", "target_length", "chunk_size", "integrate_method", "add_sep")
 
-#: Defaults of evaluations whose prompts hold retrieved passages.
-KNOWLEDGE_DEFAULTS: dict[str, Any] = {
-    "metrics": ["collate_key"],
-    "save_to_output": True,
-    "hits": 10,
-    "key_max_length": 128,
-    "context_max_length": 2048,
-}
+
+def default_flags(evaluation: str) -> dict[str, Any]:
+    """Read the defaults of an evaluation that differ from its settings class's; none for one that is not listed."""
+    return read_settings(str(Path(__file__).parents[1] / "defaults.yaml"), "defaults").get(evaluation, {})
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from evaluation.runner.args import GenerateArgs
+from evaluation.runner.args import GenerateArgs, default_flags
 from evaluation.runner.from_corpus import Retrieved, Row, Values, results_config, results_folder, retriever_name
 from evaluation.runner.outputs import gather_answers, output_line, output_path, read_responses
 from evaluation.runner.task import EvalTask
@@ -53,7 +53,7 @@ def start(kind: type[EvalTask]) -> NoReturn:
 def run_task(kind: type[EvalTask], argv: Sequence[str] | None = None) -> None:
     """Run an evaluation from its command line to its line in the log."""
     started = time.monotonic()
-    (args,), given = parse_args([kind.flags], argv, **kind.defaults)
+    (args,), given = parse_args([kind.flags], argv, **(default_flags(kind.name) | kind.defaults))
     for name in sorted(given.intersection(kind.no_effect)):
         logger.warning("--%s has no effect on this evaluation", name)
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)

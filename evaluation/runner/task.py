@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 
 class EvalTask(ABC):
-    """An evaluation; a subclass has at least a name, flags, defaults, and the methods `request` and `score`.
+    """An evaluation; a subclass has at least a name, flags, and the methods `request` and `score`.
 
     Attributes:
         name: of the task in logs and reports.
-        flags, defaults: settings class, and the defaults that differ from the class's.
+        flags, defaults: settings class, and what differs from its defaults, where defaults.yaml does not say so.
         check: of the fields that its rows need.
         no_effect: flags that all evaluations take, and that this one has no use for.
         left_out: why rows cannot be asked.
@@ -47,7 +47,7 @@ class EvalTask(ABC):
 
     name: str
     flags: type[LMEvalArgs]
-    defaults: ClassVar[dict[str, Any]]
+    defaults: ClassVar[dict[str, Any]] = {}
     check: FurtherCheck | None = None
     no_effect: tuple[str, ...] = ("train_data",)
     left_out = "they do not fit into --context_max_length"

@@ -19,6 +19,7 @@ from evaluation import eval_lrlm, eval_tool
 from evaluation.eval_icl import ICL
 from evaluation.eval_mmlu import GROUP_OF, GROUPS
 from evaluation.report import read_results
+from evaluation.runner.args import default_flags
 from evaluation.runner.run import run_task
 from evaluation.runner.text_metrics import binary_f1, contains_answer, exact_match, rouge_l, token_f1
 from evaluation.self_retrieval.chunks import Integration, plan_chunks, windows
@@ -812,9 +813,7 @@ def test_keys_are_cut_on_the_side_that_one_asks_for(evaluate, data_root, models,
 
 @pytest.mark.parametrize("task", ["qa", "mmlu", "popqa", "icl", "qrecc", "msc", "lrlm", "tool"])
 def test_instructions_need_no_folder_of_a_known_name(evaluate, data_root, tmp_path, task):
-    module = importlib.import_module(f"evaluation.eval_{task}")
-    defaults = module.DEFAULTS if task == "tool" else evaluation_class(module).defaults
-    rows = read_rows(data_root / defaults["eval_data"].removeprefix("llm-embedder:"))[:2]
+    rows = read_rows(data_root / default_flags(task)["eval_data"].removeprefix("llm-embedder:"))[:2]
     path = write_rows(tmp_path / "anywhere.json", rows)
     flags = ("--eval_data", path, "--version", "llm-embedder", "--add_instruction", "True", *SMALL[task])
     _, record, _ = evaluate(task, *flags, "--query_max_length", 110)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from evaluation.eval_retrieval import EvalRetrievalArgs
+from evaluation.runner.args import default_flags
 from src.lm.args import LMScoreArgs
 from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.training.args import RetrievalTrainingArgs
@@ -56,11 +57,11 @@ def test_every_flag_of_an_evaluation_has_the_documented_default(name, monkeypatc
     module = importlib.import_module(f"evaluation.eval_{name}")
     wanted = json.loads(FLAGS.read_text())[f"python -m evaluation.eval_{name}"]
     if name in ("retrieval", "tool"):
-        defaults = {"eval_data": "rows.json"} if name == "retrieval" else module.DEFAULTS
+        defaults = {"eval_data": "rows.json"} if name == "retrieval" else default_flags(name)
         wanted |= {"eval_data": defaults["eval_data"]}
         (args,), given = parse_args([EvalRetrievalArgs], [], **defaults)
     else:
-        (args,), given = parse_args([(kind := evaluation_class(module)).flags], [], **kind.defaults)
+        (args,), given = parse_args([evaluation_class(module).flags], [], **default_flags(name))
     assert not given
     if isinstance(wanted["train_data"], str):
         wanted["train_data"] = [wanted["train_data"]]
