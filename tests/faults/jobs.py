@@ -194,7 +194,7 @@ def make_jobs(folder: Path) -> dict[str, Job]:
             (*retrieval, "--metrics", "mrr", "collate_neg", "--cutoffs", 10, "--save_to_output"),
             check_all(mined, hits, check_log),
             "*/.test.neg.json.*.partial",
-            {"src.retrieval.ranking.evaluate.WINDOW": 2},
+            {"src.retrieval.ranking.saved_hits.WINDOW": 2},
             owns="test.neg.json",
         ),
         Job(
