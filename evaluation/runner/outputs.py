@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from evaluation.runner.task import EvalTask
 from src.lm.ask import Answer
 from src.lm.response_store import Response, to_response
 from src.retrieval.ranking.files import query_id
-from src.utils import distributed
 from src.utils.files import derived_path, path_name
 
 #: A file's name holds more than that of the LM.
@@ -46,13 +44,6 @@ def output_line(task: EvalTask, number: int, retrieved: Retrieved, answer: Answe
         "response": asdict(response) if response is not None else None,
     }
     return {**line, "retrieved_texts": retrieved.texts} if task.args.debug_retrieval else line
-
-
-def gather_answers(answers: Mapping[int, Answer]) -> dict[int, Answer]:
-    """The answers of all processes, by number of the row."""
-    plain = [[number, key, asdict(response) if response else None] for number, (key, response) in answers.items()]
-    parts = distributed.all_gather_json(plain)
-    return {number: Answer(key, to_response(response)) for part in parts for number, key, response in part}
 
 
 def read_responses(path: str) -> dict[str, Response]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from evaluation.runner.args import GenerateArgs, default_flags
 from evaluation.runner.from_corpus import Retrieved, Row, Values, results_config, results_folder, retriever_name
-from evaluation.runner.outputs import gather_answers, output_line, output_path, read_responses
+from evaluation.runner.outputs import output_line, output_path, read_responses
 from evaluation.runner.task import EvalTask
 from src.lm.ask import Answer, Asker
 from src.lm.generate import Decoding
@@ -155,7 +155,8 @@ def ask(task: EvalTask, retrieved: Sequence[Retrieved], examples: Callable[[Row]
                 asked = [(number, rows[number]) for number in mine]
                 requests = [task.request(row, retrieved[number], examples(row)) for number, row in asked]
                 part = dict(zip(mine, task.ask(requests, bar.update), strict=True))
-            answers.update(gather_answers(part))
+            for answered in distributed.all_gather_object(part):
+                answers.update(answered)
             bar.update(end - bar.n)
     return answers
 

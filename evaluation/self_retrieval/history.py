@@ -68,7 +68,7 @@ class FromPast(EvalTask):
                 scores = iter(self._scores([*chain.from_iterable(window)]))
                 chosen += [[_best(next(scores), self.args.key_num) for _ in cases] for cases in window]
                 bar.update(len(window))
-        best = [*chain.from_iterable(distributed.all_gather_json(chosen))]
+        best = [*chain.from_iterable(distributed.all_gather_object(chosen))]
         empty = sum(bool(cases) and not any(cases) for cases in best)
         if empty and self.args.retrieval_method != "no":
             logger.warning("%d of %d rows have no %s to retrieve from", empty, len(rows), self.past)

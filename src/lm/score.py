@@ -116,7 +116,7 @@ def check_all_fit(encoder: PromptEncoder, data: ScoreData) -> None:
     """For ``--strict``: raise a UserError if some rows do not fit."""
     part = distributed.part_of(len(data.rows))
     mine = [number for number in part if None in encode_row(encoder, data, number)]
-    if unfit := list(chain.from_iterable(distributed.all_gather_json(mine))):
+    if unfit := list(chain.from_iterable(distributed.all_gather_object(mine))):
         raise UserError(
             f"{data.rows.where(unfit[0])}: query and answer do not fit into {encoder.max_length} tokens "
             f"(--context_max_length, or what the LM takes), nor do those of {len(unfit) - 1} more rows: raise it, "
@@ -133,7 +133,7 @@ def score_units(
     """
     units, pairs = data.units(), data.pairs
     sizes = [int(pairs[unit.start : unit.stop].sum()) for unit in units]
-    lengths = data.rows.scan.lengths
+    lengths = data.rows.scan.places[:, 1]
     # The heaviest first: what is left for the end is light, and no process waits long.
     order = sorted(range(len(units)), key=lambda unit: -int(lengths[units[unit].start : units[unit].stop].sum()))
     passed = 0

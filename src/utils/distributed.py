@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -21,12 +19,11 @@ from src.utils.flags import check_positive
 
 T = TypeVar("T")
 
-#: Seconds that a process waits for the others: one's share of a corpus or of prompts may take that much longer than
-#: another's. A process that died is noticed at once.
+#: Seconds that a process waits for the others, whose share of the work may take longer; a crash is noticed at once.
 TIMEOUT = 6 * 3600
-#: Seconds after which a process tells an error that the first of its host should have told.
+#: Seconds that the first process of a host has to show an error before the others show theirs.
 FIRST_TO_SAY_SECONDS = 10
-#: Counter of what processes said of their end.
+#: Key of the count of processes that reported their end.
 SAID = "said"
 
 
@@ -46,7 +43,7 @@ def launched_rank() -> int:
 
 
 def local_rank() -> int:
-    """The rank of this process among those of its host; 0 without a launcher. Needs no process group."""
+    """The rank of this process on its host; 0 without a launcher. Needs no process group."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -71,7 +68,7 @@ def is_main() -> bool:
 
 
 def part_of(size: int) -> range:
-    """This process's share of `size` things: contiguous, in rank order, sizes differing by one at most."""
+    """This process's share of `size` items: contiguous, in rank order, sizes differing by one at most."""
     start, end = (size * number // world_size() for number in (rank(), rank() + 1))
     return range(start, end)
 
@@ -104,28 +101,25 @@ def destroy_process_group() -> None:
 
 
 def is_first_to_say(message: str) -> bool:
-    """Whether this process should show an error: an error of all processes alike is shown once, one of a single
-    process by that process, whatever its rank."""
+    """Whether this process should show an error: one that several processes raise is shown once."""
     if not is_initialized():
-        # The command line is wrong for all, something missing on a host for all of its processes. The first of a host
-        # tells, and the launcher then ends the others; were they to end before, it would end the first. Whoever is
-        # still there after a while has an error of its own.
+        # Before the group exists the processes of a host share most errors: the first shows it, and the launcher ends
+        # the others. One that is still alive after a while has another error.
         if local_rank() > 0:
             time.sleep(FIRST_TO_SAY_SECONDS)
         return True
     try:
-        # The store through which the processes found each other is there even when the group no longer works.
+        # The rendezvous store works even when the group no longer does.
         store = dist.distributed_c10d._get_default_store()
         store.add(SAID, 1)
         return store.add(f"said/{hashlib.sha256(message.encode(errors='replace')).hexdigest()}", 1) == 1
     except RuntimeError:
-        # It went with the process that kept it.
+        # The process that served it is gone.
         return True
 
 
 def is_first_to_stop() -> bool:
-    """Whether this process should say that it was stopped: one says so, and none when another told an error before,
-    for which the launcher stops the others."""
+    """Whether this process should report that it was stopped: one does, none after an error that stopped them all."""
     if not is_initialized():
         return local_rank() == 0
     try:
@@ -155,23 +149,24 @@ def broadcast_object(value: T) -> T:
 def on_main(function: Callable[[], T]) -> T:
     """Call `function` on the main process and return its result on every process.
 
-    A UserError that it raises is raised on every process, so that none waits for the others. So is, of several, one in
-    place of any other error; the main process raises that as it is unless it is about a file.
+    When it fails, every process raises a UserError, so that none waits; of several, the main process raises an
+    unexpected error as it is.
     """
     if world_size() == 1:
         return function()
-    result: tuple[Any, str | None] = (None, None)
+    value: Any = None
+    message: str | None = None
     unexpected: Exception | None = None
     if is_main():
         try:
-            result = (function(), None)
+            value = function()
         except UserError as error:
-            result = (None, str(error))
+            message = str(error)
         except Exception as error:
-            described = describe_os_error(error) if isinstance(error, OSError) else None
-            unexpected = error if described is None else None
-            result = (None, described or f"the main process failed ({type(error).__name__}: {first_line(error)})")
-    value, message = broadcast_object(result)
+            message = describe_os_error(error) if isinstance(error, OSError) else None
+            unexpected = error if message is None else None
+            message = message or f"the main process failed ({type(error).__name__}: {first_line(error)})"
+    value, message = broadcast_object((value, message))
     if unexpected is not None:
         raise unexpected
     if message is not None:
@@ -179,31 +174,12 @@ def on_main(function: Callable[[], T]) -> T:
     return value
 
 
-def _communication_device() -> torch.device:
-    """Where tensors must lie for a collective: NCCL only takes CUDA tensors."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def all_gather_array(array: np.ndarray) -> list[np.ndarray]:
-    """Every process's `array`, in rank order. Sizes may differ along the first axis only."""
-    if world_size() == 1:
-        return [array]
-    device = _communication_device()
-    local = torch.from_numpy(np.ascontiguousarray(array)).to(device)
-    sizes = gather_sizes(len(local), device)
-    padded = local.new_zeros((max(sizes), *local.shape[1:]))
-    padded[: len(local)] = local
-    gathered = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded)
-    return [tensor[:size].cpu().numpy() for tensor, size in zip(gathered, sizes, strict=True)]
-
-
-def all_gather_json(value: Any) -> list[Any]:
-    """Every process's `value`, which JSON can hold, in rank order."""
-    texts = all_gather_array(np.frombuffer(json.dumps(value).encode(), dtype=np.uint8).copy())
-    return [json.loads(text.tobytes()) for text in texts]
+def all_gather_object(value: T) -> list[T]:
+    """Every process's `value`, of any size, in rank order."""
+    gathered = [value] * world_size()
+    if len(gathered) > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 @contextlib.contextmanager
@@ -214,7 +190,7 @@ def raising_together() -> Iterator[None]:
         yield
     except UserError as error:
         failure = error
-    if messages := [text for text in all_gather_json(str(failure) if failure else None) if text is not None]:
+    if messages := [text for text in all_gather_object(str(failure) if failure else None) if text is not None]:
         raise UserError(messages[0]) from failure
 
 
@@ -229,11 +205,7 @@ def gather_sizes(size: int, device: torch.device) -> list[int]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All-gather along the first axis, whose backward sums the gradient of every process's copy.
-
-    Each process's loss depends on all rows, so the gradient of a row is the sum over processes of
-    what their losses say of it: all-reduce, then the local slice.
-    """
+    """All-gather along the first axis; backward sums every process's gradient of a row, since each loss uses it."""
 
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -258,12 +230,3 @@ def gather_with_grad(local: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     Each process holds `local`, ``(sizes[rank], ...)``; the backward is a collective call that every process must reach.
     """
     return local if world_size() == 1 else _GatherRows.apply(local, sizes)
-
-
-def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """Element-wise sum of `values` (on the CPU, any shape) over all processes."""
-    if world_size() == 1:
-        return values
-    moved = values.to(_communication_device())
-    dist.all_reduce(moved, op=dist.ReduceOp.SUM)
-    return moved.cpu()

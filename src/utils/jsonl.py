@@ -1,7 +1,6 @@
-"""JSON lines files read in place: an index of line offsets, and rows read and parsed when asked for.
+"""JSON lines files read in place: an index of line offsets, and rows parsed on access.
 
-Opening a file scans it once, in parallel for large files, checks every row and keeps a few numbers per
-row. Memory does not grow with the file, and every column of a row, known or not, comes back as it stands.
+Opening a file scans it once, over all cores when it is large, checks every row and keeps a few numbers of each.
 A file that changes after it was checked is an error, never other rows.
 """
 
@@ -19,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import chain
 from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -30,36 +29,36 @@ from tqdm import tqdm
 from src.utils.errors import UserError
 from src.utils.files import atomic_write
 
-#: What a row check returns: the problems found, one number or string per column of `Scan.columns`.
+#: Of a row, its problems, and one number or string per column of `Scan.columns`: the same names for all rows.
 RowCheck = Callable[[Any], tuple[list[str], dict[str, Any]]]
 
 SHOWN_PROBLEMS = 10
 #: Characters of a problem that are shown: it may quote a value of any size.
 PROBLEM_LENGTH = 1000
 CHUNK_BYTES = 64 << 20
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-#: Lists and objects within each other. Python's parser has a limit that depends on who calls it; this one is far below.
+#: Nested lists and objects; the limit of Python's parser is far above, and depends on the caller.
 MAX_DEPTH = 100
 
 
 @dataclass
 class Scan:
-    """What one pass over a file gives: int64 ``(rows,)`` arrays and problems."""
+    """What one pass over a file gives."""
 
-    #: First byte of each row; its bytes, line end excluded; its line number from 1 (blank lines hold no row).
-    offsets: np.ndarray
-    lengths: np.ndarray
-    lines: np.ndarray
+    #: int64 ``(rows, 3)``: first byte; bytes without the line end; line number from 1 (blank lines hold no row).
+    places: np.ndarray
     #: What the row check returned, by name: ``(rows,)`` of any type.
     columns: dict[str, np.ndarray]
+    #: Lines of the file.
+    line_count: int = 0
     #: The first `SHOWN_PROBLEMS` as (line, text), and how many there are in all.
     problems: list[tuple[int, str]] = field(default_factory=list)
     problem_count: int = 0
 
 
 class Stamp(NamedTuple):
-    """What changes whenever somebody writes to a file, and the machine that saw it: a copy has another time."""
+    """What changes with a file's content, and the host that read it: another host may show another time."""
 
     size: int
     mtime_ns: int
@@ -83,7 +82,7 @@ class JsonLines(Sequence[dict[str, Any]]):
         self._file: io.FileIO | None = None
 
     def __len__(self) -> int:
-        return len(self.scan.offsets)
+        return len(self.scan.places)
 
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -92,7 +91,7 @@ class JsonLines(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        start, length = int(self.scan.offsets[index]), int(self.scan.lengths[index])
+        start, length, _ = self.scan.places[index].tolist()
         if self._file is None:
             try:
                 self._file = io.FileIO(self.path)
@@ -112,18 +111,16 @@ class JsonLines(Sequence[dict[str, Any]]):
 
     def select(self, numbers: np.ndarray) -> JsonLines:
         """Some of the rows, int ``(rows,)``, as if the file held no others."""
-        scan = self.scan
-        columns = {name: values[numbers] for name, values in scan.columns.items()}
-        chosen = Scan(scan.offsets[numbers], scan.lengths[numbers], scan.lines[numbers], columns)
-        return JsonLines(self.path, chosen, self.stamp)
+        columns = {name: values[numbers] for name, values in self.scan.columns.items()}
+        return JsonLines(self.path, Scan(self.scan.places[numbers], columns), self.stamp)
 
     def where(self, index: int) -> str:
         """``file:line`` of a row, for messages."""
-        return f"{self.path}:{self.scan.lines[index]}"
+        return f"{self.path}:{self.scan.places[index, 2]}"
 
 
 def sample(size: int, most: int) -> list[int]:
-    """Numbers of rows, evenly spread: `most` of so many, all when there are no more."""
+    """Numbers of `most` of `size` rows, evenly spread; of all when there are no more."""
     return [size * number // most for number in range(most)] if size > most else list(range(size))
 
 
@@ -141,11 +138,8 @@ def read_lines(path: str, start: int, end: int) -> Iterator[tuple[int, bytes]]:
             yield begin, body
 
 
-def _scan_range(path: str, start: int, end: int, check: RowCheck) -> tuple[Scan, int]:
-    """Scan the lines that begin in ``[start, end)``; line numbers count from 1 at `start`.
-
-    Returns the scan and the number of lines passed over.
-    """
+def _scan_range(path: str, start: int, end: int, check: RowCheck) -> Scan:
+    """Scan the lines that begin in ``[start, end)``; line numbers count from 1 at `start`."""
     places: list[tuple[int, int, int]] = []
     values_of_rows: list[dict[str, Any]] = []
     problems: list[tuple[int, str]] = []
@@ -153,15 +147,17 @@ def _scan_range(path: str, start: int, end: int, check: RowCheck) -> tuple[Scan,
     for line, (begin, body) in enumerate(read_lines(path, start, end), 1):
         if not body.strip():
             continue
-        texts, row_values = _check_line(body, check)
+        row, texts = parse_row(body)
+        values: dict[str, Any] = {}
+        if row is not None:
+            texts, values = check(row)
         problem_count += len(texts)
         problems.extend((line, text[:PROBLEM_LENGTH]) for text in texts[: SHOWN_PROBLEMS - len(problems)])
         places.append((begin, len(body), line))
-        values_of_rows.append(row_values)
+        values_of_rows.append(values)
     names = values_of_rows[0] if values_of_rows and not problem_count else ()
     columns = {name: np.array([row[name] for row in values_of_rows]) for name in names}
-    offsets, lengths, lines = np.array(places, dtype=np.int64).reshape(-1, 3).T
-    return Scan(offsets, lengths, lines, columns, problems, problem_count), line
+    return Scan(np.array(places, dtype=np.int64).reshape(-1, 3), columns, line, problems, problem_count)
 
 
 def parse_row(body: bytes) -> tuple[dict[str, Any] | None, list[str]]:
@@ -184,7 +180,6 @@ def parse_row(body: bytes) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _parse_problem(error: ValueError) -> str:
-    """Why a line is no JSON."""
     if isinstance(error, UnicodeDecodeError):
         return f"not valid UTF-8: {error.reason} at byte {error.start + 1}"
     if isinstance(error, json.JSONDecodeError):
@@ -194,12 +189,7 @@ def _parse_problem(error: ValueError) -> str:
     return "a number has too many digits"
 
 
-def _check_line(body: bytes, check: RowCheck) -> tuple[list[str], dict[str, Any]]:
-    row, problems = parse_row(body)
-    return (problems, {}) if row is None else check(row)
-
-
-#: How a file begins that holds no JSON lines, and what to do with it.
+#: First bytes of files in other formats, and what to do with them.
 _OTHER_FORMATS = {
     b"\x1f\x8b": "not JSON lines but compressed by gzip: unpack the file (gzip -d)",
     b"\xff\xfe": "not UTF-8 but UTF-16: convert the file (iconv -f UTF-16 -t UTF-8)",
@@ -210,7 +200,7 @@ _TOO_DEEP = f"nested too deeply: lists and objects may lie within each other {MA
 
 
 def _depth(value: Any) -> int:
-    """How many lists and objects lie within each other."""
+    """Count the nested lists and objects."""
     level, depth = [value], 0
     while level := [part for part in level if isinstance(part, (dict, list))]:
         depth += 1
@@ -230,19 +220,19 @@ def _chunks(path: str, size: int) -> list[tuple[int, int]]:
     return list(zip(bounds, [*bounds[1:], size], strict=True))
 
 
-def _merge(parts: Sequence[tuple[Scan, int]]) -> Scan:
-    scans = [scan for scan, _ in parts]
-    filled = [scan for scan in scans if scan.columns]
-    names = filled[0].columns if filled else ()
-    # Lines before each part.
-    before = list(accumulate((lines for _, lines in parts), initial=0))[:-1]
-    problems = [(line + first, text) for scan, first in zip(scans, before, strict=True) for line, text in scan.problems]
+def _merge(scans: Sequence[Scan]) -> Scan:
+    """Join the scans of a file's parts, which become lines of the file."""
+    first = 0
+    for scan in scans:
+        scan.places[:, 2] += first
+        scan.problems = [(line + first, text) for line, text in scan.problems]
+        first += scan.line_count
+    filled = [scan.columns for scan in scans if scan.columns]
     return Scan(
-        np.concatenate([scan.offsets for scan in scans]),
-        np.concatenate([scan.lengths for scan in scans]),
-        np.concatenate([scan.lines + first for scan, first in zip(scans, before, strict=True)]),
-        {name: np.concatenate([scan.columns[name] for scan in filled]) for name in names},
-        problems[:SHOWN_PROBLEMS],
+        np.concatenate([scan.places for scan in scans]),
+        {name: np.concatenate([columns[name] for columns in filled]) for name in (filled[0] if filled else ())},
+        first,
+        list(chain.from_iterable(scan.problems for scan in scans))[:SHOWN_PROBLEMS],
         sum(scan.problem_count for scan in scans),
     )
 
@@ -254,7 +244,7 @@ def available_cores() -> int:
 
 @contextlib.contextmanager
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """As many processes, which leave Ctrl-C to this one; when the block ends by an exception they are ended."""
+    """Start worker processes, which leave Ctrl-C to this one; an exception in the block kills them."""
     others = set(multiprocessing.active_children())
     # Were it started below, it would let the signal through again.
     resource_tracker.ensure_running()
@@ -274,7 +264,7 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def scan_file(path: str, check: RowCheck) -> Scan:
-    """Scan a whole file, over all cores when it is large."""
+    """Scan a file, over all cores when it is large."""
     size = os.path.getsize(path)
     chunks = _chunks(path, size)
     workers = min(available_cores(), len(chunks))
@@ -286,48 +276,39 @@ def scan_file(path: str, check: RowCheck) -> Scan:
         return _merge([future.result() for future in bar])
 
 
-def _cache_path(path: str, stamp: Stamp, check_name: str, cache_dir: str) -> Path:
-    key = f"{CACHE_VERSION}|{os.path.abspath(path)}|{stamp.size}|{stamp.mtime_ns}|{check_name}"
-    return Path(cache_dir) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-
-
 def _load_cached(path: Path) -> Scan | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             columns = {name[7:]: arrays[name] for name in arrays.files if name.startswith("column_")}
-            scan = Scan(arrays["offsets"], arrays["lengths"], arrays["lines"], columns)
-            sizes = {column.shape for column in (scan.offsets, scan.lengths, scan.lines, *columns.values())}
-            return scan if sizes == {(len(scan.offsets),)} else None
+            scan = Scan(arrays["places"], columns)
+            fits = scan.places.shape[1:] == (3,)
+            return scan if fits and all(values.shape == (len(scan.places),) for values in columns.values()) else None
     except Exception:
-        # Whatever is wrong with it: the file is scanned again.
+        # A cache that cannot be read is written anew.
         return None
 
 
 def open_jsonl(path: str, check: RowCheck, check_name: str, cache_dir: str | None = None) -> JsonLines:
     """Scan and check a JSON lines file, and return its rows.
 
-    Args:
-        path: of the file.
-        check: called with every row; must be picklable, and return the same keys for all rows.
-        check_name: changes whenever `check` does; part of the cache key.
-        cache_dir: folder that keeps the scans of unchanged files, so that a restart is quick.
-
-    Raises:
-        UserError: the file holds no row, or rows with problems: all are counted, the first ten shown.
+    `cache_dir` keeps the scans of unchanged files, so that a restart is quick; `check` must be picklable, and
+    `check_name` change whenever it does. A file without rows or with problems raises a UserError.
     """
     stamp = _stamp(os.stat(path))
-    cache = _cache_path(path, stamp, check_name, cache_dir) if cache_dir else None
+    key = f"{CACHE_VERSION}|{os.path.abspath(path)}|{stamp.size}|{stamp.mtime_ns}|{check_name}"
+    name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    cache = Path(cache_dir, name) if cache_dir else None
     scan = _load_cached(cache) if cache else None
     if scan is None:
         scan = scan_file(path, check)
         if scan.problem_count:
             raise UserError(_describe_problems(path, scan))
-        if len(scan.offsets) == 0:
+        if len(scan.places) == 0:
             raise UserError(f"{path} is empty: it must hold one JSON object per line")
         if cache:
             arrays: dict[str, Any] = {f"column_{name}": values for name, values in scan.columns.items()}
             with atomic_write(cache, "wb") as file:
-                np.savez(file, offsets=scan.offsets, lengths=scan.lengths, lines=scan.lines, **arrays)
+                np.savez(file, places=scan.places, **arrays)
     return JsonLines(path, scan, stamp)
 
 

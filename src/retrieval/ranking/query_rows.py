@@ -31,7 +31,7 @@ def find_query_rows(data: EvalData) -> dict[int, set[int]]:
             pairs += [[number, index] for number in {number for form in words for number in numbers.get(form, ())}]
             bar.update()
     query_rows: dict[int, set[int]] = defaultdict(set)
-    for number, index in chain.from_iterable(distributed.all_gather_json(pairs)):
+    for number, index in chain.from_iterable(distributed.all_gather_object(pairs)):
         if index not in (data.rows[number].get("pos_index") or ()):
             query_rows[number].add(index)
     return dict(query_rows)

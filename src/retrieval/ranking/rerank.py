@@ -57,7 +57,7 @@ def score_windows(
             ]
             with distributed.raising_together():
                 scores = score(data.queries[mine.start : mine.stop], keys, bar)
-            joined = np.concatenate(distributed.all_gather_array(scores))
+            joined = np.concatenate(distributed.all_gather_object(scores))
             # The bar of the main process has moved by its own part only.
             bar.update(len(joined) - len(scores))
             yield window, joined

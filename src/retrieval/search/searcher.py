@@ -67,7 +67,7 @@ class DenseSearcher:
         """See `Searcher.search`."""
         vectors = self._encode_queries(queries)
         parts = [no_hits(len(queries), hits), *(index.search(vectors, hits) for index in self.indexes)]
-        scores, rows = map(distributed.all_gather_array, merge_hits(parts, hits))
+        scores, rows = map(distributed.all_gather_object, merge_hits(parts, hits))
         return merge_hits(list(zip(scores, rows, strict=True)), hits)
 
     def _encode_queries(self, queries: Sequence[str]) -> np.ndarray:
@@ -77,7 +77,7 @@ class DenseSearcher:
         if len(part):
             texts = queries[part.start : part.stop]
             local = encode(self.model.embed_query, self.model.query_tokenizer, texts, self.config)
-        return np.concatenate(distributed.all_gather_array(local.astype(np.float32, copy=False)))
+        return np.concatenate(distributed.all_gather_object(local.astype(np.float32, copy=False)))
 
 
 def vector_width(model: DenseRetriever) -> int:
@@ -164,13 +164,13 @@ def save_indexes(indexes: Sequence[FaissIndex], folder: str, indexed_from: Mappi
     """Each process writes its index; the manifest comes last, so that half-saved ones have none."""
     manifest = Path(folder, INDEX_MANIFEST)
     distributed.on_main(partial(manifest.unlink, missing_ok=True))
-    saved = []
+    saved: list[tuple[str, str, int]] = []
     for index in indexes:
         name = f"index.{distributed.rank():05d}.faiss"
         with atomic_path(manifest.with_name(name)) as path:
             index.save(path)
-            saved.append([name, file_checksum(path), index.first])
-    parts = list(chain.from_iterable(distributed.all_gather_json(saved)))
+            saved.append((name, file_checksum(path), index.first))
+    parts = list(chain.from_iterable(distributed.all_gather_object(saved)))
     files, firsts = {name: checksum for name, checksum, _ in parts}, [first for *_, first in parts]
     distributed.on_main(partial(Manifest(indexed_from, files, {"first_rows": firsts}).write, manifest))
     logger.info("saved index: %s", manifest)

@@ -187,7 +187,7 @@ def finish_store(store: VectorStore, written: Mapping[str, str]) -> VectorStore:
     for number in unknown[distributed.rank() :: distributed.world_size()]:
         # Of an interrupted run.
         local.setdefault(store.name(number), checksum(store.read(number)))
-    for part in distributed.all_gather_json(local):
+    for part in distributed.all_gather_object(local):
         checksums |= part
     manifest = Manifest(store.identity, checksums, {"shard_rows": store.shard_rows})
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -419,7 +420,7 @@ class RunningMeans:
         """Return the means over all processes of all values added, and start anew."""
         sums = [[float(number) for number in self._sums.get(name, (0.0, 0))] for name in MEANS]
         self._sums = {}
-        totals = distributed.sum_over_processes(torch.tensor(sums, dtype=torch.float64)).tolist()
+        totals = np.sum(distributed.all_gather_object(sums), axis=0).tolist()
         return {name: total / count for name, (total, count) in zip(MEANS, totals, strict=True) if count > 0}
 
 

@@ -221,7 +221,7 @@ class EmbeddedSearcher:
         """See `Searcher.search`."""
         part = distributed.part_of(len(queries))
         terms = [first_terms(english_analyzer()(query)) for query in queries[part.start : part.stop]]
-        scores, rows = map(distributed.all_gather_array, self.index.search(terms, hits))
+        scores, rows = map(distributed.all_gather_object, self.index.search(terms, hits))
         return np.concatenate(scores), np.concatenate(rows)
 
 
