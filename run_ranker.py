@@ -15,13 +15,13 @@ import torch
 from src.retrieval.args import RankerArgs
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.jobs.train import Job
-from src.retrieval.models.cross_encoder import CrossEncoder, RankerConfig, load_cross_encoder
+from src.retrieval.models.cross_encoder import FOLDER, CrossEncoder, RankerConfig, load_cross_encoder
 from src.retrieval.models.pair_scorer import PairScorer, ranker_scorer
 from src.retrieval.ranking.config import EvalConfig
 from src.retrieval.ranking.files import Hits
 from src.retrieval.ranking.rerank import rerank
 from src.retrieval.ranking.saved_hits import load_hits
-from src.retrieval.report.training_record import Uses, ranker_uses
+from src.retrieval.report.training_record import Uses
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import ChunkPolicy, PairCollator
 from src.retrieval.training.losses import ScoreBatch, ranker_batch_scores
@@ -65,7 +65,7 @@ class RankerJob(Job[RankerArgs, CrossEncoder]):
         return ranker_batch_scores
 
     def uses(self, model: CrossEncoder) -> Uses:
-        return ranker_uses(model, self.args.ranker)
+        return {FOLDER: (self.args.ranker, model.pairs)}
 
     def scorer(self, model: CrossEncoder, device: torch.device) -> PairScorer:
         return ranker_scorer(self.args, device, model)

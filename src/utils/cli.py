@@ -1,4 +1,4 @@
-"""What every entry point does alike: parse arguments, set up logging, show a user's error in one line."""
+"""Entry points: parse arguments, set up logging, show a user's error in one line, stop cleanly on signals."""
 
 from __future__ import annotations
 
@@ -26,20 +26,18 @@ from src.utils.errors import UserError, describe_os_error, first_line, is_out_of
 
 logger = logging.getLogger(__name__)
 
-#: Whole numbers that flags take: those of 32 bits, with sign or without.
+#: Range of integer flags: 32 bits, signed or unsigned.
 LEAST, MOST = -(1 << 31), (1 << 32) - 1
-#: Of other numbers those that fp32 holds.
+#: Of other numbers that of fp32.
 LARGEST = float(np.finfo(np.float32).max)
-#: How the names of flags end that name files and folders.
+#: Endings of flags that take files and folders.
 PATHS = ("dir", "path", "data", "file", "files", "root", "corpus", "encoder", "ranker")
 
-#: A signal that comes again within this time is the same one.
+#: Within this time a signal counts once: some launchers send it twice.
 SAME_SIGNAL_SECONDS = 2
 
 
 class _Parser(HfArgumentParser):
-    """Reports a bad command line as the rest of the toolkit does: one line, exit code 2."""
-
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
@@ -49,16 +47,11 @@ def parse_args(
 ) -> tuple[tuple[Any, ...], frozenset[str]]:
     """Fill dataclasses, which share no field, from the command line and from the file that ``--config`` names.
 
-    Args:
-        dataclass_types: settings classes.
-        argv: arguments without the program name; those of this process when None.
-        defaults: defaults of this entry point that differ from the classes'.
-
-    Returns:
-        One instance per class, and the names of the flags that the command line or the file set itself.
+    `argv` has no program name; None takes this process's. `defaults` replace those of the classes. Returns an instance
+    per class, and the names of the flags that the command line or the file set.
     """
     parser = _Parser(dataclass_types, allow_abbrev=False)
-    # Of the actions of a flag (--fp16, --no_fp16) the first one takes a value.
+    # The first action of a flag takes the value (--fp16, not --no_fp16).
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     if unknown := sorted(set(defaults) - set(actions)):
         raise TypeError(f"defaults for flags that do not exist: {', '.join(unknown)}")
@@ -84,15 +77,13 @@ def parse_args(
         _check_value(name, given[name])
     try:
         return parser.parse_dict({**defaults, **given}), frozenset(given)
-    except UserError:
-        raise
     except ValueError as error:
-        # Of transformers.
+        # A check of ours, or of transformers.
         raise UserError(str(error)) from error
 
 
 def _check_value(name: str, value: Any) -> None:
-    """Refuse blank paths, and numbers that no flag means and that libraries do not take."""
+    """Refuse blank paths, and numbers that libraries do not take."""
     least = 0 if name.endswith("seed") else LEAST
     for one in value if isinstance(value, list) else [value]:
         if isinstance(one, str) and one.isspace() and name.endswith(PATHS):
@@ -105,7 +96,7 @@ def _check_value(name: str, value: Any) -> None:
 
 
 def show_plan(lines: Sequence[Line]) -> None:
-    """Print the lines of a ``--dry_run``, on the main process; a label that stays the same is shown once."""
+    """Print the lines of a ``--dry_run`` on the main process; a repeated label is shown once."""
     if not distributed.is_main():
         return
     width = max(len(label) for label, _ in lines)
@@ -117,28 +108,25 @@ def show_plan(lines: Sequence[Line]) -> None:
 
 
 def setup_logging() -> None:
-    """Log lines of the main process to stderr; of libraries warnings, of transformers errors only."""
+    """Log to stderr: the main process's lines, warnings of libraries, errors of transformers."""
     level = logging.INFO if distributed.launched_rank() == 0 else logging.ERROR
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for name in ("src", "evaluation", "scripts", "run_dense", "run_ranker", "run_lm_score", "__main__"):
         logging.getLogger(name).setLevel(level)
-    # Its warnings speak of its own workings; weights that are missing from a checkpoint are an error of ours.
+    # Its warnings are internal; missing weights are an error of ours.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process without taking the interpreter apart.
-
-    A thread of torch.distributed that asks for the interpreter's lock meanwhile would abort the process.
-    """
+    """Exit without finalizing the interpreter, which a thread of torch.distributed may abort."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _explain(error: Exception, memory_advice: str) -> tuple[str, int] | None:
-    """What to tell the user of an error, and the exit code; None for one that nobody expected."""
+    """Return a message and an exit code; None for an unexpected error, which keeps its traceback."""
     if isinstance(error, UserError):
         return user_message(error), 2
     if is_out_of_memory(error):
@@ -151,9 +139,9 @@ def _explain(error: Exception, memory_advice: str) -> tuple[str, int] | None:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[list[int]]:
-    """Within the block SIGINT and SIGTERM raise KeyboardInterrupt in the main thread; yields those received.
+    """Raise KeyboardInterrupt for SIGINT and SIGTERM within the block; yield the list of signals received.
 
-    A second one ends the process at once. What is ignored (nohup, a job in the background) stays so.
+    A second signal exits at once. Ignored signals (nohup, a background job) stay ignored.
     """
     received: list[int] = []
     owner, since = os.getpid(), 0.0
@@ -161,14 +149,13 @@ def _stoppable() -> Iterator[list[int]]:
     def stop(number: int, frame: object) -> None:
         nonlocal since
         if os.getpid() != owner:
-            # A process that was forked off: this is not its entry point.
+            # A forked process has the default handling.
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if not received:
             since = time.monotonic()
             received.append(number)
             raise KeyboardInterrupt
-        # Some launchers send the same one twice.
         if time.monotonic() - since > SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
 
@@ -182,28 +169,27 @@ def _stoppable() -> Iterator[list[int]]:
 
 
 def _say(message: str) -> None:
-    """Show an error on a line of its own, below any progress bar."""
+    """Show an error on a new line, below any progress bar."""
     for kind in {tqdm.std.tqdm, tqdm.auto.tqdm}:
         for bar in list(getattr(kind, "_instances", ())):
             bar.close()
-    # The bar of the main process is not this one's to close.
+    # The main process may have an open bar.
     start = "\n" if distributed.launched_rank() > 0 else ""
     sys.stderr.write(f"{start}error: {message}\n")
     sys.stderr.flush()
 
 
 def run(main: Callable[[], None], memory_advice: str = "free some, or use a machine that has more") -> NoReturn:
-    """Run an entry point and exit: 0 when done, 2 after an error that the user can mend, shown as one message.
+    """Run an entry point and exit: 0 when done, 2 after an error that the user can fix, shown as one message.
 
-    A run that is stopped says so and exits with 130 (SIGINT, Ctrl-C) or 143 (SIGTERM). `memory_advice` says what helps
-    when memory runs out.
+    SIGINT (Ctrl-C) and SIGTERM exit with 130 and 143. `memory_advice` says what helps when memory runs out.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     setup_logging()
-    # That of an exception which nobody expected, until another outcome is known.
+    # Of an unexpected exception.
     code = 1
     if distributed.launched_processes() > 1:
-        # The first to be registered is the last to be called.
+        # Registered first, called last.
         atexit.register(lambda: _leave(code))
     with _stoppable() as received:
         try:
@@ -214,12 +200,12 @@ def run(main: Callable[[], None], memory_advice: str = "free some, or use a mach
                 code = end.code if isinstance(end.code, int) else int(end.code is not None)
                 raise
             except BrokenPipeError:
-                # Whoever read the output (head) has enough; what Python still holds back goes nowhere.
+                # The reader (head) has closed the pipe; what Python has buffered is dropped.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 code = 128 + signal.SIGPIPE
             except Exception as error:
                 if received:
-                    # What a library, or a process that was stopped too, made of it.
+                    # A consequence of the signal, here or in another process.
                     raise KeyboardInterrupt from error
                 if (explained := _explain(error, memory_advice)) is None:
                     raise

@@ -16,12 +16,12 @@ from src.utils.files import read_json
 def read_arguments(
     path: str, actions: Mapping[str, argparse.Action], hints: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, Any]]:
-    """Read flags from a file, as words of the command line and as values for which there are no words.
+    """Read flags from a file, as command line words and as values that no word expresses (None, empty, an object).
 
     Args:
         path: ``.json``, or anything else for YAML.
-        actions: by flag name, what the command line does with it.
-        hints: by flag name, the type of its field, which says whether it may be none, a list or an object.
+        actions: by flag name, of the command line.
+        hints: by flag name, the type of its field, which says whether it takes None, a list or an object.
     """
     settings = read_settings(path, "--config")
     if not isinstance(settings, dict):
@@ -44,7 +44,7 @@ def read_arguments(
         elif action.nargs == "?" and value is True:
             words.append(f"--{name}")
         elif action.nargs == "?" and value is False and action.type is str:
-            # It stands alone, or is followed by text, or is left out.
+            # As when the flag is left out.
             values[name] = None
         else:
             words.append(f"--{name}={_word(where, value, action)}")
@@ -59,7 +59,7 @@ def _word(where: str, value: Any, action: argparse.Action) -> str:
 
 
 class _UniqueNames(yaml.SafeLoader):
-    """Takes no mapping in which a name stands twice, of which all but the last would be lost."""
+    """Refuses a mapping with a name twice, of which all but the last would be lost."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -73,10 +73,7 @@ class _UniqueNames(yaml.SafeLoader):
 
 
 def read_settings(path: str, flag: str) -> Any:
-    """Read a file of settings: JSON when it ends in ``.json``, else YAML; `flag` is the argument that names it.
-
-    No name may stand twice in one place.
-    """
+    """Read the JSON (``.json``) or YAML file that `flag` names; no object may have a name twice."""
     if path.endswith(".json"):
         return read_json(path, flag, unique_names=True)
     try:

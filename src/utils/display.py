@@ -1,4 +1,4 @@
-"""Numbers as people read them: sizes, counts, and how values are distributed."""
+"""Readable numbers: sizes, counts and quantiles."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-#: A label and what is to be said; see `src.utils.cli.show_plan`.
+#: A label and a text; see `src.utils.cli.show_plan`.
 Line = tuple[str, str]
 
 QUANTILES = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
@@ -23,14 +23,14 @@ def human_bytes(size: float) -> str:
 
 
 def describe_tasks(counts: Mapping[str, int]) -> str:
-    """How many rows are of each task."""
+    """The number of rows of each task."""
     return "task " + ", ".join(f"{task} {count:,}" for task, count in sorted(counts.items()))
 
 
 def summarize(values: Iterable[float] | Mapping[float, int]) -> dict[str, float]:
-    """``count``, ``min``, ``median``, ``p95`` and ``max`` of numbers (or of counts of numbers); 0 when there are none.
+    """``count``, ``min``, ``median``, ``p95`` and ``max`` of numbers (or of counts by number); 0 for none.
 
-    A quantile is the smallest number that at least this share of all does not exceed.
+    A quantile is the smallest number which at least that share does not exceed.
     """
     counts = Counter(values)
     numbers = sorted(counts) or [0]

@@ -1,4 +1,4 @@
-"""The one exception that is meant for the user's eyes, and what can be told of others."""
+"""The one exception that is meant for the user's eyes, and descriptions of others."""
 
 from __future__ import annotations
 
@@ -6,30 +6,29 @@ import errno
 
 
 class UserError(ValueError):
-    """A mistake in arguments, data or environment that the user can mend.
+    """A mistake in arguments, data or environment that the user can fix.
 
-    Its message is shown as it is, without a traceback, so it must name the value at fault, where it
-    stands, what is accepted and what to do.
+    Its message is shown without a traceback: it names the value, its place, the choices and the fix.
     """
 
 
 def user_message(error: UserError) -> str:
-    """The message alone, without the traceback that a DataLoader puts before one of its worker processes."""
+    """The message, without the traceback that a DataLoader prepends to a worker's error."""
     return str(error).rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()
 
 
-#: A full disk or quota, a limit of file size: writing a file fails so, without telling which.
+#: A full disk or quota, or a limit of file size: errors without a file name.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def describe_os_error(error: OSError) -> str | None:
-    """One line about an error of the operating system with a file; None when it is about none (a connection, say)."""
+    """One line about a file error of the operating system; None for others, such as of a connection."""
     if error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return f"a file cannot be written: {error.strerror}" if error.errno in NO_ROOM else None
 
 
-#: How torch and others word it, where they raise no error of that kind.
+#: Messages of torch and others, which raise RuntimeError.
 _NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc")
 
 

@@ -22,16 +22,16 @@ from src.utils.errors import NO_ROOM, UserError
 logger = logging.getLogger(__name__)
 
 DATA_PREFIX = "llm-embedder:"
-#: Names of the folder of conversational search, which differ between copies of the data.
+#: The folder of conversational search has either name, depending on the copy of the data.
 TWINS = {"conversation": "convsearch", "convsearch": "conversation"}
-#: Errors of writing that say nothing of which file it was.
+#: Errors of writing without a file name.
 DISK_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS)
 
 
 def resolve_path(path: str, data_root: str) -> str:
-    """Replace the prefix ``llm-embedder:`` by `data_root`, out of which it must not lead; no other is known.
+    """Replace the prefix ``llm-embedder:`` by `data_root`; the path must stay below it, and no other prefix is known.
 
-    What is not below ``conversation`` may be below ``convsearch``, and the other way round.
+    Of ``conversation`` and ``convsearch`` the one that exists is taken.
     """
     if not path.startswith(DATA_PREFIX):
         head, colon, _ = path.partition(":")
@@ -51,12 +51,12 @@ def resolve_path(path: str, data_root: str) -> str:
 
 
 def glob_files(path: str) -> list[str]:
-    """The path itself when it exists, else what it matches as a glob, sorted."""
+    """The path itself when it exists, else its matches as a glob, sorted."""
     return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
 
 
 def existing_file(path: str, flag: str) -> str:
-    """Return `path` when it is a file; else raise a UserError that names the argument `flag` (FILE stands alone)."""
+    """Return `path` if it is a file, else raise a UserError naming `flag` (a positional one in capitals)."""
     where = flag if flag.isupper() else f"--{flag}"
     if os.path.isdir(path):
         raise UserError(f"{where}: {path} is a folder, a JSON lines file is needed")
@@ -71,7 +71,7 @@ def existing_file(path: str, flag: str) -> str:
 
 
 def expand_data_paths(paths: Sequence[str], data_root: str, flag: str) -> list[str]:
-    """Resolve prefixes and globs, which must match something; a file named twice stays twice."""
+    """Resolve prefixes and globs, which must match; a file named twice stays twice."""
     files: list[str] = []
     for path in paths:
         resolved = resolve_path(path, data_root)
@@ -83,17 +83,14 @@ def expand_data_paths(paths: Sequence[str], data_root: str, flag: str) -> list[s
 
 
 def check_writable(folder: str, flag: str) -> None:
-    """Raise a UserError unless files can be written to `folder`, which may not exist yet; leaves nothing.
-
-    The message names the argument `flag`.
-    """
+    """Raise a UserError naming `flag` unless files can be written to `folder`, which may be missing; leave nothing."""
     existing = Path(folder).absolute()
     while not existing.exists() and not existing.is_symlink():
         existing = existing.parent
     if not existing.is_dir():
         raise UserError(f"--{flag}: {existing} is no folder, so {folder} cannot be written to")
     try:
-        # What permissions say is not all: a file system may be read-only, or take no files at all.
+        # Permissions are not all: a file system may be read-only, or take no files at all.
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
@@ -103,10 +100,7 @@ def check_writable(folder: str, flag: str) -> None:
 
 
 def check_output(path: str, flag: str, inputs: Iterable[str] = ()) -> None:
-    """Raise a UserError unless a file can be written at `path`, whose folder may not exist yet; leaves nothing.
-
-    None of the `inputs` may be that file.
-    """
+    """Raise a UserError unless a file that is none of the `inputs` can be written at `path`; leave nothing."""
     check_writable(os.path.dirname(path) or ".", flag)
     _check_replaceable(path)
     if any(os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other) for other in inputs):
@@ -120,7 +114,7 @@ def _check_replaceable(path: str) -> None:
 
 
 def file_hash(path: str, digest: Any) -> str:
-    """The hexadecimal hash of a file's bytes; `digest` is an empty one of hashlib."""
+    """Feed a file's bytes to an empty `digest` of hashlib or xxhash, and return its hexadecimal form."""
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
@@ -138,13 +132,10 @@ def text_hash(texts: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Give a temporary name beside `path`, and rename what is written there when the block ends without an error.
+    """Yield a temporary name beside `path`, and rename the file there to `path` when the block ends without an error.
 
-    A crash or an exception leaves an existing `path` as it was and no temporary file behind. Where `path` is a symbolic
-    link, the file that it points to is replaced and the link stays.
-
-    Raises:
-        UserError: `path` is there and no file: a folder, or a device, which a renamed file would replace.
+    An exception leaves an existing `path` as it was and no temporary file. Of a symbolic link the target is replaced.
+    Raises a UserError if `path` is a folder or a device.
     """
     target = Path(os.path.realpath(path))
     _check_replaceable(str(target))
@@ -163,7 +154,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
         if isinstance(error, OSError) and error.filename is None and error.errno in DISK_ERRORS:
             raise OSError(error.errno, error.strerror, str(target)) from error
         if isinstance(error, OSError) and re.fullmatch(r"\d+ requested and \d+ written", str(error)):
-            # NumPy tells no more of a full disk.
+            # NumPy's message for a full disk.
             raise OSError(errno.EIO, "cannot be written: is the disk full?", str(target)) from error
         raise
     finally:
@@ -181,13 +172,10 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
 
 def remove_folder(folder: str | os.PathLike[str]) -> None:
-    """Delete a folder; the name goes first, so that what a kill leaves is never taken for the whole.
-
-    Where that fails a warning says so: what the folder was kept for is done.
-    """
+    """Delete a folder, renamed first so that a kill leaves no incomplete one under its name; warn where that fails."""
     path = Path(folder).absolute()
     try:
-        # A name of its own: what an earlier removal left may still be in use.
+        # A unique name: the rest of an earlier removal may still be in use.
         gone = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".removed", dir=path.parent)
         path.rename(gone)
         shutil.rmtree(gone)
@@ -196,7 +184,7 @@ def remove_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def remove_leftovers(output: str | os.PathLike[str]) -> None:
-    """Delete what killed runs left of `output` under other names; nobody may be writing it."""
+    """Delete temporary files and folders that killed runs left of `output`; call under its lock."""
     path = Path(os.path.realpath(output))
     left = re.compile(rf"\.{re.escape(path.name)}(\.parts)?(\.\w{{8}}\.(partial|removed)|\.old)")
     for entry in list(os.scandir(path.parent)):
@@ -218,13 +206,13 @@ def json_line(value: Mapping[str, Any]) -> str:
     try:
         line.encode()
     except UnicodeEncodeError:
-        # Half of a surrogate pair, in a column that is only passed on: UTF-8 has none, an escape has.
+        # Half of a surrogate pair: not in UTF-8, but as an escape.
         line = json.dumps(value)
     return line + "\n"
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> int:
-    """Write `rows` as JSON lines, atomically, and return how many there were."""
+    """Write `rows` as JSON lines, atomically, and return their number."""
     count = 0
     with atomic_write(path) as file:
         for row in rows:
@@ -234,7 +222,7 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) ->
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All rows of a small file of JSON lines that needs no check."""
+    """The rows of a small JSON lines file, unchecked."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.strip()]
 
@@ -247,9 +235,9 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: str | os.PathLike[str], what: str, unique_names: bool = False) -> Any:
-    """Read one JSON file; a UserError about a missing or broken one names `what` it should be.
+    """Read a JSON file; a UserError about a missing or broken one begins with `what`, its kind or flag.
 
-    With `unique_names` no object may have a name twice; otherwise the last one counts.
+    With `unique_names` a name that is twice in an object is an error; otherwise the last one counts.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -261,7 +249,7 @@ def read_json(path: str | os.PathLike[str], what: str, unique_names: bool = Fals
 
 
 def read_object(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
-    """Read one JSON file that must hold an object; see `read_json`."""
+    """Read a JSON file that must hold an object; see `read_json`."""
     value = read_json(path, what)
     if not isinstance(value, dict):
         raise UserError(f"{what}: {path} must hold an object, found {json.dumps(value)[:40]}")
@@ -281,12 +269,12 @@ def derived_path(
 
 
 def path_name(path: str, most: int = 200) -> str:
-    """A name for files about the model that `path` (or a hub name) leads to: ``--`` stands for each separator.
+    """A file name for a model's path or hub name: ``--`` stands for each separator.
 
-    A name above `most` bytes, or one that another path could have too, ends in a hash of the whole path.
+    A name above `most` bytes, or one that another path could have too, ends in a hash of the path.
     """
     plain = os.path.normpath(path)
-    # What begins with a dot leads upwards or is hidden; a folder's bare name may be that of another one elsewhere.
+    # A relative path, or a folder's bare name, may mean another folder elsewhere.
     if plain.startswith(os.curdir) or (os.sep not in plain and os.path.isdir(plain)):
         plain = os.path.abspath(plain)
     plain = plain.strip(os.sep)

@@ -1,4 +1,4 @@
-"""What the settings classes of all entry points are made with."""
+"""Fields and checks of the settings classes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def flag(default: Any, help: str) -> Any:
 
 
 def dry_run_flag() -> Any:
-    """The field of ``--dry_run``, the same in all entry points."""
+    """The field of ``--dry_run``."""
     return flag(False, "Check flags, data and models' settings, print what the run would do, and write nothing.")
 
 
 def data_root_flag() -> Any:
-    """The field of ``--data_root``, the same in all entry points."""
+    """The field of ``--data_root``."""
     text = "What the path prefix llm-embedder: stands for (LLM_EMBEDDER_DATA sets the default)."
     return field(default_factory=default_data_root, metadata={"help": text})
 
@@ -35,16 +35,16 @@ def check_choice(flag: str, value: str | None, choices: Collection[str]) -> None
 
 
 def check_name(flag: str, value: str | None, needed: bool = False) -> None:
-    """Raise a UserError for a name that would put a file into another folder, or for none where one is `needed`."""
+    """Raise a UserError for a name that cannot be part of a file name, or for none where one is `needed`."""
     elsewhere = value and (os.sep in value or "\0" in value or value in (os.curdir, os.pardir))
     if elsewhere or (value and value.isspace()) or (needed and not value):
         raise UserError(f"--{flag} {value!r} becomes a part of file names: it must not be blank, nor hold {os.sep!r}")
 
 
 def check_positive(**values: float | None) -> None:
-    """Raise a UserError for the first value that is given and not above 0."""
+    """Raise a UserError for the first value, other than None, that is not above 0."""
     for flag, value in values.items():
-        # A NaN is not above 0 either.
+        # Nor is NaN.
         if value is not None and not value > 0:
             raise UserError(f"--{flag} must be above 0, found {value}")
 

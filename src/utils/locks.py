@@ -1,6 +1,6 @@
-"""One run at a time writes an output: a hidden lock file beside it names the run that does.
+"""One run at a time writes an output: a hidden lock file beside it names that run.
 
-The system lets go of a lock when its process ends, however it ends, so what a killed run leaves keeps nobody out.
+The system releases a lock when its process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -21,27 +21,24 @@ from src.utils.files import remove_leftovers
 
 logger = logging.getLogger(__name__)
 
-#: Seconds to wait for a run that only looks whether another one writes.
+#: Seconds to wait, since `check_free` of another run holds the lock for a moment.
 PATIENCE = 0.5
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
 def hold(*outputs: str, folders: Sequence[str] = ()) -> Iterator[None]:
-    """Keep other runs from writing the same until the block ends; the main process does, for all.
+    """Lock outputs against other runs until the block ends; the main process does, for all.
 
-    What this process holds already it may hold again. If another run writes one, every process raises a UserError.
-
-    Args:
-        outputs: files, or folders that are written elsewhere and renamed.
-        folders: that stay where they are while files are written to them.
+    `outputs` are files, or folders that are written under another name and renamed; files are written within `folders`.
+    What this process has locked it may lock again. Raises a UserError on every process if another run holds one.
     """
     files = {lock_file(os.path.realpath(output)): output for output in outputs}
     files |= {os.path.join(os.path.realpath(folder), ".lock"): folder for folder in folders}
     with contextlib.ExitStack() as stack:
 
         def enter() -> None:
-            # In an order that is the same for every run.
+            # In the same order in every run.
             for file, output in sorted(files.items()):
                 stack.enter_context(_held(file, output))
 
@@ -56,9 +53,9 @@ def lock_file(output: str) -> str:
 
 
 def check_free(output: str) -> None:
-    """Raise a UserError if another run writes what this one is about to read."""
+    """Raise a UserError if another run is writing `output`."""
     file = lock_file(os.path.realpath(output))
-    # Who may read may not be allowed to lock: what is read is compared with its checksum besides.
+    # A reader may lack the right to lock; checksums are compared besides.
     if os.access(file, os.W_OK):
         with _held(file, output):
             pass
@@ -66,16 +63,13 @@ def check_free(output: str) -> None:
 
 @contextlib.contextmanager
 def _held(file: str, output: str) -> Iterator[None]:
-    """Hold one lock, and remove what a killed run left of the output.
-
-    The lock's file goes when it is let go of, as does a folder that was made for it and stayed empty.
-    """
+    """Hold one lock, and remove what a killed run left of the output; afterwards the lock file and an empty folder."""
     lock = FileLock(file, PATIENCE, thread_local=False, is_singleton=True, fallback_to_soft=False, on_acquired=_sign)
     if lock.is_locked:
         yield
         return
     folder = Path(file).parent
-    made = not folder.exists()
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire()
@@ -92,24 +86,22 @@ def _held(file: str, output: str) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            # Before it is let go of: whoever waits for it sees that it is gone, and makes a new one.
+            # Before the release: a run that waits for it then creates a new one.
             os.unlink(file)
         lock.release()
-        if made:
+        if is_new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
 def _sign(descriptor: int) -> None:
-    """Write into a lock file who holds it."""
-    # On a full disk it is held all the same.
+    """Write the holder into a lock file; on a full disk it stays empty."""
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def _signature(file: str) -> str:
-    """Who holds a lock."""
     with contextlib.suppress(OSError), open(file, encoding="utf-8", errors="replace") as signed:
         return " ".join(signed.read(300).split()) or "just started"
     return "just ended"

@@ -1,4 +1,4 @@
-"""What files on the disk were made from, and their checksums: kept beside them, and compared when they are read."""
+"""Manifests: the identity of saved files and their checksums, kept beside them and compared when they are read."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What files were made from, by name; their checksums, by name; and what else is known of them."""
+    """The identity of files (settings and data behind them), their checksums by name, and further facts."""
 
     identity: Mapping[str, Any]
     files: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Put it in place: the files come before it, so that half-written ones have none."""
+        """Write it, after its files, so that half-written ones have no manifest."""
         content = {"identity": dict(self.identity), "files": dict(self.files), "facts": dict(self.facts)}
         write_json(path, {**content, "checksum": content_checksum(content)})
 
@@ -40,17 +40,9 @@ def read_manifest(
     made_from: Mapping[str, Any] | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> Manifest:
-    """Read what `Manifest.write` wrote, and compare it.
+    """Read a manifest, whose identity must be `made_from`, and whose files in `folder`, if given, must be undamaged.
 
-    Args:
-        path: of the manifest.
-        what: the flag that asks for what it describes, for messages.
-        remedy: what to do when that cannot be used, for messages.
-        made_from: the identity that it must have.
-        folder: where its files lie, when these are to be compared with their checksums.
-
-    Raises:
-        UserError: it is missing or damaged, another identity's, or a file is missing or has changed.
+    A UserError names `what`, the flag that asks for the files, and the `remedy`.
     """
     if not os.path.exists(path):
         raise UserError(f"{what}: nothing was saved, there is no {path}: {remedy}")
@@ -62,7 +54,7 @@ def read_manifest(
     if written is None or written != content_checksum(content):
         raise UserError(f"{what}: {path} is damaged, or of another version: {remedy}")
     manifest = Manifest(**content)
-    # As JSON gives it back.
+    # JSON turns tuples into lists.
     if other := differences(manifest.identity, json.loads(json.dumps(dict(made_from or {})))):
         raise UserError(f"{what}: {path} was made with {'; '.join(other)}: {remedy}")
     if folder is not None:
@@ -71,7 +63,7 @@ def read_manifest(
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What differs between two identities, as ``name 'a' (this run: 'b')``."""
+    """Differences of two identities, as ``name 'a' (this run: 'b')``."""
     return [
         f"{name} {saved.get(name)!r} (this run: {value!r})"
         for name, value in current.items()
@@ -80,12 +72,12 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
 
 
 def checksum(data: Any) -> str:
-    """The checksum of bytes, or of an array's; it tells of damage, not of forgery."""
+    """The checksum of bytes or an array, against damage, not forgery."""
     return xxhash.xxh3_64_hexdigest(data)
 
 
 def content_checksum(value: Any) -> str:
-    """The checksum of what JSON can hold."""
+    """The checksum of a JSON value."""
     return checksum(json.dumps(value, sort_keys=True).encode())
 
 
@@ -95,13 +87,13 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
 
 
 def folder_checksums(folder: str | os.PathLike[str], endings: tuple[str, ...] = ("",)) -> dict[str, str]:
-    """Checksums of the files of a folder, by name; of those with one of some `endings`."""
+    """Checksums by name of a folder's files with one of the `endings`."""
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file() and entry.name.endswith(endings))
     return {name: file_checksum(os.path.join(folder, name)) for name in names}
 
 
 def check_undamaged(folder: str | os.PathLike[str], files: Mapping[str, str], remedy: str) -> None:
-    """Raise a UserError for a file that is missing or not as it was written; `remedy` says what to do."""
+    """Raise a UserError for a file that is missing or differs from its checksum."""
     for name, written in files.items():
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
@@ -111,12 +103,12 @@ def check_undamaged(folder: str | os.PathLike[str], files: Mapping[str, str], re
 
 
 def record_checksums(folder: str | os.PathLike[str]) -> None:
-    """Write the checksums of weights and states below `folder` into each folder that holds some."""
+    """Write the checksums of weights and states into each folder below `folder` that holds some."""
     for place, _, names in os.walk(folder):
-        # DeepSpeed and FSDP shard theirs into folders of their own, which are large and have checks of their own.
+        # The folders of DeepSpeed and FSDP are large, and have checks already.
         if place != str(folder) and not any(name.endswith(".safetensors") for name in names):
             continue
-        # Training goes on without the state of the loss scaler.
+        # Training resumes without the state of the loss scaler.
         checksums = folder_checksums(place, WEIGHTS)
         checksums.pop(SCALER, None)
         if checksums:
@@ -124,10 +116,11 @@ def record_checksums(folder: str | os.PathLike[str]) -> None:
 
 
 def check_recorded(folder: str | os.PathLike[str]) -> None:
-    """Raise a UserError for a file that is not as it was when `record_checksums` wrote of it; others have no record."""
+    """Raise a UserError for a file that differs from the checksum in `record_checksums`' file, where there is one."""
     path = os.path.join(folder, CHECKSUMS)
     if os.path.isfile(path):
-        # Whoever needs a file that is missing says so.
-        present = {name: own for name, own in read_object(path, "checksums").items() if name in os.listdir(folder)}
+        # A missing file is reported where it is needed.
+        recorded = read_object(path, "checksums")
+        present = {name: recorded[name] for name in os.listdir(folder) if name in recorded}
         remedy = f"take another checkpoint, or remove {path} if you changed the file on purpose"
         check_undamaged(folder, present, remedy)

@@ -18,21 +18,21 @@ from src.utils.errors import UserError
 
 
 def versions() -> dict[str, str]:
-    """Of what numbers depend on."""
+    """Versions that numbers depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
 
 
 def lines_path(log_path: str) -> Path:
-    """The file of JSON lines of a log: of its name, with ``.jsonl`` in place of ``.log`` or behind any other ending."""
+    """The JSON lines file of a log: ``.jsonl`` in place of ``.log``, or after any other extension."""
     path = Path(log_path)
     return path if path.suffix == ".jsonl" else path.with_name(f"{path.name.removesuffix('.log')}.jsonl")
 
 
 def check_log(log_path: str) -> None:
-    """Raise a UserError where metrics would be appended to what is no log of metrics, such as a file of data."""
+    """Raise a UserError if `log_path` is empty, a folder, or a file that is no log of metrics, such as data."""
     if not log_path:
         raise UserError("--log_path is empty: name a file or a folder")
-    # The lines come last: a log may have no other file.
+    # A log in .jsonl has one file.
     for path, start in {Path(log_path): b"20", lines_path(log_path): b'{"time"'}.items():
         if path.is_dir():
             raise UserError(f"--log_path: {path} is a folder, a file is needed")
@@ -43,10 +43,9 @@ def check_log(log_path: str) -> None:
 
 
 def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[str, Any], **facts: Any) -> None:
-    """Append a block to `log_path` and a line to the file of JSON lines beside it.
+    """Append a block to `log_path` (unless it ends in ``.jsonl``), and a line to the JSON lines file beside it.
 
-    A log that ends in ``.jsonl`` gets the lines only. Only they have the `facts`, such as the task's name or the
-    seconds it took, and the versions of what the numbers depend on. What JSON cannot hold is written as text.
+    Only the line has the `facts`, such as the task's name, and versions. What JSON cannot hold is written as text.
     """
     path, lines = Path(log_path), lines_path(log_path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,10 +60,10 @@ def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[s
 
 
 def _append(path: Path, text: str) -> None:
-    """Add to a file at once, so that what several runs add does not mix; any error names the file."""
+    """Append in a single write, so that runs do not mix; any error names the file."""
     try:
         with open(path, "ab+", buffering=0) as file:
-            # A run that was killed may have left half a line.
+            # A killed run may have left half a line.
             torn = file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n"
             file.write(("\n" * bool(torn) + text).encode(errors="replace"))
     except OSError as error:

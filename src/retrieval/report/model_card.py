@@ -1,4 +1,4 @@
-"""Model cards: facts of a model and its training → README.md, as `card_template.md` puts them."""
+"""Model cards: `card_template.md` filled with facts of a model and its training."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from src.retrieval.ranking.metrics import by_cutoff
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 _COMMAND = "`python scripts/ours2st.py --encoder FOLDER`"
-#: How the part about sentence-transformers begins, of one encoder and of two, and how scripts/ours2st.py changes that.
+#: First line about sentence-transformers, for one and two encoders → the same after scripts/ours2st.py.
 _CONVERSION = {
     f"Once {_COMMAND} has added its files, with sentence-transformers:": "With sentence-transformers:",
     f"Once {_COMMAND} has added its files to the folders of both encoders, with sentence-transformers:": (
@@ -26,7 +27,6 @@ _CONVERSION = {
     ),
 }
 _LIBRARY = "library_name: {}\n"
-#: Evaluations that a card shows.
 SHOWN_EVALUATIONS = 10
 _METRIC_NAMES = {"cos": "cosine", "ip": "inner product", "l2": "negative squared distance"}
 #: Texts of the examples.
@@ -36,26 +36,19 @@ KEYS = ["The lighthouse is kept by Ada Brand.", "Bread is baked before dawn."]
 
 @dataclass(frozen=True)
 class EncoderUse:
-    """How one encoder of a dual encoder embeds.
+    """How one encoder of a dual encoder embeds."""
 
-    Attributes:
-        query_folder, key_folder: of the encoders, seen from the folder of the card.
-        auto_class: of transformers, that loads it.
-        pooling: see `pooling.pool`.
-        activation: class of torch.nn after the dense layer; None without such a layer.
-        metric: ``cos``, ``ip`` or ``l2``.
-        query_max_length, key_max_length: most tokens, instruction included.
-        adapters: whether the folder holds adapters alone (LoRA), without the weights that they belong to.
-    """
-
+    #: Relative to the card's folder.
     query_folder: str
     key_folder: str
     auto_class: str
     pooling: str
+    #: Class of torch.nn after the dense layer; None without one.
     activation: str | None
     metric: str
     query_max_length: int
     key_max_length: int
+    #: Whether the folder holds LoRA adapters alone.
     adapters: bool = False
 
 
@@ -72,22 +65,17 @@ class DataFile:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What was trained on what.
+    """What was trained on what."""
 
-    Attributes:
-        base: what training began with, a hub name or a folder.
-        on_hub: whether it is a hub name.
-        data: training files.
-        arguments: those given on the command line.
-        versions: of packages.
-        widths: of truncated embeddings that were trained too (Matryoshka).
-    """
-
+    #: The model before training, and whether it is a hub name.
     base: str
     on_hub: bool
     data: Sequence[DataFile]
+    #: Flags of the command line.
     arguments: Mapping[str, Any]
+    #: Of packages.
     versions: Mapping[str, str]
+    #: Widths of truncated embeddings (Matryoshka).
     widths: Sequence[int] = ()
 
 
@@ -98,14 +86,9 @@ def model_card(
     step: int = 0,
     history: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Fill in the card of a model.
+    """Fill in the card of an encoder or, given a `PairTokenizer`, of a cross-encoder.
 
-    Args:
-        use: how an encoder embeds, or how a cross-encoder reads pairs.
-        instructions: by the name of the task; none when they are not known.
-        record: of its training; None leaves the part about it out.
-        step: at which it was saved.
-        history: what training has logged so far (``log_history`` of trainer_state.json).
+    `instructions` are by task, empty if unknown; `record`, `step` and `history` (``log_history``) are of its training.
     """
     evaluations = [entry for entry in history if any(name.startswith("eval_") for name in entry)]
     shown = evaluations[-SHOWN_EVALUATIONS:]
@@ -129,7 +112,7 @@ def model_card(
         evaluations=evaluations,
         shown=shown,
         metrics=sorted(metrics, key=by_cutoff),
-        text=_text,
+        text=partial(json.dumps, ensure_ascii=False),
         code=_code,
         typed=_typed,
     )
@@ -145,7 +128,7 @@ def _metadata(encoder: EncoderUse | None, base_model: str | None) -> ModelCardDa
 
 
 def converted_card(card: str) -> str:
-    """A card of `model_card` after scripts/ours2st.py; any other text as it is."""
+    """A card of `model_card` after scripts/ours2st.py; any other text unchanged."""
     for before, after in _CONVERSION.items():
         if before in card:
             card = card.replace(before, after)
@@ -153,17 +136,12 @@ def converted_card(card: str) -> str:
     return card
 
 
-def _text(value: Any) -> str:
-    """A text, or a list of texts, as it stands in code."""
-    return json.dumps(value, ensure_ascii=False)
-
-
 def _typed(value: Any) -> str:
-    """A flag's value as it may be typed in a shell."""
+    """A flag's value, quoted for a shell."""
     return shlex.join(map(str, value if isinstance(value, list | tuple) else [value]))
 
 
 def _code(text: str) -> str:
-    """Text as code in a table, whose cells | and line breaks would end; empty stays empty."""
+    """Text as code in a table cell; empty stays empty."""
     shown = text.replace("|", "\\|").replace("\r", "\\r").replace("\n", "\\n")
     return f"`{shown}`" if text else ""

@@ -1,4 +1,4 @@
-"""What training logged, as a figure: of one run, or of several to compare.
+"""Draw what training logged, of one run or of several to compare.
 
 python -m src.retrieval.plot data/outputs/my-retriever
 python -m src.retrieval.plot data/outputs/first data/outputs/second --output both.png
@@ -20,9 +20,9 @@ from src.utils.files import atomic_write, check_output
 logger = logging.getLogger(__name__)
 
 FIGURE = "training.png"
-#: Parts of a sum that has a line of its own.
+#: Parts of the loss.
 PARTS = ("contrastive", "distillation")
-#: Panel → what it shows, by the names in the log; each metric of evaluations has one, too.
+#: Panel → names in the log; each evaluation metric has a panel, too.
 PANELS = {
     "loss": ("loss", *PARTS),
     "similarity": ("positive_similarity", "hardest_negative_similarity"),
@@ -37,12 +37,7 @@ Series = dict[str, list[tuple[int, float]]]
 
 
 def panels_of(history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
-    """What is shown in which panel: losses and the like, and metrics such as ndcg with a line for each cutoff.
-
-    Args:
-        history: ``log_history`` of trainer_state.json; entries without a step, and values that are no numbers, are left
-            out.
-    """
+    """Sort the numbers of a ``log_history`` into panels: `PANELS`, and one for each metric with its cutoffs."""
     logged: Series = {}
     for entry in history:
         if isinstance(entry.get("step"), int):
@@ -57,15 +52,7 @@ def panels_of(history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
 
 
 def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str) -> None:
-    """Draw a PNG with a panel for each kind of value.
-
-    Args:
-        runs: name of a run → its ``log_history``; with several, lines are named after their runs.
-        path: file to write.
-
-    Raises:
-        UserError: matplotlib is not installed, or nothing was logged.
-    """
+    """Draw a PNG of runs, name → ``log_history``; a UserError without matplotlib or anything logged."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -76,7 +63,7 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str) -> None:
     if not panels:
         raise UserError("nothing was logged: give --logging_steps below the number of steps")
     rows = -(-len(panels) // WIDE)
-    # A "$" in a name is no mathematics.
+    # A "$" in a name is text.
     with rc_context({"text.parse_math": False}), atomic_write(path, "wb") as file:
         figure = Figure(figsize=(5 * WIDE, 3.6 * rows), layout="constrained")
         for number, panel in enumerate(panels, 1):
@@ -91,11 +78,7 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str) -> None:
 
 
 def read_history(folder: str) -> list[dict[str, Any]]:
-    """The log of a run, given its output folder (the newest checkpoint's) or one checkpoint.
-
-    Raises:
-        UserError: there is no checkpoint, or its log is damaged.
-    """
+    """The ``log_history`` of a checkpoint, or of the newest in an output folder; a UserError if missing or damaged."""
     checkpoints = [folder] if is_complete(folder) else complete_checkpoints(folder)
     if not checkpoints:
         raise UserError(f"{folder} has no checkpoint: give the --output_dir of a training run, or a checkpoint")

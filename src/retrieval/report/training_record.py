@@ -1,4 +1,4 @@
-"""What a training run leaves behind besides weights: a model card in every saved model, and a figure of its log."""
+"""Besides weights a training run saves a model card in every model folder, and a figure of its log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from transformers import MODEL_MAPPING
 from transformers.trainer_callback import TrainerState
 
 from src.retrieval.args import RankerArgs, RetrievalArgs
-from src.retrieval.models.cross_encoder import FOLDER, CrossEncoder
 from src.retrieval.models.dense import ADAPTERS, DenseRetriever
 from src.retrieval.models.lora import has_adapters
 from src.retrieval.models.pair_tokenizer import PairTokenizer
@@ -26,22 +25,20 @@ from src.utils.result_log import versions
 
 logger = logging.getLogger(__name__)
 
-#: Writes cards below a folder that a model was saved to.
+#: Writes the cards of all models in a checkpoint folder.
 WriteCards = Callable[[str, TrainerState], None]
-#: Each model below a checkpoint folder: what it was trained from, and how it is used.
+#: By folder in a checkpoint: the model before training, and its use.
 Uses = Mapping[str, tuple[str, EncoderUse | PairTokenizer]]
 
-#: Flags that say where things lie or how a run went on, and nothing of the model.
-NOT_OF_THE_MODEL = frozenset(
-    {
-        *("output_dir", "log_path", "data_root", "model_cache_dir", "dataset_cache_dir", "logging_dir", "report_to"),
-        *("resume_from_checkpoint", "run_name", "train_data", "eval_data", "corpus", "disable_tqdm", "local_rank"),
-    }
-)
+#: Flags about places and the run, which say nothing of the model.
+NOT_OF_THE_MODEL = {
+    *("output_dir", "log_path", "data_root", "model_cache_dir", "dataset_cache_dir", "logging_dir", "report_to"),
+    *("resume_from_checkpoint", "run_name", "train_data", "eval_data", "corpus", "disable_tqdm", "local_rank"),
+}
 
 
 def encoder_uses(model: DenseRetriever, query_max_length: int, key_max_length: int) -> Uses:
-    """How each encoder of a dual encoder is used."""
+    """Describe the use of each encoder of a dual encoder."""
     uses = {}
     for name, encoder in model.encoders.items():
         usual: Any = MODEL_MAPPING.get(type(encoder.backbone.config), object)
@@ -61,13 +58,8 @@ def encoder_uses(model: DenseRetriever, query_max_length: int, key_max_length: i
     return uses
 
 
-def ranker_uses(model: CrossEncoder, base: str) -> Uses:
-    """How a cross-encoder that was loaded from `base` is used."""
-    return {FOLDER: (base, model.pairs)}
-
-
 def data_files(sources: Sequence[Source], data_root: str) -> list[DataFile]:
-    """List the training files; reads all their bytes, those of a file named twice once."""
+    """List the training files with their hashes, each file read once."""
     hashes = {path: file_hash(path, hashlib.sha256()) for path in {source.rows.path for source in sources}}
     return [
         DataFile(
@@ -82,7 +74,7 @@ def data_files(sources: Sequence[Source], data_root: str) -> list[DataFile]:
 
 
 def _short(path: str, data_root: str) -> str:
-    """A path as it may be typed: with the prefix for what lies below `data_root`."""
+    """A path as typed: with the prefix ``llm-embedder:`` if it is below `data_root`."""
     inside = os.path.relpath(os.path.abspath(path), os.path.abspath(os.path.expanduser(data_root)))
     return path if inside.startswith(os.pardir) else f"{DATA_PREFIX}{inside}"
 
@@ -95,14 +87,9 @@ def card_writer(
     given: frozenset[str],
     arguments: Mapping[str, Any],
 ) -> WriteCards:
-    """Make what writes README.md into each saved model; hashes the training files, once, where something is saved.
+    """Return a function that writes README.md into each saved model; hash the training files if this process saves.
 
-    Args:
-        uses: models by folder.
-        args, training: flags.
-        sources: rows of all files.
-        given: flags that the command line set itself.
-        arguments: all arguments as they are saved.
+    Of all saved `arguments` the cards show those `given` on the command line.
     """
     if not training.should_save:
         return lambda folder, state: None
@@ -121,7 +108,7 @@ def card_writer(
         for name, (base, _) in uses.items()
     }
 
-    # What cannot be written shows before training, and not at the first save.
+    # A card that cannot be written fails before training.
     for name, (_, use) in uses.items():
         model_card(use, instructions, records[name])
 
@@ -135,12 +122,12 @@ def card_writer(
 
 
 def draw_training(history: Sequence[Mapping[str, Any]], output_dir: str) -> None:
-    """Draw what training logged into ``training.png``; where that fails a warning says why."""
+    """Draw what training logged into ``training.png``; warn where that fails."""
     path = os.path.join(output_dir, FIGURE)
     try:
         draw({"": history}, path)
     except Exception as error:
-        # The model is trained and saved: no figure is worth the run's success.
+        # The model is saved: a missing figure is no failure of the run.
         logger.warning("no %s: %s", path, error)
     else:
         logger.info("loss and metrics by step: %s", path)

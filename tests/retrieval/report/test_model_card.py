@@ -23,7 +23,7 @@ from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense
 from src.retrieval.models.lora import LoraSettings
 from src.retrieval.report import training_record
 from src.retrieval.report.model_card import KEYS, QUERY, DataFile, TrainingRecord, converted_card, model_card
-from src.retrieval.report.training_record import encoder_uses, ranker_uses
+from src.retrieval.report.training_record import encoder_uses
 from src.utils.files import file_hash
 from tests.helpers import write_rows
 
@@ -96,13 +96,11 @@ def test_code_of_a_ranker(tiny_bert, tmp_path, monkeypatch):
     torch.manual_seed(1)
     model = load_cross_encoder(RankerConfig(tiny_bert, 60, 60)).eval()
     model.save(str(tmp_path))
-    ((name, (base, use)),) = ranker_uses(model, tiny_bert).items()
-    assert (name, base) == ("ranker", tiny_bert)
     pairs = model.pairs([(INSTRUCTION.query + QUERY, INSTRUCTION.key + key) for key in KEYS])
     with torch.no_grad():
         wanted = model.score(model.pairs.tokenizer.pad(pairs, return_tensors="pt"))
-    for block in code_blocks(model_card(use, {"qa": INSTRUCTION})):
-        torch.testing.assert_close(executed(block, tmp_path / name, monkeypatch), wanted, atol=1e-5, rtol=1e-5)
+    for block in code_blocks(model_card(model.pairs, {"qa": INSTRUCTION})):
+        torch.testing.assert_close(executed(block, tmp_path / "ranker", monkeypatch), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
