@@ -62,12 +62,11 @@ class DenseJob(Job[RetrievalArgs, DenseRetriever]):
         return TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, ChunkPolicy.from_args(self.training))
 
     def score_batch(self, model: DenseRetriever) -> ScoreBatch:
-        widths = tuple(self.training.matryoshka_dims or ())
         return partial(
             dense_batch_scores,
             metric=model.metric,
             negative_cross_device=self.training.negative_cross_device,
-            widths=widths,
+            widths=tuple(self.training.matryoshka_dims or ()),
         )
 
     def uses(self, model: DenseRetriever) -> Uses:

@@ -137,15 +137,6 @@ def describe_lost_process(error: BaseException) -> str | None:
     return f"{late if 'timed out' in str(error).lower() else lost} ({first_line(error)})"
 
 
-def broadcast_object(value: T) -> T:
-    """The main process's `value`, on every process."""
-    if world_size() == 1:
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]
-
-
 def on_main(function: Callable[[], T]) -> T:
     """Call `function` on the main process and return its result on every process.
 
@@ -166,7 +157,9 @@ def on_main(function: Callable[[], T]) -> T:
             message = describe_os_error(error) if isinstance(error, OSError) else None
             unexpected = error if message is None else None
             message = message or f"the main process failed ({type(error).__name__}: {first_line(error)})"
-    value, message = broadcast_object((value, message))
+    outcome = [(value, message)]
+    dist.broadcast_object_list(outcome, src=0)
+    value, message = outcome[0]
     if unexpected is not None:
         raise unexpected
     if message is not None:

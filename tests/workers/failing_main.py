@@ -14,5 +14,6 @@ if __name__ == "__main__":
         distributed.on_main(fail)
     except Exception as error:
         # torchrun ends the others when one fails: so that each is heard, none does.
-        print(f"{distributed.rank()}: {type(error).__name__} {error}", flush=True)
+        # One write, so that lines do not mix.
+        print(f"{distributed.rank()}: {type(error).__name__} {error}\n", end="", flush=True)
     distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What all evaluations do: check outputs, load rows and corpus, compute, and log the metrics."""
+"""Steps of all evaluations: check outputs, load rows and corpus, compute, and log the metrics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from src.retrieval.search.searcher import stores_written
 from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.files import check_writable, existing_file, resolve_path
-from src.utils.jsonl import JsonLines
 from src.utils.result_log import check_log, log_result
 
 logger = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ def instructions(args: RetrievalArgs | RankerArgs) -> InstructionOf:
 
 
 def log_file(args: DataArgs, log_path: str) -> str:
-    """The file that ``--log_path`` means: in a folder, or with a slash at its end, ``<folder of eval_data>.log``."""
+    """The file of ``--log_path``: ``<folder of eval_data>.log`` in it if it is a folder or ends in a slash."""
     named = args.log_folder and not os.path.splitext(log_path)[1] and not os.path.isfile(log_path)
     if not (named or log_path.endswith("/") or os.path.isdir(log_path)):
         return log_path
@@ -53,11 +52,7 @@ def log_file(args: DataArgs, log_path: str) -> str:
 
 
 def check_outputs(args: DataArgs, output_dir: str, log_path: str) -> None:
-    """Find out before the work whether its results can be written.
-
-    Raises:
-        UserError: they cannot.
-    """
+    """Raise a UserError before the work unless its results can be written."""
     check_writable(output_dir, "output_dir")
     check_places(output_dir)
     log = log_file(args, log_path)
@@ -75,18 +70,13 @@ def load_eval_data(
 ) -> EvalData | None:
     """Open and check the evaluation rows and the corpus; None without --eval_data.
 
-    Args:
-        args: flags.
-        config: what is computed.
-        further: check of fields that the evaluation needs besides.
-
-    Raises:
-        UserError: a file is missing or has problems, or the metrics cannot be computed on them.
+    `further` checks fields that the evaluation needs besides. A UserError if a file is missing or has problems, or the
+    metrics cannot be computed.
     """
     if args.eval_data is None:
         return None
     path = existing_file(resolve_path(args.eval_data, args.data_root), "eval_data")
-    corpus: JsonLines | None = None
+    corpus = None
     if args.corpus is not None:
         corpus_path = existing_file(resolve_path(args.corpus, args.data_root), "corpus")
         corpus = load_corpus(corpus_path, args.key_template, args.dataset_cache_dir)
@@ -96,7 +86,7 @@ def load_eval_data(
         )
     size = len(corpus) if corpus is not None else None
     rows = load_eval_rows(path, size, args.dataset_cache_dir, SCORE in config.args.metrics, further)
-    # Only models know instructions; to BM25 they would be words like others.
+    # BM25 would take instructions for words of the text.
     lexical = isinstance(args, RetrievalArgs) and args.retrieval_method != "dense"
     instruction_of = no_instruction if lexical else instructions(args)
     task = single_task(rows, args.task or task_from_path(path, load_task_config(args.task_config)))
@@ -111,16 +101,9 @@ def load_eval_data(
 def evaluate(
     data: EvalData, config: EvalConfig, score: Callable[[], PairScorer], hits: Callable[[], Iterable[Hits]]
 ) -> dict[str, float]:
-    """Do what `config` asks for: a file of scores, hits with their files and metrics, or both.
+    """Write a file of scores, or hits with their files and metrics, or both, as `config` says; return the metrics.
 
-    Args:
-        data: rows and corpus.
-        config: see there.
-        score: makes the scorer; only called when there is something to score.
-        hits: finds the hits of all rows; only called when they are needed.
-
-    Returns:
-        Metrics by name; none without hits.
+    `score` makes the scorer and `hits` retrieves for all rows; each is only called when needed.
     """
     with hold_outputs(data, config):
         if SCORE in config.args.metrics:
@@ -129,7 +112,7 @@ def evaluate(
 
 
 def record(metrics: Mapping[str, float], log_path: str, arguments: Mapping[str, Any], **facts: Any) -> None:
-    """Show metrics and append them to the log, with arguments and facts; by the main process, and if there are any."""
+    """On the main process show metrics, if any, and append them to the log with arguments and facts."""
     if distributed.is_main() and metrics:
         logger.info("%s", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
         log_result(log_path, metrics, arguments, **facts)

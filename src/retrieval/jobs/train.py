@@ -1,8 +1,7 @@
-"""What the training commands do alike: check flags, load rows and the model, then train, evaluate or plan."""
+"""Shared by the training commands: check flags, load rows and the model, then train, evaluate or plan."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -57,20 +56,16 @@ ModelT = TypeVar("ModelT", bound=TrainableModel)
 
 @dataclass(frozen=True)
 class Job(ABC, Generic[ArgsT, ModelT]):
-    """Train a kind of model, or evaluate it: subclasses say what is particular to the kind.
-
-    Attributes:
-        args, training: flags.
-        given: names of the flags that the command line set itself.
-    """
+    """Train or evaluate a model; subclasses are for dual encoders and cross-encoders."""
 
     args: ArgsT
     training: RetrievalTrainingArgs
+    #: Names of the flags that the command line set.
     given: frozenset[str]
 
     @property
     def reranks(self) -> bool:
-        """Whether an evaluation orders each row's own keys, in place of retrieving from the corpus."""
+        """Whether an evaluation orders each row's keys, in place of retrieving from the corpus."""
         return self.training.eval_method == "rerank"
 
     def check_flags(self) -> None:
@@ -99,7 +94,7 @@ class Job(ABC, Generic[ArgsT, ModelT]):
 
     @abstractmethod
     def hits(self, model: ModelT, data: EvalData, config: EvalConfig, device: torch.device) -> Iterable[Hits]:
-        """Find the hits of all rows; `model` is in eval mode on `device`."""
+        """Return the hits of all rows; `model` is in eval mode on `device`."""
 
     def arguments(self, model: ModelT) -> dict[str, Any]:
         """All arguments, as checkpoints and the log keep them."""
@@ -110,10 +105,8 @@ class Job(ABC, Generic[ArgsT, ModelT]):
         args, training = self.args, self.training
         self.check_flags()
         distributed.on_main(partial(check_outputs, args, training.output_dir, training.log_path))
-        with contextlib.ExitStack() as stack:
-            if args.train_data and not args.dry_run:
-                folder = training.output_dir
-                stack.enter_context(locks.hold(os.path.join(folder, FIGURE), folders=[folder]))
+        folders = [training.output_dir] if args.train_data and not args.dry_run else []
+        with locks.hold(*(os.path.join(folder, FIGURE) for folder in folders), folders=folders):
             self._run()
 
     def _run(self) -> None:
@@ -130,32 +123,35 @@ class Job(ABC, Generic[ArgsT, ModelT]):
         if args.dry_run:
             lines: list[Line] = []
             if sources:
-                evaluates = data is not None
-                lines += training_lines(model, training, sources, self.collator(model), resume, evaluates)
+                lines += training_lines(model, training, sources, self.collator(model), resume, data is not None)
             if data is not None:
                 lines += evaluation_lines(args, data, config, device, model)
             show_plan(lines)
             return
-        evaluate_model = self._evaluator(data, config, device, self.arguments(model)) if data is not None else None
+        evaluate_model = None
+        if data is not None:
+            log = log_file(args, training.log_path)
+            evaluate_model = partial(self._evaluate, data, config, device, log, self.arguments(model))
         if sources:
             with hold_outputs(data, config):
                 self._train(model, sources, evaluate_model, resume)
         elif evaluate_model is not None:
             evaluate_model(model.to(device).eval())
 
-    def _evaluator(
-        self, data: EvalData, config: EvalConfig, device: torch.device, arguments: Mapping[str, Any]
-    ) -> Callable[[ModelT], dict[str, float]]:
-        """Return a function from a model, in eval mode on `device`, to its metrics, which it logs each time."""
-        log = log_file(self.args, self.training.log_path)
-
-        def evaluate_model(model: ModelT) -> dict[str, float]:
-            score, hits = partial(self.scorer, model, device), partial(self.hits, model, data, config, device)
-            metrics = evaluate(data, config, score, hits)
-            record(metrics, log, arguments)
-            return metrics
-
-        return evaluate_model
+    def _evaluate(
+        self,
+        data: EvalData,
+        config: EvalConfig,
+        device: torch.device,
+        log: str,
+        arguments: Mapping[str, Any],
+        model: ModelT,
+    ) -> dict[str, float]:
+        """Return the metrics of `model`, which is in eval mode on `device`, and log them."""
+        score, hits = partial(self.scorer, model, device), partial(self.hits, model, data, config, device)
+        metrics = evaluate(data, config, score, hits)
+        record(metrics, log, arguments)
+        return metrics
 
     def _train(
         self,
@@ -225,11 +221,7 @@ def _who_compares(training: RetrievalTrainingArgs) -> str:
 
 
 def load_sources(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArgs) -> list[Source]:
-    """The training rows of all files; none without --train_data.
-
-    Raises:
-        UserError: rows with problems, or files that cannot be trained as the flags say.
-    """
+    """The training rows of all files, none without --train_data; a UserError if the flags cannot train on them."""
     if not args.train_data:
         return []
     task_config = load_task_config(args.task_config)
@@ -256,11 +248,7 @@ def load_sources(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingAr
 
 
 def check_comparisons(sources: Sequence[Source], training: RetrievalTrainingArgs) -> None:
-    """Find groups of one key whose loss is 0 whatever the weights, since there is nothing to compare it with.
-
-    Raises:
-        UserError: of the first file with such rows.
-    """
+    """Raise a UserError for a file whose groups of one key have nothing to compare it with, so that the loss is 0."""
     rows = sum(map(len, sources))
     for source in sources:
         loss = source.settings.loss

@@ -95,7 +95,12 @@ def model_card(
     metrics = {name.removeprefix("eval_") for entry in shown for name in entry if name.startswith("eval_")}
     encoder = use if isinstance(use, EncoderUse) else None
     card = ModelCard.from_template(
-        _metadata(encoder, record.base if record is not None and record.on_hub else None),
+        ModelCardData(
+            library_name="peft" if encoder is not None and encoder.adapters else "transformers",
+            pipeline_tag="text-ranking" if encoder is None else "sentence-similarity",
+            tags=["cross-encoder", "reranker"] if encoder is None else ["sentence-similarity", "feature-extraction"],
+            base_model=record.base if record is not None and record.on_hub else None,
+        ),
         template_path=str(TEMPLATE),
         use=use,
         ranker=encoder is None,
@@ -117,14 +122,6 @@ def model_card(
         typed=_typed,
     )
     return f"{card}\n"
-
-
-def _metadata(encoder: EncoderUse | None, base_model: str | None) -> ModelCardData:
-    task, tags = "text-ranking", ["cross-encoder", "reranker"]
-    if encoder is not None:
-        task, tags = "sentence-similarity", ["sentence-similarity", "feature-extraction"]
-    library = "peft" if encoder is not None and encoder.adapters else "transformers"
-    return ModelCardData(library_name=library, pipeline_tag=task, tags=tags, base_model=base_model)
 
 
 def converted_card(card: str) -> str:
