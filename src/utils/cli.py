@@ -133,7 +133,7 @@ def _explain(error: Exception, memory_advice: str) -> tuple[str, int] | None:
         return f"out of memory ({first_line(error)}): {memory_advice}", 2
     if lost := distributed.describe_lost_process(error):
         return lost, 1
-    described = describe_os_error(error) if isinstance(error, OSError) else None
+    described = describe_os_error(error)
     return (described, 2) if described else None
 
 

@@ -151,12 +151,11 @@ def on_main(function: Callable[[], T]) -> T:
     if is_main():
         try:
             value = function()
-        except UserError as error:
-            message = str(error)
         except Exception as error:
-            message = describe_os_error(error) if isinstance(error, OSError) else None
-            unexpected = error if message is None else None
-            message = message or f"the main process failed ({type(error).__name__}: {first_line(error)})"
+            message = str(error) if isinstance(error, UserError) else describe_os_error(error)
+            if message is None:
+                unexpected = error
+                message = f"the main process failed ({type(error).__name__}: {first_line(error)})"
     outcome = [(value, message)]
     dist.broadcast_object_list(outcome, src=0)
     value, message = outcome[0]

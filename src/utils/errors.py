@@ -21,8 +21,10 @@ def user_message(error: UserError) -> str:
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def describe_os_error(error: OSError) -> str | None:
+def describe_os_error(error: Exception) -> str | None:
     """One line about a file error of the operating system; None for others, such as of a connection."""
+    if not isinstance(error, OSError):
+        return None
     if error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return f"a file cannot be written: {error.strerror}" if error.errno in NO_ROOM else None
