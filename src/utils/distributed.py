@@ -132,7 +132,7 @@ def describe_lost_process(error: BaseException) -> str | None:
     """One line about an error of communication with another process; None for any other error."""
     if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))):
         return None
-    lost = "the connection to another process is lost: it ended by an error of its own, which it told, or was killed"
+    lost = "the connection to another process is lost: it failed with an error, shown before, or was killed"
     late = "another process did not answer within --ddp_timeout: it hangs, or has that much more to do than this one"
     return f"{late if 'timed out' in str(error).lower() else lost} ({first_line(error)})"
 

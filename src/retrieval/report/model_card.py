@@ -28,7 +28,6 @@ _CONVERSION = {
 }
 _LIBRARY = "library_name: {}\n"
 SHOWN_EVALUATIONS = 10
-_METRIC_NAMES = {"cos": "cosine", "ip": "inner product", "l2": "negative squared distance"}
 #: Texts of the examples.
 QUERY = "Who keeps the lighthouse?"
 KEYS = ["The lighthouse is kept by Ada Brand.", "Bread is baked before dawn."]
@@ -104,8 +103,7 @@ def model_card(
         template_path=str(TEMPLATE),
         use=use,
         ranker=encoder is None,
-        metric=_METRIC_NAMES[encoder.metric] if encoder is not None else None,
-        conversion=list(_CONVERSION)[encoder.query_folder != encoder.key_folder] if encoder is not None else None,
+        conversions=list(_CONVERSION),
         instructions=instructions,
         plain=all(instruction == Instruction() for instruction in instructions.values()),
         instruction=next(iter(instructions.values()), Instruction()),
