@@ -41,7 +41,7 @@ class MergeArgs:
     def __post_init__(self) -> None:
         if not self.output_file:
             raise UserError("--output_file is needed: the file to write")
-        check_positive(max_neg_num=self.max_neg_num)
+        check_positive(self, "max_neg_num")
 
 
 def merge_rows(rows: Sequence[dict[str, Any]], max_neg_num: int | None) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class KnowledgeArgs(LMEvalArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(key_num=self.key_num)
+        check_positive(self, "key_num")
         if self.key_num > self.hits and self.retrieval_method != "no":
             raise UserError(f"--key_num {self.key_num}: only --hits {self.hits} keys are retrieved, raise it")
 
@@ -100,12 +100,7 @@ class GenerateArgs(LMEvalArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(
-            num_return_sequences=self.num_return_sequences,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            max_new_tokens=self.max_new_tokens,
-        )
+        check_positive(self, "num_return_sequences", "temperature", "top_p", "max_new_tokens")
         if self.top_p > 1:
             raise UserError(f"--top_p is a probability of at most 1, found {self.top_p}")
         for name in ("temperature", "top_p", "num_return_sequences"):
@@ -138,13 +133,7 @@ class HistoryArgs(LMEvalArgs):
         super().__post_init__()
         check_choice("order_method", self.order_method, ORDER_METHODS)
         check_choice("integrate_method", self.integrate_method, INTEGRATE_METHODS)
-        check_positive(
-            context_window_size=self.context_window_size,
-            target_length=self.target_length,
-            chunk_size=self.chunk_size,
-            key_num=self.key_num,
-            chunk_batch_size=self.chunk_batch_size,
-        )
+        check_positive(self, "context_window_size", "target_length", "chunk_size", "key_num", "chunk_batch_size")
         if len(self.add_sep or ()) >= self.chunk_size:
             number = len(self.add_sep or ())
             raise UserError(f"--add_sep: its {number} tokens must be fewer than --chunk_size {self.chunk_size}")
@@ -199,7 +188,7 @@ class LRLMArgs(HistoryArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(anchor_length=self.anchor_length)
+        check_positive(self, "anchor_length")
         if self.context_window_size <= self.target_length:
             raise UserError(
                 f"--context_window_size {self.context_window_size} must be above --target_length {self.target_length}: "

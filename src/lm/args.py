@@ -60,7 +60,7 @@ class LMArgs:
         check_choice("truncation_side", self.truncation_side, SIDES)
         check_choice("lm_dtype", self.lm_dtype, DTYPES)
         check_choice("lm_device_map", self.lm_device_map, DEVICE_MAPS)
-        check_positive(context_max_length=self.context_max_length, lm_batch_size=self.lm_batch_size)
+        check_positive(self, "context_max_length", "lm_batch_size")
         if self.add_llama_inst and self.use_chat_template:
             raise UserError("--add_llama_inst and --use_chat_template both put the prompt into a frame: choose one")
         if self.cpu and self.lm_device_map is not None:
@@ -119,7 +119,7 @@ class LMScoreArgs(LMArgs):
             raise UserError("--eval_data is needed: the rows to score")
         check_name("save_name", self.save_name)
         check_choice("answer_select", self.answer_select, ANSWER_SELECT)
-        check_positive(key_max_length=self.key_max_length)
+        check_positive(self, "key_max_length")
         if self.score_name is not None and (self.score_name in ROW_FIELDS or not self.score_name):
             raise UserError(f"--score_name {self.score_name!r} is no name for scores: choose one that rows do not use")
 

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from src.lm.model import LanguageModel
 from src.retrieval.models.encode import cut_batches
 from src.utils.errors import UserError
+from src.utils.flags import flags_of
 
 #: What ``--eos_token_id`` was in the original for the newline of one tokenizer: here the newline of any.
 NEWLINE_ID = 13
@@ -40,14 +41,9 @@ class Decoding:
             raise UserError(f"--eos_token_id {end}: the LM's tokenizer has the tokens 0 to {len(tokenizer) - 1}")
         newline = end == NEWLINE_ID or (end is None and not args.add_llama_inst)
         return cls(
-            max_new_tokens=args.max_new_tokens,
-            do_sample=args.do_sample,
-            num_return_sequences=args.num_return_sequences,
-            temperature=args.temperature,
-            top_p=args.top_p,
+            **flags_of(cls, args),
             stop_tokens=tuple(newline_tokens(tokenizer)) if newline else () if end is None else (end,),
             first_line=newline,
-            seed=args.seed,
         )
 
 

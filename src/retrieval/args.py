@@ -86,7 +86,7 @@ class DataArgs:
         for metric in self.metrics:
             check_choice("metrics", metric, METRICS)
         check_name("save_name", self.save_name)
-        check_positive(max_neg_num=self.max_neg_num, neg_near_duplicate=self.neg_near_duplicate)
+        check_positive(self, "max_neg_num", "neg_near_duplicate")
         for name in ("neg_margin_relative", "neg_margin_absolute"):
             if not (getattr(self, name) or 0) >= 0:
                 raise UserError(f"--{name} must be 0 or more, found {getattr(self, name)}")
@@ -212,13 +212,7 @@ class DenseArgs:
                 f"--faiss_search_params {self.faiss_search_params!r}: give names with whole numbers above 0, such as "
                 "nprobe=32 or nprobe=32,k_factor_rf=4"
             )
-        check_positive(
-            query_max_length=self.query_max_length,
-            key_max_length=self.key_max_length,
-            batch_size=self.batch_size,
-            dense_dim=self.dense_dim,
-            truncate_dim=self.truncate_dim,
-        )
+        check_positive(self, "query_max_length", "key_max_length", "batch_size", "dense_dim", "truncate_dim")
 
 
 @dataclass
@@ -247,12 +241,7 @@ class RankerArgs(CandidateArgs):
         check_choice("ranker_method", self.ranker_method, RANKER_METHODS)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("version", self.version, VERSIONS)
-        check_positive(
-            query_max_length=self.query_max_length,
-            key_max_length=self.key_max_length,
-            hits=self.hits,
-            batch_size=self.batch_size,
-        )
+        check_positive(self, "query_max_length", "key_max_length", "hits", "batch_size")
         self.check_cutoffs(self.hits)
 
 
@@ -274,7 +263,7 @@ class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
         CandidateArgs.__post_init__(self)
         DenseArgs.__post_init__(self)
         check_choice("retrieval_method", self.retrieval_method, self.methods)
-        check_positive(hits=self.hits, k1=self.k1, threads=self.threads)
+        check_positive(self, "hits", "k1", "threads")
         if self.bm25_backend == "bm25s":
             self.bm25_backend = "embedded"
         check_choice("bm25_backend", self.bm25_backend, BM25_BACKENDS)

@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from src.utils.devices import prepared
 from src.utils.errors import UserError, describe_os_error, first_line
-from src.utils.flags import check_positive
 
 T = TypeVar("T")
 
@@ -84,7 +83,8 @@ def init_process_group(use_cpu: bool, timeout: int = TIMEOUT) -> torch.device:
 
     A process waits `timeout` seconds for another before it gives up.
     """
-    check_positive(ddp_timeout=timeout)
+    if not timeout > 0:
+        raise UserError(f"--ddp_timeout must be above 0, found {timeout}")
     use_cuda = torch.cuda.is_available() and not use_cpu
     device = torch.device("cuda", local_rank()) if use_cuda else torch.device("cpu")
     if use_cuda:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any
 
 from src.utils.errors import UserError
@@ -15,6 +15,11 @@ def flag(default: Any, help: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+def flags_of(settings: type, args: Any) -> dict[str, Any]:
+    """The fields of a settings dataclass that are flags of `args` too, with their values."""
+    return {each.name: getattr(args, each.name) for each in fields(settings) if hasattr(args, each.name)}
 
 
 def dry_run_flag() -> Any:
@@ -41,9 +46,10 @@ def check_name(flag: str, value: str | None, needed: bool = False) -> None:
         raise UserError(f"--{flag} {value!r} becomes a part of file names: it must not be blank, nor hold {os.sep!r}")
 
 
-def check_positive(**values: float | None) -> None:
-    """Raise a UserError for the first value, other than None, that is not above 0."""
-    for flag, value in values.items():
+def check_positive(settings: object, *flags: str) -> None:
+    """Raise a UserError for the first of these flags whose value, other than None, is not above 0."""
+    for flag in flags:
+        value = getattr(settings, flag)
         # Nor is NaN.
         if value is not None and not value > 0:
             raise UserError(f"--{flag} must be above 0, found {value}")

@@ -196,7 +196,7 @@ class DataReport:
         lines, positives, negatives, best = np.array(self._candidates, dtype=np.int64).reshape(-1, 4).T
         lost = {}
         for policy in POLICIES:
-            reasons = unusable(positives, negatives, best, SelectionPolicy(positive=policy))
+            reasons = unusable(positives, negatives, best, SelectionPolicy(policy))
             lost[policy] = np.any(list(reasons.values()), axis=0)
             self.untrainable[policy] = int(lost[policy].sum())
         for line in lines[np.all(list(lost.values()), axis=0)].tolist():

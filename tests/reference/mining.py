@@ -43,20 +43,22 @@ def mine(row: dict[str, Any], hits: Sequence[int], scores: Sequence[float], corp
     same = [index for index in hits if any(words(corpus[index]) == words(text) for text in positives)]
     positive_scores = [score for index, score in found if index in same]
     left = found
-    if config.ranks:
-        left = left[config.ranks[0] - 1 : config.ranks[1]]
+    if config.neg_range:
+        left = left[config.neg_range[0] - 1 : config.neg_range[1]]
     left = [(index, score) for index, score in left if index not in row["pos_index"]]
     best = max(positive_scores, default=float("-inf"))
-    if config.margin_absolute is not None:
-        left = [(index, score) for index, score in left if score <= best - config.margin_absolute]
-    if config.margin_relative is not None:
-        left = [(index, score) for index, score in left if score <= best - config.margin_relative * abs(best)]
+    if config.neg_margin_absolute is not None:
+        left = [(index, score) for index, score in left if score <= best - config.neg_margin_absolute]
+    if config.neg_margin_relative is not None:
+        left = [(index, score) for index, score in left if score <= best - config.neg_margin_relative * abs(best)]
     kept: list[int] = []
     for index, _ in left:
         others = positives + [corpus[i] for i in kept]
         if any(words(corpus[index]) == words(other) for other in [row["query"], *others]):
             continue
-        if config.near_duplicate and any(overlap(corpus[index], other) >= config.near_duplicate for other in others):
+        if config.neg_near_duplicate and any(
+            overlap(corpus[index], other) >= config.neg_near_duplicate for other in others
+        ):
             continue
         if config.filter_answers and contains(corpus[index], row["answers"]):
             continue

@@ -115,7 +115,7 @@ def load_model(folder: str, tie_encoders: bool) -> DenseRetriever:
 
 def make_trainer(model: DenseRetriever, case: Case, output_dir: str) -> RetrievalTrainer:
     """A trainer with the case's settings; its data is never read."""
-    settings = SourceSettings(SelectionPolicy(group_size=GROUP), case.loss)
+    settings = SourceSettings(SelectionPolicy(train_group_size=GROUP), case.loss)
     # The rows themselves are given to compute_loss directly.
     source = Source(None, np.arange(sum(case.sizes)), None, no_instruction, settings, "teacher_scores", 0)  # type: ignore[arg-type]
     args = RetrievalTrainingArgs(

@@ -38,6 +38,7 @@ from src.retrieval.search.searcher import NoSearcher, Searcher, stores_written
 from src.utils import distributed, locks
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output, derived_path
+from src.utils.flags import flags_of
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,8 @@ def _outputs(data: EvalData, config: EvalConfig) -> list[Output]:
         outputs.append(Output("TREC run", derived("run", extension=".trec"), run_lines))
         outputs.append(Output("TREC qrels", derived("qrels", extension=".trec"), qrels_lines))
     if "collate_neg" in args.metrics:
-        mining, summary = MiningConfig.from_args(args, seed=config.seed), MiningSummary(args.max_neg_num)
+        mining = MiningConfig(**{**flags_of(MiningConfig, args), "seed": config.seed})
+        summary = MiningSummary(args.max_neg_num)
         lines = partial(mined_lines, texts=(data.key_text, data.key_body), config=mining, summary=summary)
         outputs.append(Output("mined negatives", collated("neg"), lines, summary.describe))
     if "collate_key" in args.metrics:

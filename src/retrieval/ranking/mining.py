@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import regex
 
-from src.retrieval.args import DataArgs
 from src.retrieval.ranking.answer_recall import has_answer, token_string
 
 #: A word, or a sign that words differ by: of mathematics, money or feeling ("C++"); those of "C#", "A*", "5 %", "R&D",
@@ -29,37 +28,23 @@ class MiningConfig:
     """Which hits become negatives, as the flags.
 
     Attributes:
-        margin_absolute: leave out hits that score above positive - margin.
-        margin_relative: leave out hits that score above positive - margin x |positive|. Both margins after
+        neg_margin_absolute: leave out hits that score above positive - margin.
+        neg_margin_relative: leave out hits that score above positive - margin x |positive|. Both margins after
             NV-Retriever (arXiv 2407.15831, TopK-MarginPos and TopK-PercPos); the sign makes the second one right
             for scores below 0, too.
-        ranks: first and last rank, from 1 on, of the hits that count.
-        sample: draw `max_neg_num` of what is left by `seed` and the row's number, in place of the first.
-        near_duplicate: leave out hits that share so much of their words (Jaccard) with a positive or earlier negative.
+        neg_range: first and last rank, from 1 on, of the hits that count.
+        neg_sample: draw `max_neg_num` of what is left by `seed` and the row's number, in place of the first.
+        neg_near_duplicate: leave out hits that share so much of their words (Jaccard) with a positive or one before.
     """
 
     max_neg_num: int = 100
     filter_answers: bool = False
-    margin_absolute: float | None = None
-    margin_relative: float | None = None
-    ranks: tuple[int, int] | None = None
-    sample: bool = False
-    near_duplicate: float | None = None
+    neg_margin_absolute: float | None = None
+    neg_margin_relative: float | None = None
+    neg_range: Sequence[int] | None = None
+    neg_sample: bool = False
+    neg_near_duplicate: float | None = None
     seed: int = 42
-
-    @classmethod
-    def from_args(cls, args: DataArgs, *, seed: int) -> MiningConfig:
-        """Read the flags."""
-        return cls(
-            max_neg_num=args.max_neg_num,
-            filter_answers=args.filter_answers,
-            margin_absolute=args.neg_margin_absolute,
-            margin_relative=args.neg_margin_relative,
-            ranks=(args.neg_range[0], args.neg_range[1]) if args.neg_range else None,
-            sample=args.neg_sample,
-            near_duplicate=args.neg_near_duplicate,
-            seed=seed,
-        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +76,7 @@ def score_limit(positive: float | None, config: MiningConfig) -> float:
 
     `positive` is the score of the best-ranked positive; None when none was retrieved: no hit is known to be below.
     """
-    absolute, relative = config.margin_absolute, config.margin_relative
+    absolute, relative = config.neg_margin_absolute, config.neg_margin_relative
     if absolute is None and relative is None:
         return np.inf
     if positive is None:
@@ -124,7 +109,7 @@ class _Filters:
 
     def reason(self, rank: int, index: int, score: float, limit: float) -> str | None:
         """Why a hit becomes no negative, which may score `limit` at most; None when it does."""
-        first, last = self.config.ranks or (1, rank)
+        first, last = self.config.neg_range or (1, rank)
         if index in self._positive_index:
             return "positive"
         if not first <= rank <= last:
@@ -140,7 +125,7 @@ class _Filters:
         return None
 
     def _seen_before(self, words: str) -> bool:
-        least = self.config.near_duplicate
+        least = self.config.neg_near_duplicate
         if words in self._seen or least is None:
             return words in self._seen
         return any(jaccard(frozenset(words.split()), other) >= least for other in self._word_sets)
@@ -184,14 +169,14 @@ def mine_negatives(
     dropped: Counter[str] = Counter()
     negatives: list[int] = []
     for rank, (index, score) in enumerate(ranked, 1):
-        if len(negatives) == config.max_neg_num and not config.sample:
+        if len(negatives) == config.max_neg_num and not config.neg_sample:
             break
         if reason := filters.reason(rank, index, score, limit):
             dropped[reason] += 1
         else:
             filters.add(index)
             negatives.append(index)
-    if config.sample and len(negatives) > config.max_neg_num:
+    if config.neg_sample and len(negatives) > config.max_neg_num:
         drawn = np.random.default_rng((config.seed, number)).choice(len(negatives), config.max_neg_num, replace=False)
         negatives = [negatives[place] for place in sorted(drawn.tolist())]
     kept = {name: value for name, value in row.items() if name != "teacher_scores"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from src.retrieval.training.losses import LossConfig
 from src.retrieval.training.select import SelectionPolicy, select_group, unusable
 from src.utils import distributed
 from src.utils.errors import UserError
+from src.utils.flags import flags_of
 from src.utils.jsonl import JsonLines, open_jsonl
 
 logger = logging.getLogger(__name__)
@@ -59,16 +60,9 @@ class SourceSettings:
         if args.contrastive_weight == 0 and args.distill_weight == 0:
             raise UserError("--contrastive_weight and --distill_weight are both 0: nothing would be trained")
         return cls(
-            selection=SelectionPolicy(
-                positive=args.select_positive,
-                negative=args.select_negative,
-                group_size=args.train_group_size,
-                order_by_teacher=args.stable_distill,
-            ),
-            loss=LossConfig(**{each.name: getattr(args, each.name) for each in fields(LossConfig)}),
-            max_sample_num=args.max_sample_num,
-            teacher_scores_margin=args.teacher_scores_margin,
-            teacher_scores_min=args.teacher_scores_min,
+            selection=SelectionPolicy(**flags_of(SelectionPolicy, args)),
+            loss=LossConfig(**flags_of(LossConfig, args)),
+            **flags_of(cls, args),
         )
 
 

@@ -11,12 +11,12 @@ from src.retrieval.data.rows import Row, candidates
 
 @dataclass(frozen=True)
 class SelectionPolicy:
-    """How to choose the positive and the negatives of a group."""
+    """How to choose the positive and the negatives of a group, as the flags."""
 
-    positive: str = "first"
-    negative: str = "random"
-    group_size: int = 8
-    order_by_teacher: bool = False
+    select_positive: str = "first"
+    select_negative: str = "random"
+    train_group_size: int = 8
+    stable_distill: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Group:
 
 
 def select_group(row: Row, policy: SelectionPolicy, rng: np.random.Generator) -> Group:
-    """Choose one positive and ``group_size - 1`` negatives.
+    """Choose one positive and ``train_group_size - 1`` negatives.
 
     The positive is the ``first``, a ``random`` one, ``teacher`` (best score of all candidates; a negative that wins
     leaves the negatives) or ``teacher-pos`` (best positive); negatives are ``random``, the ``first``, ``teacher+``
@@ -38,10 +38,10 @@ def select_group(row: Row, policy: SelectionPolicy, rng: np.random.Generator) ->
     positives, negatives = candidates(row)
     texts = positives + negatives
     scores = row.get("teacher_scores") or None
-    positive = _pick_positive(len(positives), scores, policy.positive, rng)
+    positive = _pick_positive(len(positives), scores, policy.select_positive, rng)
     pool = np.array([i for i in range(len(positives), len(texts)) if i != positive], dtype=np.int64)
     chosen = _pick_negatives(pool, scores, policy, rng)
-    if policy.order_by_teacher and scores:
+    if policy.stable_distill and scores:
         chosen = sorted(chosen, key=lambda i: -scores[i])
     group = [positive, *chosen]
     return Group([texts[i] for i in group], [scores[i] for i in group] if scores else None)
@@ -60,18 +60,18 @@ def _pick_positive(positives: int, scores: list[float] | None, policy: str, rng:
 def _pick_negatives(
     pool: np.ndarray, scores: list[float] | None, policy: SelectionPolicy, rng: np.random.Generator
 ) -> list[int]:
-    """``group_size - 1`` positions out of `pool`, taken several times when it has too few."""
-    count = policy.group_size - 1
+    """``train_group_size - 1`` positions out of `pool`, taken several times when it has too few."""
+    count = policy.train_group_size - 1
     if count == 0:
         return []
-    if policy.negative == "random":
+    if policy.select_negative == "random":
         rounds, rest = divmod(count, len(pool))
         drawn = [rng.permutation(pool) for _ in range(rounds)] + [rng.choice(pool, rest, replace=False)]
         return np.concatenate(drawn).tolist()
     copies = np.tile(pool, -(-count // len(pool))).tolist()
-    if policy.negative.startswith("teacher"):
+    if policy.select_negative.startswith("teacher"):
         assert scores is not None
-        copies.sort(key=scores.__getitem__, reverse=policy.negative == "teacher+")
+        copies.sort(key=scores.__getitem__, reverse=policy.select_negative == "teacher+")
     return copies[:count]
 
 
@@ -83,13 +83,13 @@ def unusable(
     `positives` and `negatives` count candidates per row; `best` is the position of the highest teacher score in
     pos + neg, -1 without scores.
     """
-    needs_scores = policy.positive.startswith("teacher") or policy.negative.startswith("teacher")
+    needs_scores = policy.select_positive.startswith("teacher") or policy.select_negative.startswith("teacher")
     reasons = {"no teacher_scores, which the selection needs": needs_scores & (best < 0)}
-    if policy.positive == "teacher":
+    if policy.select_positive == "teacher":
         left = negatives - ((best >= positives) & (best >= 0))
     else:
         left = negatives
-        reasons[f"no positive for --select_positive {policy.positive}"] = positives == 0
-    if policy.group_size > 1:
+        reasons[f"no positive for --select_positive {policy.select_positive}"] = positives == 0
+    if policy.train_group_size > 1:
         reasons["no negative"] = left == 0
     return reasons

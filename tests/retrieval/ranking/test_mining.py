@@ -47,40 +47,40 @@ def test_answers():
 
 def test_margins():
     """The positive scores 0.9: at most 0.8 beside it with a margin of 0.1, at most 0.45 with half of it."""
-    assert indexes(margin_absolute=0.099) == [3, 5, 6, 7]
-    assert indexes(margin_absolute=0.15) == [4, 5, 6, 7]
-    assert indexes(margin_relative=0.5) == [6, 7]
-    assert indexes(margin_relative=0.5, margin_absolute=0.6) == [7]
-    assert score_limit(-2.0, MiningConfig(margin_relative=0.1)) == pytest.approx(-2.2)
-    assert score_limit(2.0, MiningConfig(margin_relative=0.1)) == pytest.approx(1.8)
-    assert score_limit(2.0, MiningConfig(margin_relative=0.1, margin_absolute=0.3)) == pytest.approx(1.7)
-    assert score_limit(None, MiningConfig(margin_relative=0.0)) == float("-inf"), "a margin of 0 is one"
+    assert indexes(neg_margin_absolute=0.099) == [3, 5, 6, 7]
+    assert indexes(neg_margin_absolute=0.15) == [4, 5, 6, 7]
+    assert indexes(neg_margin_relative=0.5) == [6, 7]
+    assert indexes(neg_margin_relative=0.5, neg_margin_absolute=0.6) == [7]
+    assert score_limit(-2.0, MiningConfig(neg_margin_relative=0.1)) == pytest.approx(-2.2)
+    assert score_limit(2.0, MiningConfig(neg_margin_relative=0.1)) == pytest.approx(1.8)
+    assert score_limit(2.0, MiningConfig(neg_margin_relative=0.1, neg_margin_absolute=0.3)) == pytest.approx(1.7)
+    assert score_limit(None, MiningConfig(neg_margin_relative=0.0)) == float("-inf"), "a margin of 0 is one"
     assert score_limit(None, MiningConfig()) == float("inf")
 
 
 def test_margin_without_a_retrieved_positive():
     """Every hit scores at least as high as the positive that is not among them."""
-    mined = mine_negatives(ROW, 0, HITS[3:], SCORES[3:], CORPUS.__getitem__, MiningConfig(margin_absolute=0.1))
+    mined = mine_negatives(ROW, 0, HITS[3:], SCORES[3:], CORPUS.__getitem__, MiningConfig(neg_margin_absolute=0.1))
     assert mined.row["neg"] == []
     assert not mined.retrieved
 
 
 def test_ranks():
-    assert indexes(ranks=(5, 7)) == [4, 5, 6]
-    assert indexes(ranks=(8, 100)) == [7]
+    assert indexes(neg_range=(5, 7)) == [4, 5, 6]
+    assert indexes(neg_range=(8, 100)) == [7]
 
 
 def test_near_duplicates():
     """{far, away} and {far, away}: the same set; "it is 42 indeed" shares nothing."""
-    assert indexes(near_duplicate=0.99) == [3, 5, 6]
+    assert indexes(neg_near_duplicate=0.99) == [3, 5, 6]
 
 
 def test_a_sample_is_of_what_is_left_and_told_by_seed_and_row():
-    drawn = {tuple(indexes(number=number, sample=True, max_neg_num=2)) for number in range(40)}
+    drawn = {tuple(indexes(number=number, neg_sample=True, max_neg_num=2)) for number in range(40)}
     assert {index for pair in drawn for index in pair} == {3, 5, 6, 7}
     assert all(list(pair) == sorted(pair) for pair in drawn)
     assert len(drawn) == 6, "all pairs of four occur in 40 rows"
-    assert indexes(sample=True, max_neg_num=2, seed=1) == indexes(sample=True, max_neg_num=2, seed=1)
+    assert indexes(neg_sample=True, max_neg_num=2, seed=1) == indexes(neg_sample=True, max_neg_num=2, seed=1)
 
 
 def test_normalize():
@@ -129,8 +129,8 @@ def test_positives_known_by_text_count_like_those_known_by_index():
     by_text = {"query": "q", "pos": ["A positive"]}
     by_index = {**by_text, "pos_index": [1]}
     for row in (by_text, by_index):
-        assert indexes(row, margin_absolute=0.1) == [4, 5, 6, 7]
-        assert indexes(row, margin_relative=0.2) == [5, 6, 7]
+        assert indexes(row, neg_margin_absolute=0.1) == [4, 5, 6, 7]
+        assert indexes(row, neg_margin_relative=0.2) == [5, 6, 7]
     mined = mine_negatives(by_text, 0, HITS, SCORES, CORPUS.__getitem__, MiningConfig())
     assert mined.retrieved
 
@@ -141,7 +141,7 @@ def test_positives_without_the_title_that_their_keys_have(index):
     bodies = ["zero", "a positive", "a positive", "three", "four", "five", "six", "seven"]
     keys = [f"title{n} {body}" for n, body in enumerate(bodies)]
     row = {"query": "q", "pos": ["A positive."], **index}
-    for config, expected in (({}, [0, 3, 4, 5, 6, 7]), ({"margin_absolute": 0.1}, [4, 5, 6, 7])):
+    for config, expected in (({}, [0, 3, 4, 5, 6, 7]), ({"neg_margin_absolute": 0.1}, [4, 5, 6, 7])):
         config = MiningConfig(**config)
         mined = mine_negatives(row, 0, HITS, SCORES, keys.__getitem__, config, bodies.__getitem__)
         assert mined.row["neg_index"] == expected
@@ -151,7 +151,7 @@ def test_positives_without_the_title_that_their_keys_have(index):
 def test_the_query_itself_is_never_mined():
     row = {"query": "Far, away!", "pos": ["a positive"]}
     assert indexes(row) == [0, 3, 5, 7]
-    mined = mine_negatives(row, 0, HITS, SCORES, CORPUS.__getitem__, MiningConfig(near_duplicate=1.0))
+    mined = mine_negatives(row, 0, HITS, SCORES, CORPUS.__getitem__, MiningConfig(neg_near_duplicate=1.0))
     assert mined.dropped["the query itself"] == 1
     # The text of a corpus row whose key has a title, too.
     texts, titled = ["text one", "text two"], ["title text one", "title text two"]
@@ -195,10 +195,10 @@ def test_against_the_reference():
         config = MiningConfig(
             max_neg_num=rng.randint(1, 6),
             filter_answers=rng.random() < 0.5,
-            margin_absolute=rng.choice([None, 0.25]),
-            margin_relative=rng.choice([None, 0.5]),
-            ranks=rng.choice([None, (first, first + rng.randint(0, 6))]),
-            near_duplicate=rng.choice([None, 0.5, 1.0]),
+            neg_margin_absolute=rng.choice([None, 0.25]),
+            neg_margin_relative=rng.choice([None, 0.5]),
+            neg_range=rng.choice([None, (first, first + rng.randint(0, 6))]),
+            neg_near_duplicate=rng.choice([None, 0.5, 1.0]),
         )
         found = mine_negatives(
             row, case, np.array(hits, dtype=np.int64), np.array(scores, np.float32), corpus.__getitem__, config

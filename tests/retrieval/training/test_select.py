@@ -104,7 +104,7 @@ def test_groups_by_hand(row, positive, negative, size, ordered, keys):
 
 def test_unscored_rows_keep_the_order_of_selection():
     row = {"query": "q", "pos": ["p"], "neg": ["n0", "n1", "n2"]}
-    group = select_group(row, SelectionPolicy("first", "first", 4, order_by_teacher=True), rng())
+    group = select_group(row, SelectionPolicy("first", "first", 4, stable_distill=True), rng())
     assert group == Group(["p", "n0", "n1", "n2"], None)
 
 
@@ -112,7 +112,7 @@ def test_unscored_rows_keep_the_order_of_selection():
     ("row", "policy", "dropped"),
     [
         ({"pos": ["p"], "neg": []}, SelectionPolicy(), True),
-        ({"pos": ["p"], "neg": []}, SelectionPolicy(group_size=1), False),
+        ({"pos": ["p"], "neg": []}, SelectionPolicy(train_group_size=1), False),
         ({"pos": ["p"], "neg": ["n"]}, SelectionPolicy(), False),
         ({"pos": [], "neg": ["n"]}, SelectionPolicy(), True),
         ({"pos": ["p"], "neg": ["n"]}, SelectionPolicy("teacher"), True),  # no scores
@@ -155,24 +155,24 @@ def test_reasons_are_told_apart():
 @given(rows(), policies(), st.integers(0, 2**32))
 def test_group_is_one_the_reference_allows(row, policy, seed):
     """Exactly the usable rows give a group: an allowed positive, then the negatives of the policy."""
-    usable = reference.is_usable(row, policy.positive, policy.negative, policy.group_size)
+    usable = reference.is_usable(row, policy.select_positive, policy.select_negative, policy.train_group_size)
     assert is_dropped(row, policy) == (not usable)
     assume(usable)
     group = select_group(row, policy, rng(seed))
     places = [int(key) for key in group.keys]
     scores = row.get("teacher_scores")
     positive, negatives = places[0], places[1:]
-    assert positive in reference.possible_positives(row, policy.positive)
-    assert len(negatives) == policy.group_size - 1
+    assert positive in reference.possible_positives(row, policy.select_positive)
+    assert len(negatives) == policy.train_group_size - 1
     pool = reference.negatives_left(row, positive)
-    expected = reference.expected_negatives(row, positive, policy.negative, len(negatives)) if negatives else []
+    expected = reference.expected_negatives(row, positive, policy.select_negative, len(negatives)) if negatives else []
     if expected is None:
         assert reference.is_fair_draw(negatives, pool)
-    elif policy.order_by_teacher and scores:
+    elif policy.stable_distill and scores:
         assert sorted(negatives) == sorted(expected)
     else:
         assert negatives == expected
-    if policy.order_by_teacher and scores:
+    if policy.stable_distill and scores:
         own = [scores[i] for i in negatives]
         assert own == sorted(own, reverse=True)
     assert group.scores == (None if scores is None else [scores[i] for i in places])
@@ -184,13 +184,13 @@ def test_equal_scores_still_give_an_allowed_group(row, policy, seed):
     assume(not is_dropped(row, policy))
     group = select_group(row, policy, rng(seed))
     places = [int(key) for key in group.keys]
-    assert places[0] in reference.possible_positives(row, policy.positive)
+    assert places[0] in reference.possible_positives(row, policy.select_positive)
     assert set(places[1:]) <= set(reference.negatives_left(row, places[0]))
     own = [row["teacher_scores"][i] for i in places[1:]]
-    if policy.order_by_teacher or policy.negative == "teacher+":
+    if policy.stable_distill or policy.select_negative == "teacher+":
         pool = len(reference.negatives_left(row, places[0]))
-        assert policy.order_by_teacher is False or own == sorted(own, reverse=True)
-        assert policy.negative != "teacher+" or own[:pool] == sorted(own[:pool], reverse=True)
+        assert policy.stable_distill is False or own == sorted(own, reverse=True)
+        assert policy.select_negative != "teacher+" or own[:pool] == sorted(own[:pool], reverse=True)
 
 
 @quick
@@ -205,7 +205,7 @@ def test_unusable_judges_each_row_by_itself(many, policy):
 @quick
 @given(rows(), policies(), st.integers(0, 2**32))
 def test_same_generator_same_group(row, policy, seed):
-    assume(reference.is_usable(row, policy.positive, policy.negative, policy.group_size))
+    assume(reference.is_usable(row, policy.select_positive, policy.select_negative, policy.train_group_size))
     assert select_group(row, policy, rng(seed)) == select_group(row, policy, rng(seed))
 
 
@@ -224,7 +224,7 @@ def drawn_keys(row: dict, policy: SelectionPolicy) -> Counter[str]:
 def test_random_negatives_are_uniform():
     """2 of 5 negatives in 2000 draws: each is expected 800 times, with a standard deviation of 22."""
     row = {"query": "q", "pos": ["p"], "neg": list("abcde")}
-    counts = drawn_keys(row, SelectionPolicy(group_size=3))
+    counts = drawn_keys(row, SelectionPolicy(train_group_size=3))
     assert counts.pop("p") == 2000
     assert all(abs(counts[key] - 800) < 110 for key in "abcde")
 
@@ -232,7 +232,7 @@ def test_random_negatives_are_uniform():
 def test_repeated_random_negatives_are_uniform():
     """4 of 3 negatives: each comes once, one of them twice; 2000 draws give each 2000 + 667, deviation 21."""
     row = {"query": "q", "pos": ["p"], "neg": list("abc")}
-    counts = drawn_keys(row, SelectionPolicy(group_size=5))
+    counts = drawn_keys(row, SelectionPolicy(train_group_size=5))
     assert all(abs(counts[key] - 2667) < 110 for key in "abc")
 
 
