@@ -13,7 +13,7 @@ from src.utils.errors import UserError
 def main() -> None:
     """Gather, compare, print."""
     device = distributed.init_process_group(use_cpu=False)
-    gathered = distributed.gather_sizes(distributed.rank(), device)
+    gathered = distributed.all_gather_object(distributed.rank())
     if gathered != list(range(distributed.launched_processes())):
         raise UserError(f"{distributed.launched_processes()} processes gathered the ranks {gathered}")
     if distributed.is_main():

@@ -18,10 +18,7 @@ def read_arguments(
 ) -> tuple[list[str], dict[str, Any]]:
     """Read flags from a file, as command line words and as values that no word expresses (None, empty, an object).
 
-    Args:
-        path: ``.json``, or anything else for YAML.
-        actions: by flag name, of the command line.
-        hints: by flag name, the type of its field, which says whether it takes None, a list or an object.
+    `actions` of the command line and `hints`, the types of the fields, are by flag name.
     """
     settings = read_settings(path, "--config")
     if not isinstance(settings, dict):

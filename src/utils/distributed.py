@@ -186,16 +186,6 @@ def raising_together() -> Iterator[None]:
         raise UserError(messages[0]) from failure
 
 
-def gather_sizes(size: int, device: torch.device) -> list[int]:
-    """Every process's `size`, in rank order."""
-    if world_size() == 1:
-        return [size]
-    local = torch.tensor([size], dtype=torch.int64, device=device)
-    gathered = [torch.empty_like(local) for _ in range(world_size())]
-    dist.all_gather(gathered, local)
-    return [int(tensor) for tensor in gathered]
-
-
 class _GatherRows(torch.autograd.Function):
     """All-gather along the first axis; backward sums every process's gradient of a row, since each loss uses it."""
 

@@ -96,15 +96,9 @@ def card_writer(
     data = data_files(sources, args.data_root)
     shown = {name: arguments[name] for name in sorted(given - NOT_OF_THE_MODEL) if name in arguments}
     instructions = {task or "any": source.instruction_of(task) for source in sources for task in source.tasks}
+    widths = training.matryoshka_dims or ()
     records = {
-        name: TrainingRecord(
-            base=base,
-            on_hub=not os.path.exists(base),
-            data=data,
-            arguments=shown,
-            versions=versions(),
-            widths=training.matryoshka_dims or (),
-        )
+        name: TrainingRecord(base, not os.path.exists(base), data, shown, versions(), widths)
         for name, (base, _) in uses.items()
     }
 
