@@ -41,11 +41,6 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def local_rank() -> int:
-    """The rank of this process on its host; 0 without a launcher. Needs no process group."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 def is_initialized() -> bool:
     """Whether a process group exists."""
     return dist.is_available() and dist.is_initialized()
@@ -86,7 +81,7 @@ def init_process_group(use_cpu: bool, timeout: int = TIMEOUT) -> torch.device:
     if not timeout > 0:
         raise UserError(f"--ddp_timeout must be above 0, found {timeout}")
     use_cuda = torch.cuda.is_available() and not use_cpu
-    device = torch.device("cuda", local_rank()) if use_cuda else torch.device("cpu")
+    device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0)) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     if launched_processes() > 1 and not is_initialized():
@@ -105,7 +100,7 @@ def is_first_to_say(message: str) -> bool:
     if not is_initialized():
         # Before the group exists the processes of a host share most errors: the first shows it, and the launcher ends
         # the others. One that is still alive after a while has another error.
-        if local_rank() > 0:
+        if dist.get_node_local_rank(fallback_rank=0) > 0:
             time.sleep(FIRST_TO_SAY_SECONDS)
         return True
     try:
@@ -121,7 +116,7 @@ def is_first_to_say(message: str) -> bool:
 def is_first_to_stop() -> bool:
     """Whether this process should report that it was stopped: one does, none after an error that stopped them all."""
     if not is_initialized():
-        return local_rank() == 0
+        return dist.get_node_local_rank(fallback_rank=0) == 0
     try:
         return dist.distributed_c10d._get_default_store().add(SAID, 1) == 1
     except RuntimeError:
