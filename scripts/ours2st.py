@@ -174,7 +174,7 @@ def convert(args: ConvertArgs, given: frozenset[str], source: str, target: str) 
             source,
             pooling_method=tuple(args.pooling_method) if "pooling_method" in given else None,
             dense_metric=args.dense_metric if "dense_metric" in given else None,
-            cache_dir=args.model_cache_dir,
+            model_cache_dir=args.model_cache_dir,
             trust_remote_code=args.trust_remote_code,
             allow_pickle=args.allow_pickle,
         )

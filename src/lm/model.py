@@ -34,6 +34,7 @@ from src.retrieval.models.loading import Checkpoint, loading
 from src.utils import distributed
 from src.utils.devices import DTYPES
 from src.utils.errors import UserError
+from src.utils.flags import flags_of
 
 logger = logging.getLogger(__name__)
 
@@ -269,14 +270,8 @@ def _gguf_file(path: str) -> str | None:
 
 
 def _checkpoint(args: LMArgs) -> Checkpoint:
-    return Checkpoint(
-        path=args.model_name_or_path,
-        what=WHAT,
-        cache_dir=args.model_cache_dir,
-        trust_remote_code=args.trust_remote_code,
-        allow_pickle=args.allow_pickle,
-        gguf_file=_gguf_file(args.model_name_or_path),
-    )
+    name = args.model_name_or_path
+    return Checkpoint(name, WHAT, gguf_file=_gguf_file(name), **flags_of(Checkpoint, args))
 
 
 def load_lm_tokenizer(config: LMConfig) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:

@@ -22,6 +22,7 @@ from src.retrieval.models.pooling import read_module_list
 from src.retrieval.models.trainable import TrainableModel, below
 from src.utils.errors import UserError
 from src.utils.files import read_object
+from src.utils.flags import flags_of
 
 if TYPE_CHECKING:
     from src.retrieval.args import RankerArgs
@@ -45,7 +46,7 @@ class RankerConfig:
     ranker: str
     query_max_length: int = 256
     key_max_length: int = 256
-    cache_dir: str | None = None
+    model_cache_dir: str | None = None
     trust_remote_code: bool = False
     empty: bool = False
     allow_pickle: bool = False
@@ -53,15 +54,7 @@ class RankerConfig:
     @classmethod
     def from_args(cls, args: RankerArgs) -> RankerConfig:
         """Settings by flags."""
-        return cls(
-            ranker=args.ranker,
-            query_max_length=args.query_max_length,
-            key_max_length=args.key_max_length,
-            cache_dir=args.model_cache_dir,
-            trust_remote_code=args.trust_remote_code,
-            empty=args.dry_run,
-            allow_pickle=args.allow_pickle,
-        )
+        return cls(**flags_of(cls, args), empty=args.dry_run)
 
 
 class CrossEncoder(TrainableModel):
@@ -128,7 +121,7 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
         UserError: it cannot be loaded, has another kind of head, or does not take texts of these lengths.
     """
     path = inner_folder(config.ranker, (FOLDER,))
-    checkpoint = Checkpoint(path, "ranker", config.cache_dir, config.trust_remote_code, config.allow_pickle)
+    checkpoint = Checkpoint(path, "ranker", **flags_of(Checkpoint, config))
     tokenizer = checkpoint.padding_tokenizer()
     model_config = checkpoint.config()
     _check_kind(checkpoint, model_config)

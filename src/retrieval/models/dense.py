@@ -56,6 +56,7 @@ from src.retrieval.models.pooling import (
 from src.retrieval.models.similarity import similarity
 from src.retrieval.models.trainable import TrainableModel, below
 from src.utils.errors import UserError
+from src.utils.flags import flags_of
 
 if TYPE_CHECKING:
     from src.retrieval.args import RetrievalArgs
@@ -89,7 +90,7 @@ class EncoderConfig:
     truncation_side: str = "right"
     query_max_length: int | None = None
     key_max_length: int | None = None
-    cache_dir: str | None = None
+    model_cache_dir: str | None = None
     trust_remote_code: bool = False
     lora: LoraSettings | None = None
     truncate_dim: int | None = None
@@ -98,33 +99,20 @@ class EncoderConfig:
     allow_pickle: bool = False
     #: A dense layer that the encoder lacks is made, to be trained.
     new_dense: bool = False
-    #: Instructions go before texts.
-    instructed: bool = False
+    add_instruction: bool = False
 
     @classmethod
     def from_args(
         cls, args: RetrievalArgs, given: frozenset[str], training: RetrievalTrainingArgs | None = None
     ) -> EncoderConfig:
         """Settings by flags, those of `training` too; pooling and similarity count only when they were `given`."""
-        return cls(
-            query_encoder=args.query_encoder,
-            key_encoder=args.key_encoder,
-            tie_encoders=args.tie_encoders,
-            pooling_method=tuple(args.pooling_method) if "pooling_method" in given else None,
-            dense_metric=args.dense_metric if "dense_metric" in given else None,
-            dense_dim=args.dense_dim,
-            truncation_side=args.truncation_side,
-            query_max_length=args.query_max_length,
-            key_max_length=args.key_max_length,
-            cache_dir=args.model_cache_dir,
-            trust_remote_code=args.trust_remote_code,
-            lora=LoraSettings.from_args(training) if training is not None else None,
-            truncate_dim=args.truncate_dim,
-            empty=args.dry_run,
-            allow_pickle=args.allow_pickle,
-            new_dense=training is not None,
-            instructed=args.add_instruction,
-        )
+        chosen = {
+            **flags_of(cls, args),
+            "pooling_method": tuple(args.pooling_method) if "pooling_method" in given else None,
+            "dense_metric": args.dense_metric if "dense_metric" in given else None,
+        }
+        lora = LoraSettings.from_args(training) if training is not None else None
+        return cls(**chosen, lora=lora, new_dense=training is not None, empty=args.dry_run)
 
 
 class TextEncoder(nn.Module):
@@ -423,7 +411,7 @@ def _chosen_pooling(
         if _is_causal(model):
             return ("last",), "default of decoder-only models"
         return DEFAULT_POOLING, "default"
-    if spec.without_prompt and config.instructed:
+    if spec.without_prompt and config.add_instruction:
         raise UserError(
             f"{path!r} pools without the tokens of an instruction (include_prompt false), which is not "
             "supported: give --add_instruction False, or --pooling_method to pool all tokens"
@@ -432,7 +420,7 @@ def _chosen_pooling(
 
 
 def _load_encoder(path: str, config: EncoderConfig) -> TextEncoder:
-    checkpoint = Checkpoint(path, "encoder", config.cache_dir, config.trust_remote_code, config.allow_pickle)
+    checkpoint = Checkpoint(path, "encoder", **flags_of(Checkpoint, config))
     spec = read_pooling_spec(checkpoint, config.pooling_method is not None)
     tokenizer = _load_tokenizer(checkpoint, config.truncation_side, spec.lower_case)
     decoder = "decoder" in (config.pooling_method or spec.pooling_method or ())

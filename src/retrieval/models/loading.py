@@ -96,7 +96,7 @@ class Checkpoint:
 
     path: str
     what: str
-    cache_dir: str | None = None
+    model_cache_dir: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
     gguf_file: str | None = None
@@ -104,7 +104,7 @@ class Checkpoint:
     @property
     def _options(self) -> dict[str, Any]:
         gguf = {"gguf_file": self.gguf_file} if self.gguf_file is not None else {}
-        return {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code, **gguf}
+        return {"cache_dir": self.model_cache_dir, "trust_remote_code": self.trust_remote_code, **gguf}
 
     def loading(self, part: str = "") -> contextlib.AbstractContextManager[None]:
         """See `loading`."""
@@ -116,7 +116,7 @@ class Checkpoint:
             return cached_file(
                 self.path,
                 name,
-                cache_dir=self.cache_dir,
+                cache_dir=self.model_cache_dir,
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
                 _raise_exceptions_for_gated_repo=False,

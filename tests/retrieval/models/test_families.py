@@ -267,8 +267,8 @@ def test_what_is_pooled_with_an_instruction(tiny_bert, tmp_path):
     expected = SentenceTransformer(folder, device="cpu").encode(TEXTS)
     np.testing.assert_allclose(embed(folder), expected, atol=1e-6)
     with pytest.raises(UserError, match=r"include_prompt false.*--add_instruction False, or --pooling_method"):
-        load_dense_retriever(EncoderConfig(folder, instructed=True))
-    embed(folder, instructed=True, pooling_method=("mean",))
+        load_dense_retriever(EncoderConfig(folder, add_instruction=True))
+    embed(folder, add_instruction=True, pooling_method=("mean",))
 
 
 @pytest.mark.parametrize(
