@@ -77,7 +77,9 @@ def retriever_identity(args: RetrievalArgs, data: EvalData, encoder: EncoderConf
         if args.faiss_index_factory != "Flat":
             identity |= {"index": args.faiss_index_factory, "faiss_search_params": args.faiss_search_params}
         folders = encoder_folders(encoder)
-        identity |= {f"files of the {name}": model_identity(path, encoder.model_cache_dir) for name, path in folders.items()}
+        identity |= {
+            f"files of the {name}": model_identity(path, encoder.model_cache_dir) for name, path in folders.items()
+        }
     elif args.retrieval_method == "bm25":
         identity |= {"k1": args.k1, "b": args.b, "language": args.language}
     else:
