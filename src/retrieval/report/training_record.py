@@ -61,16 +61,11 @@ def encoder_uses(model: DenseRetriever, query_max_length: int, key_max_length: i
 def data_files(sources: Sequence[Source], data_root: str) -> list[DataFile]:
     """List the training files with their hashes, each file read once."""
     hashes = {path: file_hash(path, hashlib.sha256()) for path in {source.rows.path for source in sources}}
-    return [
-        DataFile(
-            name=_short(source.rows.path, data_root),
-            tasks=", ".join(task or "" for task in source.tasks),
-            rows=len(source.rows),
-            in_use=len(source),
-            sha256=hashes[source.rows.path],
-        )
-        for source in sources
-    ]
+    files = []
+    for source in sources:
+        path, tasks = source.rows.path, ", ".join(task or "" for task in source.tasks)
+        files.append(DataFile(_short(path, data_root), tasks, len(source.rows), len(source), hashes[path]))
+    return files
 
 
 def _short(path: str, data_root: str) -> str:
