@@ -148,9 +148,7 @@ def _scan_range(path: str, start: int, end: int, check: RowCheck) -> Scan:
         if not body.strip():
             continue
         row, texts = parse_row(body)
-        values: dict[str, Any] = {}
-        if row is not None:
-            texts, values = check(row)
+        texts, values = (texts, {}) if row is None else check(row)
         problem_count += len(texts)
         problems.extend((line, text[:PROBLEM_LENGTH]) for text in texts[: SHOWN_PROBLEMS - len(problems)])
         places.append((begin, len(body), line))
