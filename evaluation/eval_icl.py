@@ -10,10 +10,11 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 
-from evaluation.runner.args import SAME_TASK, ICLArgs
+from evaluation.runner.args import SAME_TASK, ICLArgs, read_table
 from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
 from evaluation.runner.task import EvalTask
@@ -31,20 +32,6 @@ logger = logging.getLogger(__name__)
 #: Examples and query in lines of their own.
 LAYOUT = Layout(between_parts="\n")
 
-#: The 30 tasks, in nine families.
-FAMILIES = {
-    "closed QA": ("arc_c", "arc_e", "natural_questions"),
-    "commonsense": ("copa", "hellaswag", "piqa"),
-    "coreference": ("winogrande", "wsc", "wsc273"),
-    "paraphrase": ("mrpc", "paws", "qqp"),
-    "NLI": ("mnli_m", "mnli_mm", "qnli", "rte", "snli"),
-    "reading": ("boolq", "multirc", "openbookqa", "squad_v1"),
-    "sentiment": ("sentiment140", "sst2", "yelp"),
-    "data-to-text": ("common_gen", "dart", "e2e_nlg"),
-    "summarisation": ("aeslc", "ag_news", "gigaword"),
-}
-FAMILY_OF = {task: family for family, tasks in FAMILIES.items() for task in tasks}
-
 ACCURACY, BINARY_F1, EXACT_MATCH, ROUGE_L = "accuracy", "f1", "exact_match", "rouge_l"
 #: Tasks whose metric is not accuracy.
 _METRICS = {
@@ -53,6 +40,11 @@ _METRICS = {
     "squad_v1": EXACT_MATCH,
     **dict.fromkeys(("common_gen", "dart", "e2e_nlg", "aeslc", "gigaword"), ROUGE_L),
 }
+
+
+def task_names() -> list[str]:
+    """The 30 tasks, family by family."""
+    return [*chain.from_iterable(read_table("groups")["icl"].values())]
 
 
 def metric_of(task: str) -> str:
@@ -89,8 +81,8 @@ def problems(row: Row) -> list[str]:
     if wrong := text_problems(row, "task_name") + text_list_problems(row, "answers", 1):
         return wrong
     task, options = row["task_name"], row.get("options") or []
-    if task not in FAMILY_OF:
-        return [f"task_name {task!r} is unknown: choose from {', '.join(FAMILY_OF)}"]
+    if task not in task_names():
+        return [f"task_name {task!r} is unknown: choose from {', '.join(task_names())}"]
     if not chooses(task):
         return []
     if wrong := text_list_problems(row, "options") or blank_problems(row, "options"):
@@ -115,7 +107,7 @@ class ICL(EvalTask):
         """Open rows and corpus; of the rows those of ``--task_names``."""
         names = self.args.task_names or ()
         for name in names:
-            check_choice("task_names", name, tuple(FAMILY_OF))
+            check_choice("task_names", name, task_names())
         data = super().load()
         if not names:
             return data
@@ -179,14 +171,14 @@ class ICL(EvalTask):
         for row, values in rows:
             by_task[row["task_name"]].append(values)
         tasks = {}
-        for task in sorted(by_task, key=list(FAMILY_OF).index):
+        for task in sorted(by_task, key=task_names().index):
             metric, values_of = metric_of(task), by_task[task]
             if metric == BINARY_F1:
                 chosen, right = ([values[name] for values in values_of] for name in ("chosen", "right"))
                 tasks[task] = binary_f1(chosen, right)
             else:
                 tasks[task] = mean([values[metric] for values in values_of])
-        return {**tasks, **group_means(tasks, FAMILIES), "average": mean(list(tasks.values()))}
+        return {**tasks, **group_means(tasks, read_table("groups")["icl"]), "average": mean(list(tasks.values()))}
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import chain
 
-from evaluation.runner.args import ChoiceArgs
+from evaluation.runner.args import ChoiceArgs, read_table
 from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
 from evaluation.runner.task import EvalTask, from_train_data
@@ -20,47 +21,18 @@ from src.retrieval.data.rows import FurtherCheck, text_list_problems, text_probl
 LETTERS = ("A", "B", "C", "D")
 LAYOUT = Layout(before_knowledge="Knowledge:\n")
 
-#: The four groups of subjects, as the authors' code has them.
-# fmt: off
-GROUPS = {
-    "STEM": (
-        "abstract_algebra", "astronomy", "college_biology", "college_chemistry", "college_computer_science",
-        "college_mathematics", "college_physics", "computer_security", "conceptual_physics", "electrical_engineering",
-        "elementary_mathematics", "high_school_biology", "high_school_chemistry", "high_school_computer_science",
-        "high_school_mathematics", "high_school_physics", "high_school_statistics", "machine_learning",
-    ),
-    "Social Sciences": (
-        "econometrics", "high_school_geography", "high_school_government_and_politics", "high_school_macroeconomics",
-        "high_school_microeconomics", "high_school_psychology", "human_sexuality", "professional_psychology",
-        "public_relations", "security_studies", "sociology", "us_foreign_policy",
-    ),
-    "Humanities": (
-        "formal_logic", "high_school_european_history", "high_school_us_history", "high_school_world_history",
-        "international_law", "jurisprudence", "logical_fallacies", "moral_disputes", "moral_scenarios", "philosophy",
-        "prehistory", "professional_law", "world_religions",
-    ),
-    "Others": (
-        "anatomy", "business_ethics", "clinical_knowledge", "college_medicine", "global_facts", "human_aging",
-        "management", "marketing", "medical_genetics", "miscellaneous", "nutrition", "professional_accounting",
-        "professional_medicine", "virology",
-    ),
-}
-# fmt: on
-
-#: Group of a subject.
-GROUP_OF = {subject: group for group, subjects in GROUPS.items() for subject in subjects}
-
 
 def subject_of(row: Row) -> str:
-    """Its name as in `GROUP_OF`."""
+    """The subject as groups.yaml names it."""
     return str(row["subject"]).strip().lower().replace(" ", "_")
 
 
 def problems(row: Row) -> list[str]:
     """What is wrong with the fields that this evaluation needs."""
     wrong = text_problems(row, "subject") + text_list_problems(row, "choices", 1)
-    if not wrong and subject_of(row) not in GROUP_OF:
-        wrong.append(f"subject {row['subject']!r} is none of MMLU's: {', '.join(sorted(GROUP_OF))}")
+    subjects = sorted(chain.from_iterable(read_table("groups")["mmlu"].values()))
+    if not wrong and subject_of(row) not in subjects:
+        wrong.append(f"subject {row['subject']!r} is none of MMLU's: {', '.join(subjects)}")
     if not wrong and len(row["choices"]) != len(LETTERS):
         wrong.append(f"field 'choices' needs four options, found {len(row['choices'])}")
     if not isinstance(row.get("answer"), int) or not 0 <= row["answer"] < len(LETTERS):
@@ -108,7 +80,11 @@ class MMLU(EvalTask):
         for row, values in rows:
             by_subject[subject_of(row)].append(values["accuracy"])
         subjects = {subject: mean(values) for subject, values in sorted(by_subject.items())}
-        return {**subjects, **group_means(subjects, GROUPS), "accuracy": mean(list(subjects.values()))}
+        return {
+            **subjects,
+            **group_means(subjects, read_table("groups")["mmlu"]),
+            "accuracy": mean(list(subjects.values())),
+        }
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,9 +32,15 @@ HISTORY_NO_EFFECT = (
 CHUNK_FLAGS = ("context_window_size", "target_length", "chunk_size", "integrate_method", "add_sep")
 
 
+@cache
+def read_table(name: str) -> dict[str, Any]:
+    """Read a table of the evaluations, by evaluation: defaults or groups."""
+    return read_settings(str(Path(__file__).parents[1] / f"{name}.yaml"), name)
+
+
 def default_flags(evaluation: str) -> dict[str, Any]:
-    """Read the defaults of an evaluation that differ from its settings class's; none for one that is not listed."""
-    return read_settings(str(Path(__file__).parents[1] / "defaults.yaml"), "defaults").get(evaluation, {})
+    """The defaults of an evaluation that differ from its settings class's; none for one that is not listed."""
+    return read_table("defaults").get(evaluation, {})
 
 
 @dataclass

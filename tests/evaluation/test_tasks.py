@@ -17,9 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from evaluation import eval_lrlm, eval_tool
 from evaluation.eval_icl import ICL
-from evaluation.eval_mmlu import GROUP_OF, GROUPS
 from evaluation.report import read_results
-from evaluation.runner.args import default_flags
+from evaluation.runner.args import default_flags, read_table
 from evaluation.runner.run import run_task
 from evaluation.runner.text_metrics import binary_f1, contains_answer, exact_match, rouge_l, token_f1
 from evaluation.self_retrieval.chunks import Integration, plan_chunks, windows
@@ -326,13 +325,13 @@ def test_padding_behind_the_end_of_a_text_does_not_show(models, monkeypatch):  #
 
 
 def test_groups_of_mmlu():
-    assert {group: len(subjects) for group, subjects in GROUPS.items()} == {
+    assert {group: len(subjects) for group, subjects in read_table("groups")["mmlu"].items()} == {
         "STEM": 18,
         "Social Sciences": 12,
         "Humanities": 13,
         "Others": 14,
     }
-    assert GROUP_OF["anatomy"] == "Others"
+    assert "anatomy" in read_table("groups")["mmlu"]["Others"]
 
 
 def test_tool_is_retrieval_with_its_own_defaults(evaluate):
