@@ -181,6 +181,14 @@ def raising_together() -> Iterator[None]:
         raise UserError(messages[0]) from failure
 
 
+def gather_sizes(size: int, device: torch.device) -> list[int]:
+    """Every process's `size`, in rank order, by one collective on `device`: training asks at every step."""
+    gathered = torch.full((world_size(), 1), size, device=device)
+    if len(gathered) > 1:
+        dist.all_gather(list(gathered.unbind()), gathered[0].clone())
+    return [int(number) for number in gathered]
+
+
 class _GatherRows(torch.autograd.Function):
     """All-gather along the first axis; backward sums every process's gradient of a row, since each loss uses it."""
 

@@ -73,7 +73,7 @@ def dense_batch_scores(
     # The outputs of chunks, in the order of the batch.
     queries, keys = torch.cat(query_vectors)[query["places"]], torch.cat(key_vectors)[key["places"]]
     batch, group = len(queries), len(keys) // len(queries)
-    sizes, offset = distributed.all_gather_object(batch), 0
+    sizes, offset = distributed.gather_sizes(batch, queries.device), 0
     if negative_cross_device and distributed.world_size() > 1:
         keys = distributed.gather_with_grad(keys, [size * group for size in sizes])
         offset = sum(sizes[: distributed.rank()]) * group
@@ -94,7 +94,7 @@ def ranker_batch_scores(model: nn.Module, inputs: Mapping[str, Any], config: Los
     pair = inputs["pair"]
     scores = torch.cat(model(pair=pair["chunks"]))[pair["places"]].float().view(-1, inputs["group_size"])
     positions = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
-    return BatchScores([scores], positions, 1.0, sum(distributed.all_gather_object(len(scores))))
+    return BatchScores([scores], positions, 1.0, sum(distributed.gather_sizes(len(scores), scores.device)))
 
 
 @dataclass(frozen=True)
