@@ -19,11 +19,7 @@ from src.retrieval.data.rows import FurtherCheck, text_list_problems
 
 
 class QA(EvalTask):
-    """Passages, examples and a question, to be answered in the LM's words.
-
-    Attributes:
-        form: a question and, in examples, its answer.
-    """
+    """Passages, examples and a question, to be answered in the LM's words; `form` is that of a question."""
 
     name = "qa"
     flags = QuestionArgs

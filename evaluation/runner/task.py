@@ -135,9 +135,6 @@ def from_train_data(
 
     `show` turns a row into an example. With a `group` a row's examples are the first rows of its group, in the order of
     the file; without, they are drawn from all rows by ``--seed``.
-
-    Raises:
-        UserError: there are no training rows, or they have problems.
     """
     args, check = task.args, task.check
     if args.few_shot == 0:
