@@ -56,7 +56,7 @@ def main(name: str = "retrieval") -> None:
 
     if args.dry_run:
         model = load_dense_retriever(encoder) if args.retrieval_method == "dense" else None
-        show_plan([*evaluation_lines(args, data, config, device, model), ("output", config.output_dir)])
+        show_plan([*evaluation_lines(data, config, device, model), ("output", config.output_dir)])
         return
 
     @cache

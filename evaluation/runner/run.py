@@ -116,7 +116,7 @@ def task_lines(task: EvalTask, output: str) -> Iterator[Line]:
     args, data = task.args, task.data
     model = load_dense_retriever(task.encoder) if args.retrieval_method == "dense" else None
     if data.corpus is not None:
-        yield from evaluation_lines(args, data, results_config(args), task.device, model)
+        yield from evaluation_lines(data, results_config(args), task.device, model)
     else:
         yield "evaluation", f"{data.rows.path}: {len(data.rows):,} rows, --retrieval_method {args.retrieval_method}"
     if task.asks():

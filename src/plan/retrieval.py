@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from src.plan.memory import ModelSize, activation_bytes, step_counts, training_memory
-from src.retrieval.args import RankerArgs, RetrievalArgs
+from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.models.encode import EncodeConfig
@@ -147,21 +147,13 @@ def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_l
 
 
 def evaluation_lines(
-    args: RetrievalArgs | RankerArgs,
-    data: EvalData,
-    config: EvalConfig,
-    device: torch.device,
-    model: TrainableModel | None,
+    data: EvalData, config: EvalConfig, device: torch.device, model: TrainableModel | None
 ) -> Iterator[Line]:
-    """Queries, passages, tokens and the size of the index of an evaluation.
-
-    Raises:
-        UserError: the requested index or engine is not available.
-    """
-    columns = data.rows.scan.columns
+    """Queries, passages, tokens and the size of the index of an evaluation, which must be available, as its engine."""
+    args, columns = config.args, data.rows.scan.columns
     yield "evaluation", f"{data.rows.path}: {len(data.rows):,} queries (task {data.task or 'none'})"
-    yield "evaluation", f"metrics: {', '.join(config.args.metrics) or 'none'}"
-    if SCORE in config.args.metrics:
+    yield "evaluation", f"metrics: {', '.join(args.metrics) or 'none'}"
+    if SCORE in args.metrics:
         yield "evaluation", f"{int(columns['candidates'].sum()):,} candidates to score"
     if config.rerank and config.ranks:
         yield "evaluation", f"{int(columns['keys'].sum()):,} keys to reorder"
@@ -169,15 +161,15 @@ def evaluation_lines(
         queries = token_counts(model.query_tokenizer, data.queries, args.query_max_length)
         yield "tokens", f"a query: {describe(queries)} (of {len(queries)})"
     if isinstance(args, RetrievalArgs) and data.corpus is not None and not config.rerank:
-        yield from _corpus_lines(args, data, config, device, model)
+        yield from _corpus_lines(data, args, device, model)
 
 
 def _corpus_lines(
-    args: RetrievalArgs, data: EvalData, config: EvalConfig, device: torch.device, model: TrainableModel | None
+    data: EvalData, args: RetrievalArgs, device: torch.device, model: TrainableModel | None
 ) -> Iterator[Line]:
     assert data.corpus is not None
     rows = len(data.corpus)
-    hits = min(config.args.hits or rows, rows)
+    hits = min(args.hits or rows, rows)
     yield "corpus", f"{data.corpus.path}: {rows:,} passages, {hits:,} a query by {args.retrieval_method}"
     if args.retrieval_method == "bm25":
         engine = distributed.on_main(partial(choose_engine, args))

@@ -125,7 +125,7 @@ class Job(ABC, Generic[ArgsT, ModelT]):
             if sources:
                 lines += training_lines(model, training, sources, self.collator(model), resume, data is not None)
             if data is not None:
-                lines += evaluation_lines(args, data, config, device, model)
+                lines += evaluation_lines(data, config, device, model)
             show_plan(lines)
             return
         evaluate_model = None
