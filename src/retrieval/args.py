@@ -202,9 +202,10 @@ class DenseArgs:
         check_choice("truncation_side", self.truncation_side, ("right", "left"))
         for pooling in self.pooling_method:
             check_choice("pooling_method", pooling, POOLING_METHODS)
-        if self.pooling_method not in [[p] for p in POOLING_METHODS[:4]] + [[p, "dense"] for p in POOLING_METHODS[:4]]:
+        first, *rest = self.pooling_method or ["dense"]
+        if first == "dense" or rest not in ([], ["dense"]):
             raise UserError(
-                f"--pooling_method {' '.join(self.pooling_method)}: give one of {', '.join(POOLING_METHODS[:4])}, "
+                f"--pooling_method {' '.join(self.pooling_method)}: give one of {', '.join(POOLING_METHODS[:-1])}, "
                 "optionally followed by dense"
             )
         if self.faiss_search_params is not None and not SEARCH_PARAMETERS.fullmatch(self.faiss_search_params):

@@ -19,6 +19,7 @@ from src.retrieval.models.loading import Checkpoint, loading
 from src.utils.errors import UserError
 from src.utils.files import read_json, read_object, write_json
 
+#: Ways to pool, and the layer that may follow.
 POOLING_METHODS = ("cls", "mean", "last", "decoder", "dense")
 DENSE_METRICS = ("cos", "ip", "l2")
 EMBEDDER_FILE = "embedder.json"
