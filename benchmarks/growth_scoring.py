@@ -66,9 +66,11 @@ def measure(args: argparse.Namespace, size: int) -> dict[str, float]:
             store = ResponseStore(f"{folder}/parts")
             store.open({})
             score_units(model, PromptEncoder(tokenizer, CONTEXT, CONTEXT), data, store, 4 * CONTEXT)
-            assert write_scored(data, store, "teacher_scores", f"{folder}/scored.json") == size
+            write_scored(data, store, "teacher_scores", f"{folder}/scored.json")
 
         seconds = timed(work)
+        with open(f"{folder}/scored.json", encoding="utf-8") as file:
+            assert sum('"teacher_scores"' in line for line in file) == size
     return {"rate": size / seconds, "seconds": seconds}
 
 

@@ -133,8 +133,11 @@ class ICL(EvalTask):
         if missing:
             logger.warning("%s has no example of %s: asked without examples", corpus.path, ", ".join(missing))
 
+        # NumPy would turn a list into an array for every row.
+        arrays = {name: np.array(numbers) for name, numbers in of_task.items()}
+
         def choose(row: Row) -> list[int]:
-            examples = of_task.get(example_task(row["task_name"]), [])
+            examples = arrays.get(example_task(row["task_name"]), ())
             rng = query_rng(args.seed, row["query"])
             return rng.choice(examples, min(args.few_shot, len(examples)), replace=False).tolist()
 

@@ -113,8 +113,9 @@ def read_results(folder: str) -> list[Record]:
 
 def _checked(record: Record) -> Record:
     """A result with names and numbers where a table needs them; one of `NO_RESULT` is raised for others."""
-    arguments = record.get("arguments") or {}
-    if not all(isinstance(name, str) for name in (record.get("model") or "", *(arguments.get("task_names") or ()))):
+    arguments, model = record.get("arguments") or {}, record.get("model")
+    names = arguments.get("task_names") or []
+    if not isinstance(model, str | None) or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise ValueError("a name is no text")
     return {**record, "arguments": arguments, "metrics": _numbers(record["metrics"])}
 

@@ -37,7 +37,7 @@ class EvalTask(ABC):
 
     Attributes:
         name: of the task in logs and reports.
-        flags, defaults: settings class, and what differs from its defaults, where defaults.yaml does not say so.
+        flags, defaults: settings class, and what differs from its defaults, over those of `name` in defaults.yaml.
         check: of the fields that its rows need.
         no_effect: flags that all evaluations take, and that this one has no use for.
         left_out: why rows cannot be asked.
@@ -153,5 +153,6 @@ def from_train_data(
         return lambda row: texts
     groups: dict[str, list[str]] = defaultdict(list)
     for row in pool:
-        groups[group(row)].append(show(row))
-    return lambda row: groups.get(group(row), [])[: args.few_shot]
+        if len(groups[group(row)]) < args.few_shot:
+            groups[group(row)].append(show(row))
+    return lambda row: groups.get(group(row), [])

@@ -56,7 +56,10 @@ class ResponseStore:
         self._identity: dict[str, Any] = {}
 
     def open(self, identity: Mapping[str, Any]) -> None:
-        """Begin, or go on where a run with the same `identity` stopped; all processes together, before any claims."""
+        """Begin, or go on where a run with the same `identity` stopped; a UserError where it had another one.
+
+        All processes together, before any claims.
+        """
         self._identity = {"format": FORMAT, **identity}
         with distributed.raising_together():
             stale = [*self.folder.glob("*.claim")]

@@ -183,9 +183,11 @@ def raising_together() -> Iterator[None]:
 
 def gather_sizes(size: int, device: torch.device) -> list[int]:
     """Every process's `size`, in rank order, by one collective on `device`: training asks at every step."""
+    if world_size() == 1:
+        # Without a tensor, which would wait for the device.
+        return [size]
     gathered = torch.full((world_size(), 1), size, device=device)
-    if len(gathered) > 1:
-        dist.all_gather(list(gathered.unbind()), gathered[0].clone())
+    dist.all_gather(list(gathered.unbind()), gathered[0].clone())
     return [int(number) for number in gathered]
 
 

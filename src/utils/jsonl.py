@@ -50,7 +50,7 @@ class Scan:
     places: np.ndarray
     #: What the row check returned, by name: ``(rows,)`` of any type.
     columns: dict[str, np.ndarray]
-    #: Lines of the file.
+    #: Lines of the part that was scanned; 0 of a scan that was kept or chosen from.
     line_count: int = 0
     #: The first `SHOWN_PROBLEMS` as (line, text), and how many there are in all.
     problems: list[tuple[int, str]] = field(default_factory=list)

@@ -88,7 +88,8 @@ def check_padding(
 ) -> None:
     """Warn where a model in eval mode computes something else of a text alone than beside a longer one.
 
-    `compute` takes token tensors ``(n, length)`` to ``(n, ...)``; `encoded` holds two texts, the longer one last.
+    `compute` takes token tensors ``(n, length)`` to ``(n, ...)``; `encoded` holds two texts, the longer one last. Raise
+    a UserError where the model fails.
     """
     batches = (pad(tokenizer, encoded, places) for places in ([0], [0, 1]))
     inputs = ({name: part.to(model.device) for name, part in batch.items()} for batch in batches)

@@ -159,7 +159,7 @@ def mine_negatives(
         hits: int ``(hits,)`` corpus row numbers, best first.
         scores: fp32 ``(hits,)``.
         text_of: text of a corpus row, without instruction.
-        config: see there.
+        config: see `MiningConfig`.
         body_of: the same without its title, by which positives and the query may be known too.
     """
     filters = _Filters(row, text_of, body_of or text_of, config)

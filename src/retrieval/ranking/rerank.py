@@ -82,7 +82,10 @@ def rerank(data: EvalData, score: PairScorer, most: int | None) -> Iterator[Hits
 
 
 def write_scores(data: EvalData, score: PairScorer, field: str, path: str) -> None:
-    """Write the rows to `path` with the scores of their candidates, in pos + neg (or history) order, as `field`."""
+    """Write the rows to `path` with the scores of their candidates, in pos + neg (or history) order, as `field`.
+
+    Rows have passed `check_eval_row` with ``scoring``; the file is there only when it is complete.
+    """
     counts = data.rows.scan.columns["candidates"]
 
     def texts_of(row: dict[str, Any]) -> list[str]:

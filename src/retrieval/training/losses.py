@@ -110,7 +110,8 @@ def mask_false_negatives(scores: Tensor, positions: Tensor, margin: float) -> Te
     """Set the scores of false negatives ``(B, K)`` to the lowest finite value.
 
     Another query's key is one when it scores above the query's positive plus `margin`, in units of `scores` (the
-    positive-aware filter of NV-Retriever, arXiv 2407.15831, with the student's own scores).
+    positive-aware filter of NV-Retriever, arXiv 2407.15831, with the student's own scores). A query's own keys always
+    stay; below 0 the margin also takes keys that score a little less, such as the same text.
     """
     threshold = scores.detach().gather(1, positions[:, :1]) + margin
     false = (scores.detach() > threshold).scatter(1, positions, False)

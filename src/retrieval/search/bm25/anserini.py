@@ -280,9 +280,12 @@ def check_language(anserini: Anserini, args: BM25Args) -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         write_collection(["a"], Path(name, COLLECTION), 1)
-        command = index_command(anserini, Path(name), args)
-        done = subprocess.run(command, capture_output=True, text=True, env=anserini.environment, check=False)
-    if "DefaultEnglishAnalyzer" in done.stdout + done.stderr:
+        try:
+            text = anserini.run(index_command(anserini, Path(name), args), Path(name, "log"))
+        except UserError as error:
+            # The log goes with the folder.
+            raise UserError(str(error).partition(" (all of it:")[0]) from error
+    if "DefaultEnglishAnalyzer" in text:
         raise UserError(
             f"--language {args.language!r} is unknown to Anserini, which would take it for English: give a "
             "two-letter code such as en, de, fr, es, zh or ar"
