@@ -59,7 +59,9 @@ class DenseJob(Job[RetrievalArgs, DenseRetriever]):
 
     def collator(self, model: DenseRetriever) -> TrainCollator:
         lengths = (self.args.query_max_length, self.args.key_max_length)
-        return TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, ChunkPolicy.from_args(self.training))
+        packers = self.packers(model.query_packer, model.key_packer)
+        policy = ChunkPolicy.from_args(self.training, packed=None not in packers)
+        return TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, policy, *packers)
 
     def score_batch(self, model: DenseRetriever) -> ScoreBatch:
         return partial(

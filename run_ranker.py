@@ -59,7 +59,8 @@ class RankerJob(Job[RankerArgs, CrossEncoder]):
         return load_cross_encoder(RankerConfig.from_args(self.args), new_head=trains)
 
     def collator(self, model: CrossEncoder) -> PairCollator:
-        return PairCollator(model.pairs, ChunkPolicy.from_args(self.training))
+        (packer,) = self.packers(model.packer)
+        return PairCollator(model.pairs, ChunkPolicy.from_args(self.training, packed=packer is not None), packer)
 
     def score_batch(self, model: CrossEncoder) -> ScoreBatch:
         return ranker_batch_scores

@@ -56,7 +56,7 @@ def shown_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments for a result file: a model's folder says nothing to others, its shape does."""
     from transformers import AutoConfig
 
-    shown = {key: value for key, value in vars(args).items() if key not in ("side", "output")}
+    shown = {key: value for key, value in vars(args).items() if key not in ("side", "sides", "output")}
     if os.path.isdir(folder := shown.get("model", "")):
         config = AutoConfig.from_pretrained(folder)
         shown["model"] = f"{config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}"
@@ -105,6 +105,7 @@ def compare(
     unit: str,
     ours: Sequence[str],
     result_name: Callable[[argparse.Namespace], str] | None = None,
+    default: Sequence[str] | None = None,
 ) -> None:
     """Run every side `--repeats` times, in turn and each in a process of its own; print and save the comparison.
 
@@ -116,10 +117,12 @@ def compare(
         unit: of the rate.
         ours: the sides that are ours; the ratio to each of the others is shown.
         result_name: from the arguments to the name of the result file, when it is not the benchmark's.
+        default: the sides that run unless others are named; all when None.
     """
     parser.add_argument("--repeats", type=int, default=3, help="times that each side runs; the median counts")
     parser.add_argument("--threads", type=int, default=1, help="threads of each side")
     parser.add_argument("--output", type=Path, help="result file; below benchmarks/results/ when left out")
+    parser.add_argument("--sides", nargs="+", choices=list(sides), default=list(default or sides))
     parser.add_argument("--side", choices=list(sides), help="run one side here and print its numbers as JSON")
     args = parser.parse_args()
     if args.repeats < 1:
@@ -131,10 +134,11 @@ def compare(
         numbers = found if isinstance(found, Mapping) else {"rate": found}
         print(json.dumps({**peak_mib(), **numbers}))
         return
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    chosen = [name for name in sides if name in args.sides]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     for _ in range(args.repeats):
-        for name in sides:
+        for name in chosen:
             command = [sys.executable, "-m", f"benchmarks.{module}", *sys.argv[1:], "--side", name]
             done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -147,9 +151,9 @@ def compare(
     }
     ratios = {
         f"{mine} / {other}": round(table[mine]["rate"] / table[other]["rate"], 2)
-        for mine in ours
-        for other in sides
-        if other not in ours
+        for mine in chosen
+        for other in chosen
+        if mine in ours and other not in ours
     }
     others = [key for key in next(iter(table.values())) if key != "rate"]
     print(f"\n{'median':<44} {unit:>16}" + "".join(f" {key:>14}" for key in others))

@@ -15,30 +15,35 @@ from sentence_transformers import SentenceTransformer
 
 from benchmarks.common import compare, timed
 from benchmarks.texts import passages
+from src.retrieval.args import RetrievalArgs
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
-from src.retrieval.models.encode import EncodeConfig, encode
+from src.retrieval.models.encode import EncodeConfig
 from src.utils.devices import prepared
 
-OURS, PLAIN = "ours", "plain batches of 1000"
+OURS, PADDED, PLAIN = "ours", "ours-padded", "plain batches of 1000"
+#: Stands for ours with padding.
+PADDED_SIZE = 0
 NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def encoding(args: argparse.Namespace, batch_size: int | None) -> float:
-    """Passages per second; `batch_size` None for ours, 1000 for plain batches, else sentence-transformers'."""
+    """Passages per second; `batch_size` None and `PADDED_SIZE` for ours, 1000 for plain batches, else the peer's."""
     torch.set_num_threads(args.threads)
     texts = passages(args.count)
-    device = prepared(torch.device(args.device)) if batch_size is None else torch.device(args.device)
+    ours_alone = batch_size in (None, PADDED_SIZE)
+    device = prepared(torch.device(args.device)) if ours_alone else torch.device(args.device)
     half = args.dtype != "fp32"
     theirs = SentenceTransformer(
         args.model, device=args.device, model_kwargs={"dtype": getattr(torch, NAMES[args.dtype])}
     )
     theirs.max_seq_length = args.max_length
     model = load_dense_retriever(EncoderConfig(args.model, pooling_method=("mean",))).eval().to(device)
-    config = EncodeConfig(args.max_length, device, args.dtype)
-    ours = partial(encode, model.embed_key, model.key_tokenizer, config=config)
+    flags = RetrievalArgs(dtype=args.dtype, padding_free="false" if batch_size == PADDED_SIZE else "auto")
+    config = EncodeConfig.from_args(flags, args.max_length, device)
+    ours = partial(model.encode_keys, config=config)
     found, expected = ours(texts=texts[:64]).astype(np.float32), theirs.encode(texts[:64], normalize_embeddings=True)
     np.testing.assert_allclose(found, expected.astype(np.float32), atol=2e-2 if half else 1e-5)
-    if batch_size is None:
+    if batch_size in (None, PADDED_SIZE):
         return len(texts) / timed(lambda: ours(texts=texts))
     if batch_size == 1000:
         # In file order: sentence-transformers sorts within one call, so each batch is a call of its own.
@@ -55,9 +60,10 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=256, help="most tokens of a passage")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=list(NAMES), default="fp32", help="of both sides; half ones for GPUs")
-    sides = {OURS: partial(encoding, batch_size=None), PLAIN: partial(encoding, batch_size=1000)}
-    sides |= {f"sentence-transformers, batch {size}": partial(encoding, batch_size=size) for size in (16, 32, 64, 256)}
-    compare("encode", sides, parser, "passages/s", [OURS])
+    sizes = {OURS: None, PADDED: PADDED_SIZE, PLAIN: 1000}
+    sizes |= {f"sentence-transformers, batch {size}": size for size in (16, 32, 64, 256)}
+    sides = {name: partial(encoding, batch_size=size) for name, size in sizes.items()}
+    compare("encode", sides, parser, "passages/s", [OURS, PADDED], default=[name for name in sides if name != PADDED])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from src.retrieval.data.rows import check_lm_row
 from src.utils.devices import prepared
 from src.utils.jsonl import open_jsonl
 
-OURS, PLAIN = "run_lm_score", "file order, all logits"
+OURS, PADDED, PLAIN = "run_lm_score", "run_lm_score-padded", "file order, all logits"
 KEY_LENGTH, CONTEXT = 512, 1024
 
 
@@ -76,7 +76,8 @@ def score_plainly(model: LanguageModel, pairs: list[PromptTokens], size: int) ->
 def measure(args: argparse.Namespace, side: str) -> float:
     """Pairs per second, tokenization included."""
     torch.set_num_threads(args.threads)
-    model = load_lm(LMConfig(LMArgs(args.model), args.dtype, prepared(torch.device(args.device))))
+    flags = LMArgs(args.model, padding_free="auto" if side == OURS else "false")
+    model = load_lm(LMConfig(flags, args.dtype, prepared(torch.device(args.device))))
     encoder = PromptEncoder(model.tokenizer, CONTEXT, KEY_LENGTH)
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/rows.json"
@@ -94,7 +95,7 @@ def measure(args: argparse.Namespace, side: str) -> float:
             pairs = [pair for number in range(len(data.rows)) for pair in encode_row(encoder, data, number) if pair]
             assert len(score_plainly(model, pairs, args.batch_size)) == total
 
-        return total / timed(ours if side == OURS else plain)
+        return total / timed(plain if side == PLAIN else ours)
 
 
 def main() -> None:
@@ -105,8 +106,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
-    sides = {name: (lambda args, name=name: measure(args, name)) for name in (OURS, PLAIN)}
-    compare("lm_score", sides, parser, "pairs/s", [OURS])
+    sides = {name: (lambda args, name=name: measure(args, name)) for name in (OURS, PADDED, PLAIN)}
+    compare("lm_score", sides, parser, "pairs/s", [OURS, PADDED], default=(OURS, PLAIN))
 
 
 if __name__ == "__main__":

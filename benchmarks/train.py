@@ -14,8 +14,7 @@ import json
 import random
 import tempfile
 import time
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +34,23 @@ from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 from benchmarks.common import Numbers, compare, peak_mib, wait_for_device
 from benchmarks.flops import encoder_flops, matmul_rate
 from benchmarks.texts import passages
+from run_dense import DenseJob
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.jobs.train import load_sources
-from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.training.args import RetrievalTrainingArgs
-from src.retrieval.training.collator import ChunkPolicy, TrainCollator
 from src.retrieval.training.dataset import TrainDataset
-from src.retrieval.training.losses import dense_batch_scores
 from src.retrieval.training.trainer import RetrievalTrainer
 from src.utils.cli import parse_args
 from src.utils.devices import prepared
 
 OURS, THEIRS = "ours", "sentence-transformers"
+#: Further flags of run_dense.py, by side.
+OUR_FLAGS: dict[str, tuple] = {
+    OURS: (),
+    "ours-padded": ("--padding_free", False),
+    "ours-compiled": ("--torch_compile", True),
+    "ours-graphs": ("--torch_compile", True, "--torch_compile_mode", "reduce-overhead"),
+}
 TEMPERATURE = 0.01
 QUERY_LENGTH, QUERY_WORDS = 32, 12
 
@@ -151,18 +155,17 @@ class StepClock(TrainerCallback):
         return time.perf_counter()
 
 
-def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], folder: str) -> float:
-    """Seconds of the steps of run_dense.py's training."""
-    flags = our_flags(args, setting, rows, folder)
+def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], folder: str, more: tuple) -> float:
+    """Seconds of the steps of run_dense.py's training with `more` flags."""
+    flags = [*our_flags(args, setting, rows, folder), *map(str, more)]
     (data, training), given = parse_args([RetrievalArgs, RetrievalTrainingArgs], flags)
-    model = load_dense_retriever(EncoderConfig.from_args(data, given))
-    lengths = (QUERY_LENGTH, setting.key_length)
-    collator = TrainCollator(model.query_tokenizer, model.key_tokenizer, *lengths, ChunkPolicy.from_args(training))
-    scores = partial(dense_batch_scores, metric=model.metric, negative_cross_device=training.negative_cross_device)
+    job = DenseJob(data, training, given)
+    model = job.load(trains=True)
     training.set_evaluate("no")
     dataset = TrainDataset(load_sources(data, training), training.seed)
     clock = StepClock(args.warmup)
     prepared(training.device)
+    collator, scores = job.collator(model), job.score_batch(model)
     trainer = RetrievalTrainer(
         model, training, dataset, collator, scores, None, {}, lambda folder, state: None, callbacks=[clock]
     )
@@ -221,9 +224,13 @@ def measure(args: argparse.Namespace, side: str) -> Numbers:
     if not 0 <= args.warmup < args.steps:
         raise SystemExit(f"--warmup {args.warmup}: from 0 to less than --steps {args.steps}")
     setting = SETTINGS[args.setting]
+    setting = replace(setting, batch=args.batch or setting.batch)
     rows = make_rows(setting, setting.batch * args.steps, args.model)
     with tempfile.TemporaryDirectory() as folder:
-        seconds = (train_ours if side == OURS else train_theirs)(args, setting, rows, folder)
+        if side in OUR_FLAGS:
+            seconds = train_ours(args, setting, rows, folder, OUR_FLAGS[side])
+        else:
+            seconds = train_theirs(args, setting, rows, folder)
     share = (args.steps - args.warmup) / args.steps
     numbers = {"rate": share * len(rows) / seconds}
     if args.device != "cpu":
@@ -244,8 +251,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="processes of each side that make batches ahead")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast (fp32 without)")
-    sides = {name: (lambda args, name=name: measure(args, name)) for name in (OURS, THEIRS)}
-    compare("train", sides, parser, "queries/s", [OURS], lambda args: f"train_{args.setting}")
+    parser.add_argument("--batch", type=int, help="queries in a step, where not those of the setting")
+    sides = {name: (lambda args, name=name: measure(args, name)) for name in (*OUR_FLAGS, THEIRS)}
+
+    def result_name(args: argparse.Namespace) -> str:
+        return f"train_{args.setting}" + (f"_{args.batch}" if args.batch else "")
+
+    compare("train", sides, parser, "queries/s", list(OUR_FLAGS), result_name, default=(OURS, THEIRS))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from src.retrieval.args import AttentionArgs
 from src.retrieval.data.rows import ROW_FIELDS
 from src.retrieval.data.tasks import TASKS
 from src.utils.devices import DTYPES
@@ -22,7 +23,7 @@ def _shared(default: object) -> object:
 
 
 @dataclass
-class LMArgs:
+class LMArgs(AttentionArgs):
     """The language model."""
 
     model_name_or_path: str = flag(
@@ -56,6 +57,7 @@ class LMArgs:
     )
 
     def __post_init__(self) -> None:
+        self.check_attention()
         check_choice("padding_side", self.padding_side, SIDES)
         check_choice("truncation_side", self.truncation_side, SIDES)
         check_choice("lm_dtype", self.lm_dtype, DTYPES)

@@ -52,9 +52,11 @@ def collect_work(prompts: Sequence[PromptTokens]) -> list[Work]:
 
 
 def cut_work(
-    work: Sequence[Work], max_tokens: int, max_logits: int, vocabulary: int, padding_side: str
+    work: Sequence[Work], max_tokens: int, max_logits: int, vocabulary: int, padding_side: str, packs: bool = False
 ) -> Iterator[list[Work]]:
-    """Batches of work with equally many answers, longest first, within a budget of padded tokens and of logits.
+    """Batches of work with equally many answers, longest first, within a budget of tokens and of logits.
+
+    Tokens of padding count, unless the model `packs` what has one answer.
 
     A single piece of work may exceed the budget, but not by its number of answers.
     """
@@ -63,9 +65,12 @@ def cut_work(
         grown = [*batch, each]
         number, longest = len(each.answers), max(other.longest for other in grown)
         copies = max(other.copies for other in grown)
-        tokens = len(grown) * copies * (max(len(other.prompt) for other in grown) + longest)
+        if packed := packs and number == 1:
+            tokens = sum(other.width for other in grown)
+        else:
+            tokens = len(grown) * copies * (max(len(other.prompt) for other in grown) + longest)
         # Rows padded on the right end in different columns, each of which needs its logits.
-        spread = grown[0].width - each.width if padding_side == "right" else 0
+        spread = grown[0].width - each.width if padding_side == "right" and not packed else 0
         logits = len(grown) * number * (longest + spread) * vocabulary
         if batch and (number != len(batch[0].answers) or tokens > max_tokens or logits > max_logits):
             yield batch
@@ -94,7 +99,8 @@ def score_prompts(
     max_logits = GPU_LOGITS
     if model.model.device.type == "cpu":
         max_tokens, max_logits = min(max_tokens, CPU_BATCH_TOKENS), CPU_LOGITS
-    for batch in cut_work(collect_work(prompts), max_tokens, max_logits, model.vocabulary, model.padding_side):
+    work, packs = collect_work(prompts), model.packer is not None
+    for batch in cut_work(work, max_tokens, max_logits, model.vocabulary, model.padding_side, packs):
         scores = score_batch(model, batch)
         for number, score in scores.items():
             if not np.isfinite(score):

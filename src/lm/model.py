@@ -31,6 +31,8 @@ from transformers.cache_utils import DynamicLayer
 from src.lm.args import LMArgs
 from src.retrieval.models.checks import check_vocabulary, position_limit
 from src.retrieval.models.loading import Checkpoint, loading
+from src.retrieval.models.packed_attention import enable, model_inputs, packer_of
+from src.retrieval.models.packing import Packer, packs, to_device
 from src.utils import distributed
 from src.utils.devices import DTYPES
 from src.utils.errors import UserError
@@ -65,7 +67,8 @@ class LanguageModel:
     """A causal or encoder-decoder LM in eval mode. Padding, batching and sharing of prompts change no score.
 
     `add_position_ids` passes position numbers even where the model does not need them; `pads_left`: prompts of unlike
-    length may be padded on the left (see `honours_left_padding`).
+    length may be padded on the left (see `honours_left_padding`); `packer` packs prompts with one answer each, where
+    the model can do without padding.
     """
 
     def __init__(
@@ -75,11 +78,13 @@ class LanguageModel:
         padding_side: str = "left",
         add_position_ids: bool = False,
         pads_left: bool = True,
+        packer: Packer | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.padding_side = padding_side
         self.pads_left = pads_left
+        self.packer = packer
         self.encoder_decoder: bool = bool(model.config.is_encoder_decoder)
         self._knows_positions = _takes(model, "position_ids")
         self._needs_positions = self._knows_positions and (padding_side == "left" or add_position_ids)
@@ -98,6 +103,8 @@ class LanguageModel:
         if self.encoder_decoder:
             return self._decoded_scores(self._encode(prompts), answers)
         rows = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+        if self.packer is not None:
+            return self._packed_scores(self.packer, rows, answers)
         ids, mask = self._pad(rows, self.padding_side)
         before = [ids.shape[1] - len(row) if self.padding_side == "left" else 0 for row in rows]
         firsts = [skipped + len(prompt) - 1 for skipped, prompt in zip(before, prompts, strict=True)]
@@ -113,6 +120,21 @@ class LanguageModel:
         places = [columns.index(first) for first in firsts]
         parts = [own[place:] for own, place in zip(logits, places, strict=True)]
         return _per_token(_sums(parts, answers), answers)
+
+    def _packed_scores(
+        self, packer: Packer, rows: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+    ) -> np.ndarray:
+        """Scores of the answers that end `rows`, without padding."""
+        self._check_known(rows)
+        tokens = to_device(packer({"input_ids": list(rows)}, range(len(rows))), self.model.device)
+        ends = np.cumsum([len(row) for row in rows])
+        spans = [range(end - len(answer) - 1, end - 1) for end, answer in zip(ends, answers, strict=True)]
+        columns = [column for span in spans for column in span]
+        inputs = model_inputs(self.model, tokens)
+        logits = self.model(**inputs, use_cache=False, **self._keep(columns)).logits[0]
+        if not self._keeps_logits:
+            logits = logits[columns]
+        return _per_token(_sums(logits.split([len(answer) for answer in answers]), answers), answers)
 
     @torch.no_grad()
     def shared_answer_scores(
@@ -198,12 +220,8 @@ class LanguageModel:
 
     def _pad(self, rows: Sequence[Sequence[int]], side: str) -> tuple[Tensor, Tensor]:
         """Token ids and mask, int64 ``(n, width)``."""
+        self._check_known(rows)
         # What stands under the mask is never looked at; a padding token may be missing, or beyond the vocabulary.
-        if (largest := max(max(row, default=0) for row in rows)) >= self.embeddings:
-            raise UserError(
-                f"a prompt spells out {self.tokenizer.convert_ids_to_tokens(largest)!r}, a token of the tokenizer that "
-                "the language model does not know: take it out of the data"
-            )
         width = max(map(len, rows))
         ids = torch.zeros((len(rows), width), dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -212,6 +230,13 @@ class LanguageModel:
             ids[number, part] = torch.tensor(row, dtype=torch.int64)
             mask[number, part] = 1
         return ids.to(self.model.device), mask.to(self.model.device)
+
+    def _check_known(self, rows: Sequence[Sequence[int]]) -> None:
+        if (largest := max(max(row, default=0) for row in rows)) >= self.embeddings:
+            raise UserError(
+                f"a prompt spells out {self.tokenizer.convert_ids_to_tokens(largest)!r}, a token of the tokenizer that "
+                "the language model does not know: take it out of the data"
+            )
 
 
 def _takes(model: PreTrainedModel, name: str) -> bool:
@@ -301,7 +326,7 @@ def load_lm(config: LMConfig) -> LanguageModel:
     # How a model likes to sample (temperature, penalties) is no part of an evaluation; where its texts end is.
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     model.eval()
-    side, pads_left, name = args.padding_side, True, args.model_name_or_path
+    side, pads_left, packer, name = args.padding_side, True, None, args.model_name_or_path
     if not model_config.is_encoder_decoder:
         with loading(name, WHAT):
             check_causal(model, name)
@@ -309,7 +334,9 @@ def load_lm(config: LMConfig) -> LanguageModel:
         if side == "left" and not pads_left:
             side = "right"
             logger.info("%s ignores the mask of padding on the left: it is padded on the right", name)
-    return LanguageModel(model, tokenizer, side, args.add_position_ids, pads_left)
+    if packs(args.padding_free, config.device, config.dtype != "fp32"):
+        packer = packer_of(model.base_model, tokenizer, name, args.padding_free, enable)
+    return LanguageModel(model, tokenizer, side, args.add_position_ids, pads_left, packer)
 
 
 @torch.no_grad()

@@ -21,6 +21,8 @@ METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg", "collate
 RANKER_METHODS = ("cross-encoder",)
 RETRIEVAL_METHODS = ("dense", "bm25", "random", "no")
 BM25_BACKENDS = ("auto", "anserini", "embedded")
+PADDING_FREE = ("auto", "true", "false")
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 SEARCH_PARAMETERS = re.compile(r"\w+=[1-9]\d{0,8}(,\w+=[1-9]\d{0,8})*")
 
 
@@ -153,8 +155,35 @@ class BM25Args:
     load_collection: bool = flag(False, "BM25: index the collection folder that Anserini's last run wrote.")
 
 
+@dataclass(kw_only=True)
+class AttentionArgs:
+    """How a transformer computes attention."""
+
+    padding_free: str = flag(
+        "auto",
+        "Texts of a batch go through the model without padding, as one sequence: auto (in half precision on a GPU, "
+        "where the model can), True (anywhere, slow on a CPU) or False.",
+    )
+    attn_implementation: str | None = flag(
+        None, f"Attention of transformers: {', '.join(ATTENTION)} (flash ones need the package; None: its default)."
+    )
+
+    def check_attention(self) -> None:
+        """Refuse unknown words, and attention that needs padding beside --padding_free True."""
+        self.padding_free = str(self.padding_free).lower()
+        check_choice("padding_free", self.padding_free, PADDING_FREE)
+        check_choice("attn_implementation", self.attn_implementation, ATTENTION)
+        if self.attn_implementation in ("eager", "sdpa"):
+            if self.padding_free == "true":
+                raise UserError(
+                    f"--padding_free True does not go with --attn_implementation {self.attn_implementation}, which "
+                    "needs padding: leave one of them out"
+                )
+            self.padding_free = "false"
+
+
 @dataclass
-class DenseArgs:
+class DenseArgs(AttentionArgs):
     """The dual encoder and its index."""
 
     query_encoder: str = flag(
@@ -195,6 +224,7 @@ class DenseArgs:
     cpu: bool = flag(False, "Use the CPU even when there is a GPU.")
 
     def __post_init__(self) -> None:
+        self.check_attention()
         check_name("embedding_name", self.embedding_name, needed=True)
         check_choice("version", self.version, VERSIONS)
         check_choice("dense_metric", self.dense_metric, DENSE_METRICS)
@@ -217,7 +247,7 @@ class DenseArgs:
 
 
 @dataclass
-class RankerArgs(CandidateArgs):
+class RankerArgs(AttentionArgs, CandidateArgs):
     """The reranker."""
 
     ranker: str = flag(
@@ -239,6 +269,7 @@ class RankerArgs(CandidateArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_attention()
         check_choice("ranker_method", self.ranker_method, RANKER_METHODS)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("version", self.version, VERSIONS)

@@ -28,6 +28,7 @@ FOREIGN = {"nproc_per_node", "no-deps"}
 ELSEWHERE = {
     **dict.fromkeys(("load_adapters", "add_adapters", "TextEncoder"), "of a training run, which has the flags"),
     **dict.fromkeys(("_load_encoder", "_read_modules", "_st_pooling"), "of an encoder, where it can be loaded"),
+    "packer_of": "only where the flag insists",
     "_chosen_pooling": "only where instructions are given",
     "DenseRetriever": "of two encoders, which such a command has not",
     **dict.fromkeys(("choose_engine", "find_anserini", "_jar_in", "_jar_of_pyserini"), "only to retrieve"),

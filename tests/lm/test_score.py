@@ -125,13 +125,17 @@ def score(monkeypatch, capsys, caplog):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_equal_the_slow_reference_on_rows_of_all_tasks(kind, models, score, tmp_path):
+def test_scores_equal_the_slow_reference_on_rows_of_all_tasks(kind, models, score, tmp_path, caplog):
     model, tokenizer = load(models[kind])
     rows = [row for task in TASKS for row in toy(task)]
     data = write_rows(tmp_path / "rows.json", rows)
-    for side, batch in (("left", 1), ("left", 64), ("right", 64)):
+    ways = [("left", 1, "auto"), ("left", 64, "auto"), ("right", 64, "auto")]
+    ways += [("left", 64, True), ("right", 1, True)] if kind != "t5" else []
+    for side, batch, packed in ways:
         flags = ["--padding_side", side, "--lm_batch_size", batch, "--answer_select", "first"]
-        score("--eval_data", data, "--model_name_or_path", models[kind], *flags)
+        caplog.clear()
+        printed = score("--eval_data", data, "--model_name_or_path", models[kind], *flags, "--padding_free", packed)
+        assert ("reads texts without padding" in printed) == (packed is True)
         for row, scored in zip(rows, read_rows(tmp_path / "rows.scored.x.json"), strict=True):
             assert {name: value for name, value in scored.items() if name != "teacher_scores"} == row
             wanted = [
@@ -440,6 +444,12 @@ GOOD = {"query": "q", "pos": ["a"], "neg": ["b"], "answers": ["c"], "task": "qa"
 def test_bad_rows(row, message, score, tmp_path):
     data = write_rows(tmp_path / "rows.json", [GOOD, {**GOOD, **row}])
     assert message in score("--eval_data", data, expect=2)
+
+
+def test_a_model_that_needs_padding_is_refused_when_told_to_do_without(models, score, tmp_path):
+    data = write_rows(tmp_path / "rows.json", toy("qa"))
+    flags = ("--eval_data", data, "--model_name_or_path", models["t5"], "--padding_free", True)
+    assert "has a decoder beside the encoder: leave the flag out" in score(*flags, expect=2)
 
 
 def test_bad_flags_and_models(models, score, tmp_path):

@@ -6,7 +6,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +20,7 @@ from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.tasks import load_task_config
 from src.retrieval.jobs.evaluate import check_outputs, evaluate, instructions, load_eval_data, log_file, record
 from src.retrieval.models.checkpoint_folders import checkpoint_to_resume
+from src.retrieval.models.packing import Packer, packs
 from src.retrieval.models.pair_scorer import PairScorer
 from src.retrieval.models.trainable import TrainableModel
 from src.retrieval.ranking.config import SCORE, EvalConfig, metric_names
@@ -67,6 +68,15 @@ class Job(ABC, Generic[ArgsT, ModelT]):
     def reranks(self) -> bool:
         """Whether an evaluation orders each row's keys, in place of retrieving from the corpus."""
         return self.training.eval_method == "rerank"
+
+    def packers(self, *packers: Packer | None) -> list[Packer | None]:
+        """Of a model's packers those to train with: all or none."""
+        training = self.training
+        if not packs(self.args.padding_free, training.device, training.fp16 or training.bf16):
+            return [None] * len(packers)
+        filled = training.compilation is not None and training.compilation.uses_graphs
+        trained_with: list[Packer | None] = [packer and replace(packer, filled=filled) for packer in packers]
+        return [None] * len(packers) if None in packers else trained_with
 
     def check_flags(self) -> None:
         """Refuse flags that contradict each other, before anything is read."""

@@ -17,6 +17,8 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from src.retrieval.models.checks import check_padding, check_vocabulary, counted_positions, position_limit
 from src.retrieval.models.encode import EncodeConfig, compute
 from src.retrieval.models.loading import Checkpoint, inner_folder
+from src.retrieval.models.packed_attention import enable_head, packed_logits, packer_of
+from src.retrieval.models.packing import Packer, is_packed
 from src.retrieval.models.pair_tokenizer import Pair, PairTokenizer, read_layout
 from src.retrieval.models.pooling import read_module_list
 from src.retrieval.models.trainable import TrainableModel, below
@@ -50,6 +52,8 @@ class RankerConfig:
     trust_remote_code: bool = False
     empty: bool = False
     allow_pickle: bool = False
+    padding_free: str = "auto"
+    attn_implementation: str | None = None
 
     @classmethod
     def from_args(cls, args: RankerArgs) -> RankerConfig:
@@ -64,6 +68,8 @@ class CrossEncoder(TrainableModel):
         super().__init__()
         self.backbone = backbone
         self.pairs = pairs
+        #: Packs pairs, where the model can do without padding.
+        self.packer: Packer | None = None
 
     @classmethod
     def from_pretrained(cls, path: str, device: str | torch.device = "cpu", **settings: Any) -> CrossEncoder:
@@ -71,8 +77,9 @@ class CrossEncoder(TrainableModel):
         return load_cross_encoder(RankerConfig(path, **settings), new_head=False).to(device).eval()
 
     def score(self, pairs: Mapping[str, Tensor]) -> Tensor:
-        """Token tensors ``(n, length)`` of pairs to fp32 scores ``(n,)``, the plain logits."""
-        return self.backbone(**pairs).logits.squeeze(-1).float()
+        """Token tensors ``(n, length)`` of pairs, or a packed batch, to fp32 scores ``(n,)``, the plain logits."""
+        logits = packed_logits(self.backbone, pairs) if is_packed(pairs) else self.backbone(**pairs).logits
+        return logits.squeeze(-1).float()
 
     def score_pairs(
         self, pairs: Sequence[Pair], config: EncodeConfig | None = None, bar: tqdm | None = None
@@ -82,7 +89,8 @@ class CrossEncoder(TrainableModel):
         Raise a UserError where scores leave the range of half precision.
         """
         config = config or EncodeConfig(self.pairs.max_length, self.device)
-        windows = compute(self.score, self.pairs, self.pairs.tokenizer, pairs, config, bar, PAIR_WINDOW)
+        tokenizer = self.pairs.tokenizer
+        windows = compute(self.score, self.pairs, tokenizer, pairs, config, bar, PAIR_WINDOW, self.packer)
         scores = np.concatenate([np.empty(0, dtype=np.float32), *windows])
         if not np.isfinite(scores).all():
             raise UserError(f"--dtype {config.dtype}: scores leave the range of half precision, use --dtype fp32")
@@ -143,6 +151,7 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
     if not config.empty:
         texts = ranker.pairs([("a", "b"), ("a", "b c d e f g h i")])
         check_padding(ranker.score, tokenizer, texts, backbone, checkpoint)
+        ranker.packer = packer_of(backbone, tokenizer, path, config.padding_free, enable_head)
     return ranker
 
 

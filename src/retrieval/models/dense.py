@@ -43,6 +43,8 @@ from src.retrieval.models.lora import (
     merged_weights,
     save_adapters,
 )
+from src.retrieval.models.packed_attention import enable, packed_states, packer_of
+from src.retrieval.models.packing import STARTS, Packer, is_packed, join, pool_packed
 from src.retrieval.models.padding import pad
 from src.retrieval.models.pooling import (
     DENSE_FOLDER,
@@ -100,6 +102,9 @@ class EncoderConfig:
     #: A dense layer that the encoder lacks is made, to be trained.
     new_dense: bool = False
     add_instruction: bool = False
+    #: ``auto``, ``true`` or ``false``; see `packer_of`.
+    padding_free: str = "auto"
+    attn_implementation: str | None = None
 
     @classmethod
     def from_args(
@@ -116,7 +121,10 @@ class EncoderConfig:
 
 
 class TextEncoder(nn.Module):
-    """A transformer, a pooling method (see `pooling.pool`, maybe followed by ``dense``) and its layer."""
+    """A transformer, a pooling method (see `pooling.pool`, maybe followed by ``dense``) and its layer.
+
+    `packer` packs texts, where the transformer can do without padding.
+    """
 
     def __init__(
         self,
@@ -135,6 +143,7 @@ class TextEncoder(nn.Module):
         self.pooled_width = pooled_width
         self.metric = metric
         self.dense: DenseLayer | None = None
+        self.packer: Packer | None = None
 
     @property
     def width(self) -> int:
@@ -142,9 +151,12 @@ class TextEncoder(nn.Module):
         return self.dense.linear.out_features if self.dense is not None else self.pooled_width
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Token tensors ``(n, length)`` to vectors ``(n, D)``."""
-        states = _states(self.backbone, self.pooling_method[0], inputs)
-        pooled = pool(states, inputs["attention_mask"], self.pooling_method[0])
+        """Token tensors ``(n, length)``, or a packed batch of n texts, to vectors ``(n, D)``."""
+        method = self.pooling_method[0]
+        if is_packed(inputs):
+            pooled = pool_packed(packed_states(self.backbone, inputs), inputs[STARTS], method)
+        else:
+            pooled = pool(_states(self.backbone, method, inputs), inputs["attention_mask"], method)
         return pooled if self.dense is None else self.dense(pooled)
 
     def save(self, folder: str, name: str, state: Mapping[str, Tensor]) -> None:
@@ -244,6 +256,16 @@ class DenseRetriever(TrainableModel):
         return self.encoders[self.key_name].tokenizer
 
     @property
+    def query_packer(self) -> Packer | None:
+        """Packer of queries, where their encoder can do without padding."""
+        return self.encoders[self.query_name].packer
+
+    @property
+    def key_packer(self) -> Packer | None:
+        """Packer of keys, where their encoder can do without padding."""
+        return self.encoders[self.key_name].packer
+
+    @property
     def backbones(self) -> list[PreTrainedModel]:
         """The transformers of the encoders."""
         return [encoder.backbone for encoder in self.encoders.values()]
@@ -265,14 +287,14 @@ class DenseRetriever(TrainableModel):
     ) -> np.ndarray:
         """Embed texts, instruction included, of at most 256 tokens in fp32 when `config` is None; see `encode`."""
         config = config or EncodeConfig(DEFAULT_LENGTH, self.device)
-        return encode(self.embed_query, self.query_tokenizer, texts, config, bar)
+        return encode(self.embed_query, self.query_tokenizer, texts, config, bar, self.query_packer)
 
     def encode_keys(
         self, texts: Sequence[str], config: EncodeConfig | None = None, bar: tqdm | None = None
     ) -> np.ndarray:
         """Embed texts as `encode_queries` does, by the key encoder."""
         config = config or EncodeConfig(DEFAULT_LENGTH, self.device)
-        return encode(self.embed_key, self.key_tokenizer, texts, config, bar)
+        return encode(self.embed_key, self.key_tokenizer, texts, config, bar, self.key_packer)
 
     def similarity(self, queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """Compare vectors ``(B, D)`` and ``(K, D)`` by the metric: fp32 ``(B, K)``, higher is more alike."""
@@ -281,7 +303,14 @@ class DenseRetriever(TrainableModel):
     def forward(
         self, query: Sequence[Mapping[str, Tensor]], key: Sequence[Mapping[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Chunks of queries and of keys, token tensors ``(n, length)``, to fp32 vectors ``(n, D)`` of each chunk."""
+        """Chunks of queries and of keys, token tensors ``(n, length)``, to fp32 vectors ``(n, D)`` of each chunk.
+
+        Packed chunks of a tied encoder go through it in one pass.
+        """
+        chunks = [*query, *key]
+        if self.query_name == self.key_name and all(map(is_packed, chunks)):
+            vectors = self.embed_key(join(chunks)).split([len(chunk[STARTS]) - 1 for chunk in chunks])
+            return list(vectors[: len(query)]), list(vectors[len(query) :])
         return [self.embed_query(chunk) for chunk in query], [self.embed_key(chunk) for chunk in key]
 
     def save(self, folder: str, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -444,6 +473,7 @@ def _load_encoder(path: str, config: EncoderConfig) -> TextEncoder:
     encoder = TextEncoder(path, tokenizer, backbone, methods, width, metric)
     if not config.empty:
         check_padding(encoder, tokenizer, tokenizer(["a", "a b c d e f g h"]), backbone, checkpoint)
+        encoder.packer = packer_of(backbone, tokenizer, path, config.padding_free, enable)
     if config.lora is not None:
         add_adapters(backbone, config.lora)
     if "dense" in methods:

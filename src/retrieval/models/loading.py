@@ -100,11 +100,16 @@ class Checkpoint:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     gguf_file: str | None = None
+    attn_implementation: str | None = None
 
     @property
     def _options(self) -> dict[str, Any]:
         gguf = {"gguf_file": self.gguf_file} if self.gguf_file is not None else {}
         return {"cache_dir": self.model_cache_dir, "trust_remote_code": self.trust_remote_code, **gguf}
+
+    @property
+    def _attention(self) -> dict[str, Any]:
+        return {"attn_implementation": self.attn_implementation} if self.attn_implementation is not None else {}
 
     def loading(self, part: str = "") -> contextlib.AbstractContextManager[None]:
         """See `loading`."""
@@ -175,6 +180,7 @@ class Checkpoint:
                 use_safetensors=None if self.allow_pickle else True,
                 output_loading_info=True,
                 **self._options,
+                **self._attention,
                 **options,
             )
         return model, sorted(info["missing_keys"])
@@ -217,7 +223,7 @@ class Checkpoint:
             if quantization := getattr(config, "quantization_config", None):
                 AutoHfQuantizer.from_config(quantization).validate_environment()
             code = {"trust_remote_code": self.trust_remote_code}
-            return auto_class.from_config(config, dtype=torch.float32, **code, **options)
+            return auto_class.from_config(config, dtype=torch.float32, **code, **self._attention, **options)
 
     def check_weights(self, config: PretrainedConfig | None) -> None:
         """Refuse weights that are damaged or only in a pickle, and adapters that transformers would load unasked."""

@@ -13,6 +13,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+#: What is padded and packed here; other fields are those of a tokenizer of its own kind.
+TOKEN_FIELDS = {"input_ids", "token_type_ids", "attention_mask"}
+#: Token ids of one text.
+TokenRow = Sequence[int] | np.ndarray
+
+
+def flat(rows: Sequence[TokenRow]) -> np.ndarray:
+    """Join rows of numbers: int64 ``(total,)``."""
+    if all(isinstance(row, np.ndarray) for row in rows):
+        return np.concatenate(rows).astype(np.int64) if rows else np.empty(0, np.int64)
+    return np.fromiter(chain.from_iterable(rows), np.int64)
+
 
 def pad(
     tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, list], positions: Sequence[int] | np.ndarray
@@ -20,7 +32,7 @@ def pad(
     """Pad some of the sequences on the right to the longest of them, as ``tokenizer.pad`` does it.
 
     Args:
-        encoded: ``input_ids`` and the like, a list per sequence; a mask may be left out.
+        encoded: ``input_ids`` and the like, a list or an array per sequence; a mask may be left out.
         positions: which sequences, at least one.
 
     Returns:
@@ -36,7 +48,7 @@ def pad(
     padded = {}
     for name, values in rows.items():
         tokens = np.full(is_token.shape, fill[name], dtype=np.int64)
-        tokens[is_token] = np.fromiter(chain.from_iterable(values), np.int64, lengths.sum())
+        tokens[is_token] = flat(values)
         padded[name] = torch.from_numpy(tokens)
     if "attention_mask" in tokenizer.model_input_names and "attention_mask" not in padded:
         padded["attention_mask"] = torch.from_numpy(is_token.astype(np.int64))

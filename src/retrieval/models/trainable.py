@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+#: Modes of torch.compile that use CUDA graphs: kernels are replayed, for shapes that were seen before.
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """How torch.compile treats the layers of a transformer."""
+
+    backend: str = "inductor"
+    mode: str | None = None
+
+    @classmethod
+    def from_flags(cls, compiles: bool, backend: str | None, mode: str | None) -> Compilation | None:
+        """Settings by --torch_compile, which a backend or a mode implies; None without any."""
+        return cls(backend or "inductor", mode) if compiles or backend or mode else None
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether shapes must be few and come again."""
+        return self.mode in GRAPH_MODES
 
 
 class TrainableModel(nn.Module, ABC):
@@ -34,6 +60,16 @@ class TrainableModel(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the weights lie."""
         return next(self.parameters()).device
+
+    def compile_layers(self, compilation: Compilation) -> None:
+        """Compile what runs the layers of each transformer; it compiles when it first runs."""
+        for backbone in self.backbones:
+            layers = _longest_list(backbone)
+            above = backbone.get_submodule(layers.rpartition(".")[0])
+            kind = "CUDA graphs of few shapes" if compilation.uses_graphs else "any number of tokens"
+            compiled = "%s is compiled (%s, for %s): the first steps take longer"
+            logger.info(compiled, type(above).__name__, compilation.backend, kind)
+            above.compile(backend=compilation.backend, mode=compilation.mode, dynamic=not compilation.uses_graphs)
 
     @property
     def _no_split_modules(self) -> set[str]:
@@ -62,8 +98,13 @@ def _layer_classes(backbone: PreTrainedModel) -> set[str]:
     named = {type(module).__name__ for module in backbone.modules()} & set(backbone._no_split_modules or ())
     if named:
         return named
-    lists = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
-    return {type(layer).__name__ for layer in max(lists, key=len, default=())}
+    return {type(layer).__name__ for layer in backbone.get_submodule(_longest_list(backbone)).children()}
+
+
+def _longest_list(backbone: PreTrainedModel) -> str:
+    """The name of the longest list of modules in a transformer, its layers."""
+    lists = {name: len(module) for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)}
+    return max(lists, key=lists.__getitem__)
 
 
 def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

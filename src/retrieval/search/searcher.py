@@ -19,7 +19,7 @@ from tqdm import tqdm
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import EvalData, Texts
 from src.retrieval.models.dense import DenseRetriever
-from src.retrieval.models.encode import EncodeConfig, encode, progress
+from src.retrieval.models.encode import EncodeConfig, progress
 from src.retrieval.search.exact import ExactIndex, Index, VectorShard, merge_hits, no_hits
 from src.retrieval.search.faiss_index import FaissIndex, check_factory
 from src.retrieval.search.vector_store import VectorStore, create_store, finish_store, load_store, vectors_made_from
@@ -76,7 +76,7 @@ class DenseSearcher:
         local = np.empty((0, vector_width(self.model)), dtype=np.float32)
         if len(part):
             texts = queries[part.start : part.stop]
-            local = encode(self.model.embed_query, self.model.query_tokenizer, texts, self.config)
+            local = self.model.encode_queries(texts, self.config)
         return np.concatenate(distributed.all_gather_object(local.astype(np.float32, copy=False)))
 
 
@@ -130,7 +130,7 @@ def _shards(
     """This process's share of the vectors: encoded into memory, or on the disk."""
 
     def encode_part(part: range, bar: tqdm) -> np.ndarray:
-        return encode(model.embed_key, model.key_tokenizer, corpus.part(part), config, bar)
+        return model.encode_keys(corpus.part(part), config, bar)
 
     if args.load_encode:
         store = distributed.on_main(partial(load_store, folder, made_from))

@@ -21,6 +21,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from src.retrieval.data.tasks import SELECT_NEGATIVE, SELECT_POSITIVE
 from src.retrieval.models.lora import ALL_LINEAR
+from src.retrieval.models.trainable import Compilation
 from src.retrieval.training import sharding
 from src.utils import distributed
 from src.utils.errors import UserError, first_line
@@ -35,6 +36,7 @@ INFERRED = (
     *("use_cpu", "fp16", "warmup_steps", "eval_strategy", "eval_steps", "gradient_checkpointing"),
     *("activation_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
     *("length_split_tokens", "disable_tqdm", "metric_for_best_model", "greater_is_better"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
 )
 #: Flags of transformers that act on losses, batches or models of other kinds, and the value that leaves them alone.
 WITHOUT_EFFECT = {
@@ -193,6 +195,11 @@ class RetrievalTrainingArgs(TrainingArguments):
             self.eval_steps = self.save_steps
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+        #: How the layers are compiled, if they are. The Trainer would compile all around them, too.
+        self.compilation = Compilation.from_flags(
+            self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
+        )
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         with self._naming(*self._VALID_DICT_FIELDS):
             super().__post_init__()
             configured = cast("AcceleratorConfig", self.accelerator_config)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from src.retrieval.models.packing import Packer
 from src.retrieval.models.padding import pad
 from src.retrieval.models.pair_tokenizer import PairTokenizer
 from src.retrieval.training.args import CPU_SPLIT_TOKENS, GPU_SPLIT_TOKENS, RetrievalTrainingArgs
@@ -29,9 +30,12 @@ class ChunkPolicy:
     split_tokens: int = 0
 
     @classmethod
-    def from_args(cls, training: RetrievalTrainingArgs) -> ChunkPolicy:
-        """Take --grad_cache_chunk_size and --length_split_tokens, whose default depends on the device."""
-        split_tokens = training.length_split_tokens
+    def from_args(cls, training: RetrievalTrainingArgs, packed: bool = False) -> ChunkPolicy:
+        """Take --grad_cache_chunk_size and --length_split_tokens, whose default depends on the device.
+
+        Texts that are `packed` have no padding to save.
+        """
+        split_tokens = 0 if packed else training.length_split_tokens
         if split_tokens is None:
             split_tokens = CPU_SPLIT_TOKENS if training.use_cpu else GPU_SPLIT_TOKENS
         return cls(max_texts=training.grad_cache_chunk_size, split_tokens=split_tokens)
@@ -74,23 +78,31 @@ def _split(piece: np.ndarray, lengths: np.ndarray, split_tokens: int) -> list[np
     return np.split(piece, cuts[::-1][1:])
 
 
-def pad_chunks(tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, list], policy: ChunkPolicy) -> dict[str, Any]:
-    """Cut token sequences (``input_ids`` and the like, a list per text) into padded chunks.
+def token_chunks(
+    tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, list], policy: ChunkPolicy, packer: Packer | None = None
+) -> dict[str, Any]:
+    """Cut token sequences (``input_ids`` and the like, a list per text) into chunks, packed by `packer` or padded.
 
-    Return ``chunks``, dictionaries of int64 tensors ``(n, longest of the chunk)``, and ``places``: int64 ``(texts,)``,
-    where each text stands when the chunks are joined.
+    Return ``chunks``, dictionaries of int64 tensors ``(n, longest of the chunk)`` or packed batches, and ``places``:
+    int64 ``(texts,)``, where each text stands when the chunks are joined.
     """
     cut = cut_by_length([len(ids) for ids in encoded["input_ids"]], policy)
     places = np.empty(len(encoded["input_ids"]), dtype=np.int64)
     places[np.concatenate(cut)] = np.arange(len(places))
-    return {"chunks": [pad(tokenizer, encoded, part) for part in cut], "places": torch.from_numpy(places)}
+    chunks = [packer(encoded, part) if packer else pad(tokenizer, encoded, part) for part in cut]
+    return {"chunks": chunks, "places": torch.from_numpy(places)}
 
 
 def tokenize_chunks(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, policy: ChunkPolicy
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int,
+    policy: ChunkPolicy,
+    packer: Packer | None = None,
 ) -> dict[str, Any]:
-    """Tokenize texts, truncated to `max_length` tokens; see `pad_chunks`."""
-    return pad_chunks(tokenizer, dict(tokenizer(list(texts), truncation=True, max_length=max_length)), policy)
+    """Tokenize texts, truncated to `max_length` tokens; see `token_chunks`."""
+    encoded = dict(tokenizer(list(texts), truncation=True, max_length=max_length))
+    return token_chunks(tokenizer, encoded, policy, packer)
 
 
 def teacher_scores(examples: Sequence[TrainExample]) -> Tensor | None:
@@ -104,7 +116,7 @@ def teacher_scores(examples: Sequence[TrainExample]) -> Tensor | None:
 class TrainCollator:
     """Tokenizes B examples for a dual encoder.
 
-    Returns ``query`` (B texts) and ``key`` (B*N texts, groups one after the other) as chunks (see `pad_chunks`),
+    Returns ``query`` (B texts) and ``key`` (B*N texts, groups one after the other) as chunks (see `token_chunks`),
     ``teacher_scores``, and ``source``, the number of the first example's file, by which the loss settings are chosen.
     """
 
@@ -113,12 +125,16 @@ class TrainCollator:
     query_max_length: int
     key_max_length: int
     policy: ChunkPolicy = ChunkPolicy()
+    query_packer: Packer | None = None
+    key_packer: Packer | None = None
 
     def __call__(self, examples: Sequence[TrainExample]) -> dict[str, Any]:
         queries, keys = [e.query for e in examples], [key for e in examples for key in e.keys]
         return {
-            "query": tokenize_chunks(self.query_tokenizer, queries, self.query_max_length, self.policy),
-            "key": tokenize_chunks(self.key_tokenizer, keys, self.key_max_length, self.policy),
+            "query": tokenize_chunks(
+                self.query_tokenizer, queries, self.query_max_length, self.policy, self.query_packer
+            ),
+            "key": tokenize_chunks(self.key_tokenizer, keys, self.key_max_length, self.policy, self.key_packer),
             "teacher_scores": teacher_scores(examples),
             "source": examples[0].source,
         }
@@ -134,11 +150,12 @@ class PairCollator:
 
     pairs: PairTokenizer
     policy: ChunkPolicy = ChunkPolicy()
+    packer: Packer | None = None
 
     def __call__(self, examples: Sequence[TrainExample]) -> dict[str, Any]:
         encoded = self.pairs([(example.query, key) for example in examples for key in example.keys])
         return {
-            "pair": pad_chunks(self.pairs.tokenizer, encoded, self.policy),
+            "pair": token_chunks(self.pairs.tokenizer, encoded, self.policy, self.packer),
             "group_size": len(examples[0].keys),
             "teacher_scores": teacher_scores(examples),
             "source": examples[0].source,

@@ -92,6 +92,9 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             callbacks=[StopCallback(), *callbacks],
         )
         load_unsharded()
+        self._uses_graphs = args.compilation is not None and args.compilation.uses_graphs
+        if args.compilation is not None:
+            model.compile_layers(args.compilation)
         self.score_batch = score_batch
         self.evaluate_model = evaluate_model
         self._on_meta = meta_copy(self.model) if evaluate_model and args.sharded == 3 else None
@@ -158,6 +161,8 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **kwargs: Any) -> Tensor:
         """Forward and backward over one batch, chunk by chunk when asked to (see `GradCache`)."""
+        if self._uses_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         cached = GradCache(model, self.model) if self.args.grad_cache_chunk_size else None
         # The Trainer scales the loss and backpropagates it, with GradCache up to the vectors.
         loss = super().training_step(cached or model, inputs, *rest, **kwargs)
@@ -226,7 +231,9 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         if self._on_meta is not None:
             # Each process holds a part of the weights.
             model = filled(self._on_meta, full_state(self.model, device), device)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluate_model(model).items()}
+        # Batches of all shapes would use up what CUDA graphs are kept for.
+        with torch.compiler.set_stance("force_eager" if self._uses_graphs else "default"):
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.evaluate_model(model).items()}
         # Where it is a copy, its memory is needed again.
         del model
         self.model.train(was_training)

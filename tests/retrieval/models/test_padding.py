@@ -48,9 +48,10 @@ def test_as_the_tokenizer_pads(tokenizer, positions, more, without_mask):
         assert torch.equal(tensor, wanted[name]), name
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 13, 16])
-def test_windows_begin_small_and_hold_every_text_once(tokenizer, count, monkeypatch):
-    monkeypatch.setattr(encode, "FIRST_WINDOW", 2)
+def test_windows_begin_small_and_hold_every_text_once(tokenizer, count, workers, monkeypatch):
+    monkeypatch.setattr(encode, "PIECE", 2)
     texts = ["a" * (1 + 7 * number % 5) + "b" * (number % 3) for number in range(count)]
     asked: list[int] = []
 
@@ -61,11 +62,14 @@ def test_windows_begin_small_and_hold_every_text_once(tokenizer, count, monkeypa
     def lengths(tokens: dict[str, torch.Tensor]) -> torch.Tensor:
         return (tokens["input_ids"] != tokenizer.pad_token_id).sum(1)
 
-    config = encode.EncodeConfig(64, torch.device("cpu"), batch_tokens=20)
+    config = encode.EncodeConfig(64, torch.device("cpu"), batch_tokens=20, workers=workers)
     with tqdm(total=count, disable=False, file=io.StringIO()) as bar:
         found = list(encode.compute(lengths, tokenize, tokenizer, texts, config, bar, window=5))
         assert bar.n == count
-    assert asked == {0: [], 1: [1], 2: [2], 3: [2, 1], 13: [2, 4, 5, 2], 16: [2, 4, 5, 5]}[count]
-    assert [len(part) for part in found] == asked
+    # Two texts are too few for processes.
+    in_workers = workers > 0 and count > 2
+    assert asked == ([] if in_workers else [2] * (count // 2) + [1] * (count % 2))
+    windows = {0: [], 1: [1], 2: [2], 3: [2, 1], 13: [2, 4, 4, 3], 16: [2, 4, 4, 4, 2]}
+    assert [len(part) for part in found] == windows[count]
     wanted = [len(ids) for ids in tokenizer(texts)["input_ids"]] if texts else []
     assert [int(value) for part in found for value in part] == wanted

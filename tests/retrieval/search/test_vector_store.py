@@ -15,8 +15,8 @@ import torch
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import EvalData, load_corpus
 from src.retrieval.data.tasks import no_instruction
-from src.retrieval.models.encode import encode
-from src.retrieval.search import searcher, vector_store
+from src.retrieval.models.dense import DenseRetriever
+from src.retrieval.search import vector_store
 from src.retrieval.search.searcher import dense_searcher
 from src.retrieval.search.vector_store import VectorStore, create_store, finish_store, load_store
 from src.utils.errors import UserError
@@ -117,13 +117,13 @@ def test_interrupted_encoding_goes_on_where_it_stopped(tmp_path, small_shards, m
     args = RetrievalArgs(save_encode=True, key_max_length=32)
     seen: list[str] = []
 
-    def counting(embed, tokenizer, texts, *rest):
+    def counting(texts, *rest):
         if len(seen) >= limit:
             raise KeyboardInterrupt
         seen.extend(texts[0 : len(texts)])
-        return encode(embed, tokenizer, texts, *rest)
+        return DenseRetriever.encode_keys(model, texts, *rest)
 
-    monkeypatch.setattr(searcher, "encode", counting)
+    monkeypatch.setattr(model, "encode_keys", counting)
     limit = 6
     with pytest.raises(KeyboardInterrupt):
         dense_searcher(args, data, str(tmp_path), torch.device("cpu"), model)

@@ -125,6 +125,13 @@ def test_trains_like_ddp(bench: Bench, uninterrupted: dict[int, Path], stage: in
         assert_close(uninterrupted[stage] / f"checkpoint-{step}", bench.whole(2) / f"checkpoint-{step}")
 
 
+def test_texts_without_padding_train_like_ddp(bench: Bench, tmp_path: Path):
+    for name, engine in (("ddp", ()), ("zero", zero(3))):
+        packed = ("--padding_free", True, "--early_exit_steps", 2)
+        assert "without padding" in bench.train(tmp_path / name, 2, None, *engine, *packed)
+    assert_close(tmp_path / "zero" / "checkpoint-2", tmp_path / "ddp" / "checkpoint-2")
+
+
 def test_offloading_trains_like_ddp(bench: Bench, tmp_path: Path):
     bench.train(tmp_path, 2, None, *zero("3_offload"), "--early_exit_steps", 2)
     assert_close(tmp_path / "checkpoint-2", bench.whole(2) / "checkpoint-2")

@@ -25,7 +25,7 @@ from src.lm.args import LMArgs
 from src.lm.generate import Decoding, generate
 from src.lm.model import LMConfig, load_lm
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
-from src.retrieval.models.encode import EncodeConfig, encode
+from src.retrieval.models.encode import EncodeConfig
 from src.retrieval.search.exact import ExactIndex, VectorShard
 from src.retrieval.search.faiss_index import FaissIndex
 from tests.conftest import VOCABULARY, make_tokenizer
@@ -87,6 +87,11 @@ def distance(one: Path, other: Path, start: Path) -> float:
         (("--fp16", False, "--grad_cache_chunk_size", 3), 1e-4),
         (("--fp16", False, "--torch_compile", True), 1e-2),
         (("--fp16", True), 0.05),
+        (("--fp16", True, "--padding_free", False), 0.05),
+        (("--fp16", False, "--padding_free", True), 1e-4),
+        (("--bf16", True, "--padding_free", False), 0.2),
+        (("--bf16", True, "--torch_compile", True), 0.2),
+        (("--bf16", True, "--torch_compile", True, "--torch_compile_mode", "reduce-overhead"), 0.2),
         (("--bf16", True), 0.2),
         (("--fp16", True, "--grad_cache_chunk_size", 3), 0.05),
         (("--tf32", True, "--fp16", False), 0.02),
@@ -139,9 +144,11 @@ def test_deepspeed_goes_the_way_of_plain_training(bench: Bench, tmp_path: Path, 
 def test_vectors_are_those_of_the_cpu(tiny_bert: str, dtype: str, most: float):
     texts = [row["query"] * (1 + number % 5) for number, row in enumerate(make_rows(70, random.Random(0)))]
     found = []
-    for config in (EncodeConfig(64, CPU), EncodeConfig(64, GPU, dtype, batch_tokens=500)):
+    on_gpu = EncodeConfig(64, GPU, dtype, batch_tokens=500, packs=dtype != "fp32", workers=2)
+    for config in (EncodeConfig(64, CPU), on_gpu):
         model = load_dense_retriever(EncoderConfig(tiny_bert)).eval().to(config.device)
-        found.append(encode(model.embed_key, model.key_tokenizer, texts, config))
+        assert model.key_packer is not None
+        found.append(model.encode_keys(texts, config))
     assert found[1].dtype == np.dtype(config.stored_dtype)
     np.testing.assert_allclose(found[1].astype(np.float32), found[0], atol=most)
 

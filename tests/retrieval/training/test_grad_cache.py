@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
-from src.retrieval.training.collator import ChunkPolicy, cut_by_length, pad_chunks, tokenize_chunks
+from src.retrieval.training.collator import ChunkPolicy, cut_by_length, token_chunks, tokenize_chunks
 from src.retrieval.training.grad_cache import GradCache
 from tests.helpers import environment, run
 from tests.training_bench import Bench, assert_same_checkpoint, weights, without_dropout, write_data
@@ -147,7 +147,7 @@ def test_random_numbers_go_on_as_after_the_first_pass(tiny_bert):
 def test_texts_without_tokens_among_the_chunks(tiny_llama, pooling):
     """As of a tokenizer that adds no special tokens."""
     model = load_dense_retriever(EncoderConfig(tiny_llama, pooling_method=(pooling,))).train()
-    tokens = pad_chunks(model.key_tokenizer, {"input_ids": [[], [7, 8, 9], [], [7, 8]]}, ChunkPolicy(2, 1))
+    tokens = token_chunks(model.key_tokenizer, {"input_ids": [[], [7, 8, 9], [], [7, 8]]}, ChunkPolicy(2, 1))
     assert [chunk["input_ids"].shape[1] for chunk in tokens["chunks"]] == [3, 1]
     cached = GradCache(model, model)
     queries, keys = (

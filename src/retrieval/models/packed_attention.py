@@ -1,0 +1,281 @@
+"""Models over batches without padding (see `packing`): what they compute of a text is what they compute of it alone.
+
+Transformers' attention is replaced by one that is told where each text begins, by PyTorch's flash kernel on a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from src.retrieval.models.checks import counted_positions, position_limit
+from src.retrieval.models.packing import LONGEST, STARTS, Packer, pool_packed, to_device
+from src.utils.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
+
+#: Name under which transformers knows `attention`.
+PACKED = "packed"
+#: Dimensions of a head that flash attention takes, at most; multiples of 8.
+FLASH_WIDTH = 256
+#: Most tokens of a text in the trial of a model.
+LONGEST_TRIAL = 512
+
+
+class PackingError(Exception):
+    """A model cannot take packed batches; says why."""
+
+
+#: A batch of tokens → what a model computes of it.
+Compute = Callable[[Mapping[str, Any]], Tensor]
+
+
+def model_inputs(backbone: PreTrainedModel, tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of the forward of a model, prepared by `enable`, for a packed batch."""
+    starts, longest = tokens[STARTS], tokens[LONGEST]
+    # Models hand a mask of four dimensions on as it is, and make none of their own.
+    ours = backbone.config._attn_implementation == PACKED
+    mask = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=starts.device) if ours else None
+    return {**tokens, "cu_seq_lens_k": starts, "max_length_k": longest, "attention_mask": mask}
+
+
+def packed_states(backbone: PreTrainedModel, tokens: Mapping[str, Any]) -> Tensor:
+    """Run a transformer over a packed batch: token states ``(tokens, D)``."""
+    return backbone(**model_inputs(backbone, tokens)).last_hidden_state[0]
+
+
+def packed_logits(classifier: PreTrainedModel, tokens: Mapping[str, Any]) -> Tensor:
+    """Run a sequence-classification model, prepared by `enable_head`, over a packed batch: ``(texts, labels)``."""
+    if _reads_last_token(classifier):
+        last = pool_packed(packed_states(cast(PreTrainedModel, classifier.base_model), tokens), tokens[STARTS], "last")
+        return classifier.score(last)  # type: ignore[operator]
+    return classifier(**model_inputs(classifier, tokens)).logits
+
+
+def _reads_last_token(classifier: PreTrainedModel) -> bool:
+    """Whether a classification model is a decoder, whose head transformers calls ``score``."""
+    return isinstance(getattr(classifier, "score", None), nn.Linear)
+
+
+def _first_states(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
+    """Show the head above a transformer each packed text as its first token alone: states ``(texts, 1, D)``."""
+    if STARTS in kwargs:
+        output.last_hidden_state = pool_packed(output.last_hidden_state[0], kwargs[STARTS], "cls")[:, None]
+        if getattr(module, "pooler", None) is not None:
+            output.pooler_output = module.pooler(output.last_hidden_state)  # type: ignore[operator]
+    return output
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each text of a packed batch; of a padded batch as transformers' ``sdpa`` does.
+
+    Args:
+        query, key, value: ``(1, heads, tokens, D)``; keys and values may have fewer heads.
+        sliding_window: as transformers' flash attention takes it: so many tokens to each side, the token included.
+
+    Raises:
+        NotImplementedError: a model asks for what this attention does not compute.
+    """
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    if (starts := kwargs.get(STARTS)) is None:
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            is_causal,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+    if unknown := [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]:
+        raise NotImplementedError(f"packed attention has no {unknown[0]}")
+    width = query.shape[-1]
+    if torch.cuda.is_available() and (width % 8 or width > FLASH_WIDTH or value.shape[-1] != width):
+        raise NotImplementedError(f"flash attention has no heads of {width} and {value.shape[-1]} dimensions")
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # Kernels are called past autocast, and rotary positions leave queries and keys in fp32.
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    view = _View(starts, kwargs[LONGEST], causal, None if sliding_window is None else sliding_window - 1)
+    attend = _flash if device == "cuda" and query.dtype in (torch.float16, torch.bfloat16) else _blocks
+    return attend(query, key, value, view, dropout, scaling), None
+
+
+class _View(NamedTuple):
+    """What a token sees: its text, of at most `longest` tokens, and of it so many tokens to each side (`window`)."""
+
+    starts: Tensor
+    longest: int
+    causal: bool
+    window: int | None
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, view: _View, dropout: float, scaling: float | None) -> Tensor:
+    """Attend by PyTorch's flash kernel; the public `varlen_attn` has no dropout."""
+    rows = (states[0].transpose(0, 1) for states in (query, key, value))
+    sides = {}
+    if view.window is not None:
+        sides = {"window_size_left": view.window, "window_size_right": 0 if view.causal else view.window}
+    starts, longest = view.starts, view.longest
+    out = torch.ops.aten._flash_attention_forward(
+        *rows, starts, starts, longest, longest, dropout, view.causal, return_debug_mask=False, scale=scaling, **sides
+    )
+    return out[0][None]
+
+
+# Texts are looked up one by one, which cannot be compiled.
+@torch.compiler.disable
+def _blocks(query: Tensor, key: Tensor, value: Tensor, view: _View, dropout: float, scaling: float | None) -> Tensor:
+    """Attend text by text: slow, for devices and precisions without the flash kernel."""
+    blocks = []
+    for start, end in pairwise(view.starts.tolist()):
+        mask = None
+        if view.window is not None and end - start > view.window:
+            place = torch.arange(end - start, device=query.device)
+            mask = (place[:, None] - place).abs() <= view.window
+            mask = mask.tril() if view.causal else mask
+        block = F.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=view.causal and mask is None,
+            scale=scaling,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        blocks.append(block)
+    return torch.cat(blocks, 2).transpose(1, 2)
+
+
+def packer_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str,
+    padding_free: str,
+    enable: Callable[[PreTrainedModel, int], Packer],
+) -> Packer | None:
+    """Prepare a model for packed batches by `enable` where the flag asks for it; None where it does not or cannot.
+
+    Raises:
+        UserError: the flag insists, and the model cannot.
+    """
+    if padding_free == "false" or (padding_free == "auto" and not torch.cuda.is_available()):
+        return None
+    try:
+        packer = enable(model, tokenizer("a", add_special_tokens=False)["input_ids"][-1])
+    except PackingError as error:
+        reason = f"{path} ({model.config.model_type}) cannot read texts without padding: {error}"
+        if padding_free == "true":
+            raise UserError(f"--padding_free True: {reason}: leave the flag out") from error
+        logger.info("%s", reason)
+        return None
+    logger.info("%s reads texts without padding%s", path, "" if padding_free == "true" else " in half precision")
+    return packer
+
+
+def enable(backbone: PreTrainedModel, token: int) -> Packer:
+    """Let a model take packed batches beside padded ones, once a trial shows that it computes the same of both.
+
+    Args:
+        backbone: in eval mode, with weights, on any device.
+        token: id of any token of text.
+
+    Raises:
+        PackingError: it does not; the model is as it was.
+    """
+    implementation = backbone.config._attn_implementation
+    if backbone.config.is_encoder_decoder:
+        raise PackingError("it has a decoder beside the encoder")
+    if not backbone._can_set_attn_implementation():
+        raise PackingError("its attention cannot be chosen")
+    AttentionInterface.register(PACKED, attention)
+    AttentionMaskInterface.register(PACKED, sdpa_mask)
+    backbone.set_attn_implementation(PACKED)
+    table = counted_positions(backbone)
+    packer = Packer(0 if table is None or table.padding_idx is None else table.padding_idx + 1, token)
+    try:
+        _try(packer, backbone, partial(packed_states, backbone), partial(_states_alone, backbone))
+    except PackingError:
+        backbone.set_attn_implementation(implementation)
+        raise
+    if str(implementation).startswith("flash_attention"):
+        # flash-attn, which transformers calls with the same limits of texts.
+        backbone.set_attn_implementation(implementation)
+    return packer
+
+
+def enable_head(classifier: PreTrainedModel, token: int) -> Packer:
+    """Let a sequence-classification model take packed batches, as `enable` does a plain transformer.
+
+    Raises:
+        PackingError: its head reads more than the first token of a text, or the last one of a decoder.
+    """
+    packer = enable(cast(PreTrainedModel, classifier.base_model), token)
+    hooks = []
+    if not _reads_last_token(classifier):
+        hooks.append(classifier.base_model.register_forward_hook(_first_states, with_kwargs=True))
+    try:
+        _try(packer, classifier, partial(packed_logits, classifier), lambda tokens: classifier(**tokens).logits)
+    except PackingError:
+        for hook in hooks:
+            hook.remove()
+        raise
+    return packer
+
+
+def _states_alone(backbone: PreTrainedModel, tokens: Mapping[str, Tensor]) -> Tensor:
+    """States ``(tokens, D)`` of a padded batch, without the padding."""
+    return backbone(**tokens).last_hidden_state[tokens["attention_mask"].bool()]
+
+
+def _try(packer: Packer, model: PreTrainedModel, packed: Compute, padded: Compute) -> None:
+    """Compare what a model computes of texts of several lengths, packed and padded.
+
+    Raises:
+        PackingError: it differs, or one of them fails.
+    """
+    config = model.config.get_text_config()
+    # One text is longer than what local attention sees.
+    window = min(getattr(config, "sliding_window", None) or 0, LONGEST_TRIAL)
+    lengths = [5, 1, min(window + 8, position_limit(config, model) or LONGEST_TRIAL), 3]
+    rows = [[packer.filler] * length for length in lengths]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    # Heads of decoders look for the padding token.
+    pad_id = config.pad_token_id if isinstance(config.pad_token_id, int) else packer.filler
+    inputs = {"input_ids": torch.where(mask, packer.filler, pad_id), "attention_mask": mask.long()}
+    try:
+        with torch.no_grad():
+            found = packed(to_device(packer({"input_ids": rows}, range(len(rows))), model.device))
+            expected = padded(to_device(inputs, model.device))
+    except Exception as error:
+        # Whatever the code of a model does not expect.
+        raise PackingError(f"it fails on texts without padding: {first_line(error)}") from error
+    tolerance = max(1e-4, 16 * torch.finfo(found.dtype).eps) * float(expected.abs().max())
+    if found.shape != expected.shape or not float((found - expected).abs().max()) <= tolerance:
+        raise PackingError("it computes something else of texts without padding")

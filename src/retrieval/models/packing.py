@@ -1,0 +1,131 @@
+"""Batches without padding: all texts as one sequence of tokens.
+
+A packed batch is a mapping like a padded one, with
+``input_ids`` (and ``position_ids``, maybe ``token_type_ids``) of shape ``(1, tokens)`` and transformers' own names for
+where texts begin: ``cu_seq_lens_q``, int32 ``(texts + 1,)``, and ``max_length_q``, an upper limit of their lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.retrieval.models.padding import TokenRow, flat
+
+#: Where texts begin, under the names that transformers hands through a model to its attention.
+STARTS, LONGEST = "cu_seq_lens_q", "max_length_q"
+#: Texts that fill a batch up, and the least limit of lengths that is said of such a batch.
+FILLERS, LEAST_LIMIT = 64, 512
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Pack the token sequences of one model.
+
+    Attributes:
+        first_position: position number of a text's first token; RoBERTa counts from its padding token on.
+        filler: id of a token that stands where there is no text.
+        filled: add `FILLERS` texts behind those of a batch, so that batches have one of few numbers of tokens, as CUDA
+            graphs need it.
+    """
+
+    first_position: int = 0
+    filler: int = 0
+    filled: bool = False
+
+    def __call__(self, encoded: Mapping[str, list], places: Sequence[int] | np.ndarray) -> dict[str, Any]:
+        """Pack some of the sequences.
+
+        Args:
+            encoded: ``input_ids`` and maybe ``token_type_ids``, a list or an array per sequence.
+            places: which sequences, in which order, at least one.
+
+        Returns:
+            See the module; an empty text is one `filler` token.
+        """
+        rows = _chosen(encoded["input_ids"], places, self.filler)
+        kinds = _chosen(encoded["token_type_ids"], places, 0) if "token_type_ids" in encoded else None
+        longest, texts = max(map(len, rows)), len(rows)
+        if self.filled:
+            fillers = _filler_lengths(sum(map(len, rows)))
+            rows += [[self.filler] * length for length in fillers]
+            kinds = kinds and kinds + [[0] * length for length in fillers]
+            longest = max(LEAST_LIMIT, 1 << (longest - 1).bit_length())
+        lengths = np.array([len(row) for row in rows])
+        starts = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        positions = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths) + self.first_position
+        # Fillers may be longer than what a model has positions for.
+        positions[starts[texts] :] = self.first_position
+        packed: dict[str, Any] = {
+            "input_ids": torch.from_numpy(flat(rows))[None],
+            "position_ids": torch.from_numpy(positions.astype(np.int64))[None],
+            STARTS: torch.from_numpy(starts),
+            LONGEST: longest,
+        }
+        return packed if kinds is None else {**packed, "token_type_ids": torch.from_numpy(flat(kinds))[None]}
+
+
+def _chosen(rows: Sequence[TokenRow], places: Sequence[int] | np.ndarray, filler: int) -> list[TokenRow]:
+    """Some of the rows; one `filler` stands for an empty one."""
+    return [rows[place] if len(rows[place]) else [filler] for place in places]
+
+
+def _filler_lengths(total: int) -> list[int]:
+    """Lengths of the `FILLERS`, at least 1, that bring `total` tokens to one of few numbers, an eighth apart."""
+    size = 256
+    while size < total + FILLERS:
+        size += min(max(size // 8, 128) // 128 * 128, FILLERS * LEAST_LIMIT // 2)
+    each, more = divmod(size - total, FILLERS)
+    return [each + (place < more) for place in range(FILLERS)]
+
+
+def packs(padding_free: str, device: torch.device, half: bool) -> bool:
+    """Whether texts go through a model packed, by the flag of that name; `half`: it computes in half precision."""
+    return padding_free == "true" or (padding_free == "auto" and device.type == "cuda" and half)
+
+
+def to_device(tokens: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copy a batch of tokens to a device, without waiting for it."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in tokens.items()
+    }
+
+
+def pinned(tokens: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a batch of tokens where a GPU can fetch it while it computes."""
+    return {name: value.pin_memory() if isinstance(value, Tensor) else value for name, value in tokens.items()}
+
+
+def is_packed(tokens: Mapping[str, Any]) -> bool:
+    """Whether a batch of tokens is packed."""
+    return STARTS in tokens
+
+
+def join(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join packed batches to one, their texts one after the other."""
+    if len(batches) == 1:
+        return dict(batches[0])
+    joined: dict[str, Any] = {
+        name: torch.cat([batch[name] for batch in batches], 1) for name in batches[0] if name not in (STARTS, LONGEST)
+    }
+    parts, offset = [batches[0][STARTS][:1]], 0
+    for batch in batches:
+        parts.append(batch[STARTS][1:] + offset)
+        offset += batch["input_ids"].shape[1]
+    return {**joined, STARTS: torch.cat(parts), LONGEST: max(batch[LONGEST] for batch in batches)}
+
+
+def pool_packed(states: Tensor, starts: Tensor, method: str) -> Tensor:
+    """Pool token states ``(tokens, D)`` of a packed batch to ``(texts, D)`` by ``cls``, ``mean`` or ``last``."""
+    if method == "cls":
+        return states[starts[:-1].long()]
+    if method == "last":
+        return states[starts[1:].long() - 1]
+    return torch.segment_reduce(states.float(), "mean", offsets=starts.long(), axis=0).to(states.dtype)
