@@ -157,6 +157,8 @@ def _pieces(
         collate_fn=_as_it_is,
         num_workers=workers,
         worker_init_fn=_one_thread,
+        # The seed of workers is drawn from it, not from the random state of training.
+        generator=torch.Generator(),
         multiprocessing_context="fork",
     )
     return iter(loader)

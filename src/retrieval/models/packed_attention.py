@@ -6,11 +6,12 @@ Transformers' attention is replaced by one that is told where each text begins, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from src.retrieval.models.checks import counted_positions, position_limit
 from src.retrieval.models.packing import LONGEST, STARTS, Packer, pool_packed, to_device
+from src.retrieval.models.padding import flat
 from src.utils.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -28,8 +30,9 @@ logger = logging.getLogger(__name__)
 PACKED = "packed"
 #: Dimensions of a head that flash attention takes, at most; multiples of 8.
 FLASH_WIDTH = 256
-#: Most tokens of a text in the trial of a model.
+#: Most tokens of a text in the trial of a model, and what these are drawn from.
 LONGEST_TRIAL = 512
+SAMPLE = "Seven quick brown foxes jump over the lazy dog, 42 times a day; why would anyone count them?"
 
 
 class PackingError(Exception):
@@ -57,9 +60,18 @@ def packed_states(backbone: PreTrainedModel, tokens: Mapping[str, Any]) -> Tenso
 def packed_logits(classifier: PreTrainedModel, tokens: Mapping[str, Any]) -> Tensor:
     """Run a sequence-classification model, prepared by `enable_head`, over a packed batch: ``(texts, labels)``."""
     if _reads_last_token(classifier):
-        last = pool_packed(packed_states(cast(PreTrainedModel, classifier.base_model), tokens), tokens[STARTS], "last")
-        return classifier.score(last)  # type: ignore[operator]
+        states = packed_states(cast(PreTrainedModel, classifier.base_model), tokens)
+        return classifier.score(states[_last_places(classifier, tokens)])  # type: ignore[operator]
     return classifier(**model_inputs(classifier, tokens)).logits
+
+
+def _last_places(classifier: PreTrainedModel, tokens: Mapping[str, Any]) -> Tensor:
+    """Where the head of a decoder reads each text: at its last token that is not the padding token, as padded."""
+    ids, starts = tokens["input_ids"][0], tokens[STARTS].long()
+    places = torch.arange(len(ids), device=ids.device)
+    if (padding := classifier.config.get_text_config().pad_token_id) is not None:
+        places = places.where(ids != padding, -1).cummax(0).values
+    return places[starts[1:] - 1].maximum(starts[:-1])
 
 
 def _reads_last_token(classifier: PreTrainedModel) -> bool:
@@ -178,7 +190,7 @@ def packer_of(
     tokenizer: PreTrainedTokenizerBase,
     path: str,
     padding_free: str,
-    enable: Callable[[PreTrainedModel, int], Packer],
+    enable: Callable[[PreTrainedModel, Sequence[int]], Packer],
 ) -> Packer | None:
     """Prepare a model for packed batches by `enable` where the flag asks for it; None where it does not or cannot.
 
@@ -188,7 +200,7 @@ def packer_of(
     if padding_free == "false" or (padding_free == "auto" and not torch.cuda.is_available()):
         return None
     try:
-        packer = enable(model, tokenizer("a", add_special_tokens=False)["input_ids"][-1])
+        packer = enable(model, tokenizer(SAMPLE, add_special_tokens=False)["input_ids"])
     except PackingError as error:
         reason = f"{path} ({model.config.model_type}) cannot read texts without padding: {error}"
         if padding_free == "true":
@@ -199,12 +211,12 @@ def packer_of(
     return packer
 
 
-def enable(backbone: PreTrainedModel, token: int) -> Packer:
+def enable(backbone: PreTrainedModel, tokens: Sequence[int]) -> Packer:
     """Let a model take packed batches beside padded ones, once a trial shows that it computes the same of both.
 
     Args:
         backbone: in eval mode, with weights, on any device.
-        token: id of any token of text.
+        tokens: ids of some tokens of text, among which the trial draws: with one alone attention would not matter.
 
     Raises:
         PackingError: it does not; the model is as it was.
@@ -212,15 +224,17 @@ def enable(backbone: PreTrainedModel, token: int) -> Packer:
     implementation = backbone.config._attn_implementation
     if backbone.config.is_encoder_decoder:
         raise PackingError("it has a decoder beside the encoder")
+    if getattr(backbone.config.get_text_config(), "attention_chunk_size", None) is not None:
+        raise PackingError("its attention goes by chunks of a text")
     if not backbone._can_set_attn_implementation():
         raise PackingError("its attention cannot be chosen")
     AttentionInterface.register(PACKED, attention)
     AttentionMaskInterface.register(PACKED, sdpa_mask)
     backbone.set_attn_implementation(PACKED)
     table = counted_positions(backbone)
-    packer = Packer(0 if table is None or table.padding_idx is None else table.padding_idx + 1, token)
+    packer = Packer(0 if table is None or table.padding_idx is None else table.padding_idx + 1, tokens[0])
     try:
-        _try(packer, backbone, partial(packed_states, backbone), partial(_states_alone, backbone))
+        _try(packer, backbone, partial(packed_states, backbone), partial(_states_alone, backbone), tokens)
     except PackingError:
         backbone.set_attn_implementation(implementation)
         raise
@@ -230,18 +244,18 @@ def enable(backbone: PreTrainedModel, token: int) -> Packer:
     return packer
 
 
-def enable_head(classifier: PreTrainedModel, token: int) -> Packer:
+def enable_head(classifier: PreTrainedModel, tokens: Sequence[int]) -> Packer:
     """Let a sequence-classification model take packed batches, as `enable` does a plain transformer.
 
     Raises:
         PackingError: its head reads more than the first token of a text, or the last one of a decoder.
     """
-    packer = enable(cast(PreTrainedModel, classifier.base_model), token)
+    packer = enable(cast(PreTrainedModel, classifier.base_model), tokens)
     hooks = []
     if not _reads_last_token(classifier):
         hooks.append(classifier.base_model.register_forward_hook(_first_states, with_kwargs=True))
     try:
-        _try(packer, classifier, partial(packed_logits, classifier), lambda tokens: classifier(**tokens).logits)
+        _try(packer, classifier, partial(packed_logits, classifier), lambda batch: classifier(**batch).logits, tokens)
     except PackingError:
         for hook in hooks:
             hook.remove()
@@ -254,21 +268,30 @@ def _states_alone(backbone: PreTrainedModel, tokens: Mapping[str, Tensor]) -> Te
     return backbone(**tokens).last_hidden_state[tokens["attention_mask"].bool()]
 
 
-def _try(packer: Packer, model: PreTrainedModel, packed: Compute, padded: Compute) -> None:
+def _try(packer: Packer, model: PreTrainedModel, packed: Compute, padded: Compute, tokens: Sequence[int]) -> None:
     """Compare what a model computes of texts of several lengths, packed and padded.
 
     Raises:
         PackingError: it differs, or one of them fails.
     """
     config = model.config.get_text_config()
-    # One text is longer than what local attention sees.
+    # One text is longer than what local attention sees, and all together than what a model has positions for.
     window = min(getattr(config, "sliding_window", None) or 0, LONGEST_TRIAL)
-    lengths = [5, 1, min(window + 8, position_limit(config, model) or LONGEST_TRIAL), 3]
-    rows = [[packer.filler] * length for length in lengths]
+    limit = min(position_limit(config, model) or LONGEST_TRIAL, LONGEST_TRIAL)
+    lengths = [5, 1, min(window + 8, limit), 3]
+    lengths += [limit // 2] * 3
+    rng = np.random.default_rng(0)
+    rows = [rng.choice(tokens, length).tolist() for length in lengths]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    # Heads of decoders look for the padding token.
-    pad_id = config.pad_token_id if isinstance(config.pad_token_id, int) else packer.filler
-    inputs = {"input_ids": torch.where(mask, packer.filler, pad_id), "attention_mask": mask.long()}
+    # Heads of decoders look for the padding token; elsewhere it may lie beyond the vocabulary.
+    table = model.get_input_embeddings()
+    known = isinstance(table, nn.Embedding) and 0 <= (config.pad_token_id or 0) < table.num_embeddings
+    ids = torch.full(mask.shape, (config.pad_token_id or 0) if known else packer.filler)
+    ids[mask] = torch.from_numpy(flat(rows))
+    if known and config.pad_token_id is not None and _reads_last_token(model):
+        # A text may end with it.
+        rows[0][-1] = ids[0, lengths[0] - 1] = config.pad_token_id
+    inputs = {"input_ids": ids, "attention_mask": mask.long()}
     try:
         with torch.no_grad():
             found = packed(to_device(packer({"input_ids": rows}, range(len(rows))), model.device))

@@ -87,7 +87,11 @@ def _filler_lengths(total: int) -> list[int]:
 
 def packs(padding_free: str, device: torch.device, half: bool) -> bool:
     """Whether texts go through a model packed, by the flag of that name; `half`: it computes in half precision."""
-    return padding_free == "true" or (padding_free == "auto" and device.type == "cuda" and half)
+    if padding_free == "auto" and device.type == "cuda" and half:
+        # What the kernel needs.
+        is_new = torch.cuda.get_device_capability(device) >= (8, 0)
+        return is_new and torch.backends.cuda.is_flash_attention_available()
+    return padding_free == "true"
 
 
 def to_device(tokens: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 #: Modes of torch.compile that use CUDA graphs: kernels are replayed, for shapes that were seen before.
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
+#: Shapes that are compiled before the rest runs as it is.
+MOST_SHAPES = 64
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Compilation:
 
     @classmethod
     def from_flags(cls, compiles: bool, backend: str | None, mode: str | None) -> Compilation | None:
-        """Settings by --torch_compile, which a backend or a mode implies; None without any."""
-        return cls(backend or "inductor", mode) if compiles or backend or mode else None
+        """Settings by --torch_compile, which a backend or a mode implies; None without any, or with backend ``no``."""
+        backend = (backend or "inductor").lower() if compiles or backend or mode else "no"
+        return None if backend == "no" else cls(backend, mode)
 
     @property
     def uses_graphs(self) -> bool:
@@ -69,6 +72,9 @@ class TrainableModel(nn.Module, ABC):
             kind = "CUDA graphs of few shapes" if compilation.uses_graphs else "any number of tokens"
             compiled = "%s is compiled (%s, for %s): the first steps take longer"
             logger.info(compiled, type(above).__name__, compilation.backend, kind)
+            if compilation.uses_graphs:
+                # The sums of two of the few totals of queries and keys are some more than the default.
+                torch._dynamo.config.recompile_limit = MOST_SHAPES
             above.compile(backend=compilation.backend, mode=compilation.mode, dynamic=not compilation.uses_graphs)
 
     @property

@@ -98,7 +98,7 @@ def test_states_and_gradients_are_those_of_texts_alone(name: str):
 
     expected = torch.cat(alone(model, texts))
     wanted = gradients(expected)
-    packer = enable(model, token=5)
+    packer = enable(model, tokens=range(3, 40))
     assert model.config._attn_implementation == PACKED
     states = packed_states(model, packer({"input_ids": texts}, range(len(texts))))
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
@@ -116,7 +116,7 @@ def test_half_precision_rounds_no_more_than_padded_batches_do(name: str):
     exact = torch.cat(alone(model, texts))
     with torch.autocast("cpu", torch.bfloat16):
         padded = torch.cat(alone(model, texts)).float()
-        batch = enable(model, token=5)({"input_ids": texts}, range(len(texts)))
+        batch = enable(model, tokens=range(3, 40))({"input_ids": texts}, range(len(texts)))
         packed = packed_states(model, batch).float()
     assert 0 < float((packed - exact).norm()) < 1.5 * float((padded - exact).norm())
 
@@ -127,7 +127,7 @@ def test_other_models_stay_as_they_are(name: str):
     model, texts = build(name, settings), rows()
     implementation, expected = model.config._attn_implementation, torch.cat(alone(model, texts))
     with pytest.raises(PackingError, match=reason):
-        enable(model, token=5)
+        enable(model, tokens=range(3, 40))
     assert model.config._attn_implementation == implementation
     torch.testing.assert_close(torch.cat(alone(model, texts)), expected, rtol=0, atol=0)
 
@@ -139,7 +139,7 @@ def test_scores_of_classifiers_are_those_of_texts_alone(name: str):
     torch.manual_seed(0)
     classifier, texts = AutoModelForSequenceClassification.from_config(config).eval(), rows()
     expected = torch.cat([classifier(input_ids=torch.tensor([row])).logits for row in texts])
-    packer = enable_head(classifier, token=5)
+    packer = enable_head(classifier, tokens=range(3, 40))
     scores = packed_logits(classifier, packer({"input_ids": texts}, range(len(texts))))
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
 
@@ -149,7 +149,7 @@ def test_a_head_that_reads_all_tokens_stays_as_it_is():
     classifier, texts = AutoModelForSequenceClassification.from_config(config).eval(), rows()
     expected = torch.cat([classifier(input_ids=torch.tensor([row])).logits for row in texts])
     with pytest.raises(PackingError):
-        enable_head(classifier, token=5)
+        enable_head(classifier, tokens=range(3, 40))
     found = torch.cat([classifier(input_ids=torch.tensor([row])).logits for row in texts])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
@@ -183,14 +183,14 @@ def test_batches_are_joined_text_after_text():
 
 def test_saved_settings_do_not_name_it(tmp_path: Path):
     model = build("BertModel", BERT)
-    enable(model, token=5)
+    enable(model, tokens=range(3, 40))
     model.save_pretrained(tmp_path)
     assert PACKED not in (tmp_path / "config.json").read_text()
 
 
 def test_dropout_of_attention_acts():
     model = build("BertModel", {**BERT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.5})
-    batch = enable(model, token=5)({"input_ids": rows()}, range(len(LENGTHS)))
+    batch = enable(model, tokens=range(3, 40))({"input_ids": rows()}, range(len(LENGTHS)))
     assert torch.equal(packed_states(model, batch), packed_states(model, batch))
     assert not torch.equal(packed_states(model.train(), batch), packed_states(model, batch))
 
@@ -243,10 +243,10 @@ def test_an_encoder_that_needs_padding(tiny_t5: str, caplog, monkeypatch):
 
 def test_heads_that_flash_attention_does_not_take(monkeypatch):
     model = build("BertModel", {**BERT, "hidden_size": 36})
-    enable(model, token=5)
+    enable(model, tokens=range(3, 40))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(PackingError, match="no heads of 9 and 9 dimensions"):
-        enable(build("BertModel", {**BERT, "hidden_size": 36}), token=5)
+        enable(build("BertModel", {**BERT, "hidden_size": 36}), tokens=range(3, 40))
 
 
 def test_attention_of_transformers_is_taken_as_named(tiny_bert: str):
@@ -262,16 +262,19 @@ def test_attention_of_transformers_is_taken_as_named(tiny_bert: str):
 
 
 @pytest.mark.parametrize(
-    ("flag", "device", "half", "expected"),
+    ("flag", "device", "half", "capability", "expected"),
     [
-        ("auto", "cuda", True, True),
-        ("auto", "cuda", False, False),
-        ("auto", "cpu", True, False),
-        ("true", "cpu", False, True),
-        ("false", "cuda", True, False),
+        ("auto", "cuda", True, (8, 0), True),
+        ("auto", "cuda", True, (7, 5), False),
+        ("auto", "cuda", False, (9, 0), False),
+        ("auto", "cpu", True, (9, 0), False),
+        ("true", "cpu", False, (9, 0), True),
+        ("false", "cuda", True, (9, 0), False),
     ],
 )
-def test_when_texts_are_packed(flag: str, device: str, half: bool, expected: bool):
+def test_when_texts_are_packed(flag, device, half, capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     assert packs(flag, torch.device(device), half) is expected
 
 
@@ -294,7 +297,7 @@ def test_batches_are_filled_up_to_few_totals(total: int):
 
 def test_fillers_change_no_vector():
     model, texts = build("BertModel", BERT), rows()
-    packer = enable(model, token=5)
+    packer = enable(model, tokens=range(3, 40))
     plain, filled = (each({"input_ids": texts}, range(len(texts))) for each in (packer, replace(packer, filled=True)))
     expected = packed_states(model, plain)
     torch.testing.assert_close(packed_states(model, filled)[: len(expected)], expected, rtol=1e-5, atol=1e-6)
@@ -319,7 +322,7 @@ def masked(query, key, value, view, dropout, scaling):
 @pytest.mark.parametrize("name", ["BertModel", "RobertaModel", "DistilBertModel", "ModernBertModel", "MistralModel"])
 def test_layers_are_compiled_once_for_any_number_of_tokens(name: str, monkeypatch):
     model, texts = build(name, FAMILIES[name]), rows()
-    packer = enable(model, token=5)
+    packer = enable(model, tokens=range(3, 40))
     batches = [packer({"input_ids": texts}, range(first, len(texts))) for first in range(4)]
     expected = [packed_states(model, batch) for batch in batches]
     monkeypatch.setattr(packed_attention, "_blocks", masked)
