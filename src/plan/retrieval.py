@@ -19,6 +19,7 @@ from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.models.encode import EncodeConfig
+from src.retrieval.models.packing import is_packed, text_lengths
 from src.retrieval.models.trainable import TrainableModel
 from src.retrieval.ranking.config import SCORE, EvalConfig
 from src.retrieval.search.bm25.choose import choose_engine
@@ -117,10 +118,12 @@ def _chunks(batch: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
 
 def _token_lines(batches: Sequence[Mapping[str, Any]], batches_a_step: int) -> Iterator[Line]:
     chunks = [chunk for batch in batches for chunk in _chunks(batch)]
-    texts = [length for chunk in chunks for length in chunk["attention_mask"].sum(1).tolist()]
+    texts = [length for chunk in chunks for length in text_lengths(chunk)]
     padded = sum(chunk["input_ids"].numel() for chunk in chunks)
-    step, padding = padded / len(batches) * batches_a_step, 1 - sum(texts) / padded
-    yield "tokens", f"about {step:,.0f} a step, {padding:.0%} of them padding (of the first {len(batches)} batches)"
+    step, padding = padded / len(batches) * batches_a_step, f"{1 - sum(texts) / padded:.0%} of them padding"
+    if all(map(is_packed, chunks)):
+        padding = "none of them padding if the model can do without"
+    yield "tokens", f"about {step:,.0f} a step, {padding} (of the first {len(batches)} batches)"
     yield "tokens", f"a text: {describe(texts)}"
 
 
@@ -133,9 +136,9 @@ def _most_activations(
         groups = [[chunk] for group in groups for chunk in group]
         groups += [[part["chunks"][-1] for part in batch.values() if isinstance(part, dict)] for batch in batches]
     checkpointing = bool(training.activation_checkpointing)
-    shapes = [[chunk["input_ids"].shape for chunk in group] for group in groups]
+    shapes = [[(chunk["input_ids"].numel(), max(text_lengths(chunk))) for chunk in group] for group in groups]
     return max(
-        sum(activation_bytes(size, rows * length, length, half, checkpointing) for rows, length in group)
+        sum(activation_bytes(size, tokens, longest, half, checkpointing) for tokens, longest in group)
         for group in shapes
     )
 

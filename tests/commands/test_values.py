@@ -61,6 +61,11 @@ from src.utils.errors import UserError
         ({"dataloader_persistent_workers": True}, "--dataloader_persistent_workers True.*num_workers > 0"),
         ({"dataloader_num_workers": 1, "dataloader_prefetch_factor": 0}, "--dataloader_prefetch_factor must be 1 or"),
         ({"torch_compile": True, "torch_compile_mode": "foo"}, "--torch_compile_mode 'foo' .*reduce-overhead"),
+        (
+            {"torch_compile_mode": "reduce-overhead", "gradient_accumulation_steps": 2},
+            "--torch_compile_mode reduce-overhead does not work with --gradient_accumulation_steps 2",
+        ),
+        ({"torch_compile_mode": "default", "grad_cache_chunk_size": 8}, "does not work with --torch_compile"),
         ({"use_liger_kernel": True}, "--use_liger_kernel True would have no effect"),
         ({"push_to_hub": True}, "--push_to_hub True would have no effect"),
         ({"save_steps": 0}, "--save_steps must be above 0"),

@@ -241,6 +241,11 @@ def test_training(dry, files, tiny_bert, tmp_path):
     # Passages of 1 to 50 letters, a title of one, and 2 special tokens, cut to 32.
     assert "a passage: median 28, 95 % up to 32, max 32 (of 50)" in plan["tokens"][3]
 
+    packed = dry(run_dense.main, *flags, *evaluation, "--query_encoder", bare, "--padding_free", True)
+    assert packed["tokens"][1] == plan["tokens"][1]
+    # All texts of two queries and four keys, twice.
+    assert packed["tokens"][0].startswith(f"about {sum(lengths) / 3 * 2:,.0f} a step, none of them padding if")
+
     plan = dry(run_ranker.main, *flags, "--ranker", bare, "--max_steps", 5, "--query_max_length", 8)
     assert plan["steps"] == ["5 (2.5 epochs of 2), saved every 2000"]
     head = sum(p.numel() for p in load_cross_encoder(RankerConfig(tiny_bert, 32, 32)).parameters())

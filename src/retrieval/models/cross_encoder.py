@@ -151,7 +151,7 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
     if not config.empty:
         texts = ranker.pairs([("a", "b"), ("a", "b c d e f g h i")])
         check_padding(ranker.score, tokenizer, texts, backbone, checkpoint)
-        ranker.packer = packer_of(backbone, tokenizer, path, config.padding_free, enable_head)
+    ranker.packer = packer_of(backbone, tokenizer, path, config.padding_free, enable_head)
     return ranker
 
 

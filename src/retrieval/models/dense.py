@@ -473,7 +473,7 @@ def _load_encoder(path: str, config: EncoderConfig) -> TextEncoder:
     encoder = TextEncoder(path, tokenizer, backbone, methods, width, metric)
     if not config.empty:
         check_padding(encoder, tokenizer, tokenizer(["a", "a b c d e f g h"]), backbone, checkpoint)
-        encoder.packer = packer_of(backbone, tokenizer, path, config.padding_free, enable)
+    encoder.packer = packer_of(backbone, tokenizer, path, config.padding_free, enable)
     if config.lora is not None:
         add_adapters(backbone, config.lora)
     if "dense" in methods:

@@ -215,7 +215,7 @@ def enable(backbone: PreTrainedModel, tokens: Sequence[int]) -> Packer:
     """Let a model take packed batches beside padded ones, once a trial shows that it computes the same of both.
 
     Args:
-        backbone: in eval mode, with weights, on any device.
+        backbone: in eval mode, on any device; of one without weights what its architecture says must do.
         tokens: ids of some tokens of text, among which the trial draws: with one alone attention would not matter.
 
     Raises:
@@ -274,6 +274,8 @@ def _try(packer: Packer, model: PreTrainedModel, packed: Compute, padded: Comput
     Raises:
         PackingError: it differs, or one of them fails.
     """
+    if model.device.type == "meta":
+        return
     config = model.config.get_text_config()
     # One text is longer than what local attention sees, and all together than what a model has positions for.
     window = min(getattr(config, "sliding_window", None) or 0, LONGEST_TRIAL)
@@ -293,7 +295,7 @@ def _try(packer: Packer, model: PreTrainedModel, packed: Compute, padded: Comput
         rows[0][-1] = ids[0, lengths[0] - 1] = config.pad_token_id
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             found = packed(to_device(packer({"input_ids": rows}, range(len(rows))), model.device))
             expected = padded(to_device(inputs, model.device))
     except Exception as error:

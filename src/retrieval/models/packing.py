@@ -112,6 +112,11 @@ def is_packed(tokens: Mapping[str, Any]) -> bool:
     return STARTS in tokens
 
 
+def text_lengths(tokens: Mapping[str, Any]) -> list[int]:
+    """Tokens of each text of a batch, packed or padded; fillers count."""
+    return (tokens[STARTS].diff() if is_packed(tokens) else tokens["attention_mask"].sum(1)).tolist()
+
+
 def join(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Join packed batches to one, their texts one after the other."""
     if len(batches) == 1:

@@ -171,6 +171,10 @@ class RetrievalTrainingArgs(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._given = {name: getattr(self, name) for name in INFERRED}
+        #: How the layers are compiled, if they are. The Trainer would compile all around them, too.
+        self.compilation = Compilation.from_flags(
+            self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
+        )
         self._check_values()
         # Without this a torchrun on a machine without accelerator trains unconnected copies of the model.
         self.use_cpu = self.use_cpu or self.no_cuda or not torch.cuda.is_available()
@@ -195,10 +199,6 @@ class RetrievalTrainingArgs(TrainingArguments):
             self.eval_steps = self.save_steps
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
-        #: How the layers are compiled, if they are. The Trainer would compile all around them, too.
-        self.compilation = Compilation.from_flags(
-            self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
-        )
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         with self._naming(*self._VALID_DICT_FIELDS):
             super().__post_init__()
@@ -243,7 +243,12 @@ class RetrievalTrainingArgs(TrainingArguments):
                 ),
                 f"--grad_cache_chunk_size {self.grad_cache_chunk_size} does not work with --torch_compile, whose "
                 "dropout is not the same in both passes: leave one of them out": (
-                    self.grad_cache_chunk_size and self.torch_compile
+                    self.grad_cache_chunk_size and self.compilation
+                ),
+                f"--torch_compile_mode {self.torch_compile_mode} does not work with --gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}, since a CUDA graph writes over the gradients of the one before: "
+                "leave one of them out": (
+                    self.compilation and self.compilation.uses_graphs and self.gradient_accumulation_steps > 1
                 ),
             }
         )
