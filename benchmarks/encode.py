@@ -37,7 +37,7 @@ def encoding(args: argparse.Namespace, batch_size: int | None) -> float:
         args.model, device=args.device, model_kwargs={"dtype": getattr(torch, NAMES[args.dtype])}
     )
     theirs.max_seq_length = args.max_length
-    model = load_dense_retriever(EncoderConfig(args.model, pooling_method=("mean",))).eval().to(device)
+    model = load_dense_retriever(EncoderConfig(args.model, pooling_method=("mean",))).ready(device, args.dtype)
     flags = RetrievalArgs(dtype=args.dtype, padding_free="false" if batch_size == PADDED_SIZE else "auto")
     config = EncodeConfig.from_args(flags, args.max_length, device)
     ours = partial(model.encode_keys, config=config)

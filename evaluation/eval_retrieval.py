@@ -61,7 +61,7 @@ def main(name: str = "retrieval") -> None:
 
     @cache
     def load_model() -> DenseRetriever:
-        return load_dense_retriever(encoder).to(device).eval()
+        return load_dense_retriever(encoder).ready(device, args.dtype)
 
     config = replace(config, retriever=retriever_identity(args, data, encoder))
     searcher: Callable[[], Searcher] = partial(build_searcher, args, data, device, load_model)

@@ -125,7 +125,7 @@ class EvalTask(ABC):
 
     def load_retriever(self) -> DenseRetriever:
         """Load the encoder."""
-        return load_dense_retriever(self.encoder).to(self.device).eval()
+        return load_dense_retriever(self.encoder).ready(self.device, self.args.dtype)
 
 
 def from_train_data(

@@ -146,7 +146,7 @@ class Job(ABC, Generic[ArgsT, ModelT]):
             with hold_outputs(data, config):
                 self._train(model, sources, evaluate_model, resume)
         elif evaluate_model is not None:
-            evaluate_model(model.to(device).eval())
+            evaluate_model(model.ready(device, args.dtype))
 
     def _evaluate(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import logging
@@ -43,8 +44,8 @@ from src.retrieval.models.lora import (
     merged_weights,
     save_adapters,
 )
-from src.retrieval.models.packed_attention import enable, packed_states, packer_of
-from src.retrieval.models.packing import STARTS, Packer, is_packed, join, pool_packed
+from src.retrieval.models.packed_attention import SAMPLE, enable, packed_states, packer_of
+from src.retrieval.models.packing import STARTS, Packer, is_packed, join, pool_packed, to_device
 from src.retrieval.models.padding import pad
 from src.retrieval.models.pooling import (
     DENSE_FOLDER,
@@ -57,6 +58,7 @@ from src.retrieval.models.pooling import (
 )
 from src.retrieval.models.similarity import similarity
 from src.retrieval.models.trainable import TrainableModel, below
+from src.utils.devices import DTYPES
 from src.utils.errors import UserError
 from src.utils.flags import flags_of
 
@@ -74,6 +76,8 @@ DEFAULT_POOLING = ("cls",)
 DEFAULT_METRIC = "cos"
 #: Most tokens of a text, instruction included.
 DEFAULT_LENGTH = 256
+#: Relative error of vectors in half precision, in roundings of a number, below which they count as exact.
+HALF_ERROR = 2
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,33 @@ class TextEncoder(nn.Module):
         self.metric = metric
         self.dense: DenseLayer | None = None
         self.packer: Packer | None = None
+        self._loaded_fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all weights as they were loaded: the same wherever the folder lies, another after any training."""
+        return self._loaded_fingerprint or weights_fingerprint(self)
+
+    @torch.no_grad()
+    def halve(self, dtype: torch.dtype) -> bool:
+        """Keep the weights in half precision, if vectors then are `HALF_ERROR` away at most; return whether.
+
+        Autocast would convert weights at each use, and compute norms and sums in fp32. The encoder is in eval mode.
+        """
+        encoded = self.tokenizer([SAMPLE[:end] for end in (3, 9, 40, len(SAMPLE))])
+        tokens = to_device(pad(self.tokenizer, encoded, range(len(encoded["input_ids"]))), self.backbone.device)
+        fingerprint, exact, weights = self.fingerprint, self(tokens), [each.data for each in self.parameters()]
+        for each in self.parameters():
+            each.data = each.data.to(dtype)
+        self._loaded_fingerprint = fingerprint
+        with contextlib.suppress(RuntimeError):
+            # A vector that is no number is not less than anything.
+            if (self(tokens) - exact).norm() < HALF_ERROR * torch.finfo(dtype).eps * exact.norm():
+                return True
+        self._loaded_fingerprint = None
+        for each, data in zip(self.parameters(), weights, strict=True):
+            each.data = data
+        return False
 
     @property
     def width(self) -> int:
@@ -152,12 +183,14 @@ class TextEncoder(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Token tensors ``(n, length)``, or a packed batch of n texts, to vectors ``(n, D)``."""
-        method = self.pooling_method[0]
-        if is_packed(inputs):
-            pooled = pool_packed(packed_states(self.backbone, inputs), inputs[STARTS], method)
-        else:
-            pooled = pool(_states(self.backbone, method, inputs), inputs["attention_mask"], method)
-        return pooled if self.dense is None else self.dense(pooled)
+        method, device = self.pooling_method[0], inputs["input_ids"].device.type
+        # Weights in half precision are used as they are.
+        with torch.autocast(device, enabled=False) if self._loaded_fingerprint else contextlib.nullcontext():
+            if is_packed(inputs):
+                pooled = pool_packed(packed_states(self.backbone, inputs), inputs[STARTS], method)
+            else:
+                pooled = pool(_states(self.backbone, method, inputs), inputs["attention_mask"], method)
+            return pooled if self.dense is None else self.dense(pooled)
 
     def save(self, folder: str, name: str, state: Mapping[str, Tensor]) -> None:
         """Write all with weights `state` to ``folder/name``, and adapters alone to ``folder/adapters/name``."""
@@ -239,6 +272,15 @@ class DenseRetriever(TrainableModel):
         tied = not os.path.isdir(os.path.join(path, UNTIED[0]))
         config = EncoderConfig(**{"query_encoder": path, "key_encoder": path, "tie_encoders": tied, **settings})
         return load_dense_retriever(config).to(device).eval()
+
+    def ready(self, device: torch.device, dtype: str) -> DenseRetriever:
+        """See `TrainableModel.ready`; weights are kept in `dtype` on a GPU, where vectors stay as exact."""
+        super().ready(device, dtype)
+        if device.type != "cpu" and dtype != "fp32":
+            for name, encoder in self.encoders.items():
+                kept = dtype if encoder.halve(DTYPES[dtype]) else "fp32, for vectors as exact as they can be"
+                logger.info("%s: weights are kept in %s", name, kept)
+        return self
 
     @property
     def encoders(self) -> dict[str, TextEncoder]:

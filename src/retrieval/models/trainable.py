@@ -6,11 +6,14 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,10 @@ class TrainableModel(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the weights lie."""
         return next(self.parameters()).device
+
+    def ready(self, device: torch.device, dtype: str) -> Self:
+        """Move to a device, in eval mode, for use in a precision (see `DTYPES`) and not for training; return itself."""
+        return self.to(device).eval()
 
     def compile_layers(self, compilation: Compilation) -> None:
         """Compile what runs the layers of each transformer; it compiles when it first runs."""

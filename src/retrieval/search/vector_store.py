@@ -20,7 +20,7 @@ import numpy as np
 
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import EvalData
-from src.retrieval.models.dense import DenseRetriever, weights_fingerprint
+from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.search.exact import VectorShard
 from src.utils import distributed
 from src.utils.errors import UserError, first_line
@@ -42,7 +42,7 @@ def vectors_made_from(args: RetrievalArgs, data: EvalData, model: DenseRetriever
     assert data.corpus is not None
     encoder = model.encoders[model.key_name]
     return {
-        "weights": weights_fingerprint(encoder),
+        "weights": encoder.fingerprint,
         "corpus": file_fingerprint(data.corpus.path),
         "rows": len(data.corpus),
         "key_template": data.key_template,

@@ -273,3 +273,34 @@ def test_untied_encoders_of_different_width_are_refused(tiny_bert, tmp_path):
     AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="vectors of queries have 32 dimensions, those of keys 16"):
         load_dense_retriever(EncoderConfig(tiny_bert, str(tmp_path), tie_encoders=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pooling", [("mean",), ("cls", "dense")])
+def test_weights_in_half_precision_are_used_as_they_are(tiny_llama: str, dtype, pooling):
+    config = EncoderConfig(
+        tiny_llama, pooling_method=pooling, new_dense=True, dense_dim=8 if len(pooling) > 1 else None
+    )
+    model = load_dense_retriever(config).eval()
+    texts = ["a", "hello world", "x" * 200, "one two three"]
+    exact, (encoder,) = model.encode_keys(texts), model.encoders.values()
+    fingerprint = encoder.fingerprint
+    assert encoder.halve(dtype)
+    assert {weight.dtype for weight in encoder.parameters()} == {dtype}
+    assert encoder.fingerprint == fingerprint
+    found = model.encode_keys(texts)
+    assert 0 < np.abs(found - exact).max() < 32 * torch.finfo(dtype).eps
+    with torch.autocast("cpu", dtype):
+        np.testing.assert_array_equal(model.encode_keys(texts), found)
+
+
+def test_weights_that_half_precision_spoils_stay(tiny_bert: str):
+    model = load_dense_retriever(EncoderConfig(tiny_bert)).eval()
+    (encoder,) = model.encoders.values()
+    with torch.no_grad():
+        # Beyond fp16's range, and back.
+        encoder.backbone.encoder.layer[0].intermediate.dense.weight.mul_(1e6)
+        encoder.backbone.encoder.layer[0].output.dense.weight.mul_(1e-6)
+    before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
+    assert not encoder.halve(torch.float16)
+    assert all(torch.equal(weight, before[name]) for name, weight in encoder.state_dict().items())

@@ -146,7 +146,7 @@ def test_vectors_are_those_of_the_cpu(tiny_bert: str, dtype: str, most: float):
     found = []
     on_gpu = EncodeConfig(64, GPU, dtype, batch_tokens=500, packs=dtype != "fp32", workers=2)
     for config in (EncodeConfig(64, CPU), on_gpu):
-        model = load_dense_retriever(EncoderConfig(tiny_bert)).eval().to(config.device)
+        model = load_dense_retriever(EncoderConfig(tiny_bert)).ready(config.device, config.dtype)
         assert model.key_packer is not None
         found.append(model.encode_keys(texts, config))
     assert found[1].dtype == np.dtype(config.stored_dtype)
