@@ -5,7 +5,13 @@ torchrun --nproc_per_node 8 run_dense.py --train_data train.json --output_dir da
 
 from __future__ import annotations
 
-import src  # noqa: F401  # isort: skip  (first: see there)
+from src.retrieval.args import RetrievalArgs
+from src.retrieval.training.flags import training_flags
+from src.utils.cli import answer_early, parse_args, run
+
+if __name__ == "__main__":
+    # Before libraries are imported, which takes seconds.
+    answer_early([RetrievalArgs, training_flags()])
 
 from collections.abc import Iterable
 from functools import partial
@@ -13,7 +19,6 @@ from typing import Any
 
 import torch
 
-from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.jobs.train import Job
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
@@ -27,7 +32,6 @@ from src.retrieval.search.searcher import dense_searcher
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import ChunkPolicy, TrainCollator
 from src.retrieval.training.losses import ScoreBatch, dense_batch_scores
-from src.utils.cli import parse_args, run
 from src.utils.errors import UserError
 
 

@@ -5,7 +5,12 @@ torchrun --nproc_per_node 8 run_lm_score.py --eval_data train.json --model_name_
 
 from __future__ import annotations
 
-import src  # noqa: F401  # isort: skip  (first: see there)
+from src.lm.args import NO_EFFECT, LMScoreArgs
+from src.utils.cli import answer_early, parse_args, run, show_plan
+
+if __name__ == "__main__":
+    # Before libraries are imported, which takes seconds.
+    answer_early([LMScoreArgs])
 
 import logging
 import os
@@ -15,7 +20,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from src.lm.args import NO_EFFECT, LMScoreArgs
 from src.lm.model import LMConfig, empty_lm, lm_max_length, load_lm, load_lm_tokenizer, model_identity
 from src.lm.prompts import PromptEncoder
 from src.lm.response_store import ResponseStore
@@ -24,7 +28,6 @@ from src.plan.lm import lm_lines, scoring_lines
 from src.retrieval.data.rows import LM_CHECK, check_lm_row
 from src.retrieval.data.tasks import TASKS, load_task_config, prompt_task_problems, task_from_path
 from src.utils import distributed, locks
-from src.utils.cli import parse_args, run, show_plan
 from src.utils.display import Line
 from src.utils.errors import UserError
 from src.utils.files import check_output, check_writable, derived_path, existing_file, resolve_path

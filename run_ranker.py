@@ -5,14 +5,19 @@ torchrun --nproc_per_node 8 run_ranker.py --train_data train.json --output_dir d
 
 from __future__ import annotations
 
-import src  # noqa: F401  # isort: skip  (first: see there)
+from src.retrieval.args import RankerArgs
+from src.retrieval.training.flags import training_flags
+from src.utils.cli import answer_early, parse_args, run
+
+if __name__ == "__main__":
+    # Before libraries are imported, which takes seconds.
+    answer_early([RankerArgs, training_flags()])
 
 import logging
 from collections.abc import Iterable
 
 import torch
 
-from src.retrieval.args import RankerArgs
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.jobs.train import Job
 from src.retrieval.models.cross_encoder import FOLDER, CrossEncoder, RankerConfig, load_cross_encoder
@@ -25,7 +30,6 @@ from src.retrieval.report.training_record import Uses
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import ChunkPolicy, PairCollator
 from src.retrieval.training.losses import ScoreBatch, ranker_batch_scores
-from src.utils.cli import parse_args, run
 from src.utils.errors import UserError
 
 logger = logging.getLogger("run_ranker")

@@ -5,6 +5,12 @@ torchrun --nproc_per_node 8 -m evaluation.eval_icl --query_encoder data/outputs/
 
 from __future__ import annotations
 
+from evaluation.runner.args import SAME_TASK, ICLArgs, answer_early, read_table
+
+if __name__ == "__main__":
+    # Before libraries are imported, which takes seconds.
+    answer_early("icl", ICLArgs)
+
 import logging
 import re
 from collections import defaultdict
@@ -14,7 +20,6 @@ from itertools import chain
 
 import numpy as np
 
-from evaluation.runner.args import SAME_TASK, ICLArgs, read_table
 from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
 from evaluation.runner.task import EvalTask

@@ -5,12 +5,17 @@ torchrun --nproc_per_node 8 -m evaluation.eval_lrlm --query_encoder data/outputs
 
 from __future__ import annotations
 
+from evaluation.runner.args import HISTORY_NO_EFFECT, ORACLE, LRLMArgs, answer_early
+
+if __name__ == "__main__":
+    # Before libraries are imported, which takes seconds.
+    answer_early("lrlm", LRLMArgs, (*HISTORY_NO_EFFECT, "add_llama_inst", "use_chat_template"))
+
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from evaluation.runner.args import HISTORY_NO_EFFECT, ORACLE, LRLMArgs
 from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
 from evaluation.self_retrieval.chunks import ChunkPlan, Integration, plan_chunks, windows

@@ -5,11 +5,16 @@ torchrun --nproc_per_node 8 -m evaluation.eval_mmlu --query_encoder data/outputs
 
 from __future__ import annotations
 
+from evaluation.runner.args import ChoiceArgs, answer_early, read_table
+
+if __name__ == "__main__":
+    # Before libraries are imported, which takes seconds.
+    answer_early("mmlu", ChoiceArgs, ())
+
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import chain
 
-from evaluation.runner.args import ChoiceArgs, read_table
 from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
 from evaluation.runner.task import EvalTask, from_train_data

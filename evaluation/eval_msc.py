@@ -5,11 +5,16 @@ torchrun --nproc_per_node 8 -m evaluation.eval_msc --query_encoder data/outputs/
 
 from __future__ import annotations
 
+from evaluation.runner.args import CHUNK_FLAGS, HISTORY_NO_EFFECT, MSCArgs, answer_early
+
+if __name__ == "__main__":
+    # Before libraries are imported, which takes seconds.
+    answer_early("msc", MSCArgs, (*HISTORY_NO_EFFECT, *CHUNK_FLAGS))
+
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from evaluation.runner.args import CHUNK_FLAGS, HISTORY_NO_EFFECT, MSCArgs
 from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
 from evaluation.self_retrieval.history import Case, FromPast, in_order

@@ -5,6 +5,12 @@ torchrun --nproc_per_node 8 -m evaluation.eval_popqa --query_encoder data/output
 
 from __future__ import annotations
 
+from evaluation.runner.args import QuestionArgs, answer_early
+
+if __name__ == "__main__":
+    # Before libraries are imported, which takes seconds.
+    answer_early("popqa", QuestionArgs)
+
 import json
 from collections.abc import Callable, Sequence
 from itertools import chain

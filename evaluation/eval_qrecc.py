@@ -5,10 +5,15 @@ torchrun --nproc_per_node 8 -m evaluation.eval_qrecc --query_encoder data/output
 
 from __future__ import annotations
 
+from evaluation.runner.args import QReCCArgs, answer_early
+
+if __name__ == "__main__":
+    # Before libraries are imported, which takes seconds.
+    answer_early("qrecc", QReCCArgs)
+
 from collections.abc import Sequence
 from functools import partial
 
-from evaluation.runner.args import QReCCArgs
 from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
 from evaluation.runner.task import EvalTask

@@ -5,12 +5,17 @@ python -m evaluation.eval_retrieval --eval_data test.json --corpus corpus.json -
 
 from __future__ import annotations
 
+from evaluation.runner.args import EvalRetrievalArgs, answer_early, default_flags
+
+if __name__ == "__main__":
+    # Before libraries are imported, which takes seconds.
+    answer_early("retrieval", EvalRetrievalArgs, ())
+
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 
-from evaluation.runner.args import default_flags
 from evaluation.runner.from_corpus import (
     build_searcher,
     results_config,
@@ -19,7 +24,6 @@ from evaluation.runner.from_corpus import (
     retriever_name,
 )
 from src.plan.retrieval import evaluation_lines
-from src.retrieval.args import EvalOutputArgs, RetrievalArgs
 from src.retrieval.jobs.evaluate import check_outputs, evaluate, load_eval_data, log_file, record
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.models.pair_scorer import dense_scorer
@@ -27,21 +31,8 @@ from src.retrieval.ranking.evaluate import retrieve
 from src.retrieval.search.searcher import Searcher
 from src.utils import distributed
 from src.utils.cli import parse_args, run, show_plan
-from src.utils.errors import UserError
 
 MEMORY_ADVICE = "lower --batch_size or --key_max_length"
-
-
-@dataclass
-class EvalRetrievalArgs(EvalOutputArgs, RetrievalArgs):
-    """Settings of this evaluation."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.eval_data is None:
-            raise UserError("--eval_data is needed: the queries to retrieve for")
-        if self.train_data:
-            raise UserError("--train_data: nothing is trained here; to mine for a file name it with --eval_data")
 
 
 def main(name: str = "retrieval") -> None:

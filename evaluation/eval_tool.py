@@ -5,6 +5,12 @@ torchrun --nproc_per_node 8 -m evaluation.eval_tool --query_encoder data/outputs
 
 from __future__ import annotations
 
+from evaluation.runner.args import EvalRetrievalArgs, answer_early
+
+if __name__ == "__main__":
+    # Before libraries are imported, which takes seconds.
+    answer_early("tool", EvalRetrievalArgs, ())
+
 from evaluation import eval_retrieval
 from src.utils.cli import run
 

@@ -6,7 +6,6 @@ python -m evaluation.report --compare data/results/qa/{no,bm25}/nq-test.output.l
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -25,6 +24,7 @@ import numpy as np
 from src.utils.cli import run
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output
+from src.utils.parser import Parser
 
 logger = logging.getLogger("evaluation.report")
 
@@ -389,7 +389,7 @@ def compare(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, show, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("folder", nargs="?", help="where the evaluations' logs lie, at any depth")
     parser.add_argument("--output_dir", help="folder for leaderboard.{md,csv,png} (default: the folder itself)")
     parser.add_argument("--no_plot", action="store_true", help="draw no leaderboard.png")

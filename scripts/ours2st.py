@@ -9,12 +9,16 @@ import logging
 import os
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import src  # noqa: F401  # isort: skip  (first: see there)
+from src.retrieval.args import ConvertArgs
+from src.utils.cli import answer_early, parse_args, run
+
+if __name__ == "__main__":
+    # Before libraries are imported, which takes seconds.
+    answer_early([ConvertArgs])
 
 import numpy as np
 import torch
@@ -22,7 +26,6 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.transformer import ModalityConfig
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
-from src.retrieval.args import DENSE_METRICS, POOLING_METHODS
 from src.retrieval.models.checkpoint_folders import beside, complete_checkpoints, replace_folder
 from src.retrieval.models.checks import position_limit
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
@@ -32,10 +35,8 @@ from src.retrieval.models.lora import is_adapter_folder
 from src.retrieval.report.model_card import CARD_FILE, converted_card, model_card
 from src.retrieval.report.training_record import encoder_uses
 from src.utils import locks
-from src.utils.cli import parse_args, run
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_writable
-from src.utils.flags import check_choice, flag
 from src.utils.manifest import record_checksums
 
 logger = logging.getLogger("scripts.ours2st")
@@ -55,40 +56,6 @@ SENTENCES = (
 )
 
 
-@dataclass
-class ConvertArgs:
-    """Settings of the conversion."""
-
-    encoder: str | None = flag(None, "Encoder folder to convert.")
-    output_dir: str | None = flag(None, "Folder to write; the encoder folder itself gets the missing files when None.")
-    pooling_method: list[str] = flag(["cls"], "When the encoder does not say: cls, mean or last, + dense.")
-    dense_metric: str = flag("cos", "When the encoder does not say: cos, ip or l2.")
-    model_cache_dir: str | None = flag(None, "Folder where models from the hub are kept.")
-    max_length: int | None = flag(None, "Most tokens of a text; what the model takes, up to 512, when None.")
-    allow_pickle: bool = flag(
-        False, "Load weights that are kept as pickles (pytorch_model.bin), a format that can carry code."
-    )
-    trust_remote_code: bool = flag(False, "Run model code that comes with the encoder, to load it and to compare.")
-
-    def __post_init__(self) -> None:
-        if not self.encoder:
-            raise UserError("--encoder is needed: the folder of the encoder to convert")
-        where, is_folder = f"--encoder {self.encoder}", os.path.isdir(self.encoder)
-        if is_adapter_folder(self.encoder):
-            if not self.output_dir:
-                raise UserError(f"{where} holds adapters alone: give --output_dir for the merged model")
-        elif is_folder and not os.path.isfile(os.path.join(self.encoder, "config.json")):
-            raise UserError(f"{where}: no encoder folder (it has no config.json){_hint(self.encoder)}")
-        elif not is_folder and os.path.isdir(aside := beside(self.encoder, "replaced")):
-            raise UserError(f"{where}: a killed conversion left it as {aside}: rename it back")
-        elif not is_folder and not self.output_dir:
-            hint = _hint(self.encoder)
-            raise UserError(f"{where}: no such folder; to convert a model of the hub give --output_dir{hint}")
-        for method in self.pooling_method:
-            check_choice("pooling_method", method, POOLING_METHODS)
-        check_choice("dense_metric", self.dense_metric, DENSE_METRICS)
-
-
 def _hint(encoder: str) -> str:
     """Name the encoder that may be meant: in the folder, or in the newest checkpoint of it or of those around it."""
     path = Path(encoder).absolute()
@@ -97,6 +64,24 @@ def _hint(encoder: str) -> str:
             if inside := sorted(str(file.parent) for file in Path(place).glob("*encoder/config.json")):
                 return f"; did you mean {inside[0]}?"
     return ""
+
+
+def check_encoder(args: ConvertArgs) -> str:
+    """The encoder to convert, of which a folder must be complete; a UserError names the one that may be meant."""
+    assert args.encoder is not None
+    encoder = args.encoder
+    where, is_folder = f"--encoder {encoder}", os.path.isdir(encoder)
+    if is_adapter_folder(encoder):
+        if not args.output_dir:
+            raise UserError(f"{where} holds adapters alone: give --output_dir for the merged model")
+    elif is_folder and not os.path.isfile(os.path.join(encoder, "config.json")):
+        raise UserError(f"{where}: no encoder folder (it has no config.json){_hint(encoder)}")
+    elif not is_folder and os.path.isdir(aside := beside(encoder, "replaced")):
+        raise UserError(f"{where}: a killed conversion left it as {aside}: rename it back")
+    elif not is_folder and not args.output_dir:
+        hint = _hint(encoder)
+        raise UserError(f"{where}: no such folder; to convert a model of the hub give --output_dir{hint}")
+    return encoder
 
 
 def st_modules(folder: str, model: DenseRetriever, max_length: int, trust_remote_code: bool) -> list[torch.nn.Module]:
@@ -159,8 +144,9 @@ def write_card(source: str, model: DenseRetriever, max_length: int, folder: str)
 def main() -> None:
     """Parse, keep other runs away, and convert."""
     (args,), given = parse_args([ConvertArgs])
-    source = os.path.abspath(args.encoder) if os.path.isdir(args.encoder) else args.encoder
-    target = os.path.abspath(args.output_dir or args.encoder)
+    encoder = check_encoder(args)
+    source = os.path.abspath(encoder) if os.path.isdir(encoder) else encoder
+    target = os.path.abspath(args.output_dir or encoder)
     check_target(source, target)
     check_writable(os.path.dirname(target), "output_dir" if args.output_dir else "encoder")
     with locks.hold(target):

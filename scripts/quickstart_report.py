@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import sys
 import time
@@ -11,11 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from sentence_transformers import SentenceTransformer
 
 from src.retrieval.ranking.metrics import retrieval_metrics
-from src.retrieval.search.bm25.engine import BM25Index, EmbeddedSearcher, index_texts
+from src.utils.cli import run
 from src.utils.files import read_jsonl, write_json
+from src.utils.parser import Parser
 from src.utils.result_log import versions
 
 METRICS = ("mrr", "recall", "ndcg")
@@ -27,6 +26,8 @@ QUERY = "How warm will it be in Lisbon tomorrow?"
 
 def bm25_metrics(corpus: list[str], rows: list[dict]) -> dict[str, float]:
     """Metrics of BM25."""
+    from src.retrieval.search.bm25.engine import BM25Index, EmbeddedSearcher, index_texts
+
     searcher = EmbeddedSearcher(BM25Index(index_texts(corpus, 1)))
     _, hits = searcher.search([row["query"] for row in rows], max(CUTOFFS))
     values = retrieval_metrics(hits, [row["pos_index"] for row in rows], METRICS, CUTOFFS)
@@ -35,12 +36,14 @@ def bm25_metrics(corpus: list[str], rows: list[dict]) -> dict[str, float]:
 
 def main() -> None:
     """Report and write summary.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder with before.jsonl and after.jsonl")
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with corpus.json and test.json")
     parser.add_argument("--model", required=True, help="the converted model")
     parser.add_argument("--started", type=float, required=True, help="when the run began, in seconds since 1970")
     args = parser.parse_args()
+    # Takes seconds to import.
+    from sentence_transformers import SentenceTransformer
 
     corpus = [row["text"] for row in read_jsonl(args.data_dir / "corpus.json")]
     rows = read_jsonl(args.data_dir / "test.json")
@@ -75,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

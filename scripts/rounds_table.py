@@ -6,7 +6,6 @@ python scripts/rounds_table.py --output_dir data/outputs/feedback_loop --rounds 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,11 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.utils.cli import run
 from src.utils.files import read_jsonl
+from src.utils.parser import Parser
 
 
 def main() -> None:
     """Print the last metrics of each round."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output_dir", required=True, help="OUT of the loop")
     parser.add_argument("--rounds", type=int, required=True, help="rounds to show")
     args = parser.parse_args()

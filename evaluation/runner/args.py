@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from src.lm.args import LMArgs
-from src.lm.generate import NEWLINE_ID
+from src.lm.args import NEWLINE_ID, LMArgs
 from src.retrieval.args import RETRIEVAL_METHODS, EvalOutputArgs, RetrievalArgs
+from src.utils import cli
 from src.utils.config_file import read_settings
 from src.utils.errors import UserError
 from src.utils.flags import check_choice, check_positive, flag
@@ -41,6 +42,23 @@ def read_table(name: str) -> dict[str, Any]:
 def default_flags(evaluation: str) -> dict[str, Any]:
     """The defaults of an evaluation that differ from its settings class's; none for one that is not listed."""
     return read_table("defaults").get(evaluation, {})
+
+
+def answer_early(evaluation: str, flags: type, no_effect: Collection[str] = ("train_data",)) -> None:
+    """See `cli.answer_early`; `no_effect` as the evaluation has it."""
+    cli.answer_early([flags], no_effect, **default_flags(evaluation))
+
+
+@dataclass
+class EvalRetrievalArgs(EvalOutputArgs, RetrievalArgs):
+    """Retrieval alone, without a language model."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_data is None:
+            raise UserError("--eval_data is needed: the queries to retrieve for")
+        if self.train_data:
+            raise UserError("--train_data: nothing is trained here; to mine for a file name it with --eval_data")
 
 
 @dataclass

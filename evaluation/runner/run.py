@@ -53,7 +53,7 @@ def start(kind: type[EvalTask]) -> NoReturn:
 def run_task(kind: type[EvalTask], argv: Sequence[str] | None = None) -> None:
     """Run an evaluation from its command line to its line in the log."""
     started = time.monotonic()
-    (args,), given = parse_args([kind.flags], argv, **(default_flags(kind.name) | kind.defaults))
+    (args,), given = parse_args([kind.flags], argv, kind.no_effect, **(default_flags(kind.name) | kind.defaults))
     for name in sorted(given.intersection(kind.no_effect)):
         logger.warning("--%s has no effect on this evaluation", name)
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)

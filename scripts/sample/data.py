@@ -24,7 +24,6 @@ drawn within strata (origin and size of the group), each with the same chance: t
 
 from __future__ import annotations
 
-import argparse
 import logging
 import random
 import re
@@ -41,6 +40,7 @@ from scripts.sample.package import package_folder
 from src.utils.cli import run
 from src.utils.errors import UserError
 from src.utils.files import read_jsonl, write_jsonl
+from src.utils.parser import Parser
 
 logger = logging.getLogger("scripts.sample.data")
 
@@ -258,7 +258,7 @@ def make(seed: int, test_every: int = 6, dev_every: int = 12, max_per_name: int 
 
 def main() -> None:
     """Write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output_dir", default="data/sample", help="tool/ is written there (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the random negatives")
     parser.add_argument("--test_every", type=int, default=6, help="one group in this many is held out for test.json")

@@ -18,7 +18,6 @@ None of these packages is imported. Metrics on these data show that the path wor
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import random
@@ -33,6 +32,7 @@ from scripts.sample import data, qa
 from scripts.sample.package import package_folder
 from src.utils.cli import run
 from src.utils.files import write_jsonl
+from src.utils.parser import Parser
 
 logger = logging.getLogger("scripts.sample.eval")
 
@@ -139,7 +139,7 @@ def plays(rows: int) -> Rows:
 
 def main() -> None:
     """Write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output_dir", default="data/sample/llm-embedder", help="(default: %(default)s)")
     parser.add_argument("--rows", type=int, default=40, help="of each evaluation (default: %(default)s)")
     parser.add_argument("--texts", type=int, default=4, help="long ones (default: %(default)s)")

@@ -10,21 +10,18 @@ imported. Its quantised weights are expanded once and kept in bf16, 269 MB::
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import logging
 import os
 import sys
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.sample.package import package_folder
 from src.utils.cli import run
 from src.utils.errors import UserError
+from src.utils.parser import Parser
 
 logger = logging.getLogger("scripts.sample.lm")
 
@@ -45,6 +42,10 @@ def find_gguf() -> Path:
 
 def build(source: Path, folder: Path) -> None:
     """Expand a .gguf file into a transformers folder in bf16, which is there only when it is complete."""
+    # Seconds to import, which an answer about flags does not wait for.
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     options = {"gguf_file": source.name}
     tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
     quantised = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **options)
@@ -59,7 +60,7 @@ def build(source: Path, folder: Path) -> None:
 
 def main() -> None:
     """Build it unless it is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output_dir", default="data/sample/lm", help="folder of the model (default: %(default)s)")
     folder = Path(parser.parse_args().output_dir)
     if (folder / "config.json").exists():

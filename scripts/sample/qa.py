@@ -12,7 +12,6 @@ the test is asked about in training. A question names the town, so the town's ot
 
 from __future__ import annotations
 
-import argparse
 import logging
 import random
 import sys
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from src.utils.cli import run
 from src.utils.files import write_jsonl
+from src.utils.parser import Parser
 
 logger = logging.getLogger("scripts.sample.qa")
 
@@ -77,7 +77,7 @@ def make(towns: int, held_out: int, seed: int) -> dict[str, list[dict[str, Any]]
 
 def main() -> None:
     """Write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output_dir", default="data/sample", help="(default: %(default)s)")
     parser.add_argument("--towns", type=int, default=150, help="four passages each (default: %(default)s)")
     parser.add_argument("--test_towns", type=int, default=50, help="held out for the test (default: %(default)s)")

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from src.doctor.packages import PROBLEM, Finding, check_packages
+from src.utils.errors import UserError
+from src.utils.parser import Parser
 
 
 def examine(args: argparse.Namespace) -> Iterator[Finding]:
@@ -39,9 +41,7 @@ def examine(args: argparse.Namespace) -> Iterator[Finding]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print all findings, and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m src.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m src.doctor", description=__doc__)
     parser.add_argument("--processes", type=int, default=0, help="let so many processes gather each other's tensors")
     parser.add_argument("--output_dir", default="data/outputs/", help="folder of results (default: %(default)s)")
     parser.add_argument("--anserini_dir", help="as of the commands: folder with Anserini's jar")
@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         # A full disk, or a reader (head) that has enough; what Python still buffers is dropped.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,19 +7,20 @@ from dataclasses import dataclass, fields
 from src.retrieval.args import AttentionArgs
 from src.retrieval.data.rows import ROW_FIELDS
 from src.retrieval.data.tasks import TASKS
-from src.utils.devices import DTYPES
 from src.utils.distributed import TIMEOUT
 from src.utils.errors import UserError
-from src.utils.flags import check_choice, check_name, check_positive, data_root_flag, dry_run_flag, flag
+from src.utils.flags import DTYPE_NAMES, check_choice, check_name, check_positive, data_root_flag, dry_run_flag, flag
 
 SIDES = ("left", "right")
 ANSWER_SELECT = ("random", "first", "best", "mean")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+#: What ``--eos_token_id`` was in the original for the newline of one tokenizer: here the newline of any.
+NEWLINE_ID = 13
 NO_EFFECT_HELP = "No effect here; accepted because all entry points share it."
 
 
 def _shared(default: object) -> object:
-    return flag(default, NO_EFFECT_HELP)
+    return flag(default, NO_EFFECT_HELP, hidden=True)
 
 
 @dataclass
@@ -41,7 +42,7 @@ class LMArgs(AttentionArgs):
     add_position_ids: bool = flag(
         False, "Always hand position numbers to the model; without it only where padding makes them necessary."
     )
-    lm_dtype: str = flag("bf16", f"Precision of the LM: {', '.join(DTYPES)} (on a CPU fp32 unless given).")
+    lm_dtype: str = flag("bf16", f"Precision of the LM: {', '.join(DTYPE_NAMES)} (on a CPU fp32 unless given).")
     lm_device_map: str | None = flag(
         None, f"Spread one LM over several GPUs: {', '.join(DEVICE_MAPS)} (one process; needs accelerate)."
     )
@@ -60,7 +61,7 @@ class LMArgs(AttentionArgs):
         self.check_attention()
         check_choice("padding_side", self.padding_side, SIDES)
         check_choice("truncation_side", self.truncation_side, SIDES)
-        check_choice("lm_dtype", self.lm_dtype, DTYPES)
+        check_choice("lm_dtype", self.lm_dtype, DTYPE_NAMES)
         check_choice("lm_device_map", self.lm_device_map, DEVICE_MAPS)
         check_positive(self, "context_max_length", "lm_batch_size")
         if self.add_llama_inst and self.use_chat_template:

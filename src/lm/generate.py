@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from src.lm.args import NEWLINE_ID
 from src.lm.model import LanguageModel
 from src.retrieval.models.encode import cut_batches
 from src.utils.errors import UserError
 from src.utils.flags import flags_of
-
-#: What ``--eos_token_id`` was in the original for the newline of one tokenizer: here the newline of any.
-NEWLINE_ID = 13
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The flags of retrieval, evaluation and data, with their defaults, help and checks (of training: training_args.py).
+"""The flags of retrieval, evaluation and data, with their defaults, help and checks (of training: training/flags.py).
 
 `__post_init__` checks values; it resolves no path and reads no file.
 """
@@ -11,11 +11,10 @@ from typing import ClassVar
 
 from src.retrieval.data.rows import ROW_FIELDS
 from src.retrieval.data.tasks import VERSIONS
-from src.retrieval.models.pooling import DENSE_METRICS, POOLING_METHODS
-from src.utils.devices import DTYPES
+from src.retrieval.models.choices import DENSE_METRICS, POOLING_METHODS
 from src.utils.distributed import TIMEOUT
 from src.utils.errors import UserError
-from src.utils.flags import check_choice, check_name, check_positive, data_root_flag, dry_run_flag, flag
+from src.utils.flags import DTYPE_NAMES, check_choice, check_name, check_positive, data_root_flag, dry_run_flag, flag
 
 METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg", "collate_score")
 RANKER_METHODS = ("cross-encoder",)
@@ -27,8 +26,33 @@ SEARCH_PARAMETERS = re.compile(r"\w+=[1-9]\d{0,8}(,\w+=[1-9]\d{0,8})*")
 
 
 @dataclass
-class DataArgs:
+class MiningArgs:
+    """Mined negatives (--metrics collate_neg)."""
+
+    filter_answers: bool = flag(False, "Mining: leave out hits that contain one of the row's answers.")
+    max_neg_num: int = flag(100, "Mining: most negatives per row.")
+    neg_margin_relative: float | None = flag(
+        None, "Mining: leave out hits that score above the positive's score minus this share of it (such as 0.05)."
+    )
+    neg_margin_absolute: float | None = flag(
+        None, "Mining: leave out hits that score above the positive's score minus this."
+    )
+    neg_range: list[int] | None = flag(
+        None, "Mining: first and last rank of the hits that may become negatives, from 1 on, such as 10 200."
+    )
+    neg_sample: bool = flag(False, "Mining: draw max_neg_num of the hits that are left, in place of the first.")
+    neg_near_duplicate: float | None = flag(
+        None,
+        "Mining: leave out hits sharing so much of their words with a positive or an earlier negative (Jaccard, "
+        "0 to 1).",
+    )
+
+
+@dataclass
+class DataArgs(MiningArgs):
     """Files to read, what to compute from them and where results go."""
+
+    first_in_help: ClassVar[bool] = True
 
     #: Whether a --log_path without an extension names a folder.
     log_folder: ClassVar[bool] = False
@@ -55,23 +79,6 @@ class DataArgs:
     )
     metrics: list[str] = flag(["mrr", "recall", "ndcg"], f"Any of {', '.join(METRICS)}.")
     cutoffs: list[int] = flag([1, 5, 10, 100], "Ranks at which metrics are computed.")
-    filter_answers: bool = flag(False, "Mining: leave out hits that contain one of the row's answers.")
-    max_neg_num: int = flag(100, "Mining: most negatives per row.")
-    neg_margin_relative: float | None = flag(
-        None, "Mining: leave out hits that score above the positive's score minus this share of it (such as 0.05)."
-    )
-    neg_margin_absolute: float | None = flag(
-        None, "Mining: leave out hits that score above the positive's score minus this."
-    )
-    neg_range: list[int] | None = flag(
-        None, "Mining: first and last rank of the hits that may become negatives, from 1 on, such as 10 200."
-    )
-    neg_sample: bool = flag(False, "Mining: draw max_neg_num of the hits that are left, in place of the first.")
-    neg_near_duplicate: float | None = flag(
-        None,
-        "Mining: leave out hits sharing so much of their words with a positive or an earlier negative (Jaccard, "
-        "0 to 1).",
-    )
     load_result: bool = flag(False, "Evaluate the saved result file instead of retrieving.")
     save_result: bool = flag(True, "Save query ids, hits and scores to output_dir.")
     save_per_query: bool = flag(False, "Save every query's metrics to output_dir (<stem>.per_query<ext>).")
@@ -228,7 +235,7 @@ class DenseArgs(AttentionArgs):
         check_name("embedding_name", self.embedding_name, needed=True)
         check_choice("version", self.version, VERSIONS)
         check_choice("dense_metric", self.dense_metric, DENSE_METRICS)
-        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("dtype", self.dtype, DTYPE_NAMES)
         check_choice("truncation_side", self.truncation_side, ("right", "left"))
         for pooling in self.pooling_method:
             check_choice("pooling_method", pooling, POOLING_METHODS)
@@ -271,7 +278,7 @@ class RankerArgs(AttentionArgs, CandidateArgs):
         super().__post_init__()
         self.check_attention()
         check_choice("ranker_method", self.ranker_method, RANKER_METHODS)
-        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("dtype", self.dtype, DTYPE_NAMES)
         check_choice("version", self.version, VERSIONS)
         check_positive(self, "query_max_length", "key_max_length", "hits", "batch_size")
         self.check_cutoffs(self.hits)
@@ -279,7 +286,7 @@ class RankerArgs(AttentionArgs, CandidateArgs):
 
 @dataclass
 class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
-    """All settings of retrieval over a corpus."""
+    """Retrieval over a corpus."""
 
     #: What --retrieval_method may be; an entry point may know more.
     methods: ClassVar[tuple[str, ...]] = RETRIEVAL_METHODS
@@ -332,3 +339,26 @@ class EvalOutputArgs:
     )
     seed: int = flag(42, "Seed of whatever is drawn at random.")
     ddp_timeout: int = flag(TIMEOUT, "Seconds that a process waits for another before it gives up.")
+
+
+@dataclass
+class ConvertArgs:
+    """Conversion of an encoder (scripts/ours2st.py)."""
+
+    encoder: str | None = flag(None, "Encoder folder to convert.")
+    output_dir: str | None = flag(None, "Folder to write; the encoder folder itself gets the missing files when None.")
+    pooling_method: list[str] = flag(["cls"], "When the encoder does not say: cls, mean or last, + dense.")
+    dense_metric: str = flag("cos", "When the encoder does not say: cos, ip or l2.")
+    model_cache_dir: str | None = flag(None, "Folder where models from the hub are kept.")
+    max_length: int | None = flag(None, "Most tokens of a text; what the model takes, up to 512, when None.")
+    allow_pickle: bool = flag(
+        False, "Load weights that are kept as pickles (pytorch_model.bin), a format that can carry code."
+    )
+    trust_remote_code: bool = flag(False, "Run model code that comes with the encoder, to load it and to compare.")
+
+    def __post_init__(self) -> None:
+        if not self.encoder:
+            raise UserError("--encoder is needed: the folder of the encoder to convert")
+        for method in self.pooling_method:
+            check_choice("pooling_method", method, POOLING_METHODS)
+        check_choice("dense_metric", self.dense_metric, DENSE_METRICS)

@@ -11,25 +11,22 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NoReturn, get_type_hints
-
-import numpy as np
-import tqdm.auto
-import transformers
-from transformers import HfArgumentParser
 
 from src.utils import distributed
 from src.utils.config_file import read_arguments
 from src.utils.display import Line
 from src.utils.errors import UserError, describe_os_error, first_line, is_out_of_memory, user_message
+from src.utils.parser import flags_parser
 
 logger = logging.getLogger(__name__)
 
 #: Range of integer flags: 32 bits, signed or unsigned.
 LEAST, MOST = -(1 << 31), (1 << 32) - 1
 #: Of other numbers that of fp32.
-LARGEST = float(np.finfo(np.float32).max)
+LARGEST = float.fromhex("0x1.fffffep+127")
 #: Endings of flags that take files and folders.
 PATHS = ("dir", "path", "data", "file", "files", "root", "corpus", "encoder", "ranker")
 
@@ -37,20 +34,19 @@ PATHS = ("dir", "path", "data", "file", "files", "root", "corpus", "encoder", "r
 SAME_SIGNAL_SECONDS = 2
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def parse_args(
-    dataclass_types: Sequence[Any], argv: Sequence[str] | None = None, **defaults: Any
+    dataclass_types: Sequence[Any],
+    argv: Sequence[str] | None = None,
+    hidden: Collection[str] = (),
+    **defaults: Any,
 ) -> tuple[tuple[Any, ...], frozenset[str]]:
     """Fill dataclasses, which share no field, from the command line and from the file that ``--config`` names.
 
-    `argv` has no program name; None takes this process's. `defaults` replace those of the classes. Returns an instance
-    per class, and the names of the flags that the command line or the file set.
+    `argv` has no program name; None takes this process's. Help leaves out the `hidden` flags. `defaults` replace those
+    of the classes. Returns an instance per class, and the names of the flags that the command line or the file set.
     """
-    parser = _Parser(dataclass_types, allow_abbrev=False)
+    description = getattr(sys.modules["__main__"], "__doc__", None)
+    parser = flags_parser(dataclass_types, hidden, usage="%(prog)s [--FLAG VALUE] ...", description=description)
     # The first action of a flag takes the value (--fp16, not --no_fp16).
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     if unknown := sorted(set(defaults) - set(actions)):
@@ -62,7 +58,7 @@ def parse_args(
         unset = object()
         seen, rest = parser.parse_known_args(words, argparse.Namespace(**dict.fromkeys([*actions, "config"], unset)))
         if rest:
-            raise UserError(f"unknown arguments: {rest}")
+            parser.refuse(rest)
         return {name: value for name, value in vars(seen).items() if value is not unset}
 
     given = parse(argv)
@@ -76,10 +72,32 @@ def parse_args(
     for name in sorted(given):
         _check_value(name, given[name])
     try:
-        return parser.parse_dict({**defaults, **given}), frozenset(given)
+        return tuple(_made(kind, {**defaults, **given}) for kind in dataclass_types), frozenset(given)
     except ValueError as error:
         # A check of ours, or of transformers.
         raise UserError(str(error)) from error
+
+
+def _made(kind: Any, values: Mapping[str, Any]) -> Any:
+    """An instance of a dataclass with those of the values that are its own."""
+    return kind(**{each.name: values[each.name] for each in fields(kind) if each.init and each.name in values})
+
+
+def answer_early(dataclass_types: Sequence[Any], hidden: Collection[str] = (), **defaults: Any) -> None:
+    """Show ``--help``, or what is wrong with the flags, and exit; return where neither is the case.
+
+    For a command to call before it imports libraries that take seconds. See `parse_args`; the classes may be stand-ins
+    with the same flags for those that need such libraries.
+    """
+    try:
+        parse_args(dataclass_types, hidden=hidden, **defaults)
+    except UserError as error:
+        problem = error
+
+        def say() -> None:
+            raise problem
+
+        run(say)
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -114,8 +132,12 @@ def setup_logging() -> None:
     for name in ("src", "evaluation", "scripts", "run_dense", "run_ranker", "run_lm_score", "__main__"):
         logging.getLogger(name).setLevel(level)
     # Its warnings are internal; missing weights are an error of ours.
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if (transformers := sys.modules.get("transformers")) is not None:
+        # Which has read these already.
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
 
 
 def _leave(code: int) -> NoReturn:
@@ -170,7 +192,8 @@ def _stoppable() -> Iterator[list[int]]:
 
 def _say(message: str) -> None:
     """Show an error on a new line, below any progress bar."""
-    for kind in {tqdm.std.tqdm, tqdm.auto.tqdm}:
+    loaded = [sys.modules[name] for name in ("tqdm.std", "tqdm.auto") if name in sys.modules]
+    for kind in {module.tqdm for module in loaded}:
         for bar in list(getattr(kind, "_instances", ())):
             bar.close()
     # The main process may have an open bar.

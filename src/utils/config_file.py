@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin
 
@@ -11,6 +10,7 @@ import yaml
 
 from src.utils.errors import UserError
 from src.utils.files import read_json
+from src.utils.parser import did_you_mean
 
 
 def read_arguments(
@@ -27,8 +27,7 @@ def read_arguments(
     values: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in actions:
-            near = difflib.get_close_matches(str(name), actions, 1)
-            raise UserError(f"--config {path}: {name!r} is no flag" + (f", did you mean {near[0]!r}?" if near else ""))
+            raise UserError(f"--config {path}: {name!r} is no flag{did_you_mean(str(name), actions)}")
         action, where = actions[name], f"--config {path}: {name}"
         if value is None or value == [] or isinstance(value, dict):
             if type(value) not in {get_origin(kind) or kind for kind in (hints[name], *get_args(hints[name]))}:

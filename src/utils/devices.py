@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from src.utils.flags import DTYPE_NAMES
+
 #: Precisions by their names in flags.
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = dict(zip(DTYPE_NAMES, (torch.float32, torch.float16, torch.bfloat16), strict=True))
 
 
 def prepared(device: torch.device) -> torch.device:

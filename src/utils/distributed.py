@@ -1,20 +1,24 @@
-"""The one module that knows torch.distributed; every function is a no-op for a single process."""
+"""The one module that knows torch.distributed; every function is a no-op for a single process.
+
+torch is imported when it is needed, so that a command can parse its flags before.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-import torch.distributed as dist
-
-from src.utils.devices import prepared
 from src.utils.errors import UserError, describe_os_error, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -41,19 +45,36 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _node_rank() -> int:
+    """The rank on this host that the launcher gave this process; 0 without one."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_initialized() -> bool:
     """Whether a process group exists."""
+    if "torch" not in sys.modules:
+        return False
+    import torch.distributed as dist
+
     return dist.is_available() and dist.is_initialized()
 
 
 def world_size() -> int:
     """Number of processes."""
-    return dist.get_world_size() if is_initialized() else 1
+    if not is_initialized():
+        return 1
+    import torch.distributed as dist
+
+    return dist.get_world_size()
 
 
 def rank() -> int:
     """Rank of this process among all."""
-    return dist.get_rank() if is_initialized() else 0
+    if not is_initialized():
+        return 0
+    import torch.distributed as dist
+
+    return dist.get_rank()
 
 
 def is_main() -> bool:
@@ -70,6 +91,8 @@ def part_of(size: int) -> range:
 def barrier() -> None:
     """Wait for all processes."""
     if world_size() > 1:
+        import torch.distributed as dist
+
         dist.barrier()
 
 
@@ -80,8 +103,13 @@ def init_process_group(use_cpu: bool, timeout: int = TIMEOUT) -> torch.device:
     """
     if not timeout > 0:
         raise UserError(f"--ddp_timeout must be above 0, found {timeout}")
+    import torch
+    import torch.distributed as dist
+
+    from src.utils.devices import prepared
+
     use_cuda = torch.cuda.is_available() and not use_cpu
-    device = torch.device("cuda", dist.get_node_local_rank(fallback_rank=0)) if use_cuda else torch.device("cpu")
+    device = torch.device("cuda", _node_rank()) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     if launched_processes() > 1 and not is_initialized():
@@ -92,6 +120,8 @@ def init_process_group(use_cpu: bool, timeout: int = TIMEOUT) -> torch.device:
 def destroy_process_group() -> None:
     """Leave the group, if there is one."""
     if is_initialized():
+        import torch.distributed as dist
+
         dist.destroy_process_group()
 
 
@@ -100,9 +130,11 @@ def is_first_to_say(message: str) -> bool:
     if not is_initialized():
         # Before the group exists the processes of a host share most errors: the first shows it, and the launcher ends
         # the others. One that is still alive after a while has another error.
-        if dist.get_node_local_rank(fallback_rank=0) > 0:
+        if _node_rank() > 0:
             time.sleep(FIRST_TO_SAY_SECONDS)
         return True
+    import torch.distributed as dist
+
     try:
         # The rendezvous store works even when the group no longer does.
         store = dist.distributed_c10d._get_default_store()
@@ -116,7 +148,9 @@ def is_first_to_say(message: str) -> bool:
 def is_first_to_stop() -> bool:
     """Whether this process should report that it was stopped: one does, none after an error that stopped them all."""
     if not is_initialized():
-        return dist.get_node_local_rank(fallback_rank=0) == 0
+        return _node_rank() == 0
+    import torch.distributed as dist
+
     try:
         return dist.distributed_c10d._get_default_store().add(SAID, 1) == 1
     except RuntimeError:
@@ -125,6 +159,10 @@ def is_first_to_stop() -> bool:
 
 def describe_lost_process(error: BaseException) -> str | None:
     """One line about an error of communication with another process; None for any other error."""
+    if "torch" not in sys.modules:
+        return None
+    import torch.distributed as dist
+
     if not (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))):
         return None
     lost = "the connection to another process is lost: it failed with an error, shown before, or was killed"
@@ -140,6 +178,8 @@ def on_main(function: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return function()
+    import torch.distributed as dist
+
     value: Any = None
     message: str | None = None
     unexpected: Exception | None = None
@@ -165,6 +205,8 @@ def all_gather_object(value: T) -> list[T]:
     """Every process's `value`, of any size, in rank order."""
     gathered = [value] * world_size()
     if len(gathered) > 1:
+        import torch.distributed as dist
+
         dist.all_gather_object(gathered, value)
     return gathered
 
@@ -186,29 +228,40 @@ def gather_sizes(size: int, device: torch.device) -> list[int]:
     if world_size() == 1:
         # Without a tensor, which would wait for the device.
         return [size]
+    import torch
+    import torch.distributed as dist
+
     gathered = torch.full((world_size(), 1), size, device=device)
     dist.all_gather(list(gathered.unbind()), gathered[0].clone())
     return [int(number) for number in gathered]
 
 
-class _GatherRows(torch.autograd.Function):
-    """All-gather along the first axis; backward sums every process's gradient of a row, since each loss uses it."""
+@cache
+def _gather_rows() -> Any:
+    """Make the function that gathers, whose class needs torch."""
+    import torch
+    import torch.distributed as dist
 
-    @staticmethod
-    def forward(ctx: Any, local: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-        ctx.sizes = sizes
-        padded = local.new_zeros((max(sizes), *local.shape[1:]))
-        padded[: len(local)] = local
-        gathered = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(gathered, padded)
-        return torch.cat([tensor[:size] for tensor, size in zip(gathered, sizes, strict=True)])
+    class GatherRows(torch.autograd.Function):
+        """All-gather along the first axis; backward sums every process's gradient of a row: each loss uses it."""
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        gradient = gradients[0].contiguous().clone()
-        dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
-        start = sum(ctx.sizes[: rank()])
-        return gradient[start : start + ctx.sizes[rank()]], None
+        @staticmethod
+        def forward(ctx: Any, local: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+            ctx.sizes = sizes
+            padded = local.new_zeros((max(sizes), *local.shape[1:]))
+            padded[: len(local)] = local
+            gathered = [torch.empty_like(padded) for _ in sizes]
+            dist.all_gather(gathered, padded)
+            return torch.cat([tensor[:size] for tensor, size in zip(gathered, sizes, strict=True)])
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+            gradient = gradients[0].contiguous().clone()
+            dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
+            start = sum(ctx.sizes[: rank()])
+            return gradient[start : start + ctx.sizes[rank()]], None
+
+    return GatherRows
 
 
 def gather_with_grad(local: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -216,4 +269,4 @@ def gather_with_grad(local: torch.Tensor, sizes: list[int]) -> torch.Tensor:
 
     Each process holds `local`, ``(sizes[rank], ...)``; the backward is a collective call that every process must reach.
     """
-    return local if world_size() == 1 else _GatherRows.apply(local, sizes)
+    return local if world_size() == 1 else _gather_rows().apply(local, sizes)

@@ -9,12 +9,16 @@ from typing import Any
 
 from src.utils.errors import UserError
 
+#: Precisions, as flags name them.
+DTYPE_NAMES = ("fp32", "fp16", "bf16")
 
-def flag(default: Any, help: str) -> Any:
-    """A dataclass field that is a command line flag."""
+
+def flag(default: Any, help: str, hidden: bool = False) -> Any:
+    """A dataclass field that is a command line flag; ``--help`` leaves out a `hidden` one."""
+    metadata = {"help": help, "hidden": hidden}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def flags_of(settings: type, args: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from src.utils.cli import run
 from src.utils.files import check_output, expand_data_paths, write_json
 from src.utils.flags import check_choice, default_data_root
 from src.utils.jsonl import parse_row, read_lines
+from src.utils.parser import Parser
 from src.validate.report import KINDS, REPEATS, DataReport
 
 
@@ -65,9 +66,7 @@ def check_file(path: str, args: argparse.Namespace, task_config: Mapping[str, Ta
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Check all files, print, write the report."""
-    parser = argparse.ArgumentParser(
-        prog="python -m src.validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m src.validate", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="JSON lines files; globs and llm-embedder: paths, too")
     parser.add_argument(
         "--kind", choices=KINDS, help="what the files are (default: guessed from the first row of each)"

@@ -23,6 +23,7 @@ from src.retrieval.training import args as args_module
 from src.retrieval.training import sharding
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.utils.cli import parse_args
+from src.utils.parser import Parser
 from tests.helpers import ROOT, environment
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -107,7 +108,9 @@ def test_command_parses(entry: str, flags: list[str], tmp_path, monkeypatch):
     ours = then_stop(src.utils.cli.parse_args)
     for module in (src.utils.cli, evaluation.runner.run, evaluation.eval_retrieval):
         monkeypatch.setattr(module, "parse_args", ours)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", then_stop(argparse.ArgumentParser.parse_args))
+    for parser in (argparse.ArgumentParser, Parser):
+        monkeypatch.setattr(parser, "parse_args", then_stop(parser.parse_args))
+    monkeypatch.setattr(src.utils.cli, "answer_early", lambda *flags, **defaults: None)
     for module in (src.utils.cli, evaluation.runner.run):
         monkeypatch.setattr(module, "run", lambda main, *advice: main())
     monkeypatch.setattr(args_module, "get_available_reporting_integrations", lambda: args_module.REPORTERS)

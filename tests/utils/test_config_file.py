@@ -78,7 +78,7 @@ def test_the_file_overrides_defaults_of_an_entry_point(tmp_path):
         ("count: true", "--count: invalid int value: 'True'"),
         ("count: null", "run.yaml: count cannot be None"),
         ("rate: fast", "--rate: invalid float value: 'fast'"),
-        ("switch: 2", "--switch: Truthy value expected: got 2"),
+        ("switch: 2", "--switch: '2' is neither true nor false"),
         ("name: no", r"name must be text, found False \(bool\), put it in quotes"),
         ("name: [a]", r"name must be text, found \['a'\]"),
         ("names: [a, 1]", r"names\[1\] must be text, found 1 \(int\), put it in quotes"),

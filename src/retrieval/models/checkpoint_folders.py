@@ -15,8 +15,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from transformers.trainer_callback import TrainerState
-
 from src.utils.errors import UserError
 from src.utils.files import read_json, read_object
 from src.utils.manifest import check_recorded
@@ -133,6 +131,8 @@ def read_state(folder: str) -> dict[str, Any]:
     elif not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
         problem = "it has no log (log_history, a list of objects)"
     else:
+        from transformers.trainer_callback import TrainerState
+
         # Saved as an object whatever is declared, and always with the size of a batch.
         hints = {**get_type_hints(TrainerState), "stateful_callbacks": dict, "train_batch_size": int}
         wrong = [name for name, value in state.items() if name in hints and not _fits(name, value, hints[name])]

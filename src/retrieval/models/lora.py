@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from src.retrieval.models.choices import ALL_LINEAR
 from src.retrieval.models.loading import loading
 from src.utils.errors import UserError
 from src.utils.files import read_object
@@ -29,7 +30,6 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NAME = "default"
 #: What peft puts before the names of weights in files.
 PREFIX = "base_model.model."
-ALL_LINEAR = "all-linear"
 #: Kinds of layers whose adapters can be merged here.
 LINEAR = (nn.Linear, Conv1D)
 

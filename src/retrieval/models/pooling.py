@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.retrieval.models.choices import DENSE_METRICS, POOLING_METHODS
 from src.retrieval.models.loading import Checkpoint, loading
 from src.utils.errors import UserError
 from src.utils.files import read_json, read_object, write_json
 
-#: Ways to pool, and the layer that may follow.
-POOLING_METHODS = ("cls", "mean", "last", "decoder", "dense")
-DENSE_METRICS = ("cos", "ip", "l2")
 EMBEDDER_FILE = "embedder.json"
 DENSE_FOLDER = "dense"
 #: The dense layer of the original toolkit: one weight, in a pickle.

@@ -6,7 +6,6 @@ python -m src.retrieval.plot data/outputs/first data/outputs/second --output bot
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from src.retrieval.models.checkpoint_folders import complete_checkpoints, is_com
 from src.retrieval.ranking.metrics import by_cutoff
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output
+from src.utils.parser import Parser
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def read_history(folder: str) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the logs of runs and draw them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="OUTPUT_DIR", help="of training runs, or checkpoints in them")
     parser.add_argument("--output", help=f"file to write (default: {FIGURE} in the folder; needed for several)")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Every flag of training, with its default, help and checks."""
+"""The flags of training (flags.py) with their checks, as transformers' Trainer takes them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,14 @@ from transformers.optimization import GreedyLR
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from src.retrieval.data.tasks import SELECT_NEGATIVE, SELECT_POSITIVE
-from src.retrieval.models.lora import ALL_LINEAR
+from src.retrieval.models.choices import ALL_LINEAR
 from src.retrieval.models.trainable import Compilation
 from src.retrieval.training import sharding
+from src.retrieval.training.flags import MOST_KEYS, REPORTERS, WITHOUT_EFFECT, TrainingFlags
 from src.utils import distributed
 from src.utils.errors import UserError, first_line
-from src.utils.flags import check_choice, flag, refuse
+from src.utils.flags import check_choice, refuse
 
-#: Most keys of a query: more would only repeat them until memory is full.
-MOST_KEYS = 65_536
-#: Packages that training can report to, by the names of pip.
-REPORTERS = ("tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "clearml", "swanlab")
 #: Flags whose fields are filled in or replaced when settings are made, by other flags or by what the machine has.
 INFERRED = (
     *("use_cpu", "fp16", "warmup_steps", "eval_strategy", "eval_steps", "gradient_checkpointing"),
@@ -38,11 +35,6 @@ INFERRED = (
     *("length_split_tokens", "disable_tqdm", "metric_for_best_model", "greater_is_better"),
     *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
 )
-#: Flags of transformers that act on losses, batches or models of other kinds, and the value that leaves them alone.
-WITHOUT_EFFECT = {
-    **{"label_smoothing_factor": 0.0, "neftune_noise_alpha": None, "train_sampling_strategy": "random"},
-    **{"use_liger_kernel": False, "push_to_hub": False},
-}
 #: What flags must be: in words, as a test, and the names. None passes; a NaN is in no range.
 RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "above 0": (
@@ -76,98 +68,11 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 RECOMPUTING = ("use_reentrant", "preserve_rng_state", "early_stop", "debug")
 #: Schedules whose steps need a metric.
 BY_METRIC = (torch.optim.lr_scheduler.ReduceLROnPlateau, GreedyLR)
-#: Padding tokens that a further pass through the model is worth.
-CPU_SPLIT_TOKENS = 64
-GPU_SPLIT_TOKENS = 8192
 
 
 @dataclass
-class RetrievalTrainingArgs(TrainingArguments):
-    """transformers' TrainingArguments, with this toolkit's defaults and settings added."""
-
-    output_dir: str = flag("data/outputs/", "Folder for checkpoints and results.")
-    eval_method: str = flag("retrieval", "retrieval (over the corpus) or rerank (the keys in each evaluation row).")
-
-    use_train_config: bool = flag(False, "Use the training settings of each task (of --version) over the flags.")
-    inbatch_same_dataset: str | None = flag(
-        None,
-        "Batches of rows from one file only. epoch: cut anew each epoch; epoch-static: cut once, order shuffled; "
-        "epoch-random: a file drawn in proportion to the rows left in it; random: file and rows drawn for each step.",
-    )
-    negative_cross_device: bool = flag(True, "Use the keys of all processes as negatives.")
-    cos_temperature: float = flag(0.01, "Cosine scores are divided by this.")
-    teacher_temperature: float = flag(
-        1.0, "Teacher scores are divided by this (plain distillation; graded takes them as they are)."
-    )
-    student_temperature: float = flag(1.0, "Student scores are divided by this (plain distillation).")
-    contrastive_weight: float = flag(0.2, "Weight of the contrastive loss.")
-    distill_weight: float = flag(1.0, "Weight of the distillation loss.")
-    stable_distill: bool = flag(False, "Graded distillation: a contrastive loss per rank of the teacher.")
-
-    mask_margin: float | None = flag(
-        None,
-        "Keys of other queries that score above the query's positive plus this (cosine, inner product or negative "
-        "squared distance) are taken for false negatives and left out; None: all keys count.",
-    )
-    matryoshka_dims: list[int] | None = flag(
-        None, "Train the first so many dimensions of the vectors too (Matryoshka): the mean of all these losses."
-    )
-    lora_r: int | None = flag(
-        None, "Train adapters of this rank (LoRA) in place of all weights; saved both merged and alone. Needs peft."
-    )
-    lora_alpha: float | None = flag(None, "LoRA: adapters are scaled by lora_alpha / lora_r (2 * lora_r when None).")
-    lora_dropout: float = flag(0.0, "LoRA: dropout before the adapters.")
-    lora_target_modules: list[str] = flag([ALL_LINEAR], "LoRA: names of the layers that get adapters, or all-linear.")
-    grad_cache_chunk_size: int = flag(
-        0,
-        "GradCache: hold so many texts in memory at a time (at the last so many queries and so many keys), whatever "
-        "the batch size, at the price of a second forward pass; gradients are those of the whole batch (0: off).",
-    )
-    length_split_tokens: int | None = flag(
-        None,
-        "Texts of a batch go through the model in parts of similar length, where a further part saves at least so "
-        f"many padding tokens (0: never; None: {CPU_SPLIT_TOKENS} on a CPU, {GPU_SPLIT_TOKENS} on a GPU, 0 with ZeRO-3 "
-        "and FSDP).",
-    )
-
-    max_sample_num: int | None = flag(None, "Most rows of each training file, drawn by --seed.")
-    train_group_size: int = flag(8, f"Keys per query: one positive, the rest negatives; {MOST_KEYS} at most.")
-    select_positive: str = flag(
-        "first", "first, random, teacher (best teacher score of all candidates) or teacher-pos (best positive)."
-    )
-    select_negative: str = flag("random", "random, first, teacher+ (best scores first) or teacher- (worst first).")
-    teacher_score_field: str = flag(
-        "teacher_scores", "Field of the rows with the scores to distil from (see --score_name of the scoring commands)."
-    )
-    teacher_scores_margin: float | None = flag(None, "Drop rows whose teacher scores spread less than this.")
-    teacher_scores_min: float | None = flag(None, "Drop rows whose best teacher score is below this.")
-
-    per_device_train_batch_size: int = flag(16, "Queries per process and step.")
-    learning_rate: float = flag(5e-6, "Peak learning rate.")
-    warmup_ratio: float = flag(0.1, "Share of the steps with rising learning rate, unless --warmup_steps is given.")
-    warmup_steps: float | None = flag(  # type: ignore[assignment]
-        None, "Steps with rising learning rate; below 1 a share of all steps (--warmup_ratio when None)."
-    )
-    weight_decay: float = flag(0.01, "AdamW weight decay.")
-    fp16: bool = flag(True, "Train in fp16 autocast where the device can; weights stay fp32.")
-    ddp_find_unused_parameters: bool | None = flag(False, "Passed on to DistributedDataParallel.")
-    remove_unused_columns: bool = flag(False, "Must be False: rows are tokenized in the collator.")
-    evaluation_strategy: str = flag("steps", "When to evaluate during training, with eval_data: no, steps, epoch.")
-    eval_strategy: str | None = flag(  # type: ignore[assignment]
-        None, "Newer name of --evaluation_strategy, which it overrides."
-    )
-    save_steps: float = flag(2000, "Save a checkpoint every so many steps.")
-    logging_steps: float = flag(100, "Log every so many steps.")
-    report_to: list[str] = flag(
-        ["none"],
-        f"none, or where transformers reports losses and metrics to: all (that is installed), {', '.join(REPORTERS)}.",
-    )
-    no_cuda: bool = flag(False, "Older name of --use_cpu.")
-    early_exit_steps: int | None = flag(None, "Stop (and save) after so many steps of the same schedule.")
-    log_path: str = flag(
-        "data/results/performance.log",
-        "Metrics are appended here, and as JSON lines beside it; in a folder to <folder of eval_data>.log.",
-    )
+class RetrievalTrainingArgs(TrainingFlags, TrainingArguments):  # type: ignore[misc]
+    """transformers' TrainingArguments, with this toolkit's flags over them."""
 
     def __post_init__(self) -> None:
         self._given = {name: getattr(self, name) for name in INFERRED}

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from src.retrieval.models.packing import Packer
 from src.retrieval.models.padding import pad
 from src.retrieval.models.pair_tokenizer import PairTokenizer
-from src.retrieval.training.args import CPU_SPLIT_TOKENS, GPU_SPLIT_TOKENS, RetrievalTrainingArgs
+from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import TrainExample
+from src.retrieval.training.flags import CPU_SPLIT_TOKENS, GPU_SPLIT_TOKENS
 
 
 @dataclass(frozen=True)

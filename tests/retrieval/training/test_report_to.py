@@ -9,7 +9,8 @@ import pytest
 
 import run_dense
 from src.retrieval.training import args as args_module
-from src.retrieval.training.args import REPORTERS, RetrievalTrainingArgs
+from src.retrieval.training.args import RetrievalTrainingArgs
+from src.retrieval.training.flags import REPORTERS
 from src.utils.errors import UserError
 from tests.helpers import write_rows
 
