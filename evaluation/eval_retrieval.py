@@ -11,6 +11,7 @@ if __name__ == "__main__":
     # Before libraries are imported, which takes seconds.
     answer_early("retrieval", EvalRetrievalArgs, ())
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -24,13 +25,15 @@ from evaluation.runner.from_corpus import (
     retriever_name,
 )
 from src.plan.retrieval import evaluation_lines
-from src.retrieval.jobs.evaluate import check_outputs, evaluate, load_eval_data, log_file, record
+from src.retrieval.jobs.evaluate import check_outputs, describe_instruction, evaluate, load_eval_data, log_file, record
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.models.pair_scorer import dense_scorer
 from src.retrieval.ranking.evaluate import retrieve
 from src.retrieval.search.searcher import Searcher
 from src.utils import distributed
 from src.utils.cli import parse_args, run, show_plan
+
+logger = logging.getLogger(__name__)
 
 MEMORY_ADVICE = "lower --batch_size or --key_max_length"
 
@@ -44,10 +47,19 @@ def main(name: str = "retrieval") -> None:
     config, encoder = results_config(args), EncoderConfig.from_args(args, given)
     data = load_eval_data(args, config)
     assert data is not None
+    instruction = describe_instruction(args, data.task)
+    if distributed.is_main():
+        logger.info("instruction: %s", instruction)
 
     if args.dry_run:
         model = load_dense_retriever(encoder) if args.retrieval_method == "dense" else None
-        show_plan([*evaluation_lines(data, config, device, model), ("output", config.output_dir)])
+        show_plan(
+            [
+                ("instruction", instruction),
+                *evaluation_lines(data, config, device, model),
+                ("output", config.output_dir),
+            ]
+        )
         return
 
     @cache

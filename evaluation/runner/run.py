@@ -23,15 +23,15 @@ from src.lm.prompts import PromptEncoder
 from src.lm.response_store import ResponseStore
 from src.plan.lm import SAMPLED_ROWS, lm_lines
 from src.plan.retrieval import evaluation_lines
-from src.retrieval.jobs.evaluate import check_outputs, log_file, record
+from src.retrieval.jobs.evaluate import check_outputs, describe_instruction, log_file, record
 from src.retrieval.models.dense import load_dense_retriever
-from src.retrieval.models.encode import progress
 from src.utils import distributed, locks
 from src.utils.cli import parse_args, run, show_plan
 from src.utils.display import Line, describe
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output, check_writable, json_line
 from src.utils.jsonl import sample
+from src.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -61,13 +61,16 @@ def run_task(kind: type[EvalTask], argv: Sequence[str] | None = None) -> None:
     task = kind(args, given, device)
     args, rows = task.args, task.data.rows
     path = output_path(args, rows.path)
+    told = describe_instruction(args, task.data.task) if args.retrieval_method == "dense" else ""
+    if told and distributed.is_main():
+        logger.info("instruction of the retriever: %s", told)
     asks = task.asks()
     if asks:
         distributed.on_main(lambda: check_output(path, "output_dir"))
         distributed.on_main(lambda: check_writable(f"{path}.parts", "output_dir"))
         task.ask = make_asker(task, path)
     if args.dry_run:
-        show_plan([*task_lines(task, path)])
+        show_plan([*([("instruction", told)] if told else []), *task_lines(task, path)])
         return
     facts: dict[str, Any] = {"task": task.name, "retriever": retriever_name(args)}
     with locks.hold(path):

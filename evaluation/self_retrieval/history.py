@@ -18,10 +18,10 @@ from evaluation.runner.from_corpus import Row, Values
 from evaluation.runner.task import EvalTask
 from src.lm.prompts import Request
 from src.lm.response_store import Response
-from src.retrieval.models.encode import progress
 from src.retrieval.models.pair_scorer import PairScorer, dense_scorer
 from src.retrieval.search.bm25.engine import BM25Index
 from src.utils import distributed
+from src.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from itertools import chain, count, islice, pairwise
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from src.lm.ask import respond
 from src.lm.model import LanguageModel
@@ -22,6 +21,7 @@ from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, json_line
 from src.utils.jsonl import JsonLines
+from src.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def score_units(
     passed = 0
     with (
         distributed.raising_together(),
-        tqdm(total=sum(sizes), desc="scoring", unit="pair", disable=not distributed.is_main(), smoothing=0.1) as bar,
+        progress(sum(sizes), "scoring", distributed.is_main(), "pair") as bar,
     ):
         for unit in order:
             if store.claim(unit):

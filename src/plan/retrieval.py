@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -27,7 +27,8 @@ from src.retrieval.search.faiss_index import bytes_per_vector, check_factory
 from src.retrieval.search.searcher import vector_width
 from src.retrieval.training import sharding
 from src.retrieval.training.args import RetrievalTrainingArgs
-from src.retrieval.training.dataset import Source, TrainDataset, TrainExample
+from src.retrieval.training.collator import Collator, Shown, as_read
+from src.retrieval.training.dataset import Source, TrainDataset
 from src.retrieval.training.sampler import GlobalBatchSampler
 from src.utils import distributed
 from src.utils.display import Line, describe, describe_tasks, human_bytes
@@ -36,6 +37,10 @@ from src.utils.jsonl import sample
 #: Batches that are tokenized to estimate the tokens of a step, and texts to estimate those of a file.
 SAMPLED_BATCHES = 8
 SAMPLED_TEXTS = 256
+#: Texts of an example that are shown, and characters of each: from its beginning, and from its end.
+SHOWN_TEXTS = 4
+SHOWN_CHARACTERS = 300
+END = 40
 #: How configurations call the dropout of attention weights, with which a CPU keeps them.
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate")
 
@@ -66,7 +71,7 @@ def training_lines(
     model: TrainableModel,
     training: RetrievalTrainingArgs,
     sources: Sequence[Source],
-    collator: Callable[[Sequence[TrainExample]], dict[str, Any]],
+    collator: Collator,
     resume: str | None,
     evaluates: bool,
 ) -> Iterator[Line]:
@@ -88,7 +93,9 @@ def training_lines(
     if resume is not None:
         yield "steps", f"going on from {resume}"
 
-    batches = [collator([dataset[place] for place in batch]) for batch in islice(sampler, SAMPLED_BATCHES)]
+    examples = [[dataset[place] for place in batch] for batch in islice(sampler, SAMPLED_BATCHES)]
+    yield from example_lines(model, collator.shown(examples[0][0]))
+    batches = [collator(batch) for batch in examples]
     yield from _token_lines(batches, accumulation * world)
     half = training.fp16 or training.bf16
     size = model_size(model.backbones[0], *count_parameters(model), fused_attention=not training.use_cpu)
@@ -107,6 +114,22 @@ def training_lines(
     yield "model", f"{size.parameters:,} parameters, {size.trainable:,} of them trained, in {precision}"
     yield "memory", f"{memory.describe()} (each process; an estimate, see src/plan/memory.py)"
     yield "output", training.output_dir
+
+
+def example_lines(model: TrainableModel | None, texts: Sequence[Shown]) -> Iterator[Line]:
+    """Some texts as the model reads them, and for a decoder the token that ends each."""
+    for label, text, tokens in texts[:SHOWN_TEXTS]:
+        one_line = " ".join(text.split())
+        cut = one_line if len(one_line) <= SHOWN_CHARACTERS else f"{one_line[:SHOWN_CHARACTERS]} … {one_line[-END:]}"
+        yield "example", f"{label}, {tokens:,} tokens: {cut}"
+    if len(texts) > SHOWN_TEXTS:
+        yield "example", f"and {len(texts) - SHOWN_TEXTS} more keys"
+    if isinstance(model, DenseRetriever) and any("last" in each.pooling_method for each in model.encoders.values()):
+        for name, tokenizer in {"query": model.query_tokenizer, "key": model.key_tokenizer}.items():
+            last = tokenizer("a")["input_ids"][-1]
+            token = tokenizer.convert_ids_to_tokens(last)
+            ends = f"ends in {token!r}" if last in tokenizer.all_special_ids else "ends in its own last token"
+            yield "end token", f"a {name} {ends}, whose state becomes the vector"
 
 
 def _chunks(batch: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
@@ -163,6 +186,10 @@ def evaluation_lines(
     if isinstance(model, DenseRetriever):
         queries = token_counts(model.query_tokenizer, data.queries, args.query_max_length)
         yield "tokens", f"a query: {describe(queries)} (of {len(queries)})"
+        texts = [("query", *as_read(model.query_tokenizer, data.queries[0], args.query_max_length))]
+        if data.corpus is not None and not config.rerank:
+            texts.append(("passage", *as_read(model.key_tokenizer, data.keys[0], args.key_max_length)))
+        yield from example_lines(model, texts)
     if isinstance(args, RetrievalArgs) and data.corpus is not None and not config.rerank:
         yield from _corpus_lines(data, args, device, model)
 
@@ -177,6 +204,7 @@ def _corpus_lines(
     if args.retrieval_method == "bm25":
         engine = distributed.on_main(partial(choose_engine, args))
         yield "corpus", f"by {'the embedded engine' if engine is None else f'Anserini ({engine.source})'}"
+    yield "corpus", f"a passage is its {data.key_template!r} (--key_template)"
     if not isinstance(model, DenseRetriever):
         return
     keys = token_counts(model.key_tokenizer, data.keys, args.key_max_length)

@@ -131,6 +131,8 @@ def setup_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for name in ("src", "evaluation", "scripts", "run_dense", "run_ranker", "run_lm_score", "__main__"):
         logging.getLogger(name).setLevel(level)
+    # What it finds is told where it matters: in the line that says where a run computes, and by src.doctor.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator" not in record.getMessage())
     # Its warnings are internal; missing weights are an error of ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -22,6 +22,11 @@ def human_bytes(size: float) -> str:
     return f"{size:.3g} TiB"
 
 
+def metric_text(value: float) -> str:
+    """A metric in four decimals; a count, which is whole and above 1, as it is."""
+    return f"{value:.0f}" if value > 1 and value == int(value) else f"{value:.4f}"
+
+
 def describe_tasks(counts: Mapping[str, int]) -> str:
     """The number of rows of each task."""
     return "task " + ", ".join(f"{task} {count:,}" for task, count in sorted(counts.items()))

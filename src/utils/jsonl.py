@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
-from tqdm import tqdm
 
 from src.utils.errors import UserError
 from src.utils.files import atomic_write
+from src.utils.progress import progress
 
 #: Of a row, its problems, and one number or string per column of `Scan.columns`: the same names for all rows.
 RowCheck = Callable[[Any], tuple[list[str], dict[str, Any]]]
@@ -270,7 +270,7 @@ def scan_file(path: str, check: RowCheck) -> Scan:
         return _merge([_scan_range(path, start, end, check) for start, end in chunks])
     with process_pool(workers) as pool:
         futures = [pool.submit(_scan_range, path, start, end, check) for start, end in chunks]
-        bar = tqdm(futures, desc=f"checking {os.path.basename(path)}", unit="chunk")
+        bar = progress(len(futures), f"checking {os.path.basename(path)}", unit="chunk", items=futures)
         return _merge([future.result() for future in bar])
 
 

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from src.utils.display import metric_text
 from src.utils.errors import UserError
 
 
@@ -53,7 +54,7 @@ def log_result(log_path: str, metrics: Mapping[str, float], arguments: Mapping[s
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     as_json = partial(json.dumps, ensure_ascii=False, default=str)
     if lines != path:
-        values = "".join(f"  {name:<16} {value:.4f}\n" for name, value in metrics.items())
+        values = "".join(f"  {name:<16} {metric_text(value)}\n" for name, value in metrics.items())
         _append(path, f"{time}\ncommand: {command}\narguments: {as_json(dict(arguments))}\n{values}\n")
     record = {"time": time, "command": command, "metrics": dict(metrics), "arguments": dict(arguments), **facts}
     _append(lines, as_json({**record, "versions": versions()}) + "\n")

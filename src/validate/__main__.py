@@ -11,8 +11,6 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 
-from tqdm import tqdm
-
 from src.retrieval.args import DataArgs
 from src.retrieval.data.rows import TEACHER_SCORES, has_tokens, template_columns
 from src.retrieval.data.tasks import TASKS, TaskConfig, load_task_config, task_from_path
@@ -21,6 +19,7 @@ from src.utils.files import check_output, expand_data_paths, write_json
 from src.utils.flags import check_choice, default_data_root
 from src.utils.jsonl import parse_row, read_lines
 from src.utils.parser import Parser
+from src.utils.progress import progress
 from src.validate.report import KINDS, REPEATS, DataReport
 
 
@@ -45,7 +44,7 @@ def check_file(path: str, args: argparse.Namespace, task_config: Mapping[str, Ta
     task = args.task or task_from_path(path, task_config)
     report = DataReport(kind, task, args.key_template, args.teacher_score_field, task_config)
     size = os.path.getsize(path)
-    with tqdm(total=size, unit="B", unit_scale=True, desc=os.path.basename(path), delay=2, disable=None) as bar:
+    with progress(size, os.path.basename(path), unit="byte", unit_scale=True, delay=2) as bar:
         for line, (begin, body) in enumerate(read_lines(path, 0, size), 1):
             if body.strip():
                 for error in report.add(line, *parse_row(body)):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import run_dense
 import run_lm_score
@@ -432,6 +432,38 @@ def test_evaluations(task, dry, data_root, tiny_bert, models, tmp_path):  # noqa
 COMMANDS = ["run_dense", "run_ranker", "run_lm_score", "evaluation.eval_retrieval"]
 
 
+def test_an_example_is_shown_as_the_model_reads_it(files, dry, tiny_bert, tmp_path):
+    """Cut to the length, special tokens and instruction included; of a pair query and key together."""
+    rows = [{"query": "cat dog", "pos": ["tree"], "neg": ["red"] * 7, "task": "qa"}] * 2
+    train = write_rows(tmp_path / "few.json", rows)
+    common = ["--train_data", train, "--output_dir", files["out"], "--log_path", files["log"], "--use_cpu"]
+    common += ["--query_max_length", 64, "--key_max_length", 3]
+    plan = dry(run_dense.main, *common, "--query_encoder", tiny_bert)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    query = tokenizer("Represent this sentence for searching relevant passages: cat dog")["input_ids"]
+    assert plan["instruction"] == [
+        "before queries 'Represent this sentence for searching relevant passages: ' (--version bge, the default; "
+        "--add_instruction False leaves it out)"
+    ]
+    assert plan["example"][0] == f"query, {len(query)} tokens: {tokenizer.decode(query)}"
+    key = tokenizer("tree", truncation=True, max_length=3)["input_ids"]
+    assert plan["example"][1] == f"positive, {len(key)} tokens: {tokenizer.decode(key)}"
+    assert [line.split(",")[0] for line in plan["example"][2:]] == ["negative", "negative", "and 5 more keys"]
+    assert "end token" not in plan
+
+    plan = dry(run_dense.main, *common, "--query_encoder", tiny_bert, "--pooling_method", "last", "--version", "e5")
+    assert plan["instruction"] == [
+        "before queries 'query: ', before keys 'passage: ' (--version e5; --add_instruction False leaves it out)"
+    ]
+    ends = "ends in '[SEP]', whose state becomes the vector"
+    assert plan["end token"] == [f"a query {ends}", f"a key {ends}"]
+
+    plan = dry(run_ranker.main, *common, "--ranker", tiny_bert)
+    assert plan["instruction"] == ["none (--add_instruction False)"]
+    pair = tokenizer("cat dog", "tree")["input_ids"]
+    assert plan["example"][0] == f"positive, {len(pair)} tokens: {tokenizer.decode(pair)}"
+
+
 @pytest.mark.parametrize("command", [*COMMANDS, *(f"evaluation.eval_{task}" for task in TASKS)])
 def test_help_lists_the_flags_of_all_commands(command, monkeypatch, capsys):
     module = importlib.import_module(command)
@@ -441,4 +473,4 @@ def test_help_lists_the_flags_of_all_commands(command, monkeypatch, capsys):
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "--config FILE" in printed
-    assert "--dry_run [DRY_RUN]" in printed
+    assert "--dry_run [BOOL]" in printed

@@ -28,6 +28,7 @@ from src.retrieval.ranking.files import Hits
 from src.retrieval.ranking.rerank import write_scores
 from src.retrieval.search.searcher import stores_written
 from src.utils import distributed
+from src.utils.display import metric_text
 from src.utils.errors import UserError
 from src.utils.files import check_writable, existing_file, resolve_path
 from src.utils.result_log import check_log, log_result
@@ -40,6 +41,23 @@ def instructions(args: RetrievalArgs | RankerArgs) -> InstructionOf:
     if not args.add_instruction:
         return no_instruction
     return partial(instruction_for, args.version, task_config=load_task_config(args.task_config))
+
+
+def describe_instruction(args: RetrievalArgs | RankerArgs, task: str | None, named: bool = False) -> str:
+    """What stands before queries and keys of a task, and which flag says so; the task is `named` among several."""
+    if isinstance(args, RetrievalArgs) and args.retrieval_method != "dense":
+        return f"none (--retrieval_method {args.retrieval_method})"
+    if not args.add_instruction:
+        return "none (--add_instruction False)"
+    config = load_task_config(args.task_config)
+    instruction = instructions(args)(task)
+    parts = {"queries": instruction.query, "keys": instruction.key}
+    shown = ", ".join(f"before {name} {text!r}" for name, text in parts.items() if text) or "none"
+    own = task in config and config[task].instruction is not None
+    default = ", the default" if args.version == type(args).version and not own else ""
+    reason = f"--task_config {args.task_config}" if own else f"--version {args.version}{default}"
+    whose = f"task {task or 'none'}: " if named else ""
+    return f"{whose}{shown} ({reason}{'' if shown == 'none' else '; --add_instruction False leaves it out'})"
 
 
 def log_file(args: DataArgs, log_path: str) -> str:
@@ -114,6 +132,6 @@ def evaluate(
 def record(metrics: Mapping[str, float], log_path: str, arguments: Mapping[str, Any], **facts: Any) -> None:
     """On the main process show metrics, if any, and append them to the log with arguments and facts."""
     if distributed.is_main() and metrics:
-        logger.info("%s", "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        logger.info("%s", "  ".join(f"{name} {metric_text(value)}" for name, value in metrics.items()))
         log_result(log_path, metrics, arguments, **facts)
         logger.info("metrics appended to %s", log_path)

@@ -18,7 +18,15 @@ from src.plan.retrieval import evaluation_lines, training_lines
 from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.tasks import load_task_config
-from src.retrieval.jobs.evaluate import check_outputs, evaluate, instructions, load_eval_data, log_file, record
+from src.retrieval.jobs.evaluate import (
+    check_outputs,
+    describe_instruction,
+    evaluate,
+    instructions,
+    load_eval_data,
+    log_file,
+    record,
+)
 from src.retrieval.models.checkpoint_folders import checkpoint_to_resume
 from src.retrieval.models.packing import Packer, packs
 from src.retrieval.models.pair_scorer import PairScorer
@@ -29,11 +37,11 @@ from src.retrieval.ranking.files import Hits
 from src.retrieval.report.plot import FIGURE
 from src.retrieval.report.training_record import Uses, card_writer, draw_training
 from src.retrieval.training.args import RetrievalTrainingArgs
+from src.retrieval.training.collator import Collator
 from src.retrieval.training.dataset import (
     Source,
     SourceSettings,
     TrainDataset,
-    TrainExample,
     check_mixable,
     load_train_sources,
 )
@@ -87,7 +95,7 @@ class Job(ABC, Generic[ArgsT, ModelT]):
         """Load the model; one that `trains` may get new layers."""
 
     @abstractmethod
-    def collator(self, model: ModelT) -> Callable[[Sequence[TrainExample]], dict[str, Any]]:
+    def collator(self, model: ModelT) -> Collator:
         """Return what turns training examples into token tensors."""
 
     @abstractmethod
@@ -125,13 +133,19 @@ class Job(ABC, Generic[ArgsT, ModelT]):
         config = EvalConfig(args, output_dir=training.output_dir, seed=training.seed, rerank=self.reranks)
         data = load_eval_data(args, config)
         sources = load_sources(args, training)
+        told = list(dict.fromkeys(task for source in sources for task in source.tasks))
+        if data is not None and data.task not in told:
+            told.append(data.task)
+        used = [describe_instruction(args, task, len(told) > 1) for task in told]
+        for text in used if distributed.is_main() else ():
+            logger.info("instruction: %s", text)
         resume = distributed.on_main(
             partial(checkpoint_to_resume, training.resume_from_checkpoint, training.output_dir)
         )
         set_seed(training.seed)
         model = self.load(trains=bool(sources))
         if args.dry_run:
-            lines: list[Line] = []
+            lines: list[Line] = [("instruction", text) for text in used]
             if sources:
                 lines += training_lines(model, training, sources, self.collator(model), resume, data is not None)
             if data is not None:

@@ -523,7 +523,9 @@ def _load_encoder(path: str, config: EncoderConfig) -> TextEncoder:
     elif config.dense_dim is not None:
         raise UserError(f"--dense_dim {config.dense_dim} needs a dense layer: --pooling_method {methods[0]} dense")
     said_by = "flag" if config.dense_metric else spec.origin if spec.dense_metric else "default"
-    logger.info("%s: pooling %s (%s), similarity %s (%s)", path, "+".join(methods), origin, metric, said_by)
+    # The path is said already.
+    sources = [os.path.basename(source or "") for source in (origin, said_by)]
+    logger.info("%s: pooling %s (%s), similarity %s (%s)", path, "+".join(methods), sources[0], metric, sources[1])
     return encoder
 
 

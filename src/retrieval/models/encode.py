@@ -255,8 +255,3 @@ def encode(
                 reason += f"; or they leave the range of --dtype {config.dtype}, which --dtype fp32 would show"
             raise UserError(reason)
     return windows[0] if len(windows) == 1 else np.concatenate(windows)
-
-
-def progress(total: int, description: str, shown: bool, unit: str = "text") -> tqdm:
-    """A progress bar with units per second."""
-    return tqdm(total=total, desc=description, unit=unit, disable=not shown, smoothing=0.1)

@@ -16,7 +16,6 @@ import numpy as np
 
 from src.retrieval.args import DataArgs, RetrievalArgs
 from src.retrieval.data.corpus import EvalData
-from src.retrieval.models.encode import progress
 from src.retrieval.ranking.answer_recall import nq_recall
 from src.retrieval.ranking.config import LABEL_METRICS, SCORE, EvalConfig, result_path, scored_path
 from src.retrieval.ranking.files import (
@@ -39,6 +38,7 @@ from src.utils import distributed, locks
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output, derived_path
 from src.utils.flags import flags_of
+from src.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from itertools import chain
 import numpy as np
 
 from src.retrieval.data.corpus import EvalData
-from src.retrieval.models.encode import progress
 from src.retrieval.ranking.mining import normalize
 from src.utils import distributed
+from src.utils.progress import progress
 
 
 def find_query_rows(data: EvalData) -> dict[int, set[int]]:

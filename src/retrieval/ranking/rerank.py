@@ -12,11 +12,11 @@ import numpy as np
 
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.rows import candidates
-from src.retrieval.models.encode import progress
 from src.retrieval.models.pair_scorer import PairScorer
 from src.retrieval.ranking.files import Hits, shortest
 from src.utils import distributed
 from src.utils.files import atomic_write, json_line
+from src.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 

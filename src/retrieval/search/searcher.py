@@ -19,7 +19,7 @@ from tqdm import tqdm
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import EvalData, Texts
 from src.retrieval.models.dense import DenseRetriever
-from src.retrieval.models.encode import EncodeConfig, progress
+from src.retrieval.models.encode import EncodeConfig
 from src.retrieval.search.exact import ExactIndex, Index, VectorShard, merge_hits, no_hits
 from src.retrieval.search.faiss_index import FaissIndex, check_factory
 from src.retrieval.search.vector_store import VectorStore, create_store, finish_store, load_store, vectors_made_from
@@ -27,6 +27,7 @@ from src.utils import distributed
 from src.utils.files import atomic_path
 from src.utils.locks import check_free
 from src.utils.manifest import Manifest, check_undamaged, file_checksum, read_manifest
+from src.utils.progress import progress
 
 logger = logging.getLogger(__name__)
 

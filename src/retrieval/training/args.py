@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,7 +95,8 @@ class RetrievalTrainingArgs(TrainingFlags, TrainingArguments):  # type: ignore[m
         if self.gradient_checkpointing:
             self.activation_checkpointing, self.gradient_checkpointing = True, None
         if self.disable_tqdm is None:
-            self.disable_tqdm = False
+            # In a file a bar is one endless line.
+            self.disable_tqdm = not sys.stderr.isatty()
         if self.warmup_steps is None:
             # transformers takes 1 for a step, not for all.
             self.warmup_steps = min(self.warmup_ratio, math.nextafter(1, 0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -106,11 +106,35 @@ def tokenize_chunks(
     return token_chunks(tokenizer, encoded, policy, packer)
 
 
+def as_read(tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> tuple[str, int]:
+    """A text cut to `max_length` tokens, as these say, special ones too; and their number."""
+    ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+    return str(tokenizer.decode(ids)), len(ids)
+
+
 def teacher_scores(examples: Sequence[TrainExample]) -> Tensor | None:
     """fp32 ``(B, N)``, NaN for a row without scores; None when no row has any."""
     if not any(example.scores for example in examples):
         return None
     return torch.tensor([example.scores or [math.nan] * len(example.keys) for example in examples], dtype=torch.float32)
+
+
+#: A label, a text as a model reads it (its tokens as text again, special ones too), and how many tokens it has.
+Shown = tuple[str, str, int]
+
+
+class Collator(Protocol):
+    """Turns training examples into token tensors."""
+
+    def __call__(self, examples: Sequence[TrainExample]) -> dict[str, Any]:
+        """Return the tensors of a batch."""
+
+    def shown(self, example: TrainExample) -> list[Shown]:
+        """Return what the model reads of an example, query and keys in their order."""
+
+
+def _labels(keys: Sequence[str]) -> list[str]:
+    return ["positive", *["negative"] * (len(keys) - 1)]
 
 
 @dataclass(frozen=True)
@@ -140,6 +164,13 @@ class TrainCollator:
             "source": examples[0].source,
         }
 
+    def shown(self, example: TrainExample) -> list[Shown]:
+        """See `Collator`."""
+        texts = [("query", self.query_tokenizer, example.query, self.query_max_length)]
+        for label, key in zip(_labels(example.keys), example.keys, strict=True):
+            texts.append((label, self.key_tokenizer, key, self.key_max_length))
+        return [(label, *as_read(tokenizer, text, length)) for label, tokenizer, text, length in texts]
+
 
 @dataclass(frozen=True)
 class PairCollator:
@@ -161,3 +192,9 @@ class PairCollator:
             "teacher_scores": teacher_scores(examples),
             "source": examples[0].source,
         }
+
+    def shown(self, example: TrainExample) -> list[Shown]:
+        """See `Collator`; a pair holds the query, too."""
+        rows = self.pairs([(example.query, key) for key in example.keys])["input_ids"]
+        pairs = zip(_labels(example.keys), rows, strict=True)
+        return [(label, str(self.pairs.tokenizer.decode(ids)), len(ids)) for label, ids in pairs]
