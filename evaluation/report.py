@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from src.utils.cli import run
-from src.utils.display import metric_text
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output
 from src.utils.parser import Parser
@@ -219,7 +218,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _cells(values: Sequence[float | None]) -> list[str]:
-    return ["" if value is None else metric_text(value) for value in values]
+    return ["" if value is None else f"{value:.4f}" for value in values]
 
 
 def to_text(board: Leaderboard) -> str:

@@ -257,6 +257,12 @@ class Refused(MSC):
             raise UserError("rows.json: a row is refused")
         return super().request(row, found, examples)
 
+    def retrieve(self):
+        print("retrieving", flush=True)
+        retrieved = super().retrieve()
+        print("answering", flush=True)
+        return retrieved
+
 
 if __name__ == "__main__":
     start(Refused)

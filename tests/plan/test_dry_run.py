@@ -460,7 +460,7 @@ def test_an_example_is_shown_as_the_model_reads_it(files, dry, tiny_bert, tmp_pa
 
     plan = dry(run_ranker.main, *common, "--ranker", tiny_bert)
     assert plan["instruction"] == ["none (--add_instruction False)"]
-    pair = tokenizer("cat dog", "tree")["input_ids"]
+    pair = tokenizer("cat dog", "tre")["input_ids"]
     assert plan["example"][0] == f"positive, {len(pair)} tokens: {tokenizer.decode(pair)}"
 
 
