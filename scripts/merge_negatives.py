@@ -47,23 +47,25 @@ class MergeArgs:
 def merge_rows(rows: Sequence[dict[str, Any]], max_neg_num: int | None) -> dict[str, Any]:
     """The first row, with the negatives of all rows in turn, best first, each text and corpus row once.
 
-    Neither a positive nor the query is among them. ``neg_index`` is kept when every row has one, ``teacher_scores`` are
-    not: they belong to the candidates of one file.
+    Neither a positive nor the query is among them. ``neg_index`` and ``neg_id`` are kept when every row has them,
+    ``teacher_scores`` are not: they belong to the candidates of one file.
     """
-    indexed = all(len(row.get("neg_index") or []) == len(row["neg"]) for row in rows)
-    lists = [zip(row["neg"], row["neg_index"] if indexed else row["neg"], strict=True) for row in rows]
+    fields = [f for f in ("neg_index", "neg_id") if all(len(row.get(f) or []) == len(row["neg"]) for row in rows)]
+    lists = [zip(row["neg"], *(row[field] for field in fields), strict=True) for row in rows]
     texts = {normalize(text) for row in rows for text in (row["query"], *row["pos"])}
-    indexes = {index for row in rows for index in row.get("pos_index") or []}
-    negatives: dict[str, Any] = {}
-    for text, index in filter(None, chain.from_iterable(zip_longest(*lists))):
-        if normalize(text) not in texts and index not in indexes:
-            texts.add(normalize(text))
-            indexes.add(index)
-            negatives[text] = index
-    kept = {name: value for name, value in rows[0].items() if name not in ("teacher_scores", "neg_index")}
-    kept["neg"] = list(negatives)[:max_neg_num]
-    if indexed:
-        kept["neg_index"] = list(negatives.values())[:max_neg_num]
+    # Row numbers and ids: an id is a text, also where the file has a number.
+    seen = {("neg_index", str(name)) for row in rows for name in row.get("pos_index") or []}
+    seen |= {("neg_id", str(name)) for row in rows for name in row.get("pos_id") or []}
+    negatives: list[tuple[Any, ...]] = []
+    for negative in filter(None, chain.from_iterable(zip_longest(*lists))):
+        words, names = normalize(negative[0]), set(zip(fields, map(str, negative[1:]), strict=True))
+        if words not in texts and seen.isdisjoint(names):
+            texts.add(words)
+            seen |= names
+            negatives.append(negative)
+    kept = {name: value for name, value in rows[0].items() if name not in ("teacher_scores", "neg_index", "neg_id")}
+    for place, field in enumerate(("neg", *fields)):
+        kept[field] = [negative[place] for negative in negatives][:max_neg_num]
     return kept
 
 

@@ -17,6 +17,8 @@ import evaluation.runner.run
 import src.utils.cli
 from src.lm.prompts import SCORE_PROMPTS
 from src.retrieval.args import RetrievalArgs
+from src.retrieval.data.corpus import load_corpus, load_eval_rows
+from src.retrieval.data.ids import resolve_labels
 from src.retrieval.data.rows import check_lm_row, check_train_row
 from src.retrieval.data.tasks import load_task_config
 from src.retrieval.training import args as args_module
@@ -24,7 +26,7 @@ from src.retrieval.training import sharding
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.utils.cli import parse_args
 from src.utils.parser import Parser
-from tests.helpers import ROOT, environment
+from tests.helpers import ROOT, environment, write_rows
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = ROOT / "examples" / "run.yaml"
@@ -162,13 +164,24 @@ def test_links_lead_somewhere(page: Path):
 
 def test_example_rows_are_accepted():
     """One of each task; those with answers can be scored by an LM, too."""
-    (block,) = blocks(FINE_TUNE, "json")
+    block, _ = blocks(FINE_TUNE, "json")
     rows = [json.loads(line) for line in block.splitlines()]
     assert [row["task"] for row in rows] == ["qa", "convsearch", "chat", "lrlm", "icl", "tool"]
     assert {row["task"] for row in rows} == {*SCORE_PROMPTS}
     for row in rows:
         assert check_train_row(row)[0] == []
         assert "answers" not in row or check_lm_row(row)[0] == []
+
+
+def test_example_of_ids_is_accepted(tmp_path):
+    _, block = blocks(FINE_TUNE, "json")
+    corpus, rows = (
+        write_rows(tmp_path / name, [json.loads(line)]) for name, line in zip("cr", block.splitlines(), strict=True)
+    )
+    opened = load_corpus(str(corpus), "{text}", None)
+    found, ids = resolve_labels(load_eval_rows(str(rows), 1, None), opened)
+    assert found[0]["pos_index"] == [0]
+    assert ids is not None
 
 
 def test_example_of_own_tasks_is_accepted(tmp_path):

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from src.retrieval.data.ids import CorpusIds
 from src.retrieval.data.rows import (
+    CORPUS_CHECK,
     EVAL_CHECK,
     FurtherCheck,
     check_corpus_row,
@@ -81,18 +83,23 @@ def load_corpus(path: str, key_template: str, cache_dir: str | None) -> JsonLine
     """Open a corpus and check that every row has the columns of `key_template`."""
     columns = template_columns(key_template)
     check = partial(check_corpus_row, columns=columns)
-    return distributed.on_main(partial(open_jsonl, path, check, f"corpus-1 {columns}", cache_dir))
+    return distributed.on_main(partial(open_jsonl, path, check, f"{CORPUS_CHECK} {columns}", cache_dir))
 
 
 @dataclass(frozen=True)
 class EvalData:
-    """The evaluation rows (`task` is None when they name none) and the corpus, if any, with how each becomes text."""
+    """The evaluation rows (`task` is None when they name none) and the corpus, if any, with how each becomes text.
+
+    Rows have row numbers for labels, looked up by `ids` where they are labelled by id; `ids` is None when the corpus
+    has none that name its rows.
+    """
 
     rows: JsonLines
     corpus: JsonLines | None
     key_template: str
     task: str | None
     instruction_of: InstructionOf
+    ids: CorpusIds | None = None
 
     @property
     def queries(self) -> Texts:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
+from src.retrieval.data.ids import ID_FIELDS, LABELS, id_key, row_id
 from src.utils.errors import UserError
 
-TRAIN_CHECK = "train-3"
-EVAL_CHECK = "eval-4"
-LM_CHECK = "lm-4"
+TRAIN_CHECK = "train-4"
+EVAL_CHECK = "eval-5"
+LM_CHECK = "lm-5"
+CORPUS_CHECK = "corpus-2"
 
 #: Row numbers and tokens are kept as 64-bit integers, names of tasks in an array as wide as the longest.
 LARGEST_INT = 2**63 - 1
@@ -53,10 +55,14 @@ def _task(value: Any) -> str | None:
     return f" is no name of a task, found {reprlib.repr(value)}"
 
 
-def _query_id(value: Any) -> str | None:
+def _id(value: Any) -> str | None:
     if isinstance(value, str):
         return _string(value)
     return None if type(value) is int else f" must be an integer or a string, found {type(value).__name__}"
+
+
+def _row_id(value: Any) -> str | None:
+    return " is empty: an id needs text" if value == "" else _id(value)
 
 
 def _is_index(value: Any) -> bool:
@@ -87,6 +93,8 @@ def _list(words: str, item_kind: Kind) -> Kind:
 _STRINGS = _list("strings", _string)
 _NUMBERS = _list("numbers", _must_be("a finite number", is_number))
 _INDICES = _list("indices", _must_be("a row number of the corpus (0 or more)", _is_index))
+_IDS = _list("ids", _row_id)
+_GRADES = _list("grades", _must_be("a whole number of 1 or more", lambda value: _is_index(value) and value > 0))
 _TOKENS = _list("tokens", _must_be("a token number (0 or more)", _is_index))
 
 #: Fields of rows with a meaning of their own, all but those of scores; a chat row has `history` for `pos` and `neg`.
@@ -95,16 +103,20 @@ ROW_FIELDS: Mapping[str, Kind] = {
     "task": _task,
     "answers": _STRINGS,
     "pos_index": _INDICES,
-    "query_id": _query_id,
+    "pos_id": _IDS,
+    "pos_grade": _GRADES,
+    "query_id": _id,
     "pos": _STRINGS,
     "neg": _STRINGS,
     "history": _STRINGS,
     "neg_index": _INDICES,
+    "neg_id": _IDS,
     "key": _STRINGS,
     "key_index": _INDICES,
+    "key_id": _IDS,
     "context": _string,
 }
-_COMMON = ("query", "task", "answers", "pos_index", "query_id")
+_COMMON = ("query", "task", "answers", "pos_index", "pos_id", "pos_grade", "query_id")
 #: Fields of an lrlm row that carries tokens of the LM in place of text; one list of tokens per candidate in the first.
 TOKEN_FIELDS = ("score_inputs", "context_inputs", "query_inputs", "answer_inputs")
 
@@ -125,7 +137,28 @@ def _problems(row: Row, kinds: Mapping[str, Kind], required: Collection[str] = (
 
 
 def _row_problems(row: Row, *fields: str) -> list[str]:
-    return _problems(row, {name: ROW_FIELDS[name] for name in (*_COMMON, *fields)}, required=("query",))
+    problems = _problems(row, {name: ROW_FIELDS[name] for name in (*_COMMON, *fields)}, required=("query",))
+    return problems or _label_problems(row)
+
+
+def _label_problems(row: Row) -> list[str]:
+    """What is wrong with labels whose fields are right each by itself: ids, row numbers and grades of the same keys."""
+    problems = []
+    for label in LABELS:
+        ids, indices = row.get(f"{label}_id"), row.get(f"{label}_index")
+        if isinstance(ids, list) and isinstance(indices, list) and ids and indices and len(ids) != len(indices):
+            problems.append(f"field '{label}_id' has {len(ids)} ids for {len(indices)} row numbers in '{label}_index'")
+    grades = row.get("pos_grade")
+    if problems or grades is None:
+        return problems
+    field = "pos_id" if row.get("pos_id") else "pos_index"
+    positives = row.get(field) or []
+    if len(grades) != len(positives):
+        return [f"field 'pos_grade' has {len(grades)} grades for {len(positives)} positives in {field!r}"]
+    graded = dict(zip(positives, grades, strict=True))
+    if twice := [name for name, grade in zip(positives, grades, strict=True) if graded[name] != grade]:
+        return [f"field {field!r} names {twice[0]!r} twice, with different grades"]
+    return []
 
 
 def candidates(row: Row) -> tuple[list[str], list[str]]:
@@ -153,8 +186,8 @@ def check_train_row(row: Row, score_field: str = TEACHER_SCORES) -> Checked:
         ``score_spread`` (highest minus lowest teacher score; NaN without scores), ``best`` (position of
         the highest score in pos + neg, -1 without scores), ``task`` (str, empty when missing).
     """
-    problems = _row_problems(row) + _candidate_problems(row)
-    problems += _problems(row, {"neg_index": _INDICES, score_field: _NUMBERS})
+    problems = _row_problems(row, "neg_index", "neg_id") + _candidate_problems(row)
+    problems += _problems(row, {score_field: _NUMBERS})
     if problems:
         return problems, {}
     positives, negatives = candidates(row)
@@ -178,23 +211,29 @@ def check_eval_row(row: Row, scoring: bool = False) -> Checked:
     """Check one evaluation row, with `scoring` one whose candidates are to be scored.
 
     Returns:
-        The problems, and ``positives`` (count), ``pos_index_max`` (-1 without positives), ``answers``,
-        ``keys`` and ``key_indices`` (counts), ``key_index_max`` (like that of the positives), ``task`` (str, empty
+        The problems, and ``positives`` (count, by row number or id), ``pos_index_max`` (-1 without row numbers),
+        ``answers``, ``keys`` and ``key_indices`` (counts), ``key_index_max`` (like that of the positives), ``ids``
+        (how many name rows of the corpus), ``by_id`` (whether positives or keys have ids alone), ``task`` (str, empty
         when missing), with `scoring` also ``candidates`` (count).
     """
-    problems = _row_problems(row, "pos", "key", "key_index")
+    # Of negatives nothing but ids is of use here, and these are compared with their row numbers.
+    negatives = ("neg_index", "neg_id") if row.get("neg_id") else ()
+    problems = _row_problems(row, "pos", *negatives, "key", "key_index", "key_id")
     if scoring:
         problems += [problem for problem in _candidate_problems(row) if problem not in problems]
     if problems:
         return problems, {}
     pos_index, key_index = row.get("pos_index") or [], row.get("key_index") or []
+    pos_id, neg_id, key_id = (row.get(f"{label}_id") or [] for label in LABELS)
     numbers = {
-        "positives": len(pos_index),
+        "positives": len(pos_index or pos_id),
         "pos_index_max": max(pos_index, default=-1),
         "answers": len(row.get("answers") or []),
         "keys": len(row.get("key") or []),
-        "key_indices": len(key_index),
+        "key_indices": len(key_index or key_id),
         "key_index_max": max(key_index, default=-1),
+        "ids": len(pos_id) + len(neg_id) + len(key_id),
+        "by_id": bool(pos_id and not pos_index) or bool(key_id and not key_index),
         "task": row.get("task") or "",
     }
     return [], {**numbers, "candidates": sum(map(len, candidates(row)))} if scoring else numbers
@@ -284,27 +323,37 @@ def _token_problems(row: Row) -> list[str]:
 
 
 def check_hits_row(row: Row, corpus_size: int | None) -> Checked:
-    """Check one row of a result file: ``query_id``, ``pred`` and ``score``, one score per hit."""
-    if missing := [field for field in ("query_id", "pred", "score") if row.get(field) is None]:
+    """Check one row of a result file: ``query_id``, ``pred`` or ``pred_id`` or both, and ``score``, one per hit."""
+    named = row.get("pred") is None and row.get("pred_id") is not None
+    fields = ("query_id", "pred_id" if named else "pred", "score")
+    if missing := [field for field in fields if row.get(field) is None]:
         return [f"field {field!r} is missing: a result file has query_id, pred and score" for field in missing], {}
-    if problems := _problems(row, {"pred": _INDICES, "score": _NUMBERS}):
+    if problems := _problems(row, {"pred": _INDICES, "pred_id": _IDS, "score": _NUMBERS}):
         return problems, {}
-    if len(row["pred"]) != len(row["score"]):
-        problems.append(f"{len(row['pred'])} pred for {len(row['score'])} score: one score per hit is needed")
-    if corpus_size is not None and max(row["pred"], default=-1) >= corpus_size:
-        problems.append(f"pred {max(row['pred'])} is beyond the corpus, which has {corpus_size} rows: is it another?")
-    return problems, {}
+    hits = [field for field in ("pred", "pred_id") if row.get(field) is not None]
+    for field in hits:
+        if len(row[field]) != len(row["score"]):
+            problems.append(f"{len(row[field])} {field} for {len(row['score'])} score: one score per hit is needed")
+    highest = max(row.get("pred") or (), default=-1)
+    if corpus_size is not None and highest >= corpus_size:
+        problems.append(f"pred {highest} is beyond the corpus, which has {corpus_size} rows: is it another?")
+    return problems, {"by_id": named}
 
 
 def check_corpus_row(row: Row, columns: Sequence[str]) -> Checked:
-    """Check that a corpus row has the template's `columns` as strings (null counts as empty)."""
-    problems = []
+    """Check that a corpus row has the template's `columns` as strings (null counts as empty).
+
+    Returns:
+        The problems, and ``id`` (`id_key` of the row's id, empty without one).
+    """
+    kinds: dict[str, Kind] = {name: _string for name in ID_FIELDS if isinstance(row.get(name), str)}
+    problems = _problems(row, kinds)
     for column in columns:
         if column not in row:
             problems.append(f"column {column!r} of --key_template is missing (this row has: {_column_names(row)})")
         elif row[column] is not None and (problem := _string(row[column])):
             problems.append(f"column {column!r}{problem}")
-    return problems, {}
+    return problems, {} if problems else {"id": id_key(row_id(row))}
 
 
 def _column_names(row: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from src.retrieval.args import DataArgs, RankerArgs, RetrievalArgs
 from src.retrieval.data.corpus import EvalData, load_corpus, load_eval_rows
+from src.retrieval.data.ids import resolve_labels
 from src.retrieval.data.rows import FurtherCheck
 from src.retrieval.data.tasks import (
     InstructionOf,
@@ -104,13 +105,14 @@ def load_eval_data(
         )
     size = len(corpus) if corpus is not None else None
     rows = load_eval_rows(path, size, args.dataset_cache_dir, SCORE in config.args.metrics, further)
+    rows, ids = resolve_labels(rows, corpus)
     # BM25 would take instructions for words of the text.
     lexical = isinstance(args, RetrievalArgs) and args.retrieval_method != "dense"
     instruction_of = no_instruction if lexical else instructions(args)
     task = single_task(rows, args.task or task_from_path(path, load_task_config(args.task_config)))
     # Some sets of instructions need a task.
     instruction_of(task)
-    data = EvalData(rows, corpus, args.key_template, task, instruction_of)
+    data = EvalData(rows, corpus, args.key_template, task, instruction_of, ids)
     check_labels(data, config)
     distributed.on_main(partial(check_files, data, config))
     return data

@@ -22,6 +22,7 @@ from src.retrieval.ranking.files import (
     Hits,
     Window,
     check_query_ids,
+    check_trec_ids,
     key_lines,
     mined_lines,
     per_query_lines,
@@ -48,9 +49,12 @@ def check_labels(data: EvalData, config: EvalConfig) -> None:
     columns, metrics = data.rows.scan.columns, config.args.metrics
     if not set(LABEL_METRICS).isdisjoint(metrics) and not (columns["positives"] > 0).any():
         raise UserError(
-            f"{data.rows.path}: no row has pos_index, which --metrics {' '.join(LABEL_METRICS)} need "
+            f"{data.rows.path}: no row has pos_index or pos_id, which --metrics {' '.join(LABEL_METRICS)} need "
             "(nq uses 'answers' instead)"
         )
+    if data.corpus is None and config.ranks and columns["by_id"].any():
+        where = data.rows.where(int(columns["by_id"].argmax()))
+        raise UserError(f"{where}: labels are ids alone: give --corpus, whose rows have them")
     if "nq" in metrics and not (columns["answers"] > 0).any():
         raise UserError(f"{data.rows.path}: no row has 'answers', which --metrics nq needs")
     for metric in ("nq", "collate_neg") if config.rerank else ("nq", "collate_key", "collate_neg"):
@@ -69,20 +73,25 @@ def check_labels(data: EvalData, config: EvalConfig) -> None:
             )
     if config.args.save_trec:
         check_query_ids(data.rows)
+        if data.ids is not None:
+            distributed.on_main(partial(check_trec_ids, data.ids))
 
 
 def window_metrics(data: EvalData, rows: Sequence[dict], hits: Hits, args: DataArgs) -> dict[str, np.ndarray]:
     """Metric name to fp64 ``(queries,)``, NaN for a row without the labels that the metric needs."""
     values: dict[str, np.ndarray] = {}
 
-    def add(field: str, compute: Callable[[np.ndarray, list], dict[str, np.ndarray]]) -> None:
-        labelled = np.array([bool(row.get(field)) for row in rows])
-        for name, part in compute(hits.rows[labelled], [row[field] for row in rows if row.get(field)]).items():
+    def add(field: str, compute: Callable[..., dict[str, np.ndarray]], further: str | None = None) -> None:
+        labelled = [row for row in rows if row.get(field)]
+        places = np.array([bool(row.get(field)) for row in rows])
+        more = {"grades": [row.get(further) for row in labelled]} if further else {}
+        for name, part in compute(hits.rows[places], [row[field] for row in labelled], **more).items():
             values[name] = np.full(len(rows), np.nan)
-            values[name][labelled] = part
+            values[name][places] = part
 
     if not set(LABEL_METRICS).isdisjoint(args.metrics):
-        add("pos_index", partial(retrieval_metrics, metrics=args.metrics, cutoffs=args.cutoffs))
+        compute = partial(retrieval_metrics, metrics=args.metrics, cutoffs=args.cutoffs)
+        add("pos_index", compute, "pos_grade")
     if "nq" in args.metrics:
         add("answers", partial(nq_recall, text_of=data.key_text, cutoffs=args.cutoffs))
     return values
@@ -92,7 +101,7 @@ def metric_means(parts: Mapping[str, Sequence[np.ndarray]]) -> dict[str, float]:
     """Means of what `window_metrics` gave over the rows that have labels; the log says how many rows have none."""
     columns = {name: np.concatenate(values) for name, values in parts.items()}
     missing = {
-        "answers" if name.startswith("nq") else "pos_index": (int(np.isnan(column).sum()), len(column))
+        "answers" if name.startswith("nq") else "pos_index or pos_id": (int(np.isnan(column).sum()), len(column))
         for name, column in columns.items()
     }
     for field, (without, rows) in missing.items():
@@ -158,19 +167,21 @@ def _outputs(data: EvalData, config: EvalConfig) -> list[Output]:
     derived = partial(derived_path, data.rows.path, save_name=args.save_name, output_dir=config.output_dir)
     outputs = []
     if config.saves_hits:
-        outputs.append(Output("hits", result_path(data, config), result_lines))
+        outputs.append(Output("hits", result_path(data, config), partial(result_lines, ids=data.ids)))
     if args.save_per_query:
         outputs.append(Output("metrics per query", derived("per_query"), per_query_lines))
     if args.save_trec:
-        outputs.append(Output("TREC run", derived("run", extension=".trec"), run_lines))
-        outputs.append(Output("TREC qrels", derived("qrels", extension=".trec"), qrels_lines))
+        outputs.append(Output("TREC run", derived("run", extension=".trec"), partial(run_lines, ids=data.ids)))
+        path = derived("qrels", extension=".trec")
+        outputs.append(Output("TREC qrels", path, partial(qrels_lines, ids=data.ids)))
     if "collate_neg" in args.metrics:
         mining = MiningConfig(**{**flags_of(MiningConfig, args), "seed": config.seed})
         summary = MiningSummary(args.max_neg_num)
-        lines = partial(mined_lines, texts=(data.key_text, data.key_body), config=mining, summary=summary)
+        texts = (data.key_text, data.key_body)
+        lines = partial(mined_lines, texts=texts, config=mining, summary=summary, ids=data.ids)
         outputs.append(Output("mined negatives", collated("neg"), lines, summary.describe))
     if "collate_key" in args.metrics:
-        lines = partial(key_lines, text_of=None if config.rerank else data.key_text)
+        lines = partial(key_lines, text_of=None if config.rerank else data.key_text, ids=data.ids)
         outputs.append(Output("collated keys", collated("key"), lines))
     return outputs
 

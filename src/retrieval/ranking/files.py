@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from src.retrieval.data.ids import HASHED, CorpusIds
 from src.retrieval.ranking.mining import MiningConfig, MiningSummary, mine_negatives
 from src.utils.errors import UserError
 from src.utils.files import json_line
@@ -48,11 +49,12 @@ def query_id(row: Mapping[str, Any], number: int) -> int | str:
     return number if value is None else value
 
 
-def result_lines(window: Window) -> Iterator[str]:
-    """``query_id, pred, score`` per row."""
+def result_lines(window: Window, ids: CorpusIds | None = None) -> Iterator[str]:
+    """``query_id, pred, score`` per row, with ``pred_id`` where the corpus has ids."""
     for number, row, hits, scores in window:
+        found = {"pred": hits.tolist()} | ({"pred_id": ids.texts(hits)} if ids is not None else {})
         # As many digits as fp32 has: reloaded scores are the scores.
-        yield json_line({"query_id": query_id(row, number), "pred": hits.tolist(), "score": shortest(scores)})
+        yield json_line({"query_id": query_id(row, number), **found, "score": shortest(scores)})
 
 
 def shortest(scores: np.ndarray) -> list[float]:
@@ -68,12 +70,28 @@ def per_query_lines(window: Window) -> Iterator[str]:
         yield json_line({"query_id": query_id(row, window.hits.first + offset), **shown})
 
 
-def key_lines(window: Window, text_of: Callable[[int], str] | None) -> Iterator[str]:
-    """Every row with its hits as ``key`` and ``key_index``; `text_of` a corpus row, None for the row's own keys."""
+def with_ids(row: dict[str, Any], ids: CorpusIds | None, *labels: str) -> dict[str, Any]:
+    """The row with the ids of the `labels` (``pos``, …) whose row numbers it has; without these fields when no ids."""
+    fields = {f"{label}_id": row.get(f"{label}_index") or [] for label in labels}
+    rest = {name: value for name, value in row.items() if name not in fields}
+    return rest if ids is None else {**rest, **{name: ids.texts(index) for name, index in fields.items() if index}}
+
+
+def key_lines(window: Window, text_of: Callable[[int], str] | None, ids: CorpusIds | None = None) -> Iterator[str]:
+    """Every row with its hits as ``key`` and ``key_index``, and ``key_id`` where the corpus has ids.
+
+    `text_of` a corpus row; None for the row's own keys.
+    """
     for _, row, hits, _ in window:
         index = hits.tolist()
         own = dict(zip(row.get("key_index") or [], row.get("key") or [], strict=False))
-        yield json_line({**row, "key": list(map(text_of or own.__getitem__, index)), "key_index": index})
+        named = dict(zip(row.get("key_index") or [], row.get("key_id") or [], strict=False))
+        keys = {"key": list(map(text_of or own.__getitem__, index)), "key_index": index}
+        collated = with_ids({**row, **keys}, ids, "key")
+        if ids is None and text_of is None and named:
+            # The order is new, the corpus that the keys are of is not there.
+            collated["key_id"] = [named[number] for number in index]
+        yield json_line(with_ids(collated, ids, "pos") if ids is not None else collated)
 
 
 def mined_lines(
@@ -81,24 +99,30 @@ def mined_lines(
     texts: tuple[Callable[[int], str], Callable[[int], str]],
     config: MiningConfig,
     summary: MiningSummary,
+    ids: CorpusIds | None = None,
 ) -> Iterator[str]:
-    """Every row with its mined negatives, counted by `summary`; `texts` are text_of and body_of of `mine_negatives`."""
+    """Every row with its mined negatives, counted by `summary`; `texts` are text_of and body_of of `mine_negatives`.
+
+    Where the corpus has ids, ``pos_id`` and ``neg_id`` say which rows these are; those of before are left out.
+    """
     for number, row, hits, scores in window:
         mined = mine_negatives(row, number, hits, scores, texts[0], config, texts[1])
         summary.add(mined)
-        yield json_line(mined.row)
+        named = with_ids(mined.row, ids, "neg")
+        yield json_line(with_ids(named, ids, "pos") if ids is not None else named)
 
 
-def run_lines(window: Window) -> Iterator[str]:
-    """``query_id Q0 row rank score tag`` per hit.
+def run_lines(window: Window, ids: CorpusIds | None = None) -> Iterator[str]:
+    """``query_id Q0 id rank score tag`` per hit; the row number where the corpus has no ids.
 
     trec_eval orders by score and ignores the rank, equal scores by document id: so of equal scores all but the first
     are lowered by the smallest step that fp32 has.
     """
     for number, row, hits, scores in window:
         name = query_id(row, number)
-        for rank, (index, score) in enumerate(zip(hits.tolist(), shortest(strictly_falling(scores)), strict=True), 1):
-            yield f"{name} Q0 {index} {rank} {score!r} llm-embedder\n"
+        named = hits.tolist() if ids is None else ids.texts(hits)
+        for rank, (key, score) in enumerate(zip(named, shortest(strictly_falling(scores)), strict=True), 1):
+            yield f"{name} Q0 {key} {rank} {score!r} llm-embedder\n"
 
 
 def strictly_falling(scores: np.ndarray) -> np.ndarray:
@@ -110,11 +134,14 @@ def strictly_falling(scores: np.ndarray) -> np.ndarray:
     return falling
 
 
-def qrels_lines(window: Window) -> Iterator[str]:
-    """``query_id 0 row 1`` per positive."""
+def qrels_lines(window: Window, ids: CorpusIds | None = None) -> Iterator[str]:
+    """``query_id 0 id grade`` per positive, the grade 1 where the row names none; see `run_lines` for the id."""
     for number, row, _, _ in window:
-        for index in sorted(set(row.get("pos_index") or [])):
-            yield f"{query_id(row, number)} 0 {index} 1\n"
+        index = row.get("pos_index") or []
+        graded = dict(zip(index, row.get("pos_grade") or [1] * len(index), strict=True))
+        for place in sorted(graded):
+            key = place if ids is None else ids.texts([place])[0]
+            yield f"{query_id(row, number)} 0 {key} {graded[place]}\n"
 
 
 def check_query_ids(rows: JsonLines) -> None:
@@ -130,3 +157,11 @@ def check_query_ids(rows: JsonLines) -> None:
                 "holds one result per id: make the ids unique, or leave them out (--save_trec)"
             )
         seen[name] = number
+
+
+def check_trec_ids(ids: CorpusIds) -> None:
+    """Raise a UserError if an id of the corpus cannot stand in TREC's format, since it holds white space."""
+    for number, key in enumerate(ids.keys.tolist()):
+        text = key.decode() if not key.startswith(HASHED) else ids.texts([number])[0]
+        if text.split() != [text]:
+            raise UserError(f"{ids.corpus.where(number)}: id {text!r} holds white space (--save_trec)")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from src.retrieval.data.corpus import EvalData
+from src.retrieval.data.ids import CorpusIds
 from src.retrieval.data.rows import check_hits_row
 from src.retrieval.ranking.config import EvalConfig, result_path
 from src.retrieval.ranking.files import Hits, query_id
@@ -40,7 +41,7 @@ def load_hits(data: EvalData, config: EvalConfig) -> Iterator[Hits]:
     size = len(data.corpus) if data.corpus is not None else None
     saved = distributed.on_main(lambda: open_hits(result_path(data, config), data.rows, size))
     for bound in windows(len(data.rows)):
-        yield distributed.on_main(partial(read_hits, saved, *bound))
+        yield distributed.on_main(partial(read_hits, saved, *bound, ids=data.ids))
 
 
 def open_hits(path: str, rows: JsonLines, corpus_size: int | None) -> JsonLines:
@@ -57,9 +58,17 @@ def open_hits(path: str, rows: JsonLines, corpus_size: int | None) -> JsonLines:
     return saved
 
 
-def read_hits(saved: JsonLines, first: int, end: int) -> Hits:
-    """The hits of the rows from `first` to before `end`."""
+def read_hits(saved: JsonLines, first: int, end: int, ids: CorpusIds | None = None) -> Hits:
+    """The hits of the rows from `first` to before `end`, by ``pred``, or by the `ids` of the corpus in ``pred_id``.
+
+    A UserError for an id that names no row, or another than ``pred`` does.
+    """
     lines = saved[first:end]
+    if ids is not None:
+        lines = [_by_number(line, ids, saved.where(first + place)) for place, line in enumerate(lines)]
+    elif saved.scan.columns["by_id"][first:end].any():
+        where = saved.where(first + int(saved.scan.columns["by_id"][first:end].argmax()))
+        raise UserError(f"--load_result: {where}: hits are ids alone: give the --corpus whose rows have them")
     width = max((len(line["pred"]) for line in lines), default=0)
     rows = np.full((len(lines), width), -1, dtype=np.int64)
     scores = np.full((len(lines), width), -np.inf, dtype=np.float32)
@@ -67,6 +76,25 @@ def read_hits(saved: JsonLines, first: int, end: int) -> Hits:
         rows[number, : len(line["pred"])] = line["pred"]
         scores[number, : len(line["score"])] = line["score"]
     return Hits(first, rows, scores)
+
+
+def _by_number(line: dict[str, Any], ids: CorpusIds, where: str) -> dict[str, Any]:
+    """A line with ``pred``, after a look at its ``pred_id``; see `read_hits`."""
+    named, pred = line.get("pred_id"), line.get("pred")
+    if named is None:
+        return line
+    if pred is None:
+        pred = ids.find(named).tolist()
+        if -1 in pred:
+            lost = named[pred.index(-1)]
+            raise UserError(f"--load_result: {where}: pred_id {lost!r} is the id of no row of {ids.corpus.path}")
+    elif (found := ids.texts(pred)) != [str(name) for name in named]:
+        place = next(place for place, name in enumerate(found) if name != str(named[place]))
+        raise UserError(
+            f"--load_result: {where}: pred {pred[place]} is {found[place]!r} in {ids.corpus.path}, and pred_id says "
+            f"{named[place]!r}: the corpus has changed since: leave --load_result out to retrieve anew"
+        )
+    return {**line, "pred": pred}
 
 
 def _origin(data: EvalData, config: EvalConfig) -> dict[str, Any]:

@@ -22,7 +22,9 @@ quick = settings(max_examples=150, deadline=None)
 # ------------------------------------------------------------------------------------------------- labels of the corpus
 
 
-def by_ir_measures(hits: np.ndarray, pos_index: list[list[int]], cutoffs: list[int]) -> dict[str, list[float]]:
+def by_ir_measures(
+    hits: np.ndarray, pos_index: list[list[int]], cutoffs: list[int], grades: list[list[int]] | None = None
+) -> dict[str, list[float]]:
     """The same numbers from ir_measures: scores fall with the rank, so that there are no ties.
 
     A query without any hit is no part of its run; trec_eval's value for it is 0.
@@ -32,7 +34,10 @@ def by_ir_measures(hits: np.ndarray, pos_index: list[list[int]], cutoffs: list[i
         for cutoff in cutoffs
         for name, measure in (("mrr", RR @ cutoff), ("recall", R @ cutoff), ("ndcg", nDCG @ cutoff))
     }
-    qrels = [ir_measures.Qrel(str(q), str(row), 1) for q, rows in enumerate(pos_index) for row in sorted(set(rows))]
+    graded = [
+        dict(zip(rows, grades[q] if grades else [1] * len(rows), strict=True)) for q, rows in enumerate(pos_index)
+    ]
+    qrels = [ir_measures.Qrel(str(q), str(row), grade) for q, rows in enumerate(graded) for row, grade in rows.items()]
     run = [
         ir_measures.ScoredDoc(str(q), str(row), 1000.0 - rank)
         for q, rows in enumerate(hits.tolist())
@@ -67,6 +72,35 @@ def test_equal_ir_measures(seed, corpus, depth):
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(("corpus", "depth"), [(12, 10), (40, 10), (40, 3), (8, 1)])
+def test_grades_equal_ir_measures(seed, corpus, depth):
+    """nDCG with grades of 1 to 4, linear gain; mrr and recall do not look at them; some queries have none."""
+    hits, pos_index = random_run(seed, 12, corpus, depth)
+    rng = np.random.default_rng(seed)
+    graded = [{row: int(rng.integers(1, 5)) for row in rows} for rows in pos_index]
+    grades = [[of_row[row] for row in rows] for of_row, rows in zip(graded, pos_index, strict=True)]
+    cutoffs = [1, 3, 5, 10, 20]
+    for ungraded in ((), (0, 3, 11)):
+        known = [None if q in ungraded else each for q, each in enumerate(grades)]
+        found = retrieval_metrics(hits, pos_index, NAMES, cutoffs, known)
+        filled = [each or [1] * len(rows) for each, rows in zip(known, pos_index, strict=True)]
+        for name, values in by_ir_measures(hits, pos_index, cutoffs, filled).items():
+            np.testing.assert_allclose(found[name], values, atol=1e-6, err_msg=name)
+
+
+def test_grades_by_hand():
+    """Hits 4, 7, 9 with grades 7: 1, 9: 3, of which 3 is the better: linear gain, the ideal in order of grades.
+
+    dcg@3 = 1/log2(3) + 3/2; ideal 3 + 1/log2(3); at 2 dcg is 1/log2(3). With gains 2 ** grade - 1 it would be 7/2.
+    """
+    found = retrieval_metrics(np.array([[4, 7, 9]]), [[7, 9]], ["ndcg"], [1, 2, 3], [[1, 3]])
+    step = 1 / math.log2(3)
+    assert found["ndcg@1"][0] == 0
+    assert found["ndcg@2"][0] == pytest.approx(step / (3 + step))
+    assert found["ndcg@3"][0] == pytest.approx((step + 1.5) / (3 + step))
 
 
 def test_by_hand():
@@ -107,8 +141,8 @@ def test_only_what_is_asked_for():
 def test_padding_is_never_relevant():
     """-1 is no row number: not the last row of the corpus, and not another query's positive."""
     hits = np.array([[-1, -1], [3, -1], [0, -1]])
-    relevant, counts = relevance_matrix(hits, [[0], [3], [3, 1]])
-    assert relevant.tolist() == [[False, False], [True, False], [False, False]]
+    relevance, counts = relevance_matrix(hits, [[0], [3], [3, 1]])
+    assert relevance.tolist() == [[0, 0], [1, 0], [0, 0]]
     assert counts.tolist() == [1, 1, 2]
 
 
@@ -125,8 +159,8 @@ def test_row_numbers_of_a_large_corpus():
     rows = 54_573_064
     hits = np.full((1000, 2), rows - 1)
     hits[:, 1] = np.arange(1000)
-    relevant, _ = relevance_matrix(hits, [[q] for q in range(1000)])
-    assert relevant.tolist() == [[False, True]] * 1000
+    relevance, _ = relevance_matrix(hits, [[q] for q in range(1000)])
+    assert relevance.tolist() == [[0, 1]] * 1000
 
 
 # ------------------------------------------------------------------------------------------------------ nq: by answer
