@@ -54,7 +54,10 @@ SEEDS: list[dict[str, Any]] = [
     {"query": "a", "pos": [], "neg": ["b"], "context": "c", "answers": ["x"], "task": "lrlm"},
     {"query": "a", "pos": [], "neg": ["b"], "score_inputs": [[1, 2]], "context_inputs": [3], "query_inputs": [4]}
     | {"answer_inputs": [5], "task": "lrlm"},
+    {"query": "q", "pos_id": ["a", 7], "pos_grade": [1, 2], "neg_id": ["b"], "key": ["k"], "key_id": ["c"], "pos": []},
     {"query_id": 1, "pred": [0, 4], "score": [0.5, 0.25]},
+    {"query_id": 1, "pred_id": ["a", 4], "score": [0.5, 0.25]},
+    {"_id": "dök-1", "title": "t", "text": "x"},
     {"text": "A long text.", "query_id": "b-1"},
     {"title": "t", "text": None, "contents": "c", "id": 3},
     {"query": "q", "choices": ["a", "b", "c", "d"], "answer": 2, "subject": "anatomy", "possible_answers": ["a"]}
@@ -144,7 +147,7 @@ def check_copies(path: Path, again: Path, name: str) -> None:
         # As text, since NaN is no equal of itself.
         assert json.dumps(row) == json.dumps(copy)
     for column, values in rows.scan.columns.items():
-        assert values.dtype.kind in "ifUb", f"{column} is kept as {values.dtype}"
+        assert values.dtype.kind in "ifUbS", f"{column} is kept as {values.dtype}"
         np.testing.assert_array_equal(values, copies.scan.columns[column])
 
 
