@@ -52,11 +52,6 @@ def id_key(value: str | int | None) -> bytes:
     return HASHED + hashlib.blake2b(raw, digest_size=16).digest()
 
 
-def label_indices(row: Mapping[str, Any], label: str) -> list[int]:
-    """The row numbers of a label: ``pos``, ``neg`` or ``key``."""
-    return row.get(f"{label}_index") or []
-
-
 @dataclass(frozen=True)
 class CorpusIds:
     """The ids of a corpus whose rows all have one of their own."""
@@ -134,9 +129,12 @@ class LabelledRows(JsonLines):
         self.numbers = numbers
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        row, place = self.rows[index], range(len(self))[index]
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return list(map(self._labelled, self.rows[index], places))
+        return self._labelled(self.rows[index], places)
+
+    def _labelled(self, row: dict[str, Any], place: int) -> dict[str, Any]:
         found = {f"{label}_index": numbers.of(place) for label, numbers in self.numbers.items()}
         return {**row, **{field: numbers for field, numbers in found.items() if numbers}}
 
@@ -199,10 +197,10 @@ def _find_labels(rows: JsonLines, ids: CorpusIds) -> dict[str, Ragged]:
     unknown, moved = _Fault(), _Fault()
     with_ids = np.flatnonzero(rows.scan.columns["ids"])
     for first in range(0, len(with_ids), ROWS_A_TIME):
-        numbers = with_ids[first : first + ROWS_A_TIME].tolist()
+        numbers = with_ids[first : first + ROWS_A_TIME]
         labels = [
-            (number, label, row[f"{label}_id"], label_indices(row, label))
-            for number, row in ((number, rows[number]) for number in numbers)
+            (number, label, row[f"{label}_id"], row.get(f"{label}_index") or [])
+            for number, row in zip(numbers.tolist(), rows.select(numbers)[0 : len(numbers)], strict=True)
             for label in LABELS
             if row.get(f"{label}_id")
         ]
