@@ -11,10 +11,19 @@ from typing import ClassVar
 
 from src.retrieval.data.rows import ROW_FIELDS
 from src.retrieval.data.tasks import VERSIONS
-from src.retrieval.models.choices import DENSE_METRICS, POOLING_METHODS
+from src.retrieval.models.choices import DENSE_METRICS, MERGE_METHODS, POOLING_METHODS
 from src.utils.distributed import TIMEOUT
 from src.utils.errors import UserError
-from src.utils.flags import DTYPE_NAMES, check_choice, check_name, check_positive, data_root_flag, dry_run_flag, flag
+from src.utils.flags import (
+    DTYPE_NAMES,
+    check_choice,
+    check_name,
+    check_positive,
+    data_root_flag,
+    dry_run_flag,
+    flag,
+    refuse,
+)
 
 METRICS = ("mrr", "recall", "ndcg", "nq", "collate_key", "collate_neg", "collate_score")
 RANKER_METHODS = ("cross-encoder",)
@@ -362,3 +371,43 @@ class ConvertArgs:
         for method in self.pooling_method:
             check_choice("pooling_method", method, POOLING_METHODS)
         check_choice("dense_metric", self.dense_metric, DENSE_METRICS)
+
+
+@dataclass
+class MergeArgs:
+    """Merging of models (scripts/merge_models.py)."""
+
+    models: list[str] = flag([], "Folders of encoders, or of rankers, to merge; with --last that of one training run.")
+    weights: list[float] | None = flag(None, "Weight of each model, in any unit; the same for all when None.")
+    method: str = flag("linear", "linear: the weighted mean; slerp: the way along the arc between two models.")
+    last: int | None = flag(None, "Merge so many of the last checkpoints of a training run.")
+    output_dir: str = flag("", "Folder to write.")
+    eval_data: str | None = flag(None, "Evaluation rows: the first model, the last and the merged one are compared.")
+    corpus: str | None = flag(None, "Corpus of the evaluation.")
+    evaluation: str | None = flag(None, "File of further flags of run_dense.py or run_ranker.py for it, see --config.")
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, MERGE_METHODS)
+        one_run = self.last is not None
+        refuse(
+            {
+                "--models is needed: the folders to merge": not self.models,
+                "--output_dir is needed: the folder to write": not self.output_dir,
+                "--last: name one training run with --models, and no --weights": (
+                    one_run and (len(self.models) != 1 or self.weights is not None)
+                ),
+                f"--weights: give one for each of the {len(self.models)} models, found {len(self.weights or ())}": (
+                    self.weights is not None and len(self.weights) != len(self.models)
+                ),
+                "--weights must be 0 or more, one of them above 0": (
+                    self.weights is not None and (min(self.weights) < 0 or not sum(self.weights) > 0)
+                ),
+                f"--method slerp merges two models, found {self.last or len(self.models)}": (
+                    self.method == "slerp" and (self.last or len(self.models)) != 2
+                ),
+                "--corpus and --evaluation are for --eval_data: name it, or leave them out": (
+                    self.eval_data is None and (self.corpus is not None or self.evaluation is not None)
+                ),
+            }
+        )
+        check_positive(self, "last")

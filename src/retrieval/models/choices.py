@@ -7,3 +7,5 @@ POOLING_METHODS = ("cls", "mean", "last", "decoder", "dense")
 DENSE_METRICS = ("cos", "ip", "l2")
 #: What ``--lora_target_modules`` calls all linear layers.
 ALL_LINEAR = "all-linear"
+#: Ways to merge the weights of models.
+MERGE_METHODS = ("linear", "slerp")

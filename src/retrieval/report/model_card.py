@@ -78,16 +78,30 @@ class TrainingRecord:
     widths: Sequence[int] = ()
 
 
+@dataclass(frozen=True)
+class Merge:
+    """How a model was merged: by which method of which models, each with its share."""
+
+    method: str
+    parts: Sequence[tuple[str, float]]
+
+
+#: Title of the part of a card that describes a `Merge`.
+MERGED = "## Merge"
+
+
 def model_card(
     use: EncoderUse | PairTokenizer,
     instructions: Mapping[str, Instruction],
     record: TrainingRecord | None = None,
     step: int = 0,
     history: Sequence[Mapping[str, Any]] = (),
+    merge: Merge | None = None,
 ) -> str:
     """Fill in the card of an encoder or, given a `PairTokenizer`, of a cross-encoder.
 
-    `instructions` are by task, empty if unknown; `record`, `step` and `history` (``log_history``) are of its training.
+    `instructions` are by task, empty if unknown; `record`, `step` and `history` (``log_history``) are of its training,
+    `merge` of one that was merged.
     """
     evaluations = [entry for entry in history if any(name.startswith("eval_") for name in entry)]
     shown = evaluations[-SHOWN_EVALUATIONS:]
@@ -110,6 +124,8 @@ def model_card(
         query=QUERY,
         keys=KEYS,
         record=record,
+        merge=merge,
+        merged=MERGED,
         step=step,
         loss=next((entry for entry in reversed(history) if "loss" in entry), None),
         evaluations=evaluations,
