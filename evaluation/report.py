@@ -23,7 +23,7 @@ import numpy as np
 
 from src.utils.cli import run
 from src.utils.errors import UserError
-from src.utils.files import atomic_write, check_output
+from src.utils.files import atomic_write, check_output, short_names
 from src.utils.parser import Parser
 
 logger = logging.getLogger("evaluation.report")
@@ -54,6 +54,8 @@ RETRIEVAL = "retrieval"
 USUAL_CUTOFFS = {"ndcg": 10, "mrr": 10, "recall": 100, "nq_recall": 20}
 #: Values of single rows of which less is better.
 LOWER_IS_BETTER = ("nll",)
+#: Of so few examples resamples are too alike for an interval to mean anything.
+FEW_EXAMPLES = 20
 RESAMPLES = 10_000
 #: Panels of the figure in a row.
 WIDE = 4
@@ -198,16 +200,6 @@ def _dataset(record: Record) -> str:
     arguments = record.get("arguments", {})
     # A choice of tasks has another average.
     return " ".join([str(arguments.get("eval_data", "")), *(arguments.get("task_names") or ())])
-
-
-def short_names(names: Sequence[str], least: int) -> dict[str, str]:
-    """The last parts of each path, as many (`least` or more) as it takes for all to differ."""
-    parts = {name: Path(name).parts for name in names}
-    for size in range(least, max(map(len, parts.values()), default=0) + 1):
-        short = {name: "/".join(path[-size:]) for name, path in parts.items()}
-        if len(set(short.values())) == len(short):
-            return short
-    return {name: name for name in names}
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -406,7 +398,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         note = " (less is better)" if lower else ""
         print(f"{metric}{note}: {result['first']:.4f} → {result['second']:.4f} on {result['examples']} examples")
         print(f"second wins {result['wins']}, loses {result['losses']}, ties {result['ties']}")
-        print(f"difference {result['difference']:+.4f}, 95 % interval {result['low']:+.4f} to {result['high']:+.4f}")
+        interval = f"95 % interval {result['low']:+.4f} to {result['high']:+.4f}"
+        if result["examples"] < FEW_EXAMPLES:
+            interval = f"too few examples for an interval: {FEW_EXAMPLES} or more tell a difference from chance"
+        print(f"difference {result['difference']:+.4f}, {interval}")
         return
     folder = Path(args.output_dir or args.folder)
     paths = {ending: folder / f"leaderboard.{ending}" for ending in ("md", "csv", "png")[: 2 if args.no_plot else 3]}

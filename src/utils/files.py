@@ -282,3 +282,13 @@ def path_name(path: str, most: int = 200) -> str:
     if "--" not in plain and len(name.encode()) <= most:
         return name
     return f"{name.encode()[-most:].decode(errors='ignore').lstrip('-.')}-{text_hash([plain])[:8]}"
+
+
+def short_names(names: Sequence[str], least: int = 1) -> dict[str, str]:
+    """The last parts of each path, as many (`least` or more) as it takes for all to differ."""
+    parts = {name: Path(name).parts for name in names}
+    for size in range(least, max(map(len, parts.values()), default=0) + 1):
+        short = {name: "/".join(path[-size:]) for name, path in parts.items()}
+        if len(set(short.values())) == len(short):
+            return short
+    return {name: name for name in names}

@@ -31,7 +31,7 @@ class _Lines(tqdm):
             return
         self._told, self._last = PARTS * self.n // total, now
         rate = self.n / max(self.format_dict["elapsed"], 1e-9)
-        done = f"{self.n / total:.0%}, {self.n:,.0f} of {total:,.0f} {self.unit}s, {rate:,.3g} a second"
+        done = f"{self.n / total:.0%}, {self.n:,.0f} of {total:,.0f}, {rate:,.3g} a second"
         logger.info("%s: %s", self.desc.rstrip(": "), done)
 
     def close(self) -> None:

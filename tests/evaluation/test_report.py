@@ -106,7 +106,9 @@ def test_comparison_by_example(tmp_path, capsys):
         rows = [{"query_id": key, "values": {"f1": 0.0, "accuracy": value}} for key, value in values.items()]
         paths.append(str(write_rows(tmp_path / f"{name}.json", rows)))
     main(["--compare", *paths, "--metric", "accuracy"])
-    assert f"second wins {wins}, loses 0, ties {200 - wins}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"second wins {wins}, loses 0, ties {200 - wins}" in shown
+    assert f"95 % interval {found['low']:+.4f} to {found['high']:+.4f}" in shown
 
 
 def test_what_is_missing_is_said(tmp_path):
@@ -135,6 +137,7 @@ def test_of_likelihoods_less_wins_and_rows_have_their_own_metrics(tmp_path, caps
     shown = capsys.readouterr().out
     assert "nll (less is better): 5.0000 → 5.5000" in shown
     assert "second wins 1, loses 2, ties 1" in shown
+    assert "difference +0.5000, too few examples for an interval: 20 or more tell a difference from chance" in shown
     first = [{"query_id": 1, "values": {"accuracy": 0.0}}, {"query_id": 2, "values": {"correct": 1.0, "chosen": 0.0}}]
     second = [{"query_id": 1, "values": {"accuracy": 1.0}}, {"query_id": 2, "values": {"correct": 1.0, "chosen": 1.0}}]
     paths = [str(write_rows(tmp_path / f"{name}.json", rows)) for name, rows in (("a", first), ("b", second))]

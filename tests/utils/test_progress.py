@@ -24,7 +24,7 @@ def run(monkeypatch, caplog, seconds: float) -> list[str]:
 def test_a_long_job_tells_every_tenth(monkeypatch, caplog, capsys):
     lines = run(monkeypatch, caplog, 2)
     assert [line.partition(",")[0] for line in lines] == [f"encoding: {tenth}0%" for tenth in range(1, 11)]
-    assert lines[2].startswith("encoding: 30%, 30 of 100 texts, ")
+    assert lines[2].startswith("encoding: 30%, 30 of 100, ")
     assert capsys.readouterr().err == ""
 
 

@@ -35,7 +35,7 @@ from src.retrieval.ranking.config import SCORE, EvalConfig, metric_names
 from src.retrieval.ranking.evaluate import hold_outputs
 from src.retrieval.ranking.files import Hits
 from src.retrieval.report.plot import FIGURE
-from src.retrieval.report.training_record import Uses, card_writer, draw_training
+from src.retrieval.report.training_record import Uses, card_writer, draw_training, remove_figure
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import Collator
 from src.retrieval.training.dataset import (
@@ -200,6 +200,8 @@ class Job(ABC, Generic[ArgsT, ModelT]):
             saved_args=arguments,
             write_cards=card_writer(self.uses(model), self.args, training, sources, self.given, arguments),
         )
+        if resume is None and distributed.is_main():
+            remove_figure(training.output_dir)
         trainer.train(resume_from_checkpoint=resume)
         logger.info("trained for %d steps; checkpoints are in %s", trainer.state.global_step, training.output_dir)
         if distributed.is_main():

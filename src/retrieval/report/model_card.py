@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from yaml import YAMLError
 
 from src.retrieval.data.tasks import Instruction
 from src.retrieval.models.pair_tokenizer import PairTokenizer
 from src.retrieval.ranking.metrics import by_cutoff
+from src.utils.errors import UserError
+from src.utils.files import read_object
 
 CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -28,6 +34,8 @@ _CONVERSION = {
 }
 _LIBRARY = "library_name: {}\n"
 SHOWN_EVALUATIONS = 10
+#: Owner and name.
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 #: Texts of the examples.
 QUERY = "Who keeps the lighthouse?"
 KEYS = ["The lighthouse is kept by Ada Brand.", "Bread is baked before dawn."]
@@ -74,6 +82,10 @@ class TrainingRecord:
     arguments: Mapping[str, Any]
     #: Of packages.
     versions: Mapping[str, str]
+    #: Where `base` is a folder: the hub name of what it was made from, if it says so.
+    ancestor: str | None = None
+    #: How a row of a corpus becomes a key; None where no corpus was used.
+    key_template: str | None = None
     #: Widths of truncated embeddings (Matryoshka).
     widths: Sequence[int] = ()
 
@@ -112,7 +124,7 @@ def model_card(
             library_name="peft" if encoder is not None and encoder.adapters else "transformers",
             pipeline_tag="text-ranking" if encoder is None else "sentence-similarity",
             tags=["cross-encoder", "reranker"] if encoder is None else ["sentence-similarity", "feature-extraction"],
-            base_model=record.base if record is not None and record.on_hub else None,
+            base_model=(record.base if record.on_hub else record.ancestor) if record is not None else None,
         ),
         template_path=str(TEMPLATE),
         use=use,
@@ -136,6 +148,18 @@ def model_card(
         typed=_typed,
     )
     return f"{card}\n"
+
+
+def ancestor(folder: str) -> str | None:
+    """The hub name of what a folder's model was made from, by its card or its configuration; None if unknown."""
+    named = None
+    with contextlib.suppress(OSError, ValueError, YAMLError):
+        named = (metadata_load(os.path.join(folder, CARD_FILE)) or {}).get("base_model")
+    if named is None:
+        with contextlib.suppress(UserError):
+            named = read_object(os.path.join(folder, "config.json"), "model").get("_name_or_path")
+    named = named[0] if isinstance(named, list) and named else named
+    return named if isinstance(named, str) and HUB_NAME.fullmatch(named) and not os.path.exists(named) else None
 
 
 def converted_card(card: str) -> str:

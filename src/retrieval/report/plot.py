@@ -11,10 +11,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from src.retrieval.models.checkpoint_folders import complete_checkpoints, is_complete, read_state
 from src.retrieval.ranking.metrics import by_cutoff
 from src.utils.errors import UserError
-from src.utils.files import atomic_write, check_output
+from src.utils.files import atomic_write, check_output, short_names
 from src.utils.parser import Parser
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ PANELS = {
 }
 EVALUATION = "eval_"
 WIDE = 3
+#: Transformers rounds the losses of its log.
+ROUNDED = 1e-3
 
 #: Name in the log → (step, value) pairs.
 Series = dict[str, list[tuple[int, float]]]
@@ -44,6 +48,10 @@ def panels_of(history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
             for name, value in entry.items():
                 if isinstance(value, int | float):
                     logged.setdefault(name, []).append((entry["step"], value))
+    for part in PARTS:
+        if part in logged and _same(logged[part], logged.get("loss", [])):
+            # The only part, with a weight of 1, is the loss.
+            del logged[part]
     panels = {panel: {name: logged[name] for name in names if name in logged} for panel, names in PANELS.items()}
     metrics = [name.removeprefix(EVALUATION) for name in logged if name.startswith(EVALUATION)]
     for metric in sorted(metrics, key=by_cutoff):
@@ -51,11 +59,19 @@ def panels_of(history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
     return {panel: series for panel, series in panels.items() if series}
 
 
+def _same(one: Sequence[tuple[int, float]], other: Sequence[tuple[int, float]]) -> bool:
+    """Whether two series are the same but for the digits that a log rounds away."""
+    steps, values = zip(*one, strict=True)
+    others, other_values = zip(*other, strict=True) if other else ((), ())
+    return steps == others and np.allclose(values, other_values, rtol=0, atol=ROUNDED)
+
+
 def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str) -> None:
     """Draw a PNG of runs, name → ``log_history``; a UserError without matplotlib or anything logged."""
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise UserError("the figure needs matplotlib: pip install -e '.[eval]'") from error
     panels_by_run = {name: panels_of(history) for name, history in runs.items()}
@@ -72,6 +88,7 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str) -> None:
                 for label, points in series.get(panel, {}).items():
                     style = ("--" if label in PARTS else "-") + ("." if len(points) < 30 else "")
                     axes.plot(*zip(*points, strict=True), style, label=f"{name} {label}".strip())
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
         figure.savefig(file, format="png", dpi=110)
@@ -93,7 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output is None and len(args.folders) > 1:
         raise UserError("--output is needed: the file for the figure of several runs")
-    names = [os.path.normpath(folder) for folder in args.folders] if len(args.folders) > 1 else [""]
+    paths = [os.path.abspath(folder) for folder in args.folders]
+    names = list(map(short_names(paths).__getitem__, paths)) if len(paths) > 1 else [""]
     path = args.output or os.path.join(args.folders[0], FIGURE)
     if not path.endswith(".png"):
         raise UserError(f"--output {path}: the figure is a PNG, give a name that ends in .png")

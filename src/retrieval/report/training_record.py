@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -16,7 +17,7 @@ from src.retrieval.args import RankerArgs, RetrievalArgs
 from src.retrieval.models.dense import ADAPTERS, DenseRetriever
 from src.retrieval.models.lora import has_adapters
 from src.retrieval.models.pair_tokenizer import PairTokenizer
-from src.retrieval.report.model_card import CARD_FILE, DataFile, EncoderUse, TrainingRecord, model_card
+from src.retrieval.report.model_card import CARD_FILE, DataFile, EncoderUse, TrainingRecord, ancestor, model_card
 from src.retrieval.report.plot import FIGURE, draw
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import Source
@@ -91,9 +92,11 @@ def card_writer(
     data = data_files(sources, args.data_root)
     shown = {name: arguments[name] for name in sorted(given - NOT_OF_THE_MODEL) if name in arguments}
     instructions = {task or "any": source.instruction_of(task) for source in sources for task in source.tasks}
+    # Rows of training have their keys' texts; those of a corpus become texts by the template.
+    template = args.key_template if args.corpus or "key_template" in given else None
     widths = training.matryoshka_dims or ()
     records = {
-        name: TrainingRecord(base, not os.path.exists(base), data, shown, versions(), widths)
+        name: TrainingRecord(base, not os.path.exists(base), data, shown, versions(), ancestor(base), template, widths)
         for name, (base, _) in uses.items()
     }
 
@@ -110,6 +113,12 @@ def card_writer(
     return write
 
 
+def remove_figure(output_dir: str) -> None:
+    """Remove the figure of an earlier run, which would be taken for one of this run."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.unlink(os.path.join(output_dir, FIGURE))
+
+
 def draw_training(history: Sequence[Mapping[str, Any]], output_dir: str) -> None:
     """Draw what training logged into ``training.png``; warn where that fails."""
     path = os.path.join(output_dir, FIGURE)
@@ -118,5 +127,6 @@ def draw_training(history: Sequence[Mapping[str, Any]], output_dir: str) -> None
     except Exception as error:
         # The model is saved: a missing figure is no failure of the run.
         logger.warning("no %s: %s", path, error)
+        remove_figure(output_dir)
     else:
         logger.info("loss and metrics by step: %s", path)

@@ -22,7 +22,7 @@ from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.models.lora import LoraSettings
 from src.retrieval.report import training_record
-from src.retrieval.report.model_card import KEYS, QUERY, DataFile, TrainingRecord, converted_card, model_card
+from src.retrieval.report.model_card import KEYS, QUERY, DataFile, TrainingRecord, ancestor, converted_card, model_card
 from src.retrieval.report.training_record import encoder_uses
 from src.utils.files import file_hash
 from tests.helpers import write_rows
@@ -250,6 +250,25 @@ def test_front_matter(tiny_bert, on_hub):
     assert ModelCardData(**matter).to_dict() == matter
     assert ("https://huggingface.co/BAAI/bge-base-en" in card) == on_hub
     assert "Texts stand alone" in card
+
+
+def test_a_folder_leads_back_to_what_it_was_made_from(tiny_bert, tmp_path):
+    """By its own card, as our checkpoints have one, else by its configuration; other names are no hub names."""
+    config = tmp_path / "config.json"
+    for named, wanted in {"BAAI/bge-base-en": "BAAI/bge-base-en", "../other/model": None, "model": None}.items():
+        config.write_text(json.dumps({"_name_or_path": named}))
+        assert ancestor(str(tmp_path)) == wanted
+    (tmp_path / "README.md").write_text("---\nbase_model: intfloat/e5-base\n---\n# Card\n")
+    assert ancestor(str(tmp_path)) == "intfloat/e5-base"
+    (tmp_path / "README.md").write_text("---\n: [\n---\n")
+    assert ancestor(str(tmp_path)) is None
+    assert ancestor(str(tmp_path / "none")) is None
+    model = load_dense_retriever(EncoderConfig(tiny_bert))
+    ((_, use),) = encoder_uses(model, 8, 8).values()
+    card = model_card(use, {}, record(on_hub=False, ancestor="intfloat/e5-base", key_template="{title}: {text}"))
+    assert front_matter(card)["base_model"] == "intfloat/e5-base"
+    assert "becomes a key by `--key_template`: `{title}: {text}`." in card
+    assert "becomes a key" not in model_card(use, {}, record())
 
 
 def test_long_histories_are_cut_and_bars_are_escaped(tiny_bert):

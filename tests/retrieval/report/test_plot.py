@@ -77,7 +77,7 @@ def test_several_runs_are_compared_in_one_figure(tmp_path, monkeypatch):
     first = figures[0].axes[0]
     assert first.get_title() == "loss"
     labels = [text.get_text() for text in first.get_legend().get_texts()]
-    assert labels == [f"{folder} {name}" for folder in folders for name in ("loss", "contrastive")]
+    assert labels == ["one loss", "one contrastive", "two loss", "two contrastive"]
     assert [list(line.get_ydata()) for line in first.get_lines()] == [[2.0, 1.0], [1.5, 0.5]] * 2
 
 
@@ -93,6 +93,41 @@ def test_a_damaged_log_is_told(tmp_path, state):
     (checkpoint / "trainer_state.json").write_text(state)
     with pytest.raises(UserError, match=r"is damaged: it has no|is not valid JSON|must hold an object"):
         read_history(str(checkpoint))
+
+
+def test_the_only_part_of_a_loss_is_drawn_once():
+    """Whatever the log's rounding; with a weight, or beside another part, it is a line of its own."""
+    history = [{"step": step, "loss": 1.0 / step, "contrastive": 1.0 / step + 4e-5} for step in (5, 10)]
+    assert panels_of(history) == {"loss": {"loss": [(5, 0.2), (10, 0.1)]}}
+    history[1]["contrastive"] = 0.5
+    assert list(panels_of(history)["loss"]) == ["loss", "contrastive"]
+
+
+def test_an_evaluation_before_training_is_the_first_point():
+    history = [{"step": 0, "eval_ndcg@10": 0.5}, *HISTORY]
+    assert panels_of(history)["ndcg"]["ndcg@10"] == [(0, 0.5), (10, 0.6)]
+
+
+def test_runs_are_named_by_what_tells_them_apart(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr("src.retrieval.report.plot.draw", lambda runs, path: drawn.update(runs))
+    folders = [tmp_path / "a" / "long" / name for name in ("first", "second")]
+    for folder in folders:
+        write_checkpoint(folder, 5, HISTORY)
+    main([*map(str, folders), "--output", str(tmp_path / "both.png")])
+    assert list(drawn) == ["first", "second"]
+    drawn.clear()
+    write_checkpoint(tmp_path / "b" / "first", 5, HISTORY)
+    main([str(folders[0]), str(tmp_path / "b" / "first"), "--output", str(tmp_path / "both.png")])
+    assert list(drawn) == ["long/first", "b/first"]
+
+
+def test_steps_are_whole(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **options: figures.append(figure))
+    draw({"": [{"step": step, "loss": 1.0} for step in (1, 2)]}, str(tmp_path / "training.png"))
+    ((axes,),) = [figure.axes for figure in figures]
+    assert [place for place in axes.get_xticks() if place != int(place)] == []
 
 
 def test_entries_that_tell_nothing_are_left_out():
@@ -123,3 +158,8 @@ def test_training_goes_on_without_a_figure(trouble, tmp_path, monkeypatch, caplo
     assert wanted[trouble] in caplog.text
     assert len(caplog.records) == 1
     assert not (folder / "training.png").exists()
+    if folder.is_dir():
+        # Nor does one of an earlier run stay, which would be taken for this one's.
+        (folder / "training.png").write_bytes(b"old")
+        draw_training(history, str(folder))
+        assert not (folder / "training.png").exists()
