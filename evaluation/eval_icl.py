@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -22,7 +22,7 @@ import numpy as np
 
 from evaluation.runner.from_corpus import Retrieved, Row, Values
 from evaluation.runner.run import start
-from evaluation.runner.task import EvalTask
+from evaluation.runner.task import EvalTask, say_own_groups
 from evaluation.runner.text_metrics import binary_f1, exact_match, group_means, mean, rouge_l
 from src.lm.prompts import Layout, Prompt, Request
 from src.lm.response_store import Response
@@ -38,7 +38,10 @@ logger = logging.getLogger(__name__)
 LAYOUT = Layout(between_parts="\n")
 
 ACCURACY, BINARY_F1, EXACT_MATCH, ROUGE_L = "accuracy", "f1", "exact_match", "rouge_l"
-#: Tasks whose metric is not accuracy.
+METRICS = (ACCURACY, BINARY_F1, EXACT_MATCH, ROUGE_L)
+#: Of all tasks together, in the results.
+AVERAGE = "average"
+#: Those of the 30 tasks whose metric is not accuracy.
 _METRICS = {
     "multirc": BINARY_F1,
     "natural_questions": EXACT_MATCH,
@@ -52,14 +55,20 @@ def task_names() -> list[str]:
     return [*chain.from_iterable(read_table("groups")["icl"].values())]
 
 
-def metric_of(task: str) -> str:
-    """The metric of a task: accuracy, F1 of the second option, exact match or ROUGE-L."""
-    return _METRICS.get(task, ACCURACY)
+def metric_of(row: Row) -> str:
+    """The metric of a row's task: accuracy, F1 of the second option, exact match or ROUGE-L.
+
+    Of another than the 30 tasks what the row names as ``metric``, or else accuracy where it has ``options`` and exact
+    match where it has none.
+    """
+    if row["task_name"] in task_names():
+        return _METRICS.get(row["task_name"], ACCURACY)
+    return row.get("metric") or (ACCURACY if row.get("options") else EXACT_MATCH)
 
 
-def chooses(task: str) -> bool:
-    """Whether the task's answers are chosen among options, not generated."""
-    return metric_of(task) in (ACCURACY, BINARY_F1)
+def chooses(row: Row) -> bool:
+    """Whether the row's answer is chosen among options, not generated."""
+    return metric_of(row) in (ACCURACY, BINARY_F1)
 
 
 def example_task(task: str) -> str:
@@ -86,15 +95,17 @@ def problems(row: Row) -> list[str]:
     if wrong := text_problems(row, "task_name") + text_list_problems(row, "answers", 1):
         return wrong
     task, options = row["task_name"], row.get("options") or []
-    if task not in task_names():
-        return [f"task_name {task!r} is unknown: choose from {', '.join(task_names())}"]
-    if not chooses(task):
+    if task not in task_names() and (not task.strip() or task == AVERAGE or task in read_table("groups")["icl"]):
+        return [f"task_name {task!r} is no name of a task, or that of all tasks or of some: choose another"]
+    if metric_of(row) not in METRICS:
+        return [f"field 'metric' is {row['metric']!r}: choose from {', '.join(METRICS)}"]
+    if not chooses(row):
         return []
     if wrong := text_list_problems(row, "options") or blank_problems(row, "options"):
         return wrong
     if not options:
         return [f"field 'options' is missing: task {task!r} chooses between some"]
-    if metric_of(task) == BINARY_F1 and len(options) != 2:
+    if metric_of(row) == BINARY_F1 and len(options) != 2:
         return [f"field 'options' needs two, of which the second is the positive class, found {len(options)}"]
     if right_option(row) is None:
         return [f"answers[0] {row['answers'][0]!r} is none of the options {options!r}, by text or number from 0"]
@@ -102,20 +113,27 @@ def problems(row: Row) -> list[str]:
 
 
 class ICL(EvalTask):
-    """Retrieved examples and a query, whose answer is chosen or generated."""
+    """Retrieved examples and a query, whose answer is chosen or generated; other tasks are groups of their own."""
 
     name = "icl"
     flags = ICLArgs
-    check = FurtherCheck("icl-3", problems)
+    check = FurtherCheck("icl-4", problems)
 
     def load(self) -> EvalData:
         """Open rows and corpus; of the rows those of ``--task_names``."""
         names = self.args.task_names or ()
-        for name in names:
-            check_choice("task_names", name, task_names())
         data = super().load()
+        counts = Counter((row["task_name"], metric_of(row)) for row in data.rows)
+        tasks = Counter(task for task, _ in counts)
+        if twofold := next((task for task, metrics in tasks.items() if metrics > 1), None):
+            found = ", ".join(metric for task, metric in counts if task == twofold)
+            raise UserError(f"{data.rows.path}: rows of task {twofold!r} differ in their metric ({found}): choose one")
+        rows = Counter({task: count for (task, _), count in counts.items()})
+        say_own_groups(data.rows.path, "task_name", rows, task_names())
         if not names:
             return data
+        for name in names:
+            check_choice("task_names", name, dict.fromkeys((*task_names(), *rows)))
         chosen = [number for number, row in enumerate(data.rows) if row["task_name"] in names]
         if not chosen:
             raise UserError(f"--task_names {' '.join(names)}: {data.rows.path} has no row of these")
@@ -154,13 +172,13 @@ class ICL(EvalTask):
     def request(self, row: Row, retrieved: Retrieved, examples: Sequence[str]) -> Request:
         """Retrieved examples, the nearest last, and the query; options to choose from, or an answer to generate."""
         shown = tuple(single_blanks(text) for text in reversed(retrieved.texts))
-        options = tuple(row["options"]) if chooses(row["task_name"]) else ()
+        options = tuple(row["options"]) if chooses(row) else ()
         # The blank before an option keeps its first token apart from the newline, whatever the tokenizer.
         return Request(Prompt(f"{single_blanks(row['query'])}\n ", examples=shown, layout=LAYOUT), options)
 
     def score(self, row: Row, response: Response) -> Values:
         """The value of the task's metric; for F1, which a row alone has not, whether it is right, and both options."""
-        metric = metric_of(row["task_name"])
+        metric = metric_of(row)
         if response.log_likelihoods:
             right = right_option(row)
             assert right is not None
@@ -176,17 +194,19 @@ class ICL(EvalTask):
     def summarize(self, rows: Sequence[tuple[Row, Values]]) -> Values:
         """The metric of each task, the mean of each family's tasks, and of all tasks."""
         by_task: dict[str, list[Values]] = defaultdict(list)
+        metrics = {row["task_name"]: metric_of(row) for row, _ in rows}
         for row, values in rows:
             by_task[row["task_name"]].append(values)
         tasks = {}
-        for task in sorted(by_task, key=task_names().index):
-            metric, values_of = metric_of(task), by_task[task]
+        known = task_names()
+        for task in sorted(by_task, key=lambda name: (known.index(name) if name in known else len(known), name)):
+            metric, values_of = metrics[task], by_task[task]
             if metric == BINARY_F1:
                 chosen, right = ([values[name] for values in values_of] for name in ("chosen", "right"))
                 tasks[task] = binary_f1(chosen, right)
             else:
                 tasks[task] = mean([values[metric] for values in values_of])
-        return {**tasks, **group_means(tasks, read_table("groups")["icl"]), "average": mean(list(tasks.values()))}
+        return {**tasks, **group_means(tasks, read_table("groups")["icl"]), AVERAGE: mean(list(tasks.values()))}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ if __name__ == "__main__":
     answer_early("popqa", QuestionArgs)
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import chain
 
@@ -24,7 +25,7 @@ from evaluation.runner.text_metrics import contains_answer, mean
 from src.lm.response_store import Response
 from src.retrieval.data.rows import FurtherCheck, blank_problems, text_list_problems
 
-#: Relations that examples are taken of.
+#: The relations of PopQA, of which examples are taken.
 RELATIONS = (22, 91, 97, 106, 164, 182, 218, 257, 292, 422, 472, 484, 526, 533, 560, 639)
 
 
@@ -57,13 +58,15 @@ class PopQA(QA):
     def examples(self) -> Callable[[Row], Sequence[str]]:
         """``--few_shot`` of the evaluation's rows, by ``--seed``: equally many of each relation but the row's.
 
-        When there are more such relations than examples, one of each of the first.
+        When there are more such relations than examples, one of each of the first; PopQA's come first.
         """
         few_shot, rng = self.args.few_shot, np.random.default_rng(self.args.seed)
         members: dict[int, list[Row]] = {relation: [] for relation in RELATIONS}
+        own: dict[int, list[Row]] = defaultdict(list)
         for row in self.data.rows if few_shot else ():
-            members.get(row["prop_id"], []).append(row)
-        each = max(1, few_shot // (len(RELATIONS) - 1))
+            members.get(row["prop_id"], own[row["prop_id"]]).append(row)
+        members |= {relation: own[relation] for relation in sorted(own.keys() - members.keys())}
+        each = max(1, few_shot // (len(members) - 1))
         shown = {
             relation: [
                 self.form.format(row["query"], row.get("obj") or answers(row)[0])

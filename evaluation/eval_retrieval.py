@@ -72,7 +72,7 @@ def main(name: str = "retrieval") -> None:
     metrics = evaluate(data, config, lambda: scorer(load_model()), lambda: retrieve(data, config, searcher))
     seconds = round(time.monotonic() - started, 1)
     log = log_file(args, args.log_path)
-    record(metrics, log, asdict(args), seconds=seconds, task=name, retriever=retriever_name(args))
+    record(metrics, log, asdict(args), seconds=seconds, task=name, retriever=retriever_name(args), rows=len(data.rows))
 
 
 if __name__ == "__main__":

@@ -14,39 +14,42 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from evaluation.runner.args import default_flags
 from src.utils.cli import run
 from src.utils.errors import UserError
-from src.utils.files import atomic_write, check_output, short_names
+from src.utils.files import DATA_PREFIX, atomic_write, check_output, short_names
 from src.utils.parser import Parser
 
 logger = logging.getLogger("evaluation.report")
 
 
 class Column(NamedTuple):
-    """A metric of a task; `lower`: less is better."""
+    """A metric of a task on some data; `label` is the metric's in headings, `lower`: less is better."""
 
     heading: str
     task: str
     metric: str
+    label: str
     lower: bool = False
 
 
+#: Those of the released data; a column of other data is called after these.
 COLUMNS = (
-    Column("MMLU", "mmlu", "accuracy"),
-    Column("PopQA", "popqa", "accuracy"),
-    Column("NQ EM", "qa", "exact_match"),
-    Column("ICL avg", "icl", "average"),
-    Column("MSC ppl", "msc", "perplexity", lower=True),
-    Column("LRLM ppl", "lrlm", "perplexity", lower=True),
-    Column("ToolBench ndcg@5", "tool", "ndcg@5"),
-    Column("QReCC ndcg@3", "qrecc", "ndcg@3"),
+    Column("MMLU", "mmlu", "accuracy", "accuracy"),
+    Column("PopQA", "popqa", "accuracy", "accuracy"),
+    Column("NQ EM", "qa", "exact_match", "EM"),
+    Column("ICL avg", "icl", "average", "average"),
+    Column("MSC ppl", "msc", "perplexity", "ppl", lower=True),
+    Column("LRLM ppl", "lrlm", "perplexity", "ppl", lower=True),
+    Column("ToolBench ndcg@5", "tool", "ndcg@5", "ndcg@5"),
+    Column("QReCC ndcg@3", "qrecc", "ndcg@3", "ndcg@3"),
 )
 RETRIEVAL_METRIC = re.compile(r"(\w+)@(\d+)$")
 #: Under which evaluation.eval_retrieval reports, and the usual cutoff of each metric it may have.
@@ -72,11 +75,12 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """The newest result of each retriever (with each LM, where there are several) on each task.
+    """The newest result of each retriever, with each LM, on each task and data.
 
-    `results` are metrics by row name and task (with the data's name, where a task was run on several). `columns` are
-    `COLUMNS`, where any of their tasks was run, those of evaluation.eval_retrieval and one for each further task, once
-    for each of a task's data. `notes` say what keeps results of one column from being compared.
+    `results` are metrics by row name (retriever and LM) and task (with the data's name, unless it is the released
+    data). `columns` are `COLUMNS`, where any of the released data was run, those of evaluation.eval_retrieval and one
+    for each further task, once for each of a task's data, with the number of rows. `notes` say what keeps results of
+    one column from being compared, and how many outputs are empty.
     """
 
     results: dict[str, dict[str, dict[str, float]]]
@@ -136,39 +140,83 @@ def leaderboard(records: Sequence[Record]) -> Leaderboard:
     by_task: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_task[str(record["task"])].append(record)
-    # What follows the name of a task that was run on several data.
-    suffixes: dict[str, dict[str, str]] = {}
-    for task, members in by_task.items():
-        names = short_names(list(map(_dataset, members)), 1)
-        suffixes[task] = {dataset: f" {name}" if len(names) > 1 else "" for dataset, name in names.items()}
+    names = {task: _data_names(task, members) for task, members in by_task.items()}
     results: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
     shown: dict[str, dict[str, Record]] = defaultdict(dict)
     for record in records:
         name, task = retrievers[str(record["retriever"])], str(record["task"])
-        task += suffixes[task][_dataset(record)]
+        task = f"{task} {names[task][_dataset(record)]}".rstrip()
         if save_name := record.get("arguments", {}).get("save_name"):
             name = f"{name} ({save_name})"
         # Tasks without an LM belong to a retriever's rows with every LM.
         for model in [record["model"]] if record.get("model") else sorted(models) or [""]:
-            row = f"{name} · {models[model]}" if len(models) > 1 else name
+            row = f"{name} · {models[model]}" if models else name
             results[row][task] = record["metrics"]
             shown[task][row] = record
-    usual = COLUMNS if any(column.task in by_task for column in COLUMNS) else ()
+    notes = [note for task, of_row in shown.items() for note in _differences(task, list(of_row.values()))]
+    notes += [note for task, of_row in shown.items() for note in _empty_outputs(task, of_row)]
+    ordered = {name: results[name] for name in sorted(results, key=_rank)}
+    return Leaderboard(ordered, tuple(_columns(by_task, names, shown)), tuple(notes))
+
+
+def _columns(
+    by_task: Mapping[str, Sequence[Record]],
+    names: Mapping[str, Mapping[str, str]],
+    shown: Mapping[str, Mapping[str, Record]],
+) -> Iterator[Column]:
+    """The columns of a leaderboard: of each task's data, by their `names`, with the number of rows `shown`."""
+    released = any("" in names.get(column.task, {}).values() for column in COLUMNS)
+    usual = [column for column in COLUMNS if released or column.task in by_task]
     known = {column.task for column in COLUMNS} | {RETRIEVAL}
     # The first metric of tasks that somebody added.
     further = [
-        Column(f"{task} {metric}", task, metric)
+        Column(f"{task} {metric}", task, metric, f"{task} {metric}")
         for task, members in by_task.items()
         if task not in known
         for metric in list(members[-1]["metrics"])[:1]
     ]
-    columns = [
-        column._replace(heading=column.heading + suffix, task=column.task + suffix)
-        for column in (*usual, *_of_retrieval(by_task[RETRIEVAL]), *further)
-        for suffix in suffixes.get(column.task, {"": ""}).values()
+    columns = [*usual, *_of_retrieval(by_task.get(RETRIEVAL, ())), *further]
+    named = [(column, name) for column in columns for name in dict.fromkeys(names.get(column.task, {"": ""}).values())]
+    headings = Counter(f"{name} {column.label}" for column, name in named)
+    for column, name in named:
+        # Two evaluations may have a metric of the same data and name.
+        twice = f"{column.task} " if headings[f"{name} {column.label}"] > 1 else ""
+        heading = f"{name} {twice}{column.label}" if name else column.heading
+        task = f"{column.task} {name}".rstrip()
+        yield column._replace(heading=heading + _row_count(shown.get(task, {}).values()), task=task)
+
+
+def _row_count(records: Collection[Record]) -> str:
+    """How many rows results are of, for a heading; empty when they do not say."""
+    counts = [each["rows"] - (each.get("skipped") or 0) for each in records if type(each.get("rows")) is int]
+    if not counts:
+        return ""
+    low, high = min(counts), max(counts)
+    return f" (n={low})" if low == high else f" (n={low} to {high})"
+
+
+def _data_names(task: str, records: Sequence[Record]) -> dict[str, str]:
+    """What a task's data are called; empty where a result names none, and for the released data alone."""
+    datasets = dict.fromkeys(map(_dataset, records))
+    if [*datasets] == [_released(task)]:
+        return {_released(task): ""}
+    short = short_names(list(filter(None, datasets)), 2)
+    return {dataset: short.get(dataset, "") for dataset in datasets}
+
+
+def _released(task: str) -> str:
+    """The file of an evaluation's rows in the released data."""
+    return str(default_flags(task).get("eval_data", "")).removeprefix(DATA_PREFIX)
+
+
+def _empty_outputs(task: str, of_row: Mapping[str, Record]) -> list[str]:
+    """Notes on results whose LM wrote nothing for some rows, by row name."""
+    counts = ((row, each.get("empty"), each.get("rows")) for row, each in of_row.items())
+    return [
+        f"{task}: {empty} of {rows} outputs of {row} are empty and count as wrong"
+        for row, empty, rows in counts
+        if type(empty) is int and empty > 0
     ]
-    notes = [note for task, of_row in shown.items() for note in _differences(task, list(of_row.values()))]
-    return Leaderboard({name: results[name] for name in sorted(results, key=_rank)}, tuple(columns), tuple(notes))
 
 
 def _of_retrieval(records: Sequence[Record]) -> list[Column]:
@@ -181,7 +229,8 @@ def _of_retrieval(records: Sequence[Record]) -> list[Column]:
         runs = {int(cutoff): number for (metric, cutoff), number in counts.items() if metric == name}
         if runs:
             cutoff = min(runs, key=lambda k: (-runs[k], abs(math.log(k / usual)), k))
-            columns.append(Column(f"{name}@{cutoff}", RETRIEVAL, f"{name}@{cutoff}"))
+            metric = f"{name}@{cutoff}"
+            columns.append(Column(metric, RETRIEVAL, metric, metric))
     return columns
 
 
@@ -197,9 +246,13 @@ def _differences(task: str, records: Sequence[Record]) -> list[str]:
 
 
 def _dataset(record: Record) -> str:
-    arguments = record.get("arguments", {})
+    """The data of a result, the released ones by the same name wherever they lie."""
+    arguments, released = record.get("arguments", {}), _released(str(record["task"]))
+    path = str(arguments.get("eval_data") or "")
+    if released and f"/{path}".endswith((f"/{released}", f":{released}")):
+        path = released
     # A choice of tasks has another average.
-    return " ".join([str(arguments.get("eval_data", "")), *(arguments.get("task_names") or ())])
+    return " ".join(filter(None, [path, *(arguments.get("task_names") or ())]))
 
 
 def _rank(name: str) -> tuple[int, str]:

@@ -43,6 +43,8 @@ def output_line(task: EvalTask, number: int, retrieved: Retrieved, answer: Answe
         "retrieved": list(retrieved.indices),
         "response": asdict(response) if response is not None else None,
     }
+    if task.data.ids is not None and task.data.corpus is not None:
+        line["retrieved_id"] = task.data.ids.texts(retrieved.indices)
     return {**line, "retrieved_texts": retrieved.texts} if task.args.debug_retrieval else line
 
 

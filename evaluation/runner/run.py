@@ -20,7 +20,7 @@ from src.lm.ask import Answer, Asker
 from src.lm.generate import Decoding
 from src.lm.model import empty_lm, lm_max_length, load_lm, load_lm_tokenizer, model_identity
 from src.lm.prompts import PromptEncoder
-from src.lm.response_store import ResponseStore
+from src.lm.response_store import Response, ResponseStore
 from src.plan.lm import SAMPLED_ROWS, lm_lines
 from src.plan.retrieval import evaluation_lines
 from src.retrieval.jobs.evaluate import check_outputs, describe_instruction, log_file, record
@@ -30,7 +30,7 @@ from src.utils.cli import parse_args, run, show_plan
 from src.utils.display import Line, describe
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output, check_writable, json_line
-from src.utils.jsonl import sample
+from src.utils.jsonl import JsonLines, sample
 from src.utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def run_task(kind: type[EvalTask], argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         show_plan([*([("instruction", told)] if told else []), *task_lines(task, path)])
         return
-    facts: dict[str, Any] = {"task": task.name, "retriever": retriever_name(args)}
+    facts: dict[str, Any] = {"task": task.name, "retriever": retriever_name(args), "rows": len(rows)}
     with locks.hold(path):
         if asks:
             task.ask.open(read_responses(path) if args.load_prev_result else {})
@@ -82,7 +82,8 @@ def run_task(kind: type[EvalTask], argv: Sequence[str] | None = None) -> None:
             answers = ask(task, retrieved, examples)
             metrics |= distributed.on_main(partial(finish, task, retrieved, answers, path))
             skipped = sum(answer.response is None for answer in answers.values())
-            facts |= {"model": args.model_name_or_path, "outputs": path, "rows": len(rows), "skipped": skipped}
+            empty = count_empty(rows, {number: answer.response for number, answer in answers.items()})
+            facts |= {"model": args.model_name_or_path, "outputs": path, "skipped": skipped, "empty": empty}
         log = log_file(args, args.log_path)
         record(metrics, log, asdict(args), seconds=round(time.monotonic() - started, 1), **facts)
         if asks:
@@ -162,6 +163,21 @@ def ask(task: EvalTask, retrieved: Sequence[Retrieved], examples: Callable[[Row]
                 answers.update(answered)
             bar.update(end - bar.n)
     return answers
+
+
+def count_empty(rows: JsonLines, responses: Mapping[int, Response | None]) -> int:
+    """Count the rows for which the LM wrote nothing but blanks, and warn if there are any."""
+    written = {number: response.texts for number, response in sorted(responses.items()) if response and response.texts}
+    empty = [number for number, texts in written.items() if not any(text.strip() for text in texts)]
+    if empty:
+        logger.warning(
+            "%d of %d outputs are empty and count as wrong; the first is of %s: the LM ended at once (at a newline, "
+            "unless --eos_token_id names another token; --use_chat_template and --few_shot show it a form)",
+            len(empty),
+            len(written),
+            rows.where(empty[0]),
+        )
+    return len(empty)
 
 
 def finish(task: EvalTask, retrieved: Sequence[Retrieved], answers: Mapping[int, Answer], path: str) -> Values:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -30,6 +31,11 @@ from src.utils.files import expand_data_paths
 from src.utils.jsonl import open_jsonl
 
 logger = logging.getLogger(__name__)
+
+#: Groups that are named in a message.
+SHOWN_GROUPS = 20
+#: How alike (by difflib's ratio) a name is to the one that may be meant.
+ALIKE = 0.85
 
 
 class EvalTask(ABC):
@@ -126,6 +132,21 @@ class EvalTask(ABC):
     def load_retriever(self) -> DenseRetriever:
         """Load the encoder."""
         return load_dense_retriever(self.encoder).ready(self.device, self.args.dtype)
+
+
+def say_own_groups(path: str, field: str, counts: Mapping[str, int], known: Collection[str]) -> None:
+    """Say in one line which values of a field are none of the `known` ones, so that each is a group of its own.
+
+    `counts` are rows by value; a value that may be a misspelt one is shown with what may be meant.
+    """
+    own = {name: rows for name, rows in counts.items() if name not in known}
+    shown = []
+    for name, rows in sorted(own.items())[:SHOWN_GROUPS]:
+        meant = difflib.get_close_matches(name, known, 1, ALIKE)
+        shown.append(f"{name} ({rows} row{'s' * (rows != 1)}{f'; is {meant[0]} meant?' if meant else ''})")
+    if own:
+        more = f" and {len(own) - len(shown)} more" if len(own) > len(shown) else ""
+        logger.info("%s: values of %r that form groups of their own: %s%s", path, field, ", ".join(shown), more)
 
 
 def from_train_data(

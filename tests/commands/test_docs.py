@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import runpy
@@ -19,14 +20,14 @@ from src.lm.prompts import SCORE_PROMPTS
 from src.retrieval.args import RetrievalArgs
 from src.retrieval.data.corpus import load_corpus, load_eval_rows
 from src.retrieval.data.ids import resolve_labels
-from src.retrieval.data.rows import check_lm_row, check_train_row
+from src.retrieval.data.rows import check_eval_row, check_lm_row, check_train_row
 from src.retrieval.data.tasks import load_task_config
 from src.retrieval.training import args as args_module
 from src.retrieval.training import sharding
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.utils.cli import parse_args
 from src.utils.parser import Parser
-from tests.helpers import ROOT, environment, write_rows
+from tests.helpers import ROOT, environment, evaluation_class, write_rows
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RUN = ROOT / "examples" / "run.yaml"
@@ -171,6 +172,19 @@ def test_example_rows_are_accepted():
     for row in rows:
         assert check_train_row(row)[0] == []
         assert "answers" not in row or check_lm_row(row)[0] == []
+
+
+def test_example_rows_of_evaluations_are_accepted():
+    """Each by the check of its evaluation."""
+    (block,) = blocks(ROOT / "docs" / "evaluation.md", "json")
+    rows = [json.loads(line) for line in block.splitlines()]
+    names = ["popqa", "qa", "mmlu", "mmlu", "icl", "icl", "icl", "qrecc", "msc", "lrlm", "tool"]
+    for name, row in zip(names, rows, strict=True):
+        assert name == "lrlm" or check_eval_row(row)[0] == []
+        module = importlib.import_module(f"evaluation.eval_{name}")
+        check = evaluation_class(module).check if name not in ("lrlm", "tool") else None
+        assert check is None or check.problems(row) == []
+        assert name != "lrlm" or module.check_row(row)[0] == []
 
 
 def test_example_of_ids_is_accepted(tmp_path):

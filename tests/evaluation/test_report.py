@@ -34,11 +34,11 @@ def test_newest_results_in_columns_with_blanks():
     board = leaderboard(RECORDS)
     lines = to_csv(board).splitlines()
     assert lines[0] == "retriever,MMLU,PopQA,NQ EM,ICL avg,MSC ppl,LRLM ppl,ToolBench ndcg@5,QReCC ndcg@3"
-    assert lines[1:] == ["no,0.4,,,,20.0,,,", "where/model,0.5,,,,15.0,,0.75,"]
+    assert lines[1:] == ["no · lm,0.4,,,,20.0,,,", "where/model · lm,0.5,,,,15.0,,0.75,"]
     shown = to_markdown(board).splitlines()
-    assert shown[2] == "| no | 0.4000 |  |  |  | 20.0000 |  |  |  |"
+    assert shown[2] == "| no · lm | 0.4000 |  |  |  | 20.0000 |  |  |  |"
     # Less is better of perplexity.
-    assert shown[3] == "| where/model | **0.5000** |  |  |  | **15.0000** |  | **0.7500** |  |"
+    assert shown[3] == "| where/model · lm | **0.5000** |  |  |  | **15.0000** |  | **0.7500** |  |"
     assert "0.4000" in to_text(board)
 
 
@@ -55,7 +55,10 @@ def test_metrics_of_retrieval_have_columns():
     dense = at([1, 5, 10, 100], mrr=0.3, ndcg=0.4, recall=0.5, nq_recall=0.6)
     runs = [retrieved("bm25", **at([1, 5, 10, 100], mrr=0.1, ndcg=0.2)), retrieved("some/where/model", **dense)]
     lines = to_csv(leaderboard(runs)).splitlines()
-    assert lines[0] == "retriever,ndcg@10,mrr@10,recall@100,nq_recall@10"
+    assert (
+        lines[0]
+        == "retriever,nq/test.json ndcg@10,nq/test.json mrr@10,nq/test.json recall@100,nq/test.json nq_recall@10"
+    )
     assert lines[1] == "bm25,0.21000000000000002,0.11,,"
     assert [float(value) for value in lines[2].split(",")[1:]] == pytest.approx([0.41, 0.31, 0.6, 0.61])
     # Beside other evaluations, of several data, and at the cutoffs that most runs have.
@@ -63,10 +66,43 @@ def test_metrics_of_retrieval_have_columns():
     more += [retrieved("random", "data/msmarco/test.json", **at([7, 50], ndcg=0.1))]
     header, *lines = (line.split(",") for line in to_csv(leaderboard(more)).splitlines())
     assert header[:3] == ["retriever", "MMLU", "PopQA"]
-    assert header[9:11] == ["ndcg@7 nq/test.json", "ndcg@7 msmarco/test.json"]
+    assert header[9:11] == ["nq/test.json ndcg@7", "msmarco/test.json ndcg@7"]
     of = {line[0]: line for line in lines}
-    assert [of[name][9][:5] for name in ("no", "random", "bm25")] == ["0.007", "", "0.207"]
-    assert of["random"][10][:5] == "0.107"
+    assert [of[f"{name} · lm"][9][:5] for name in ("no", "random", "bm25")] == ["0.007", "", "0.207"]
+    assert of["random · lm"][10][:5] == "0.107"
+
+
+def test_own_data_have_columns_of_their_own_name():
+    """The released data keep theirs; rows are counted but for those left out, and empty outputs told."""
+
+    def on(task, eval_data, retriever="no", **facts):
+        arguments = {"eval_data": eval_data, **facts.pop("arguments", {})}
+        values = facts.pop("metrics", {"exact_match": 0.5})
+        return {**record(task, retriever, "2026", **values), "arguments": arguments, **facts}
+
+    own = [
+        on("qa", "my/squad/test.json", rows=8, skipped=1, empty=7),
+        on("qa", "my/squad/test.json", "bm25", rows=8, skipped=0, empty=0),
+        on("mmlu", "my/squad/test.json", metrics={"accuracy": 0.25}, rows=5),
+        on("popqa", "my/squad/test.json", metrics={"accuracy": 0.75}),
+    ]
+    board = leaderboard(own)
+    header = to_csv(board).splitlines()[0].split(",")
+    columns = ["mmlu accuracy (n=5)", "popqa accuracy", "EM (n=7 to 8)"]
+    assert header == ["retriever", *(f"squad/test.json {column}" for column in columns)]
+    assert board.values() == {"no · lm": [0.25, 0.75, 0.5], "bm25 · lm": [None, None, 0.5]}
+    assert [note for note in board.notes if "empty" in note] == [
+        "qa squad/test.json: 7 of 8 outputs of no · lm are empty and count as wrong"
+    ]
+    released = [on("qa", path, rows=3610) for path in ("llm-embedder:qa/nq/test.json", "/data/x/qa/nq/test.json")]
+    few = on("icl", "llm-embedder:icl/icl/test.json", metrics={"average": 0.5}, arguments={"task_names": ["boolq"]})
+    header = to_csv(leaderboard([*own, *released, few])).splitlines()[0].split(",")
+    assert header[1:3] == ["squad/test.json mmlu accuracy (n=5)", "squad/test.json popqa accuracy"]
+    assert header[3:6] == ["squad/test.json EM (n=7 to 8)", "nq/test.json EM (n=3610)", "icl/test.json boolq average"]
+    assert header[6:] == []
+    header = to_csv(leaderboard([*released, *own[2:3]])).splitlines()[0].split(",")
+    assert header[1:4] == ["squad/test.json accuracy (n=5)", "PopQA", "NQ EM (n=3610)"]
+    assert header[4:] == ["ICL avg", "MSC ppl", "LRLM ppl", "ToolBench ndcg@5", "QReCC ndcg@3"]
 
 
 def test_several_language_models_have_rows_of_their_own():
@@ -154,8 +190,8 @@ def test_models_and_data_of_like_names_are_told_apart():
         for number, (run, data) in enumerate([("a", "books3"), ("b", "books3"), ("a", "arxiv")])
     ]
     lines = to_csv(leaderboard(records)).splitlines()
-    assert "LRLM ppl books3/test.json,LRLM ppl arxiv/test.json" in lines[0]
-    assert lines[1:] == ["a/checkpoint-10/encoder,,,,,,0.0,2.0,,", "b/checkpoint-10/encoder,,,,,,1.0,,,"]
+    assert "books3/test.json ppl,arxiv/test.json ppl" in lines[0]
+    assert lines[1:] == ["a/checkpoint-10/encoder · lm,0.0,2.0", "b/checkpoint-10/encoder · lm,1.0,"]
 
 
 def test_results_that_do_not_compare_are_noted():
@@ -180,7 +216,10 @@ def test_added_tasks_have_a_column_and_names_of_runs_a_row():
     second = record("claims", "bm25", "2026-01-02", f1=0.25) | {"arguments": {"save_name": "longer"}}
     lines = to_csv(leaderboard([first, second])).splitlines()
     assert lines[0].endswith(",claims f1")
-    assert [line.split(",")[0] + line.split(",")[-1] for line in lines[1:]] == ["bm250.5", "bm25 (longer)0.25"]
+    assert [line.split(",")[0] + line.split(",")[-1] for line in lines[1:]] == [
+        "bm25 · lm0.5",
+        "bm25 (longer) · lm0.25",
+    ]
 
 
 def test_lines_that_are_no_results_are_counted(tmp_path, caplog):

@@ -324,6 +324,62 @@ def test_padding_behind_the_end_of_a_text_does_not_show(models, monkeypatch):  #
     assert texts == [model.tokenizer.decode(one), model.tokenizer.decode([*one, *one])]
 
 
+def test_own_subjects_are_groups_of_their_own(evaluate, data_root, tmp_path):
+    """With as many options as a question has; a name that may be a misspelt one of MMLU's is asked about."""
+    rows = read_rows(data_root / "qa/mmlu/test.json")[:4]
+    own = {"subject": "Town History", "choices": ["yes", "no"], "answer": 1}
+    rows = [{**rows[0], **own}, {**rows[1], **own, "answer": 0}, {**rows[2], "subject": "anatomys"}, rows[3]]
+    path = write_rows(tmp_path / "own" / "test.json", rows)
+    flags = ("--eval_data", path, "--retrieval_method", "no", "--few_shot", 0)
+    outputs, record, printed = evaluate("mmlu", *flags)
+    metrics = record["metrics"]
+    right = [float(output["output"] == row["answer"]) for output, row in zip(outputs, rows, strict=True)]
+    assert [len(output["response"]["log_likelihoods"]) for output in outputs] == [2, 2, 4, 4]
+    assert metrics["town_history"] == (right[0] + right[1]) / 2
+    assert metrics["anatomys"] == right[2]
+    assert metrics["accuracy"] == pytest.approx((metrics["town_history"] + right[2] + right[3]) / 3)
+    assert "form groups of their own: anatomys (1 row; is anatomy meant?), town_history (2 rows)" in printed
+
+
+def test_own_tasks_of_icl(evaluate, data_root, tmp_path):
+    """Chosen with options, generated without, or by the metric that the rows name; all in the average."""
+    chosen = [row for row in read_rows(data_root / "icl/icl/test.json") if row.get("options")][:2]
+    rows = [{**row, "task_name": "chess"} for row in chosen]
+    rows += [{"query": "What is the town?", "answers": ["x"], "task_name": "towns"}]
+    rows += [{"query": "Tell of it.", "answers": ["x y"], "task_name": "tales", "metric": "rouge_l"}]
+    path = write_rows(tmp_path / "own" / "test.json", rows)
+    flags = ("--eval_data", path, "--retrieval_method", "no")
+    outputs, record, printed = evaluate("icl", *flags)
+    assert [[*output["values"]] for output in outputs] == [["accuracy"], ["accuracy"], ["exact_match"], ["rouge_l"]]
+    values = {name: record["metrics"][name] for name in ("chess", "tales", "towns")}
+    assert record["metrics"]["average"] == pytest.approx(sum(values.values()) / 3)
+    assert "groups of their own: chess (2 rows), tales (1 row), towns (1 row)" in printed
+    outputs, _, _ = evaluate("icl", *flags, "--task_names", "towns")
+    assert len(outputs) == 1
+    printed = evaluate("icl", *flags, "--task_names", "town", expect=2)
+    assert "--task_names 'town' is unknown" in printed
+    mixed = write_rows(tmp_path / "mixed.json", [rows[0], {**rows[2], "task_name": "chess"}])
+    printed = evaluate("icl", "--eval_data", mixed, "--retrieval_method", "no", expect=2)
+    assert "rows of task 'chess' differ in their metric (accuracy, exact_match)" in printed
+
+
+def test_empty_outputs_are_counted_and_told(evaluate, data_root, tmp_path, monkeypatch):
+    """An LM that ends at once scores 0: the log, and the result, say of how many rows."""
+    monkeypatch.setattr(
+        "src.lm.ask.generate",
+        lambda model, prompts, *_: iter(
+            [{number: ("",) if number % 2 else (" \n",) if number == 2 else ("x",) for number in range(len(prompts))}]
+        ),
+    )
+    path = write_rows(tmp_path / "own" / "test.json", read_rows(data_root / "qa/nq/test.json")[:6])
+    _, record, printed = evaluate("qa", "--eval_data", path, "--retrieval_method", "no", "--few_shot", 0)
+    assert (record["empty"], record["rows"]) == (4, 6)
+    assert f"4 of 6 outputs are empty and count as wrong; the first is of {path}:2" in printed
+    _, record, printed = evaluate("mmlu", "--retrieval_method", "no")
+    assert record["empty"] == 0
+    assert "outputs are empty" not in printed.split("mmlu")[-1]
+
+
 def test_groups_of_mmlu():
     assert {group: len(subjects) for group, subjects in read_table("groups")["mmlu"].items()} == {
         "STEM": 18,
@@ -925,11 +981,25 @@ def changed(rows, **fields):
         ("popqa", "qa/popqa/test.json", {"possible_answers": None}, "'possible_answers' is missing"),
         ("popqa", "qa/popqa/test.json", {"prop_id": "22"}, "'prop_id' must be the number of the relation, found '22'"),
         ("qa", "qa/nq/test.json", {"answers": []}, "'answers' needs 1 or more strings, found none"),
-        ("mmlu", "qa/mmlu/test.json", {"subject": "alchemy"}, "subject 'alchemy' is none of MMLU's: abstract_algebra"),
-        ("mmlu", "qa/mmlu/test.json", {"choices": ["a", "b", "c"]}, "'choices' needs four options, found 3"),
-        ("mmlu", "qa/mmlu/test.json", {"choices": list("abcde")}, "'choices' needs four options, found 5"),
+        ("mmlu", "qa/mmlu/test.json", {"subject": " "}, "'subject' is ' ': name a subject"),
+        ("mmlu", "qa/mmlu/test.json", {"subject": "Accuracy"}, "'subject' is 'Accuracy': name a subject"),
+        ("mmlu", "qa/mmlu/test.json", {"choices": ["a"]}, "'choices' needs 2 or more strings, found 1"),
+        ("mmlu", "qa/mmlu/test.json", {"choices": ["a"] * 27}, "'choices' has 27 options, and there are 26 letters"),
+        ("mmlu", "qa/mmlu/test.json", {"choices": ["a", "b"], "answer": 2}, "right option, 0 to 1, found 2"),
         ("mmlu", "qa/mmlu/test.json", {"answer": 4}, "the number of the right option, 0 to 3, found 4"),
-        ("icl", "icl/icl/test.json", {"task_name": "chess"}, "task_name 'chess' is unknown: choose from arc_c"),
+        (
+            "icl",
+            "icl/icl/test.json",
+            {"task_name": "sentiment"},
+            "task_name 'sentiment' is no name of a task, or that of",
+        ),
+        ("icl", "icl/icl/test.json", {"task_name": "average"}, "task_name 'average' is no name of a task"),
+        (
+            "icl",
+            "icl/icl/test.json",
+            {"task_name": "chess", "metric": "bleu"},
+            "'metric' is 'bleu': choose from accuracy",
+        ),
         ("icl", "icl/icl/test.json", {"options": ["x", "y"]}, "is none of the options ['x', 'y']"),
         ("msc", "chat/msc/test.json", {"history": None}, "'history' must be a list of past turns, found NoneType"),
         ("lrlm", "lrlm/books3/test.json", {"text": None}, "'text' is missing"),
