@@ -58,15 +58,16 @@ class PopQA(QA):
     def examples(self) -> Callable[[Row], Sequence[str]]:
         """``--few_shot`` of the evaluation's rows, by ``--seed``: equally many of each relation but the row's.
 
-        When there are more such relations than examples, one of each of the first; PopQA's come first.
+        When there are more such relations than examples, one of each of the first. Relations are PopQA's, or those of
+        the rows where none has one of these.
         """
         few_shot, rng = self.args.few_shot, np.random.default_rng(self.args.seed)
-        members: dict[int, list[Row]] = {relation: [] for relation in RELATIONS}
-        own: dict[int, list[Row]] = defaultdict(list)
+        of_relation: dict[int, list[Row]] = defaultdict(list)
         for row in self.data.rows if few_shot else ():
-            members.get(row["prop_id"], own[row["prop_id"]]).append(row)
-        members |= {relation: own[relation] for relation in sorted(own.keys() - members.keys())}
-        each = max(1, few_shot // (len(members) - 1))
+            of_relation[row["prop_id"]].append(row)
+        relations = sorted(of_relation) if of_relation.keys().isdisjoint(RELATIONS) else RELATIONS
+        members = {relation: of_relation.get(relation, []) for relation in relations}
+        each = max(1, few_shot // max(len(members) - 1, 1))
         shown = {
             relation: [
                 self.form.format(row["query"], row.get("obj") or answers(row)[0])

@@ -225,6 +225,18 @@ def test_examples_of_popqa_are_of_all_other_relations(evaluate, asked, writer, t
             assert [shown[example]["prop_id"] for example in own] == others[:number]
 
 
+def test_examples_of_own_relations(evaluate, asked, writer, tmp_path):
+    """Where no row is of a relation of PopQA's: those of the other relations, in the order of their numbers."""
+    rows = [{"query": f"Who is of {n}?", "prop_id": n, "possible_answers": [f"No {n}."]} for n in (9, 7, 8)]
+    path = write_rows(tmp_path / "rows.json", rows)
+    flags = ("--eval_data", path, "--retrieval_method", "no", "--max_new_tokens", 1, "--few_shot", 2)
+    evaluate("popqa", *flags, lm=writer)
+    found = {own[-1]: own[:-1] for own in (prompt.split("\n\n") for prompt, _ in asked)}
+    shown = {n: f"Q: Who is of {n}? A: No {n}." for n in (7, 8, 9)}
+    wanted = {f"Q: Who is of {n}? A:": [text for other, text in shown.items() if other != n] for n in shown}
+    assert found == wanted
+
+
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
