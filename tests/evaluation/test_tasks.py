@@ -927,7 +927,7 @@ def test_new_hits_are_never_taken_for_the_old_ones(evaluate, monkeypatch, tmp_pa
     result, origin = (tmp_path / f"out/random/test.result.json{end}" for end in ("", ".origin"))
     old = result.read_bytes(), origin.read_bytes()
 
-    def fail(*args):
+    def fail(*args, **_):
         raise UserError("stopped here")
 
     with monkeypatch.context() as patch:
