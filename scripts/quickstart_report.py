@@ -1,7 +1,8 @@
-"""The end of the quickstart: answer one query with the converted model, compare with BM25, write summary.json."""
+"""The end of the quickstart: convert the encoder, answer one query with it, compare with BM25, write summary.json."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import sys
 import time
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from src.retrieval.ranking.metrics import retrieval_metrics
+from src.retrieval.report.plot import FIGURE
 from src.utils.cli import run
 from src.utils.files import read_jsonl, write_json
 from src.utils.parser import Parser
@@ -34,20 +36,41 @@ def bm25_metrics(corpus: list[str], rows: list[dict]) -> dict[str, float]:
     return {name: float(per_query.mean()) for name, per_query in values.items()}
 
 
+def to_look_at(args: argparse.Namespace, target: Path) -> dict[str, Path]:
+    """What the run left, by what it is."""
+    checkpoint = Path(args.encoder)
+    return {
+        "the model": target,
+        "its card": target / "README.md",
+        "our checkpoint of it": checkpoint,
+        "loss and gradients by step": args.output_dir / FIGURE,
+        "hits before": args.output_dir / "before" / "test.result.json",
+        "hits after": args.output_dir / "after" / "test.result.json",
+        "training rows": args.data_dir / "train.json",
+        "held-out requests": args.data_dir / "test.json",
+        "the tools": args.data_dir / "corpus.json",
+        "the numbers": args.output_dir / "summary.json",
+    }
+
+
 def main() -> None:
     """Report and write summary.json."""
     parser = Parser(description=__doc__)
+    parser.add_argument("--encoder", required=True, help="the fine-tuned encoder, to convert")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder with before.jsonl and after.jsonl")
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with corpus.json and test.json")
-    parser.add_argument("--model", required=True, help="the converted model")
     parser.add_argument("--started", type=float, required=True, help="when the run began, in seconds since 1970")
     args = parser.parse_args()
     # Takes seconds to import.
     from sentence_transformers import SentenceTransformer
 
+    from scripts import ours2st
+
+    target = args.output_dir / "sentence-transformers"
+    ours2st.main(["--encoder", args.encoder, "--output_dir", str(target)])
     corpus = [row["text"] for row in read_jsonl(args.data_dir / "corpus.json")]
     rows = read_jsonl(args.data_dir / "test.json")
-    model = SentenceTransformer(args.model)
+    model = SentenceTransformer(str(target))
     print(f"\n{QUERY}")
     # Saved by the evaluation.
     saved = sorted((args.output_dir / "after/embeddings").glob("vectors.*.npy"))
@@ -64,7 +87,7 @@ def main() -> None:
     summary = {
         **table,
         "seconds": seconds,
-        "model": args.model,
+        "model": str(target),
         "held_out_requests": len(rows),
         "versions": versions() | {name: importlib.metadata.version(name) for name in PACKAGES},
     }
@@ -74,7 +97,10 @@ def main() -> None:
     print(f"{'':<8}" + "".join(f"{name:>12}" for name in SHOWN))
     for name, metrics in table.items():
         print(f"{name:<8}" + "".join(f"{metrics[metric]:>12.4f}" for metric in SHOWN))
-    print(f"\n{seconds} seconds. The model: {args.model}   The numbers: {args.output_dir / 'summary.json'}")
+    print(f"\n{seconds} seconds. What there is to look at:")
+    for what, path in to_look_at(args, target).items():
+        if path.exists():
+            print(f"  {what:<26} {path}")
 
 
 if __name__ == "__main__":

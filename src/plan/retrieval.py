@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,13 +26,15 @@ from src.retrieval.search.bm25.choose import choose_engine
 from src.retrieval.search.faiss_index import bytes_per_vector, check_factory
 from src.retrieval.search.searcher import vector_width
 from src.retrieval.training import sharding
-from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import Collator, Shown, as_read
 from src.retrieval.training.dataset import Source, TrainDataset
 from src.retrieval.training.sampler import GlobalBatchSampler
 from src.utils import distributed
 from src.utils.display import Line, describe, describe_tasks, human_bytes
 from src.utils.jsonl import sample
+
+if TYPE_CHECKING:
+    from src.retrieval.training.args import RetrievalTrainingArgs
 
 #: Batches that are tokenized to estimate the tokens of a step, and texts to estimate those of a file.
 SAMPLED_BATCHES = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,9 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from src.retrieval.models.packing import Packer
 from src.retrieval.models.padding import pad
 from src.retrieval.models.pair_tokenizer import PairTokenizer
-from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import TrainExample
 from src.retrieval.training.flags import CPU_SPLIT_TOKENS, GPU_SPLIT_TOKENS
+
+if TYPE_CHECKING:
+    from src.retrieval.training.args import RetrievalTrainingArgs
 
 
 @dataclass(frozen=True)

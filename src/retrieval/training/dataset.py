@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -21,13 +21,15 @@ from src.retrieval.data.tasks import (
     task_from_path,
     training_settings_for,
 )
-from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.losses import LossConfig
 from src.retrieval.training.select import SelectionPolicy, select_group, unusable
 from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.flags import flags_of
 from src.utils.jsonl import JsonLines, open_jsonl
+
+if TYPE_CHECKING:
+    from src.retrieval.training.args import RetrievalTrainingArgs
 
 logger = logging.getLogger(__name__)
 

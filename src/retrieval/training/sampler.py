@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
-from src.retrieval.training.args import RetrievalTrainingArgs
 from src.utils import distributed
+
+if TYPE_CHECKING:
+    from src.retrieval.training.args import RetrievalTrainingArgs
 
 _ORDER = 1
 _STATIC = 2
