@@ -100,7 +100,8 @@ def training_lines(
     batches = [collator(batch) for batch in examples]
     yield from _token_lines(batches, accumulation * world)
     half = training.fp16 or training.bf16
-    size = model_size(model.backbones[0], *count_parameters(model), fused_attention=not training.use_cpu)
+    fused = not training.use_cpu or training.dropout == 0
+    size = model_size(model.backbones[0], *count_parameters(model), fused_attention=fused)
     memory = training_memory(
         size,
         _most_activations(size, batches, training, half),

@@ -82,6 +82,7 @@ from src.utils.errors import UserError
         ({"mask_margin": float("nan")}, "--mask_margin must be a number, found nan"),
         ({"teacher_temperature": float("nan")}, "--teacher_temperature must be above 0, found nan"),
         ({"num_train_epochs": -1.0}, "--num_train_epochs -1.0: nothing would be trained"),
+        ({"dropout": 1.0}, "--dropout must be from 0 to below 1, found 1.0"),
         ({"lora_r": 4, "lora_dropout": 2.0}, "--lora_dropout must be from 0 to below 1, found 2.0"),
     ],
 )

@@ -25,6 +25,7 @@ from src.plan.retrieval import count_parameters, model_size
 from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.models.lora import LoraSettings
+from src.retrieval.models.trainable import TrainableModel
 from src.utils.cli import run as run_entry
 from src.utils.display import human_bytes, summarize
 from src.utils.files import path_name
@@ -430,6 +431,20 @@ def test_evaluations(task, dry, data_root, tiny_bert, models, tmp_path):  # noqa
 
 
 COMMANDS = ["run_dense", "run_ranker", "run_lm_score", "evaluation.eval_retrieval"]
+
+
+def test_dropout_is_set_for_training_alone(files, dry, tiny_bert, monkeypatch):
+    shares = []
+    monkeypatch.setattr(TrainableModel, "set_dropout", lambda model, share: shares.append(share))
+    common = ["--output_dir", files["out"], "--log_path", files["log"], "--use_cpu", "--dropout", 0]
+    common += ["--query_max_length", 64, "--key_max_length", 64]
+    for main, model in ((run_dense.main, "--query_encoder"), (run_ranker.main, "--ranker")):
+        dry(main, *common, model, tiny_bert, "--train_data", files["train"])
+    assert shares == [0, 0]
+    dry(
+        run_dense.main, *common, "--query_encoder", tiny_bert, "--eval_data", files["test"], "--corpus", files["corpus"]
+    )
+    assert shares == [0, 0]
 
 
 def test_an_example_is_shown_as_the_model_reads_it(files, dry, tiny_bert, tmp_path):

@@ -144,6 +144,8 @@ class Job(ABC, Generic[ArgsT, ModelT]):
         )
         set_seed(training.seed)
         model = self.load(trains=bool(sources))
+        if sources and training.dropout is not None:
+            model.set_dropout(training.dropout)
         if args.dry_run:
             lines: list[Line] = [("instruction", text) for text in used]
             if sources:

@@ -89,6 +89,21 @@ class TrainableModel(nn.Module, ABC):
         """Names of the layers' classes: what accelerate makes FSDP shard one by one."""
         return set().union(*map(_layer_classes, self.backbones))
 
+    def set_dropout(self, share: float) -> None:
+        """Drop this share of states and attention weights in training, but of what adapters (LoRA) take; for this run.
+
+        Modules hold their own shares: the configuration, which is saved with the model, stays.
+        """
+        for backbone in self.backbones:
+            for path, module in backbone.named_modules():
+                if "lora_dropout" in path:
+                    continue
+                if isinstance(module, nn.Dropout):
+                    module.p = share
+                for name, value in list(vars(module).items()):
+                    if "dropout" in name and isinstance(value, float | int) and not isinstance(value, bool):
+                        setattr(module, name, share)
+
     def activation_checkpointing_enable(
         self,
         activation_checkpointing_kwargs: dict[str, Any] | None = None,

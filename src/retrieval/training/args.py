@@ -51,7 +51,7 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
         lambda value: 0 <= value < math.inf,
         "learning_rate weight_decay adam_epsilon max_grad_norm",
     ),
-    "from 0 to below 1": (lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 lora_dropout"),
+    "from 0 to below 1": (lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 dropout lora_dropout"),
     "a share of the steps, from 0 to 1": (lambda value: 0 <= value <= 1, "warmup_ratio"),
     "a number": (math.isfinite, "mask_margin"),
     f"{MOST_KEYS} at most": (lambda value: value <= MOST_KEYS, "train_group_size"),

@@ -13,7 +13,18 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2Config,
+    GPT2Model,
+    ModernBertConfig,
+    ModernBertModel,
+)
 
 from scripts import ours2st
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
@@ -304,3 +315,44 @@ def test_weights_that_half_precision_spoils_stay(tiny_bert: str):
     before = {name: weight.clone() for name, weight in encoder.state_dict().items()}
     assert not encoder.halve(torch.float16)
     assert all(torch.equal(weight, before[name]) for name, weight in encoder.state_dict().items())
+
+
+SMALL = {"vocab_size": 200, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES = {
+    "bert": lambda: None,
+    "distilbert": lambda: DistilBertModel(DistilBertConfig(**SMALL, dim=32, n_layers=2, n_heads=2, hidden_dim=64)),
+    "gpt2": lambda: GPT2Model(GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=2)),
+    "modernbert": lambda: ModernBertModel(
+        ModernBertConfig(
+            **SMALL,
+            **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+            **{"embedding_dropout": 0.1, "mlp_dropout": 0.1, "attention_dropout": 0.1},
+            cls_token_id=1,
+            sep_token_id=2,
+        )
+    ),
+    "t5": lambda: None,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_is_what_the_flag_says(family, tiny_bert, tiny_t5, tmp_path):
+    """Without any a model in training computes as in evaluation; the saved configuration stays as it was."""
+    folder = {"bert": tiny_bert, "t5": tiny_t5}.get(family)
+    if folder is None:
+        torch.manual_seed(0)
+        FAMILIES[family]().save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path)
+        folder = str(tmp_path)
+    model = load_dense_retriever(EncoderConfig(folder, pooling_method=("mean",)))
+    before = model.backbones[0].config.to_dict()
+    tokens = dict(model.query_tokenizer(["hello world", "the question"], return_tensors="pt", padding=True))
+    tokens.pop("token_type_ids", None)
+    still = model.eval().embed_query(tokens)
+    model.train()
+    for share, alike in ((None, False), (0.0, True), (0.5, False)):
+        if share is not None:
+            model.set_dropout(share)
+        difference = (model.embed_query(tokens) - still).abs().max().item()
+        assert (difference < 1e-6) == alike, share
+    assert model.backbones[0].config.to_dict() == before
