@@ -48,8 +48,8 @@ class LMArgs(AttentionArgs):
     )
     lm_batch_size: int = flag(
         4,
-        "A batch holds at most so many times context_max_length tokens, padding included: many short prompts or "
-        "few long ones (likelihoods on a CPU: at most 1,024 tokens, which is faster).",
+        "A batch holds at most so many times context_max_length tokens, with padding if there is any: many short "
+        "prompts or few long ones (likelihoods on a CPU: at most 1,024 tokens, which is faster).",
     )
     cpu: bool = flag(False, "Use the CPU even when there is a GPU.")
     add_llama_inst: bool = flag(False, "Put prompts between [INST] and [/INST] (not for lrlm, which continues text).")

@@ -65,6 +65,12 @@ from src.utils.errors import UserError
             {"torch_compile_mode": "reduce-overhead", "gradient_accumulation_steps": 2},
             "--torch_compile_mode reduce-overhead does not work with --gradient_accumulation_steps 2",
         ),
+        ({"torch_compile_backend": "cudagraphs", "torch_compile_mode": "max-autotune"}, "is for the backend inductor"),
+        (
+            {"torch_compile_backend": "cudagraphs", "gradient_accumulation_steps": 2},
+            "does not work with --gradient_accumulation_steps 2",
+        ),
+        ({"torch_compile_backend": "ofi"}, "--torch_compile_backend 'ofi' is unknown"),
         ({"torch_compile_mode": "default", "grad_cache_chunk_size": 8}, "does not work with --torch_compile"),
         ({"use_liger_kernel": True}, "--use_liger_kernel True would have no effect"),
         ({"push_to_hub": True}, "--push_to_hub True would have no effect"),
@@ -170,7 +176,9 @@ def test_model_folders(tiny_bert, tmp_path, name, content, said):
         load_dense_retriever(EncoderConfig(damaged(tiny_bert, tmp_path / "model", name, content)))
 
 
-@pytest.mark.parametrize(("dtype", "said"), [("fp32", "training had diverged$"), ("fp16", "--dtype fp32 would show")])
+@pytest.mark.parametrize(
+    ("dtype", "said"), [("fp32", "training had diverged$"), ("fp16", "--dtype bf16 or fp32 would show")]
+)
 def test_vectors_that_are_no_numbers(tiny_bert, dtype, said):
     model = load_dense_retriever(EncoderConfig(tiny_bert)).eval()
     with torch.no_grad():

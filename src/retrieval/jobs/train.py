@@ -82,7 +82,7 @@ class Job(ABC, Generic[ArgsT, ModelT]):
         training = self.training
         if not packs(self.args.padding_free, training.device, training.fp16 or training.bf16):
             return [None] * len(packers)
-        filled = training.compilation is not None and training.compilation.uses_graphs
+        filled = training.compilation is not None and training.compilation.uses_graphs and not self.args.dry_run
         trained_with: list[Packer | None] = [packer and replace(packer, filled=filled) for packer in packers]
         return [None] * len(packers) if None in packers else trained_with
 

@@ -18,7 +18,7 @@ from src.retrieval.models.checks import check_padding, check_vocabulary, counted
 from src.retrieval.models.encode import EncodeConfig, compute
 from src.retrieval.models.loading import Checkpoint, inner_folder
 from src.retrieval.models.packed_attention import enable_head, packed_logits, packer_of
-from src.retrieval.models.packing import Packer, is_packed
+from src.retrieval.models.packing import Packer, is_packed, may_pack
 from src.retrieval.models.pair_tokenizer import Pair, PairTokenizer, read_layout
 from src.retrieval.models.pooling import read_module_list
 from src.retrieval.models.trainable import TrainableModel, below
@@ -58,7 +58,9 @@ class RankerConfig:
     @classmethod
     def from_args(cls, args: RankerArgs) -> RankerConfig:
         """Settings by flags."""
-        return cls(**flags_of(cls, args), empty=args.dry_run)
+        # Training may be in half precision when evaluating is not.
+        padding_free = may_pack(args.padding_free, True, args.cpu)
+        return cls(**{**flags_of(cls, args), "padding_free": padding_free}, empty=args.dry_run)
 
 
 class CrossEncoder(TrainableModel):

@@ -45,7 +45,7 @@ from src.retrieval.models.lora import (
     save_adapters,
 )
 from src.retrieval.models.packed_attention import SAMPLE, enable, packed_states, packer_of
-from src.retrieval.models.packing import STARTS, Packer, is_packed, join, pool_packed, to_device
+from src.retrieval.models.packing import STARTS, Packer, is_packed, join, may_pack, pool_packed, to_device
 from src.retrieval.models.padding import pad
 from src.retrieval.models.pooling import (
     DENSE_FOLDER,
@@ -120,7 +120,11 @@ class EncoderConfig:
             "pooling_method": tuple(args.pooling_method) if "pooling_method" in given else None,
             "dense_metric": args.dense_metric if "dense_metric" in given else None,
         }
-        lora = LoraSettings.from_args(training) if training is not None else None
+        lora, half, on_cpu = None, args.dtype != "fp32", args.cpu
+        if training is not None:
+            lora = LoraSettings.from_args(training)
+            half, on_cpu = half or training.fp16 or training.bf16, training.use_cpu
+        chosen["padding_free"] = may_pack(args.padding_free, half, on_cpu)
         return cls(**chosen, lora=lora, new_dense=training is not None, empty=args.dry_run)
 
 
@@ -161,7 +165,11 @@ class TextEncoder(nn.Module):
 
         Autocast would convert weights at each use, and compute norms and sums in fp32. The encoder is in eval mode.
         """
-        encoded = self.tokenizer([SAMPLE[:end] for end in (3, 9, 40, len(SAMPLE))])
+        if {each.dtype for each in self.parameters()} != {torch.float32} or _keeps_fp32(self.backbone):
+            return False
+        limit = position_limit(self.backbone.config.get_text_config(), self.backbone) or DEFAULT_LENGTH
+        texts = [SAMPLE[:end] for end in (3, 9, 40, len(SAMPLE))] + [SAMPLE * DEFAULT_LENGTH]
+        encoded = self.tokenizer(texts, truncation=True, max_length=min(limit, DEFAULT_LENGTH))
         tokens = to_device(pad(self.tokenizer, encoded, range(len(encoded["input_ids"]))), self.backbone.device)
         fingerprint, exact, weights = self.fingerprint, self(tokens), [each.data for each in self.parameters()]
         for each in self.parameters():
@@ -223,6 +231,11 @@ class TextEncoder(nn.Module):
             saved = DenseLayer.load(os.path.join(source, DENSE_FOLDER))
             with loading(source, "encoder"):
                 self.dense.load_state_dict(saved.state_dict())
+
+
+def _keeps_fp32(backbone: PreTrainedModel) -> bool:
+    """Whether the architecture has layers that leave the range of half precision."""
+    return bool(backbone._keep_in_fp32_modules or getattr(backbone, "_keep_in_fp32_modules_strict", None))
 
 
 def _states(backbone: PreTrainedModel, method: str, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -218,7 +218,7 @@ def compute(
             inputs = to_device(tokens, config.device)
             with torch.no_grad(), autocast:
                 # Left on the device until the window is done: a copy would wait for the batch.
-                parts.append(function(inputs).float())
+                parts.append(function(inputs)[: len(positions)].float())
             if bar is not None:
                 bar.update(len(positions))
         order = np.concatenate([positions for positions, _ in batches])
@@ -252,6 +252,6 @@ def encode(
         if not np.isfinite(windows[-1]).all():
             reason = "the vectors of some texts are no numbers: the weights are damaged, or training had diverged"
             if config.stored_dtype != "float32":
-                reason += f"; or they leave the range of --dtype {config.dtype}, which --dtype fp32 would show"
+                reason += f"; or they leave the range of --dtype {config.dtype}, which --dtype bf16 or fp32 would show"
             raise UserError(reason)
     return windows[0] if len(windows) == 1 else np.concatenate(windows)

@@ -20,8 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from src.retrieval.models.checks import counted_positions, position_limit
-from src.retrieval.models.packing import LONGEST, STARTS, Packer, pool_packed, to_device
-from src.retrieval.models.padding import flat
+from src.retrieval.models.packing import LONGEST, STARTS, Packer, has_flash, pool_packed, to_device
 from src.utils.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -30,8 +29,12 @@ logger = logging.getLogger(__name__)
 PACKED = "packed"
 #: Dimensions of a head that flash attention takes, at most; multiples of 8.
 FLASH_WIDTH = 256
-#: Most tokens of a text in the trial of a model, and what these are drawn from.
-LONGEST_TRIAL = 512
+#: Name under which the trial of a model has the local attention of each layer listed, as the model hands it on.
+SEEN = "windows_seen"
+#: Most tokens of a text in the trial, and most products of tokens and weights where it is about position numbers alone.
+LONGEST_TRIAL, LARGEST_TRIAL = 512, 5e10
+#: What its tokens are drawn from, and how many different ones it takes.
+LEAST_SAMPLE = 4
 SAMPLE = "Seven quick brown foxes jump over the lazy dog, 42 times a day; why would anyone count them?"
 
 
@@ -71,7 +74,7 @@ def _last_places(classifier: PreTrainedModel, tokens: Mapping[str, Any]) -> Tens
     places = torch.arange(len(ids), device=ids.device)
     if (padding := classifier.config.get_text_config().pad_token_id) is not None:
         places = places.where(ids != padding, -1).cummax(0).values
-    return places[starts[1:] - 1].maximum(starts[:-1])
+    return places[starts[1:] - 1].maximum(starts[:-1]).clamp(max=len(ids) - 1)
 
 
 def _reads_last_token(classifier: PreTrainedModel) -> bool:
@@ -126,6 +129,8 @@ def attention(
     if unknown := [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]:
         raise NotImplementedError(f"packed attention has no {unknown[0]}")
     width = query.shape[-1]
+    if (seen := kwargs.get(SEEN)) is not None:
+        seen.append(sliding_window)
     if torch.cuda.is_available() and (width % 8 or width > FLASH_WIDTH or value.shape[-1] != width):
         raise NotImplementedError(f"flash attention has no heads of {width} and {value.shape[-1]} dimensions")
     device = query.device.type
@@ -134,7 +139,7 @@ def attention(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     view = _View(starts, kwargs[LONGEST], causal, None if sliding_window is None else sliding_window - 1)
-    attend = _flash if device == "cuda" and query.dtype in (torch.float16, torch.bfloat16) else _blocks
+    attend = _flash if query.dtype in (torch.float16, torch.bfloat16) and has_flash(query.device) else _blocks
     return attend(query, key, value, view, dropout, scaling), None
 
 
@@ -166,6 +171,8 @@ def _blocks(query: Tensor, key: Tensor, value: Tensor, view: _View, dropout: flo
     """Attend text by text: slow, for devices and precisions without the flash kernel."""
     blocks = []
     for start, end in pairwise(view.starts.tolist()):
+        if start == end:
+            continue
         mask = None
         if view.window is not None and end - start > view.window:
             place = torch.arange(end - start, device=query.device)
@@ -207,7 +214,8 @@ def packer_of(
             raise UserError(f"--padding_free True: {reason}: leave the flag out") from error
         logger.info("%s", reason)
         return None
-    logger.info("%s reads texts without padding%s", path, "" if padding_free == "true" else " in half precision")
+    known = "is planned to read" if model.device.type == "meta" else "reads"
+    logger.info("%s %s texts without padding%s", path, known, "" if padding_free == "true" else " in half precision")
     return packer
 
 
@@ -222,6 +230,8 @@ def enable(backbone: PreTrainedModel, tokens: Sequence[int]) -> Packer:
         PackingError: it does not; the model is as it was.
     """
     implementation = backbone.config._attn_implementation
+    if len(set(tokens)) < LEAST_SAMPLE:
+        raise PackingError("its tokenizer makes too few tokens of English to try it with")
     if backbone.config.is_encoder_decoder:
         raise PackingError("it has a decoder beside the encoder")
     if getattr(backbone.config.get_text_config(), "attention_chunk_size", None) is not None:
@@ -234,7 +244,7 @@ def enable(backbone: PreTrainedModel, tokens: Sequence[int]) -> Packer:
     table = counted_positions(backbone)
     packer = Packer(0 if table is None or table.padding_idx is None else table.padding_idx + 1, tokens[0])
     try:
-        _try(packer, backbone, partial(packed_states, backbone), partial(_states_alone, backbone), tokens)
+        _try(packer, backbone, partial(packed_states, backbone), lambda text: backbone(**text)[0][0], tokens)
     except PackingError:
         backbone.set_attn_implementation(implementation)
         raise
@@ -263,44 +273,69 @@ def enable_head(classifier: PreTrainedModel, tokens: Sequence[int]) -> Packer:
     return packer
 
 
-def _states_alone(backbone: PreTrainedModel, tokens: Mapping[str, Tensor]) -> Tensor:
-    """States ``(tokens, D)`` of a padded batch, without the padding."""
-    return backbone(**tokens).last_hidden_state[tokens["attention_mask"].bool()]
-
-
-def _try(packer: Packer, model: PreTrainedModel, packed: Compute, padded: Compute, tokens: Sequence[int]) -> None:
-    """Compare what a model computes of texts of several lengths, packed and padded.
+def _try(packer: Packer, model: PreTrainedModel, packed: Compute, alone: Compute, tokens: Sequence[int]) -> None:
+    """Compare what a model computes of texts of several lengths, packed and one by one.
 
     Raises:
         PackingError: it differs, or one of them fails.
     """
     if model.device.type == "meta":
         return
-    config = model.config.get_text_config()
-    # One text is longer than what local attention sees, and all together than what a model has positions for.
-    window = min(getattr(config, "sliding_window", None) or 0, LONGEST_TRIAL)
-    limit = min(position_limit(config, model) or LONGEST_TRIAL, LONGEST_TRIAL)
-    lengths = [5, 1, min(window + 8, limit), 3]
-    lengths += [limit // 2] * 3
     rng = np.random.default_rng(0)
-    rows = [rng.choice(tokens, length).tolist() for length in lengths]
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    # Heads of decoders look for the padding token; elsewhere it may lie beyond the vocabulary.
+    rows = [rng.choice(tokens, length).tolist() for length in _trial_lengths(model)]
+    padding = model.config.get_text_config().pad_token_id
     table = model.get_input_embeddings()
-    known = isinstance(table, nn.Embedding) and 0 <= (config.pad_token_id or 0) < table.num_embeddings
-    ids = torch.full(mask.shape, (config.pad_token_id or 0) if known else packer.filler)
-    ids[mask] = torch.from_numpy(flat(rows))
-    if known and config.pad_token_id is not None and _reads_last_token(model):
-        # A text may end with it.
-        rows[0][-1] = ids[0, lengths[0] - 1] = config.pad_token_id
-    inputs = {"input_ids": ids, "attention_mask": mask.long()}
+    known = isinstance(table, nn.Embedding) and padding is not None and 0 <= padding < table.num_embeddings
+    if known and _reads_last_token(model):
+        # A text may end with what heads of decoders take for padding.
+        rows[0][-1] = padding
+    seen: list[int | None] = []
     try:
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            found = packed(to_device(packer({"input_ids": rows}, range(len(rows))), model.device))
-            expected = padded(to_device(inputs, model.device))
+            batch = to_device(packer({"input_ids": rows}, range(len(rows))), model.device)
+            found = packed({**batch, SEEN: seen}).float()
+            expected = torch.cat([alone(_one(row, model.device)) for row in rows]).float()
     except Exception as error:
         # Whatever the code of a model does not expect.
         raise PackingError(f"it fails on texts without padding: {first_line(error)}") from error
-    tolerance = max(1e-4, 16 * torch.finfo(found.dtype).eps) * float(expected.abs().max())
-    if found.shape != expected.shape or not float((found - expected).abs().max()) <= tolerance:
+    tolerance = max(1e-4, 16 * torch.finfo(model.dtype).eps)
+    sizes = expected.norm(dim=-1)
+    most = tolerance * sizes.clamp(sizes.mean())
+    if found.shape != expected.shape or not ((found - expected).norm(dim=-1) <= most).all():
         raise PackingError("it computes something else of texts without padding")
+    # Of texts that are longer than this nothing was computed.
+    if (_window(model) or 0) >= max(map(len, rows)) and len([each for each in seen if each]) != _local_layers(model):
+        raise PackingError("not all of its layers hand on how far they attend")
+
+
+def _one(row: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    """A text as a batch of its own."""
+    ids = torch.tensor([row], device=device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _trial_lengths(model: PreTrainedModel) -> list[int]:
+    """Lengths of the texts of a trial: one longer than local attention sees, and more tokens than there are positions.
+
+    Both where it is not too costly.
+    """
+    lengths, limit = [5, 1, 3, 9], position_limit(model.config.get_text_config(), model)
+    if (window := _window(model)) is not None and window + 8 <= min(LONGEST_TRIAL, limit or LONGEST_TRIAL):
+        lengths.append(window + 8)
+    if limit is not None and limit * model.num_parameters(exclude_embeddings=True) <= LARGEST_TRIAL:
+        lengths.append(max(1, limit - 8))
+    return lengths
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """How many tokens local attention sees, None where all layers see all."""
+    config = model.config.get_text_config()
+    return getattr(config, "sliding_window", None) or getattr(config, "local_attention", None) or None
+
+
+def _local_layers(model: PreTrainedModel) -> int:
+    """How many layers have local attention."""
+    config = model.config.get_text_config()
+    if (kinds := getattr(config, "layer_types", None)) is not None:
+        return list(kinds).count("sliding_attention")
+    return 0 if getattr(config, "use_sliding_window", True) is False else config.num_hidden_layers

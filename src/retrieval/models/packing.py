@@ -7,15 +7,19 @@ where texts begin: ``cu_seq_lens_q``, int32 ``(texts + 1,)``, and ``max_length_q
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from src.retrieval.models.padding import TokenRow, flat
+from src.retrieval.models.padding import flat
+
+logger = logging.getLogger(__name__)
 
 #: Where texts begin, under the names that transformers hands through a model to its attention.
 STARTS, LONGEST = "cu_seq_lens_q", "max_length_q"
@@ -46,11 +50,14 @@ class Packer:
             places: which sequences, in which order, at least one.
 
         Returns:
-            See the module; an empty text is one `filler` token.
+            See the module; where no text has a token, there is one more of a `filler`.
         """
-        rows = _chosen(encoded["input_ids"], places, self.filler)
-        kinds = _chosen(encoded["token_type_ids"], places, 0) if "token_type_ids" in encoded else None
-        longest, texts = max(map(len, rows)), len(rows)
+        rows = [encoded["input_ids"][place] for place in places]
+        kinds = [encoded["token_type_ids"][place] for place in places] if "token_type_ids" in encoded else None
+        longest, texts = max(1, *map(len, rows)), len(rows)
+        if not any(map(len, rows)):
+            rows.append([self.filler])
+            kinds = kinds and [*kinds, [0]]
         if self.filled:
             fillers = _filler_lengths(sum(map(len, rows)))
             rows += [[self.filler] * length for length in fillers]
@@ -71,11 +78,6 @@ class Packer:
         return packed if kinds is None else {**packed, "token_type_ids": torch.from_numpy(flat(kinds))[None]}
 
 
-def _chosen(rows: Sequence[TokenRow], places: Sequence[int] | np.ndarray, filler: int) -> list[TokenRow]:
-    """Some of the rows; one `filler` stands for an empty one."""
-    return [rows[place] if len(rows[place]) else [filler] for place in places]
-
-
 def _filler_lengths(total: int) -> list[int]:
     """Lengths of the `FILLERS`, at least 1, that bring `total` tokens to one of few numbers, an eighth apart."""
     size = 256
@@ -85,13 +87,27 @@ def _filler_lengths(total: int) -> list[int]:
     return [each + (place < more) for place in range(FILLERS)]
 
 
+@cache
+def has_flash(device: torch.device) -> bool:
+    """Whether PyTorch's flash kernel runs on a device, in half precision."""
+    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def packs(padding_free: str, device: torch.device, half: bool) -> bool:
     """Whether texts go through a model packed, by the flag of that name; `half`: it computes in half precision."""
-    if padding_free == "auto" and device.type == "cuda" and half:
-        # What the kernel needs.
-        is_new = torch.cuda.get_device_capability(device) >= (8, 0)
-        return is_new and torch.backends.cuda.is_flash_attention_available()
-    return padding_free == "true"
+    return padding_free == "true" or (padding_free == "auto" and half and has_flash(device))
+
+
+def may_pack(padding_free: str, half: bool, on_cpu: bool) -> str:
+    """The flag of that name, ``false`` where ``auto`` would not pack: in full precision, or on a CPU."""
+    on_gpu = torch.cuda.is_available() and not on_cpu
+    if padding_free != "auto" or packs("auto", torch.device("cuda" if on_gpu else "cpu"), half):
+        return padding_free
+    if on_gpu:
+        logger.info("texts are padded: --padding_free auto leaves it out in half precision, by PyTorch's flash kernel")
+    return "false"
 
 
 def to_device(tokens: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -132,9 +148,13 @@ def join(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def pool_packed(states: Tensor, starts: Tensor, method: str) -> Tensor:
-    """Pool token states ``(tokens, D)`` of a packed batch to ``(texts, D)`` by ``cls``, ``mean`` or ``last``."""
-    if method == "cls":
-        return states[starts[:-1].long()]
-    if method == "last":
-        return states[starts[1:].long() - 1]
-    return torch.segment_reduce(states.float(), "mean", offsets=starts.long(), axis=0).to(states.dtype)
+    """Pool token states ``(tokens, D)`` of a packed batch to ``(texts, D)`` by ``cls``, ``mean`` or ``last``.
+
+    Of a text without tokens all are zero, as of padding.
+    """
+    if method == "mean":
+        pooled = torch.segment_reduce(states.float(), "mean", offsets=starts.long(), axis=0).to(states.dtype)
+    else:
+        places = starts[:-1] if method == "cls" else starts[1:] - 1
+        pooled = states[places.long().clamp(0, len(states) - 1)]
+    return pooled.masked_fill((starts.diff() == 0)[:, None], 0)

@@ -40,7 +40,7 @@ class Compilation:
     @property
     def uses_graphs(self) -> bool:
         """Whether shapes must be few and come again."""
-        return self.mode in GRAPH_MODES
+        return self.mode in GRAPH_MODES or self.backend == "cudagraphs"
 
 
 class TrainableModel(nn.Module, ABC):
@@ -74,7 +74,7 @@ class TrainableModel(nn.Module, ABC):
     def compile_layers(self, compilation: Compilation) -> None:
         """Compile what runs the layers of each transformer; it compiles when it first runs."""
         for backbone in self.backbones:
-            layers = _longest_list(backbone)
+            layers = _longest_list(backbone) or ""
             above = backbone.get_submodule(layers.rpartition(".")[0])
             kind = "CUDA graphs of few shapes" if compilation.uses_graphs else "any number of tokens"
             compiled = "%s is compiled (%s, for %s): the first steps take longer"
@@ -126,13 +126,14 @@ def _layer_classes(backbone: PreTrainedModel) -> set[str]:
     named = {type(module).__name__ for module in backbone.modules()} & set(backbone._no_split_modules or ())
     if named:
         return named
-    return {type(layer).__name__ for layer in backbone.get_submodule(_longest_list(backbone)).children()}
+    name = _longest_list(backbone)
+    return set() if name is None else {type(layer).__name__ for layer in backbone.get_submodule(name).children()}
 
 
-def _longest_list(backbone: PreTrainedModel) -> str:
-    """The name of the longest list of modules in a transformer, its layers."""
+def _longest_list(backbone: PreTrainedModel) -> str | None:
+    """The name of the longest list of modules in a transformer, its layers; None where there is no list."""
     lists = {name: len(module) for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)}
-    return max(lists, key=lists.__getitem__)
+    return max(lists, key=lists.__getitem__, default=None)
 
 
 def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DynamoBackend, GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin
+from torch._dynamo import list_backends
 from torch._inductor import list_mode_options
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -36,6 +37,8 @@ INFERRED = (
     *("length_split_tokens", "disable_tqdm", "metric_for_best_model", "greater_is_better"),
     *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
 )
+#: Backends of torch.compile that take a mode; the second, without effect.
+BACKENDS_WITH_MODES = ("inductor", "eager")
 #: What flags must be: in words, as a test, and the names. None passes; a NaN is in no range.
 RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "above 0": (
@@ -152,17 +155,22 @@ class RetrievalTrainingArgs(TrainingFlags, TrainingArguments):  # type: ignore[m
                 "dropout is not the same in both passes: leave one of them out": (
                     self.grad_cache_chunk_size and self.compilation
                 ),
-                f"--torch_compile_mode {self.torch_compile_mode} does not work with --gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps}, since a CUDA graph writes over the gradients of the one before: "
-                "leave one of them out": (
+                f"--torch_compile_{'mode' if self.torch_compile_mode else 'backend'} "
+                f"{self.torch_compile_mode or self.torch_compile_backend} does not work with "
+                f"--gradient_accumulation_steps {self.gradient_accumulation_steps}, since a "
+                "CUDA graph writes over the gradients of the one before: leave one of them out": (
                     self.compilation and self.compilation.uses_graphs and self.gradient_accumulation_steps > 1
                 ),
             }
         )
-        if self.torch_compile_backend is not None:
-            backends = tuple(backend.value.lower() for backend in DynamoBackend)
-            check_choice("torch_compile_backend", self.torch_compile_backend.lower(), backends)
-        check_choice("torch_compile_mode", self.torch_compile_mode, tuple(list_mode_options()))
+        if self.compilation is not None:
+            check_choice("torch_compile_backend", self.compilation.backend, (*list_backends(), *BACKENDS_WITH_MODES))
+            check_choice("torch_compile_mode", self.torch_compile_mode, tuple(list_mode_options()))
+            if self.torch_compile_mode and self.compilation.backend not in BACKENDS_WITH_MODES:
+                raise UserError(
+                    f"--torch_compile_mode {self.torch_compile_mode} is for the backend inductor, not for "
+                    f"--torch_compile_backend {self.torch_compile_backend}: leave one of them out"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """All settings, but for secret tokens, such that a file of them can be given as --config.

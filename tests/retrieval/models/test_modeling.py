@@ -305,6 +305,12 @@ def test_weights_in_half_precision_are_used_as_they_are(tiny_llama: str, dtype, 
         np.testing.assert_array_equal(model.encode_keys(texts), found)
 
 
+def test_weights_of_architectures_that_need_fp32_stay(tiny_t5: str):
+    (encoder,) = load_dense_retriever(EncoderConfig(tiny_t5, pooling_method=("mean",))).eval().encoders.values()
+    assert not encoder.halve(torch.float16)
+    assert {weight.dtype for weight in encoder.parameters()} == {torch.float32}
+
+
 def test_weights_that_half_precision_spoils_stay(tiny_bert: str):
     model = load_dense_retriever(EncoderConfig(tiny_bert)).eval()
     (encoder,) = model.encoders.values()

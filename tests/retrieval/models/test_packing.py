@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForSequenceClassification
 
 from src.retrieval.args import RankerArgs
-from src.retrieval.models import packed_attention, trainable
+from src.retrieval.models import packed_attention, packing, trainable
 from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.models.encode import EncodeConfig, cut_batches
@@ -66,6 +67,17 @@ OTHERS = {
     "StableLmModel": (LLAMA, "something else"),
     "NemotronModel": ({**LLAMA, "head_dim": 8}, "something else"),
     "DogeModel": (LLAMA, "something else"),
+    # Local attention is done by the mask alone, whatever it reaches.
+    "PhimoeModel": ({**LLAMA, "sliding_window": 6, "num_local_experts": 2, "num_experts_per_tok": 1}, "something else"),
+    "PhimoeModel of long reach": (
+        {**LLAMA, "sliding_window": 600, "num_local_experts": 2, "num_experts_per_tok": 1},
+        "how far they attend",
+    ),
+    "Qwen2MoeModel of long reach": (
+        {**LLAMA, "use_sliding_window": True, "sliding_window": 600, "max_window_layers": 2, "num_experts": 2}
+        | {"num_experts_per_tok": 1},
+        "how far they attend",
+    ),
 }
 #: Of texts: one of a single token, one as long as the model takes.
 LENGTHS = (5, 1, 64, 17, 2, 17)
@@ -73,7 +85,7 @@ LENGTHS = (5, 1, 64, 17, 2, 17)
 
 def build(name: str, settings: dict) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    model_class = getattr(transformers, name)
+    model_class = getattr(transformers, name.split()[0])
     model = model_class(model_class.config_class(**settings))
     if model._can_set_attn_implementation():
         model.set_attn_implementation("eager")
@@ -159,6 +171,28 @@ def test_a_head_that_reads_all_tokens_stays_as_it_is():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("reach", [6, 600])
+def test_local_attention_that_is_handed_on_may_reach_far(reach: int):
+    enable(build("MistralModel", {**LLAMA, "sliding_window": reach}), tokens=range(3, 40))
+
+
+def test_a_tokenizer_that_knows_no_english_is_no_trial():
+    with pytest.raises(PackingError, match="too few tokens"):
+        enable(build("BertModel", BERT), tokens=[7, 7, 8])
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_texts_without_tokens_are_like_no_other(pooling: str, tiny_llama: str):
+    model = load_dense_retriever(EncoderConfig(tiny_llama, pooling_method=(pooling,), padding_free="true")).eval()
+    model.key_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+    config = EncodeConfig(32, torch.device("cpu"), packs=True)
+    vectors = model.encode_keys(["", "a", "", "x y"], config)
+    assert not vectors[[0, 2]].any()
+    assert vectors[[1, 3]].any(1).all()
+    np.testing.assert_allclose(model.encode_keys(["a", "x y"], config), vectors[[1, 3]], atol=1e-6)
+    assert not model.encode_keys(["", ""], config).any()
+
+
 @pytest.mark.parametrize("method", ["cls", "mean", "last"])
 def test_pooling_is_that_of_padded_batches(method: str):
     states, lengths = torch.randn(sum(LENGTHS), 8, requires_grad=True), torch.tensor(LENGTHS)
@@ -183,7 +217,10 @@ def test_batches_are_joined_text_after_text():
         torch.testing.assert_close(joined[name], whole[name])
     assert whole["position_ids"].tolist() == [[2, 3, 4, 5, 2, 3, 4, 2]]
     assert whole[STARTS].tolist() == [0, 4, 7, 8]
-    assert packer({"input_ids": [[], [7]]}, [0, 1])["input_ids"].tolist() == [[9, 7]]
+    # Texts without tokens, and a batch of nothing else.
+    assert packer({"input_ids": [[], [7]]}, [0, 1])[STARTS].tolist() == [0, 0, 1]
+    nothing = packer({"input_ids": [[], []]}, [0, 1])
+    assert (nothing["input_ids"].tolist(), nothing[STARTS].tolist()) == ([[9]], [0, 0, 0, 1])
 
 
 def test_saved_settings_do_not_name_it(tmp_path: Path):
@@ -278,6 +315,7 @@ def test_attention_of_transformers_is_taken_as_named(tiny_bert: str):
     ],
 )
 def test_when_texts_are_packed(flag, device, half, capability, expected, monkeypatch):
+    monkeypatch.setattr(packing, "has_flash", packing.has_flash.__wrapped__)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     assert packs(flag, torch.device(device), half) is expected
