@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,7 +80,9 @@ class CorpusIds:
         order, ordered = self._ordered
         # Of the same width: to compare others NumPy would copy the whole corpus's.
         narrow = asked.astype(ordered.dtype)
-        places = np.minimum(np.searchsorted(ordered, narrow), len(ordered) - 1)
+        # In order, so that neighbours find theirs in the processor's cache: half the time.
+        by_name, places = np.argsort(narrow), np.zeros(len(asked), dtype=np.int64)
+        places[by_name] = np.minimum(np.searchsorted(ordered, narrow[by_name]), len(ordered) - 1)
         return np.where((ordered[places] == narrow) & (narrow == asked), order[places], -1)
 
     @cached_property
@@ -204,9 +207,9 @@ def _find_labels(rows: JsonLines, ids: CorpusIds) -> dict[str, Ragged]:
             for label in LABELS
             if row.get(f"{label}_id")
         ]
-        found = ids.find([value for _, _, names, _ in labels for value in names]).tolist()
+        found = iter(ids.find([value for _, _, names, _ in labels for value in names]).tolist())
         for number, label, names, indices in labels:
-            places, found = found[: len(names)], found[len(names) :]
+            places = list(islice(found, len(names)))
             for place, name in enumerate(names):
                 if places[place] < 0:
                     unknown.add(number, label, name, -1, -1)
