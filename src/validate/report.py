@@ -6,7 +6,7 @@ import difflib
 import hashlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from src.retrieval.data.corpus import render_key
+from src.retrieval.data.ids import row_id
 from src.retrieval.data.rows import (
     ROW_FIELDS,
     TEACHER_SCORES,
@@ -41,15 +42,19 @@ ALIKE = 0.75
 
 
 class Repeats:
-    """Finds repeated texts, in 16 bytes for each text."""
+    """Finds repeated texts, in 16 bytes for each text: by default those with the same words (see `normalize`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: Callable[[str], str] = normalize) -> None:
+        self._form = form
         self._hashes = array("Q")
         self._lines = array("q")
 
+    def __len__(self) -> int:
+        return len(self._hashes)
+
     def add(self, text: str, line: int) -> None:
-        """Remember the text of a line; texts with the same words count as one (see `normalize`)."""
-        digest = hashlib.blake2b(normalize(text).encode(), digest_size=8).digest()
+        """Remember the text of a line."""
+        digest = hashlib.blake2b(self._form(text).encode(), digest_size=8).digest()
         self._hashes.append(int.from_bytes(digest, "little"))
         self._lines.append(line)
 
@@ -121,6 +126,9 @@ class DataReport:
         self._known_tasks = dict.fromkeys((*TASKS, *self.task_config))
         self._prompts = [name for name, task in self.task_config.items() if task.lm_prompt]
         self._texts = Repeats()
+        # Ids of a corpus are the same only letter by letter.
+        self._ids = Repeats(str)
+        self._without_id = array("q")
         # Line, positives, negatives and place of the best score of every training row.
         self._candidates = array("q")
 
@@ -139,6 +147,7 @@ class DataReport:
                     self.warnings[f"field {name!r} is not read: is {meant!r} meant?"].append(line)
         if row is not None and not errors:
             if self.kind == "corpus":
+                self._add_id(line, row_id(row))
                 self._add_passage(line, render_key(row, self.key_template))
             else:
                 self._add_row(line, row, numbers)
@@ -150,6 +159,10 @@ class DataReport:
         self.first_lines = dict(self._texts.find())
         if self.first_lines:
             self.warnings[REPEATS["passage" if self.kind == "corpus" else "query"]].extend(self.first_lines)
+        if twice := self._ids.find():
+            self.warnings["the id is that of an earlier row: no label can go by it"].extend(line for line, _ in twice)
+        if len(self._ids) and self._without_id:
+            self.warnings["the row has no id, and other rows have one"].extend(self._without_id)
         if self.rows:
             return []
         error = "the file is empty: it must hold one JSON object per line"
@@ -159,6 +172,12 @@ class DataReport:
     def _measure(self, name: str, text: str) -> None:
         self.lengths[f"{name} characters"][len(text)] += 1
         self.lengths[f"{name} words"][len(text.split())] += 1
+
+    def _add_id(self, line: int, name: str | None) -> None:
+        if name is None:
+            self._without_id.append(line)
+        else:
+            self._ids.add(name, line)
 
     def _add_passage(self, line: int, text: str) -> None:
         self._measure("passage", text)

@@ -164,6 +164,23 @@ def test_all_errors_are_shown(check, tmp_path):
     assert report["files"][str(path)]["rows"] == 28
 
 
+def test_ids_of_a_corpus(check, tmp_path):
+    """Ids are compared as text, letter by letter; a corpus without any is as good."""
+    rows = [
+        {"text": f"t{n}"} | ({"_id": name} if name is not None else {})
+        for n, name in enumerate((7, "a", "7", "A", None))
+    ]
+    path = write_rows(tmp_path / "corpus.json", rows)
+    code, _, report = check(path, "--key_template", "{text}")
+    assert code == 0
+    assert messages(report, path) == {
+        "the id is that of an earlier row: no label can go by it": [3],
+        "the row has no id, and other rows have one": [5],
+    }
+    path = write_rows(tmp_path / "corpus.json", ({"text": row["text"]} for row in rows))
+    assert messages(check(path, "--key_template", "{text}")[2], path) == {}
+
+
 def test_corpus(check, tmp_path):
     rows = [{"title": "T", "text": "x"}, {"title": "", "text": None}, {"text": "y"}, {"title": "t", "text": "X"}]
     path = write_rows(tmp_path / "corpus.json", rows)

@@ -16,6 +16,8 @@ from scripts.merge_negatives import merge_rows
 from src.retrieval.data.corpus import load_corpus, load_eval_rows
 from src.retrieval.data.ids import CorpusIds, LabelledRows, resolve_labels
 from src.retrieval.data.rows import check_eval_row, check_train_row
+from src.retrieval.ranking.files import Hits, Window, key_lines, mined_lines
+from src.retrieval.ranking.mining import MiningConfig, MiningSummary
 from src.utils.cli import run as run_entry
 from src.utils.errors import UserError
 from tests.helpers import read_rows, run, write_rows
@@ -247,6 +249,32 @@ def test_merged_negatives_keep_their_ids():
     by_id = [{name: value for name, value in each.items() if name != "neg_index"} for each in (one, two)]
     assert merge_rows(by_id, 2) == {**row, "neg": ["a", "c"], "neg_id": ["1", 2]}
     assert merge_rows([one, {**row, "neg": ["c"]}], None) == {**row, "neg": ["a", "c", "b"]}
+
+
+def window(row: dict, hits: list[int]) -> Window:
+    return Window([row], Hits(0, np.array([hits]), np.zeros((1, len(hits)), dtype=np.float32)), {})
+
+
+def test_lines_where_the_corpus_has_no_ids_or_is_not_there():
+    """Ids of before, of other keys, are left out; those of a row's own keys go with them into the new order."""
+    row = {
+        "query": "q",
+        "pos_index": [0],
+        "pos_id": ["a"],
+        "key": ["x", "y"],
+        "key_index": [4, 5],
+        "key_id": ["d", "e"],
+    }
+    (line,) = key_lines(window(row, [5, 4]), None)
+    assert json.loads(line) == {**row, "key": ["y", "x"], "key_index": [5, 4], "key_id": ["e", "d"]}
+    (line,) = key_lines(window(row, [1, 2]), "text {}".format)
+    rest = {name: value for name, value in row.items() if name != "key_id"}
+    assert json.loads(line) == {**rest, "key": ["text 1", "text 2"], "key_index": [1, 2]}
+    mined = {"query": "q", "pos": ["p"], "pos_index": [0], "neg": ["n"], "neg_index": [3], "neg_id": ["c"]}
+    texts = ("text {}".format, "text {}".format)
+    (line,) = mined_lines(window(mined, [1]), texts, MiningConfig(), MiningSummary(1))
+    rest = {name: value for name, value in mined.items() if name != "neg_id"}
+    assert json.loads(line) == {**rest, "neg": ["text 1"], "neg_index": [1]}
 
 
 def test_two_processes_look_ids_up(evaluate, tmp_path):
