@@ -122,9 +122,7 @@ class OptimizerFlags:
     )
     weight_decay: float = flag(0.01, "AdamW weight decay.")
     dropout: float | None = flag(
-        None,
-        "Dropout of the model in training, from 0 to below 1 (None: what its configuration says). Without any a CPU "
-        "trains faster, and few steps teach more.",
+        None, "Dropout of the model in training, from 0 to below 1 (None: what its configuration says)."
     )
     fp16: bool = flag(True, "Train in fp16 autocast where the device can; weights stay fp32.")
     no_cuda: bool = flag(False, "Older name of --use_cpu.")
