@@ -25,14 +25,16 @@ from src.lm.prompts import PromptEncoder
 from src.lm.response_store import ResponseStore
 from src.lm.score import ScoreData, check_all_fit, check_tokens, score_units, write_scored
 from src.plan.lm import lm_lines, scoring_lines
+from src.retrieval.data.columns import Columns
 from src.retrieval.data.rows import LM_CHECK, check_lm_row
+from src.retrieval.data.sources import open_rows
 from src.retrieval.data.tasks import TASKS, load_task_config, prompt_task_problems, task_from_path
 from src.utils import distributed, locks
 from src.utils.display import Line
 from src.utils.errors import UserError
-from src.utils.files import check_output, check_writable, derived_path, existing_file, resolve_path
+from src.utils.files import check_output, check_writable, derived_path, existing_source, resolve_path
 from src.utils.flags import check_choice
-from src.utils.jsonl import JsonLines, open_jsonl
+from src.utils.jsonl import Rows
 
 logger = logging.getLogger("run_lm_score")
 
@@ -47,8 +49,9 @@ def load_data(args: LMScoreArgs) -> ScoreData:
     prompts = {name: task.lm_prompt for name, task in config.items() if task.lm_prompt is not None}
     check_choice("task", args.task, tuple(dict.fromkeys((*TASKS, *prompts))))
     assert args.eval_data is not None
-    path = existing_file(resolve_path(args.eval_data, args.data_root), "eval_data")
-    rows: JsonLines = distributed.on_main(partial(open_jsonl, path, check_lm_row, LM_CHECK, args.dataset_cache_dir))
+    path = existing_source(resolve_path(args.eval_data, args.data_root), "eval_data")
+    reading = {"cache_dir": args.dataset_cache_dir, "columns": Columns.parse(args.columns), "use": "train"}
+    rows: Rows = distributed.on_main(partial(open_rows, path, check_lm_row, LM_CHECK, **reading))
     default = args.task or task_from_path(path, config)
     tasks = rows.scan.columns["task"]
     for task in np.unique(tasks):
@@ -60,10 +63,9 @@ def load_data(args: LMScoreArgs) -> ScoreData:
 def identity(args: LMScoreArgs, dtype: str, data: ScoreData, limit: int | None) -> dict[str, Any]:
     """What scores depend on: scores of anything else must not mix with these."""
     rows = data.rows
-    file = os.stat(rows.path)
     return {
         **model_identity(args.model_name_or_path, args.model_cache_dir),
-        "eval_data": [os.path.abspath(rows.path), file.st_size, file.st_mtime_ns],
+        "eval_data": [os.path.abspath(rows.path), *rows.stamp_of_files],
         "lm_dtype": dtype,
         "prompts": dict(data.prompts),
         "context_max_length": limit,

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.common import RESULTS, ROOT, machine, peak_process_mib
 from benchmarks.texts import passages
 from src.utils.errors import UserError
-from src.utils.files import write_json, write_jsonl
+from src.utils.files import text_hash, write_json, write_jsonl
 
 HITS = 100
 BACKENDS = ("embedded", "anserini")
@@ -51,7 +51,7 @@ def measure(engine: str, folder: Path) -> None:
     before = peak_process_mib()
     args = BM25Args(bm25_backend=engine)
     start = time.perf_counter()
-    searcher = build_bm25_searcher(texts, str(folder / "corpus.json"), "{text}", str(folder / engine), args)
+    searcher = build_bm25_searcher(texts, text_hash(texts), "{text}", str(folder / engine), args)
     indexed = time.perf_counter()
     _, rows = searcher.search(queries, HITS)
     done = time.perf_counter()

@@ -162,7 +162,7 @@ def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], fol
     job = DenseJob(data, training, given)
     model = job.load(trains=True)
     training.set_evaluate("no")
-    dataset = TrainDataset(load_sources(data, training), training.seed)
+    dataset = TrainDataset(load_sources(data, training, {"train_group_size"}), training.seed)
     clock = StepClock(args.warmup)
     prepared(training.device)
     collator, scores = job.collator(model), job.score_batch(model)
@@ -175,7 +175,7 @@ def train_ours(args: argparse.Namespace, setting: Setting, rows: list[dict], fol
 
 def train_theirs(args: argparse.Namespace, setting: Setting, rows: list[dict], folder: str) -> float:
     """Seconds of the steps of sentence-transformers' training."""
-    from datasets import Dataset  # only the peer's trainer wants it: the extra `bench` of this project
+    from datasets import Dataset
 
     model = SentenceTransformer(args.model, device=args.device)
     model.max_seq_length = setting.key_length

@@ -23,12 +23,12 @@ from evaluation.self_retrieval.history import Case, FromPast
 from src.lm.prompts import PromptEncoder, Request
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.rows import text_problems
+from src.retrieval.data.sources import open_rows
 from src.retrieval.data.tasks import no_instruction
 from src.retrieval.jobs.evaluate import instructions
 from src.utils import distributed
 from src.utils.errors import UserError
-from src.utils.files import existing_file, resolve_path
-from src.utils.jsonl import open_jsonl
+from src.utils.files import existing_source, resolve_path
 
 #: Texts whose past is ranked at a time.
 TEXTS_A_TIME = 16
@@ -51,8 +51,8 @@ class LRLM(FromPast):
     def load(self) -> EvalData:
         """Open the texts."""
         args = self.args
-        path = existing_file(resolve_path(args.eval_data, args.data_root), "eval_data")
-        rows = distributed.on_main(partial(open_jsonl, path, check_row, "lrlm-1", args.dataset_cache_dir))
+        path = existing_source(resolve_path(args.eval_data, args.data_root), "eval_data")
+        rows = distributed.on_main(partial(open_rows, path, check_row, "lrlm-1", args.dataset_cache_dir))
         instruction_of = instructions(args) if args.retrieval_method == "dense" else no_instruction
         return EvalData(rows, None, args.key_template, args.task, instruction_of)
 

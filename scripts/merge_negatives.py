@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from src.retrieval.data.rows import TRAIN_CHECK, check_train_row
+from src.retrieval.data.sources import open_rows
 from src.retrieval.ranking.files import query_id
 from src.retrieval.ranking.mining import normalize
 from src.utils import locks
@@ -24,7 +25,7 @@ from src.utils.cli import parse_args, run
 from src.utils.errors import UserError
 from src.utils.files import check_output, expand_data_paths, resolve_path, write_jsonl
 from src.utils.flags import check_positive, data_root_flag, flag
-from src.utils.jsonl import JsonLines, open_jsonl
+from src.utils.jsonl import Rows
 
 logger = logging.getLogger("scripts.merge_negatives")
 
@@ -69,7 +70,7 @@ def merge_rows(rows: Sequence[dict[str, Any]], max_neg_num: int | None) -> dict[
     return kept
 
 
-def check_same_rows(files: Sequence[JsonLines]) -> None:
+def check_same_rows(files: Sequence[Rows]) -> None:
     """Raise a UserError for the first row that differs between the files."""
     first = files[0]
     for number, row in enumerate(first):
@@ -95,7 +96,7 @@ def main() -> None:
     check_output(output, "output_file", paths)
     counts: Counter[str] = Counter()
 
-    def merged(files: Sequence[JsonLines]) -> Iterator[dict[str, Any]]:
+    def merged(files: Sequence[Rows]) -> Iterator[dict[str, Any]]:
         for rows in zip(*files, strict=True):
             row = merge_rows(rows, args.max_neg_num)
             counts["given"] += sum(len(each["neg"]) for each in rows)
@@ -104,7 +105,7 @@ def main() -> None:
             yield row
 
     with locks.hold(output):
-        files = [open_jsonl(path, check_train_row, TRAIN_CHECK) for path in paths]
+        files = [open_rows(path, check_train_row, TRAIN_CHECK, use="train") for path in paths]
         check_same_rows(files)
         count = write_jsonl(output, merged(files))
     logger.info("%d rows, %d negatives of %d given: %s", count, counts["negatives"], counts["given"], output)

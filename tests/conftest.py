@@ -25,6 +25,13 @@ from transformers import (
     T5Model,
 )
 
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory) -> None:
+    """What is made of data files lies in a folder of the tests, also in processes that they start."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = SPECIAL + list(string.ascii_lowercase + string.digits + string.punctuation)
 VOCABULARY += ["##" + letter for letter in string.ascii_lowercase + string.digits]

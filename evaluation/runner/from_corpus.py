@@ -23,6 +23,7 @@ from src.retrieval.ranking.files import Hits
 from src.retrieval.ranking.saved_hits import WINDOW
 from src.retrieval.search.bm25.choose import build_bm25_searcher
 from src.retrieval.search.searcher import BM25, NoSearcher, RandomSearcher, Searcher, dense_searcher
+from src.utils import distributed
 from src.utils.files import path_name
 
 if TYPE_CHECKING:
@@ -137,7 +138,8 @@ def build_searcher(
     if args.retrieval_method == "dense":
         return dense_searcher(args, data, folder, device, load_model())
     if args.retrieval_method == "bm25":
-        return build_bm25_searcher(data.keys, data.corpus.path, args.key_template, os.path.join(folder, BM25), args)
+        fingerprint = distributed.on_main(data.corpus.fingerprint)
+        return build_bm25_searcher(data.keys, fingerprint, args.key_template, os.path.join(folder, BM25), args)
     if args.retrieval_method == "random":
         return RandomSearcher(len(data.corpus), args.seed)  # type: ignore[attr-defined]
     return NoSearcher()

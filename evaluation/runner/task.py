@@ -20,15 +20,16 @@ from src.lm.ask import Asker
 from src.lm.model import LMConfig
 from src.lm.prompts import PromptEncoder, Request
 from src.lm.response_store import Response
+from src.retrieval.data.columns import Columns
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.rows import EVAL_CHECK, FurtherCheck, check_eval_row, check_further
+from src.retrieval.data.sources import open_rows
 from src.retrieval.jobs.evaluate import load_eval_data
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.ranking.config import LABEL_METRICS
 from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.files import expand_data_paths
-from src.utils.jsonl import open_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,8 @@ def from_train_data(
     pool: list[Row] = []
     for path in expand_data_paths(args.train_data, args.data_root, "train_data"):
         name = f"{EVAL_CHECK} {check.name}"
-        pool += distributed.on_main(partial(open_jsonl, path, scan, name, args.dataset_cache_dir))
+        reading = {"cache_dir": args.dataset_cache_dir, "columns": Columns.parse(args.columns), "use": "eval"}
+        pool += distributed.on_main(partial(open_rows, path, scan, name, **reading))
     if group is None:
         order = np.random.default_rng(args.seed).permutation(len(pool))[: args.few_shot]
         texts = [show(pool[number]) for number in order]

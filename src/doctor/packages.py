@@ -14,7 +14,6 @@ PROJECT = "llm-embedder-toolkit"
 #: What the extras of the project are for.
 EXTRAS = {
     "bm25": "the embedded BM25 engine (--retrieval_method bm25)",
-    "bench": "benchmarks of training against sentence-transformers",
     "deepspeed": "--deepspeed",
     "gpu": "FAISS indexes on a GPU",
     "lm": "language models in .gguf files",

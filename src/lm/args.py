@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from src.retrieval.args import AttentionArgs
+from src.retrieval.data.columns import Columns, columns_flag
 from src.retrieval.data.rows import ROW_FIELDS
 from src.retrieval.data.tasks import TASKS
 from src.utils.distributed import TIMEOUT
@@ -74,9 +75,14 @@ class LMArgs(AttentionArgs):
 class LMScoreArgs(LMArgs):
     """What to score and where to write it."""
 
-    eval_data: str | None = flag(None, "Rows to score (JSON lines): query, answers, and pos + neg or history.")
+    eval_data: str | None = flag(
+        None, "Rows to score: query, answers, and pos + neg or history, in any form that run_dense.py reads."
+    )
+    columns: list[str] | None = columns_flag()
     data_root: str = data_root_flag()
-    dataset_cache_dir: str | None = flag(None, "Folder where the scans of data files are kept.")
+    dataset_cache_dir: str | None = flag(
+        None, "Folder for the scans of data files and for what is made of files that are no plain JSON lines."
+    )
     task: str | None = flag(None, f"Task of rows that name none: {', '.join(TASKS)} or one of --task_config.")
     task_config: str | None = flag(
         None, "File (YAML or JSON) with tasks of your own, whose lm_prompt names the task of ours with their prompt."
@@ -118,6 +124,7 @@ class LMScoreArgs(LMArgs):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        Columns.parse(self.columns)
         if self.eval_data is None:
             raise UserError("--eval_data is needed: the rows to score")
         check_name("save_name", self.save_name)

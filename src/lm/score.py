@@ -20,7 +20,7 @@ from src.retrieval.ranking.files import shortest
 from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, json_line
-from src.utils.jsonl import JsonLines
+from src.utils.jsonl import Rows
 from src.utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class ScoreData:
         prompts: task → the task whose prompt it takes, where that is another.
     """
 
-    rows: JsonLines
+    rows: Rows
     default_task: str | None
     answer_select: str = "random"
     seed: int = 42
@@ -133,7 +133,7 @@ def score_units(
     """
     units, pairs = data.units(), data.pairs
     sizes = [int(pairs[unit.start : unit.stop].sum()) for unit in units]
-    lengths = data.rows.scan.places[:, 1]
+    lengths = data.rows.sizes
     # The heaviest first: what is left for the end is light, and no process waits long.
     order = sorted(range(len(units)), key=lambda unit: -int(lengths[units[unit].start : units[unit].stop].sum()))
     passed = 0

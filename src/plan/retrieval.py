@@ -90,7 +90,8 @@ def training_lines(
         len(sampler), accumulation, training.num_train_epochs, training.max_steps, training.early_exit_steps
     )
     split = f"{world} processes × {queries} queries × {accumulation} accumulated"
-    yield "batch", f"{world * queries * accumulation:,} queries = {split}; {training.train_group_size} keys each"
+    groups = sorted({source.settings.selection.train_group_size for source in sources})
+    yield "batch", f"{world * queries * accumulation:,} queries = {split}; {' or '.join(map(str, groups))} keys each"
     yield "steps", f"{total:,} ({total / per_epoch:.3g} epochs of {per_epoch:,}), saved every {training.save_steps:g}"
     if resume is not None:
         yield "steps", f"going on from {resume}"

@@ -9,11 +9,13 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
+from src.retrieval.data.columns import Columns, columns_flag
 from src.retrieval.data.rows import ROW_FIELDS
 from src.retrieval.data.tasks import VERSIONS
 from src.retrieval.models.choices import DENSE_METRICS, MERGE_METHODS, POOLING_METHODS
 from src.utils.distributed import TIMEOUT
 from src.utils.errors import UserError
+from src.utils.files import BEIR_PREFIX, beir_name, split_beir
 from src.utils.flags import (
     DTYPE_NAMES,
     check_choice,
@@ -67,14 +69,22 @@ class DataArgs(MiningArgs):
     log_folder: ClassVar[bool] = False
     model_cache_dir: str | None = flag(None, "Folder where models from the hub are kept.")
     dataset_cache_dir: str | None = flag(
-        None, "Folder where the scans of data files are kept, so that a restart on unchanged files is quick."
+        None,
+        "Folder for the scans of data files, so that a restart on unchanged files is quick, and for what is made of "
+        "files that are no plain JSON lines (None: in the cache of datasets).",
     )
     data_root: str = data_root_flag()
     train_data: list[str] | None = flag(
-        None, "Training files (JSON lines), globs allowed; a file named twice counts twice."
+        None,
+        "Training files, globs allowed; a file named twice counts twice. JSON lines or a JSON array, as it is or "
+        "compressed, parquet, CSV, TSV, Arrow, a save_to_disk folder, hf:owner/name[:config][:split], "
+        "beir:FOLDER[:split].",
     )
-    eval_data: str | None = flag(None, "Evaluation file (JSON lines).")
-    corpus: str | None = flag(None, "Corpus file (JSON lines) that pos_index refers to.")
+    eval_data: str | None = flag(None, "Evaluation file, in any of these forms.")
+    corpus: str | None = flag(
+        None, "Corpus that pos_index refers to, in any of these forms (None: that of the beir: folder of eval_data)."
+    )
+    columns: list[str] | None = columns_flag()
     key_template: str = flag("{title} {text}", "How a corpus row becomes a key: columns in braces.")
     task: str | None = flag(
         None,
@@ -117,6 +127,9 @@ class DataArgs(MiningArgs):
             raise UserError(f"--cutoffs must be ranks of 1 or more, found {self.cutoffs}")
         if self.eval_data and self.eval_data.endswith(tuple("*?]")):
             raise UserError(f"--eval_data {self.eval_data!r}: one file is needed, no glob")
+        Columns.parse(self.columns)
+        if self.corpus is None and (self.eval_data or "").startswith(BEIR_PREFIX):
+            self.corpus = beir_name(split_beir(self.eval_data or "")[0], None)
 
     def check_cutoffs(self, hits: int | None) -> None:
         """Refuse metrics of more hits than there are; None for all."""

@@ -22,6 +22,13 @@ from src.utils.errors import NO_ROOM, UserError
 logger = logging.getLogger(__name__)
 
 DATA_PREFIX = "llm-embedder:"
+#: Of a data set on the hub, and of a folder in BEIR's layout.
+HUB_PREFIX = "hf:"
+BEIR_PREFIX = "beir:"
+PREFIXES = (DATA_PREFIX, HUB_PREFIX, BEIR_PREFIX)
+#: Endings of files that are tables, and of files compressed besides.
+TABLE_ENDINGS = (".parquet", ".csv", ".tsv", ".arrow", ".feather")
+PACKED_ENDINGS = (".gz", ".zst", ".bz2")
 #: The folder of conversational search has either name, depending on the copy of the data.
 TWINS = {"conversation": "convsearch", "convsearch": "conversation"}
 #: Errors of writing without a file name.
@@ -29,14 +36,20 @@ DISK_ERRORS = (*NO_ROOM, errno.EIO, errno.EROFS)
 
 
 def resolve_path(path: str, data_root: str) -> str:
-    """Replace the prefix ``llm-embedder:`` by `data_root`; the path must stay below it, and no other prefix is known.
+    """Replace the prefix ``llm-embedder:`` by `data_root`; the path must stay below it.
 
-    Of ``conversation`` and ``convsearch`` the one that exists is taken.
+    Other prefixes than ``hf:`` and ``beir:``, which stay, are unknown. Of ``conversation`` and ``convsearch`` the one
+    that exists is taken.
     """
+    if path.startswith(HUB_PREFIX):
+        return path
+    if path.startswith(BEIR_PREFIX):
+        folder, split = split_beir(path)
+        return beir_name(resolve_path(folder, data_root), split)
     if not path.startswith(DATA_PREFIX):
         head, colon, _ = path.partition(":")
         if colon and not os.path.exists(path) and os.sep not in head and len(head) > 1:
-            raise UserError(f"unknown path prefix {head + ':'!r} in {path!r}: the only one is {DATA_PREFIX!r}")
+            raise UserError(f"unknown path prefix {head + ':'!r} in {path!r}: choose from {', '.join(PREFIXES)}")
         return os.path.expanduser(path)
     root = os.path.abspath(os.path.expanduser(data_root))
     resolved = os.path.abspath(os.path.join(root, path.removeprefix(DATA_PREFIX)))
@@ -48,6 +61,19 @@ def resolve_path(path: str, data_root: str) -> str:
         logger.info("%s is not there: taking %s", resolved, twin)
         return twin
     return resolved
+
+
+def split_beir(source: str) -> tuple[str, str | None]:
+    """Folder and split of ``beir:FOLDER[:split]``; the folder may begin with ``llm-embedder:``."""
+    body = source.removeprefix(BEIR_PREFIX)
+    root = DATA_PREFIX if body.startswith(DATA_PREFIX) else ""
+    folder, _, split = body.removeprefix(root).partition(":")
+    return root + folder, split or None
+
+
+def beir_name(folder: str, split: str | None) -> str:
+    """``beir:FOLDER[:split]``."""
+    return f"{BEIR_PREFIX}{folder}" + (f":{split}" if split else "")
 
 
 def glob_files(path: str) -> list[str]:
@@ -70,16 +96,49 @@ def existing_file(path: str, flag: str) -> str:
     return path
 
 
+def existing_source(path: str, flag: str) -> str:
+    """Return a resolved `path` if it may be a source of rows, else raise a UserError naming `flag`; see `open_rows`."""
+    where = flag if flag.isupper() else f"--{flag}"
+    if path.startswith(HUB_PREFIX):
+        return path
+    if path.startswith(BEIR_PREFIX):
+        folder, _ = split_beir(path)
+        if not os.path.isdir(folder):
+            raise UserError(f"{where}: {path}: no such folder: {folder}")
+        return path
+    if not os.path.isdir(path):
+        return existing_file(path, flag)
+    names = os.listdir(path)
+    if "state.json" in names:
+        return path
+    if "corpus.jsonl" in names and "qrels" in names:
+        raise UserError(f"{where}: {path} is a folder in BEIR's layout: give {BEIR_PREFIX}{path}")
+    if "dataset_dict.json" in names:
+        splits = [name for name in sorted(names) if os.path.isdir(os.path.join(path, name))]
+        choices = ", ".join(os.path.join(path, name) for name in splits)
+        raise UserError(f"{where}: {path} holds several splits: name one of {choices}")
+    raise UserError(
+        f"{where}: {path} is a folder, and none that save_to_disk wrote: name files in it, such as "
+        f"'{os.path.join(path, '*.json')}'"
+    )
+
+
 def expand_data_paths(paths: Sequence[str], data_root: str, flag: str) -> list[str]:
-    """Resolve prefixes and globs, which must match; a file named twice stays twice."""
-    files: list[str] = []
+    """Resolve prefixes and globs, which must match; a source named twice stays twice."""
+    sources: list[str] = []
     for path in paths:
         resolved = resolve_path(path, data_root)
-        matches = glob_files(resolved)
+        if resolved.startswith(HUB_PREFIX):
+            matches = [resolved]
+        elif resolved.startswith(BEIR_PREFIX):
+            folder, split = split_beir(resolved)
+            matches = [beir_name(match, split) for match in glob_files(folder)]
+        else:
+            matches = glob_files(resolved)
         if not matches and glob.has_magic(resolved):
             raise UserError(f"{flag if flag.isupper() else f'--{flag}'}: no file matches {resolved}")
-        files += [existing_file(match, flag) for match in matches or [resolved]]
-    return files
+        sources += [existing_source(match, flag) for match in matches or [resolved]]
+    return sources
 
 
 def check_writable(folder: str, flag: str) -> None:
@@ -256,14 +315,33 @@ def read_object(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
     return value
 
 
+def rows_file(source: str) -> str:
+    """The JSON lines file that a source is named like: itself, if it is one.
+
+    That of ``a/train.parquet`` is ``a/train.json``, that of ``beir:a:test`` is ``a/test.json``, and that of a data set
+    of the hub lies in the current folder.
+    """
+    if source.startswith(HUB_PREFIX):
+        return re.sub(r"[^\w.-]+", "--", source.removeprefix(HUB_PREFIX)).strip("-") + ".json"
+    if source.startswith(BEIR_PREFIX):
+        folder, split = split_beir(source)
+        return os.path.join(folder, f"{split or 'corpus'}.json")
+    stem, ending = os.path.splitext(source)
+    if ending.lower() in PACKED_ENDINGS:
+        return rows_file(stem) if os.path.splitext(stem)[1] else f"{stem}.json"
+    if os.path.isdir(source):
+        return f"{source.rstrip(os.sep)}.json"
+    return f"{stem}.json" if ending.lower() in TABLE_ENDINGS else source
+
+
 def derived_path(
     source: str, field: str, save_name: str | None = None, output_dir: str | None = None, extension: str | None = None
 ) -> str:
-    """``<stem>.<field>[.<save_name>]<ext>`` next to `source`, or in `output_dir` when it is given.
+    """``<stem>.<field>[.<save_name>]<ext>`` next to `source`, or in `output_dir` when it is given; see `rows_file`.
 
     ``derived_path("a/train.json", "neg", "bge")`` is ``a/train.neg.bge.json``.
     """
-    path = Path(source)
+    path = Path(rows_file(source))
     name = ".".join(filter(None, (path.stem, field, save_name)))
     return str(Path(output_dir or path.parent) / f"{name}{path.suffix if extension is None else extension}")
 

@@ -1,4 +1,4 @@
-"""JSON lines files read in place: an index of line offsets, and rows parsed on access.
+"""Rows of files, and JSON lines files read in place: an index of line offsets, and rows parsed on access.
 
 Opening a file scans it once, over all cores when it is large, checks every row and keeps a few numbers of each.
 A file that changes after it was checked is an error, never other rows.
@@ -7,6 +7,7 @@ A file that changes after it was checked is an error, never other rows.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -15,9 +16,10 @@ import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from multiprocessing import get_context, resource_tracker
 from pathlib import Path
@@ -26,13 +28,17 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from src.utils.errors import UserError
-from src.utils.files import atomic_write
+from src.utils.files import atomic_write, file_hash
 from src.utils.progress import progress
 
 #: Of a row, its problems, and one number or string per column of `Scan.columns`: the same names for all rows.
 RowCheck = Callable[[Any], tuple[list[str], dict[str, Any]]]
+#: From a row as it stands in a file to one of our fields.
+RowForm = Callable[[dict[str, Any]], dict[str, Any]]
 
 SHOWN_PROBLEMS = 10
+#: Rows read at once when all are.
+ROWS_A_TIME = 1000
 #: Characters of a problem that are shown: it may quote a value of any size.
 PROBLEM_LENGTH = 1000
 CHUNK_BYTES = 64 << 20
@@ -69,17 +75,28 @@ def _stamp(stat: os.stat_result) -> Stamp:
     return Stamp(stat.st_size, stat.st_mtime_ns, socket.gethostname())
 
 
-class JsonLines(Sequence[dict[str, Any]]):
-    """The rows of one file, parsed on access. Picklable: workers open the file anew.
+_SHORT: Callable[[], Any] = partial(hashlib.blake2b, digest_size=8)
 
-    `stamp` is the file's when it was scanned; of one taken on another machine only the size counts.
+
+class Rows(Sequence[dict[str, Any]]):
+    """The checked rows of one source, read on access. Picklable: workers open the files anew.
+
+    Attributes:
+        path: the source, as messages name it.
+        files: what its rows depend on.
+        scan: what its check gave, of the rows that `select` left.
+        form: what a row as it stands there goes through, if anything.
+        unit: what stands before a row's number in messages.
     """
 
-    def __init__(self, path: str, scan: Scan, stamp: Stamp | None = None) -> None:
+    def __init__(
+        self, path: str, files: Sequence[str], scan: Scan, form: RowForm | None = None, unit: str = ""
+    ) -> None:
         self.path = path
+        self.files = list(files)
         self.scan = scan
-        self.stamp = stamp or _stamp(os.stat(path))
-        self._file: io.FileIO | None = None
+        self.form = form
+        self.unit = unit
 
     def __len__(self) -> int:
         return len(self.scan.places)
@@ -90,13 +107,81 @@ class JsonLines(Sequence[dict[str, Any]]):
     def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
     def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        start, length, _ = self.scan.places[index].tolist()
+            rows = self._read(self.scan.places[index])
+            return rows if self.form is None else list(map(self.form, rows))
+        (row,) = self._read(self.scan.places[[index]])
+        return row if self.form is None else self.form(row)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for first in range(0, len(self), ROWS_A_TIME):
+            yield from self[first : first + ROWS_A_TIME]
+
+    def _read(self, places: np.ndarray) -> list[dict[str, Any]]:
+        """The rows at `places`, as they stand there."""
+        raise NotImplementedError
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """About how many bytes each row has, int64 ``(rows,)``."""
+        return self.scan.places[:, 1]
+
+    @property
+    def stamp_of_files(self) -> tuple[int, int]:
+        """Bytes, and the last change in nanoseconds, of all files."""
+        stats = [os.stat(file) for file in self.files]
+        return sum(each.st_size for each in stats), max(each.st_mtime_ns for each in stats)
+
+    def fingerprint(self, digest: Callable[[], Any] = _SHORT) -> str:
+        """A hash of the source's bytes by a `digest` of hashlib; of several files of their hashes in order."""
+        hashes = [file_hash(file, digest()) for file in self.files]
+        if len(hashes) == 1:
+            return hashes[0]
+        whole = digest()
+        whole.update("".join(hashes).encode())
+        return str(whole.hexdigest())
+
+    def select(self, numbers: np.ndarray) -> Rows:
+        """Some of the rows, int ``(rows,)``, as if the source held no others."""
+        columns = {name: values[numbers] for name, values in self.scan.columns.items()}
+        part = copy.copy(self)
+        part.scan = Scan(self.scan.places[numbers], columns)
+        return part
+
+    def where(self, index: int) -> str:
+        """``file:line`` of a row, for messages."""
+        return f"{self.path}:{self.unit}{self.scan.places[index, 2]}"
+
+
+class JsonLines(Rows):
+    """The rows of one file of JSON lines, parsed on access.
+
+    `stamp` is the file's when it was scanned; of one taken on another machine only the size counts. `source` is what
+    the file was unpacked from, if it was.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        scan: Scan,
+        stamp: Stamp | None = None,
+        form: RowForm | None = None,
+        source: str | None = None,
+        unit: str = "",
+    ) -> None:
+        super().__init__(source or path, [source or path], scan, form, unit)
+        self.stamp = stamp or _stamp(os.stat(path))
+        self._path = path
+        self._file: io.FileIO | None = None
+
+    def _read(self, places: np.ndarray) -> list[dict[str, Any]]:
+        return [self._parse(start, length) for start, length, _ in places.tolist()]
+
+    def _parse(self, start: int, length: int) -> dict[str, Any]:
         if self._file is None:
             try:
-                self._file = io.FileIO(self.path)
+                self._file = io.FileIO(self._path)
             except OSError as error:
-                raise UserError(f"{self.path}: {error.strerror}; it was there when its rows were checked") from error
+                raise UserError(f"{self._path}: {error.strerror}; it was there when its rows were checked") from error
             here = _stamp(os.fstat(self._file.fileno()))
             if here.host != self.stamp.host and here.size == self.stamp.size:
                 self.stamp = here
@@ -108,15 +193,6 @@ class JsonLines(Sequence[dict[str, Any]]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
-
-    def select(self, numbers: np.ndarray) -> JsonLines:
-        """Some of the rows, int ``(rows,)``, as if the file held no others."""
-        columns = {name: values[numbers] for name, values in self.scan.columns.items()}
-        return JsonLines(self.path, Scan(self.scan.places[numbers], columns), self.stamp)
-
-    def where(self, index: int) -> str:
-        """``file:line`` of a row, for messages."""
-        return f"{self.path}:{self.scan.places[index, 2]}"
 
 
 def sample(size: int, most: int) -> list[int]:
@@ -138,24 +214,46 @@ def read_lines(path: str, start: int, end: int) -> Iterator[tuple[int, bytes]]:
             yield begin, body
 
 
-def _scan_range(path: str, start: int, end: int, check: RowCheck) -> Scan:
-    """Scan the lines that begin in ``[start, end)``; line numbers count from 1 at `start`."""
+def check_rows(
+    entries: Iterable[tuple[tuple[int, int, int], dict[str, Any] | None, list[str]]], check: RowCheck
+) -> Scan:
+    """Check rows, each given with its place (see `Scan.places`) and what is wrong with it already.
+
+    A None without a problem is a blank line.
+    """
     places: list[tuple[int, int, int]] = []
     values_of_rows: list[dict[str, Any]] = []
     problems: list[tuple[int, str]] = []
     problem_count = line = 0
-    for line, (begin, body) in enumerate(read_lines(path, start, end), 1):
-        if not body.strip():
+    for place, row, texts in entries:
+        line = place[2]
+        if row is None and not texts:
             continue
-        row, texts = parse_row(body)
         texts, values = (texts, {}) if row is None else check(row)
         problem_count += len(texts)
         problems.extend((line, text[:PROBLEM_LENGTH]) for text in texts[: SHOWN_PROBLEMS - len(problems)])
-        places.append((begin, len(body), line))
+        places.append(place)
         values_of_rows.append(values)
     names = values_of_rows[0] if values_of_rows and not problem_count else ()
     columns = {name: np.array([row[name] for row in values_of_rows]) for name in names}
     return Scan(np.array(places, dtype=np.int64).reshape(-1, 3), columns, line, problems, problem_count)
+
+
+def parse_lines(
+    path: str, start: int, end: int, form: RowForm | None = None
+) -> Iterator[tuple[tuple[int, int, int], dict[str, Any] | None, list[str]]]:
+    """Place, row and problems of the lines that begin in ``[start, end)``, as `check_rows` takes them.
+
+    Line numbers count from 1 at `start`; neither row nor problem for a blank line.
+    """
+    for line, (begin, body) in enumerate(read_lines(path, start, end), 1):
+        row, texts = parse_row(body) if body.strip() else (None, [])
+        yield (begin, len(body), line), row if row is None or form is None else form(row), texts
+
+
+def _scan_range(path: str, check: RowCheck, form: RowForm | None, start: int, end: int) -> Scan:
+    """Scan the lines that begin in ``[start, end)``; line numbers count from 1 at `start`."""
+    return check_rows(parse_lines(path, start, end, form), check)
 
 
 def parse_row(body: bytes) -> tuple[dict[str, Any] | None, list[str]]:
@@ -261,15 +359,18 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def scan_file(path: str, check: RowCheck) -> Scan:
+def scan_file(path: str, check: RowCheck, form: RowForm | None = None) -> Scan:
     """Scan a file, over all cores when it is large."""
-    size = os.path.getsize(path)
-    chunks = _chunks(path, size)
-    workers = min(available_cores(), len(chunks))
+    return scan_parts(partial(_scan_range, path, check, form), _chunks(path, os.path.getsize(path)), path)
+
+
+def scan_parts(scan: Callable[[int, int], Scan], parts: Sequence[tuple[int, int]], path: str) -> Scan:
+    """Join the scans of consecutive parts of a source, made over all cores when there are several."""
+    workers = min(available_cores(), len(parts))
     if workers == 1:
-        return _merge([_scan_range(path, start, end, check) for start, end in chunks])
+        return _merge([scan(start, end) for start, end in parts])
     with process_pool(workers) as pool:
-        futures = [pool.submit(_scan_range, path, start, end, check) for start, end in chunks]
+        futures = [pool.submit(scan, start, end) for start, end in parts]
         bar = progress(len(futures), f"checking {os.path.basename(path)}", unit="chunk", items=futures)
         return _merge([future.result() for future in bar])
 
@@ -286,32 +387,51 @@ def _load_cached(path: Path) -> Scan | None:
         return None
 
 
-def open_jsonl(path: str, check: RowCheck, check_name: str, cache_dir: str | None = None) -> JsonLines:
+def open_jsonl(
+    path: str,
+    check: RowCheck,
+    check_name: str,
+    cache_dir: str | None = None,
+    form: RowForm | None = None,
+    source: str | None = None,
+    unit: str = "",
+) -> JsonLines:
     """Scan and check a JSON lines file, and return its rows.
 
     `cache_dir` keeps the scans of unchanged files, so that a restart is quick; `check` must be picklable, and
-    `check_name` change whenever it does. A file without rows or with problems raises a UserError.
+    `check_name` change whenever it does. `form`, a frozen dataclass, turns each row into the one that is checked;
+    `source` is what the file was unpacked from, and `unit` stands before its row numbers in messages. A file without
+    rows or with problems raises a UserError.
     """
     stamp = _stamp(os.stat(path))
-    key = f"{CACHE_VERSION}|{os.path.abspath(path)}|{stamp.size}|{stamp.mtime_ns}|{check_name}"
-    name = f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    key = f"{os.path.abspath(path)}|{stamp.size}|{stamp.mtime_ns}|{check_name}{form or ''}"
+    scan = checked_scan(source or path, unit, key, cache_dir, partial(scan_file, path, check, form))
+    return JsonLines(path, scan, stamp, form, source, unit)
+
+
+def checked_scan(path: str, unit: str, key: str, cache_dir: str | None, make: Callable[[], Scan]) -> Scan:
+    """The scan of a source, out of the cache where one of the same `key` is there.
+
+    A source without rows or with problems raises a UserError.
+    """
+    name = f"{hashlib.sha256(f'{CACHE_VERSION}|{key}'.encode()).hexdigest()[:32]}.npz"
     cache = Path(cache_dir, name) if cache_dir else None
     scan = _load_cached(cache) if cache else None
     if scan is None:
-        scan = scan_file(path, check)
+        scan = make()
         if scan.problem_count:
-            raise UserError(_describe_problems(path, scan))
+            raise UserError(_describe_problems(path, unit, scan))
         if len(scan.places) == 0:
-            raise UserError(f"{path} is empty: it must hold one JSON object per line")
+            raise UserError(f"{path} is empty: it must hold {'rows' if unit else 'one JSON object per line'}")
         if cache:
             arrays: dict[str, Any] = {f"column_{name}": values for name, values in scan.columns.items()}
             with atomic_write(cache, "wb") as file:
                 np.savez(file, places=scan.places, **arrays)
-    return JsonLines(path, scan, stamp)
+    return scan
 
 
-def _describe_problems(path: str, scan: Scan) -> str:
-    shown = [f"{path}:{line}: {text}" for line, text in scan.problems]
+def _describe_problems(path: str, unit: str, scan: Scan) -> str:
+    shown = [f"{path}:{unit}{line}: {text}" for line, text in scan.problems]
     if scan.problem_count == 1:
         return shown[0]
     head = f"{scan.problem_count} problems in {path}"

@@ -40,8 +40,8 @@ BAD_TRAIN_FILES = {
     "a row that is a list": (lines(GOOD, [1, 2]), ":2: a row must be a JSON object, found list"),
     "missing query": (lines({**GOOD, "query": None}), ":1: field 'query' is missing"),
     "query is a number": (lines({**GOOD, "query": 5}), ":1: field 'query' must be a string, found int"),
-    "pos is no list": (lines({**GOOD, "pos": "it is here"}), ":1: field 'pos' must be a list of strings, found str"),
-    "neg is missing": (lines({"query": "a", "pos": ["b"]}), ":1: field 'neg' is missing"),
+    "pos is no list": (lines({**GOOD, "pos": 3}), ":1: field 'pos' must be a list of strings, found int"),
+    "pos is missing": (lines({"query": "a", "neg": ["b"]}), ":1: field 'pos' is missing"),
     "neg holds a number": (lines({**GOOD, "neg": ["a", 3]}), ":1: field 'neg'[1] must be a string, found int"),
     "too few scores": (lines(GOOD, {**GOOD, "teacher_scores": [1.0]}), ":2: field 'teacher_scores' has 1 numbers"),
     "NaN score": (
@@ -56,13 +56,16 @@ BAD_TRAIN_FILES = {
     "index below 0": (lines({**GOOD, "pos_index": [-1]}), ":1: field 'pos_index'[0] must be a row number"),
     "query_id is a list": (lines({**GOOD, "query_id": [1]}), ":1: field 'query_id' must be an integer or a string"),
     "history beside pos": (lines({**GOOD, "history": ["a"]}), ":1: field 'pos' stands beside 'history'"),
-    "gzip": (gzip.compress(b"{}"), ":1: not JSON lines but compressed by gzip"),
+    "gzip": (gzip.compress(b"{}"), ":1: field 'query' is missing"),
+    "half of a gzip file": (gzip.compress(b"{}" * 99)[:20], "cannot be unpacked, is it damaged?"),
+    "half of a parquet file": (b"PAR1" + b"x" * 99, "cannot be read: "),
     "UTF-16": ('{"query": "x"}\n'.encode("utf-16"), ":1: not UTF-8 but UTF-16"),
-    "a JSON array": (b'[\n{"query": "x", "pos": ["a"], "neg": ["b"]}\n]\n', ":1: not JSON lines but a JSON array"),
-    "a JSON array in one line": (
-        b' [{"query": "x", "pos": ["a"], "neg": ["b"]}]',
-        ":1: not JSON lines but a JSON array: write one object per line (jq -c '.[]')",
-    ),
+    "a JSON array": (b'[\n{"query": "x", "pos": ["a"]},\n{"pos": ["a"]}\n]\n', ":row 2: field 'query' is missing"),
+    "half of a JSON array": (b' [{"query": "x", "pos": ["a"]}, {"query', "is not a valid JSON array: row 2: "),
+    "a JSON array without its end": (b'[{"query": "x", "pos": ["a"]}', "is not a valid JSON array: its end is missing"),
+    "a JSON array without a comma": (b"[{} {}]", "is not a valid JSON array: after row 1 a comma is missing"),
+    "two JSON arrays": (b"[{}]\n[{}]", "not JSON lines but a JSON array: write one object"),
+    "an empty JSON array": (b"[ ]", "is empty: it must hold rows"),
     "a JSON object over several lines": (
         b'{\n  "query": "x",\n  "pos": ["a"]}\n',
         ":1: not valid JSON: the line ends within an object, which must stand in one line",
@@ -70,7 +73,6 @@ BAD_TRAIN_FILES = {
     "no UTF-8": (b'{"query": "caf\xe9", "pos": ["a"], "neg": ["b"]}\n', ":1: not valid UTF-8"),
     "empty file": ("", "is empty"),
     "only blank lines": ("\n\n  \n", "is empty"),
-    "no negative anywhere": (lines({**GOOD, "neg": []}), "no row can be trained on"),
     "no positive anywhere": (lines({**GOOD, "pos": []}), "no positive for --select_positive first"),
 }
 

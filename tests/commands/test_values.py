@@ -257,7 +257,7 @@ def test_groups_of_one_key_need_something_to_compare_with(tmp_path, monkeypatch,
     monkeypatch.setattr("src.utils.distributed.world_size", lambda: processes)
     training = RetrievalTrainingArgs(output_dir=str(tmp_path), use_cpu=True, train_group_size=1, **flags)
     if said is None:
-        check_comparisons(sources, training)
+        check_comparisons(sources, training, sum(map(len, sources)))
     else:
         with pytest.raises(UserError, match=f"a.json: --train_group_size 1 leaves nothing to learn: .*{said}"):
-            check_comparisons(sources, training)
+            check_comparisons(sources, training, sum(map(len, sources)))

@@ -218,7 +218,7 @@ def test_prefix_does_not_lead_out_of_data_root(relative):
         resolve_path(f"llm-embedder:{relative}", "/data/llm-embedder")
 
 
-@pytest.mark.parametrize("path", ["embedder:qa/train.json", "llm_embedder:a.json", "LLM-Embedder:a.json", "hf:a.json"])
+@pytest.mark.parametrize("path", ["embedder:qa/train.json", "llm_embedder:a.json", "LLM-Embedder:a.json", "hg:a.json"])
 def test_unknown_prefix(path):
     with pytest.raises(UserError, match=r"prefix.*llm-embedder:"):
         resolve_path(path, "/data")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from src.retrieval.data.ids import CorpusIds
+from src.retrieval.data.columns import USUAL_NAMES, Columns
 from src.retrieval.data.rows import (
     CORPUS_CHECK,
     EVAL_CHECK,
@@ -19,10 +20,11 @@ from src.retrieval.data.rows import (
     check_further,
     template_columns,
 )
+from src.retrieval.data.sources import open_rows
 from src.retrieval.data.tasks import InstructionOf
 from src.utils import distributed
 from src.utils.errors import UserError
-from src.utils.jsonl import JsonLines, RowCheck, open_jsonl
+from src.utils.jsonl import RowCheck, Rows
 
 
 def load_eval_rows(
@@ -31,7 +33,8 @@ def load_eval_rows(
     cache_dir: str | None,
     needs_candidates: bool = False,
     further: FurtherCheck | None = None,
-) -> JsonLines:
+    columns: Columns = USUAL_NAMES,
+) -> Rows:
     """Open and check an evaluation file, with `needs_candidates` one whose rows' candidates are to be scored.
 
     Raises:
@@ -41,7 +44,7 @@ def load_eval_rows(
     name = f"{EVAL_CHECK} scoring" if needs_candidates else EVAL_CHECK
     if further is not None:
         check, name = partial(check_further, check=check, further=further.problems), f"{name} {further.name}"
-    rows = distributed.on_main(partial(open_jsonl, path, check, name, cache_dir))
+    rows = distributed.on_main(partial(open_rows, path, check, name, cache_dir, columns, "eval"))
     if corpus_size is not None:
         for field in ("pos_index", "key_index"):
             highest = rows.scan.columns[f"{field}_max"]
@@ -57,7 +60,7 @@ def load_eval_rows(
 class Texts(Sequence[str]):
     """A lazy list of texts: `render` applied to the rows of a file on access."""
 
-    def __init__(self, rows: JsonLines, render: Callable[[dict[str, Any]], str]) -> None:
+    def __init__(self, rows: Rows, render: Callable[[dict[str, Any]], str]) -> None:
         self.rows = rows
         self.render = render
 
@@ -79,11 +82,12 @@ def render_key(row: dict[str, Any], template: str, prefix: str = "") -> str:
     return prefix + template.format_map({name: value if value is not None else "" for name, value in row.items()})
 
 
-def load_corpus(path: str, key_template: str, cache_dir: str | None) -> JsonLines:
+def load_corpus(path: str, key_template: str, cache_dir: str | None) -> Rows:
     """Open a corpus and check that every row has the columns of `key_template`."""
     columns = template_columns(key_template)
     check = partial(check_corpus_row, columns=columns)
-    return distributed.on_main(partial(open_jsonl, path, check, f"{CORPUS_CHECK} {columns}", cache_dir))
+    name = f"{CORPUS_CHECK} {columns}"
+    return distributed.on_main(partial(open_rows, path, check, name, cache_dir, use="corpus"))
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,8 @@ class EvalData:
     has none that name its rows.
     """
 
-    rows: JsonLines
-    corpus: JsonLines | None
+    rows: Rows
+    corpus: Rows | None
     key_template: str
     task: str | None
     instruction_of: InstructionOf

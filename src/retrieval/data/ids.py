@@ -15,7 +15,7 @@ import numpy as np
 
 from src.utils import distributed
 from src.utils.errors import UserError
-from src.utils.jsonl import JsonLines
+from src.utils.jsonl import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def id_key(value: str | int | None) -> bytes:
 class CorpusIds:
     """The ids of a corpus whose rows all have one of their own."""
 
-    corpus: JsonLines
+    corpus: Rows
 
     @property
     def keys(self) -> np.ndarray:
@@ -123,11 +123,11 @@ class Ragged(NamedTuple):
         return Ragged(ends, np.array([number for part in parts for number in part], dtype=np.int64))
 
 
-class LabelledRows(JsonLines):
+class LabelledRows(Rows):
     """Rows whose labels by id have the row numbers that these ids have in the corpus, as if the file held both."""
 
-    def __init__(self, rows: JsonLines, numbers: Mapping[str, Ragged]) -> None:
-        super().__init__(rows.path, rows.scan, rows.stamp)
+    def __init__(self, rows: Rows, numbers: Mapping[str, Ragged]) -> None:
+        super().__init__(rows.path, rows.files, rows.scan, unit=rows.unit)
         self.rows = rows
         self.numbers = numbers
 
@@ -147,7 +147,7 @@ class LabelledRows(JsonLines):
         return LabelledRows(self.rows.select(numbers), labels)
 
 
-def resolve_labels(rows: JsonLines, corpus: JsonLines | None) -> tuple[JsonLines, CorpusIds | None]:
+def resolve_labels(rows: Rows, corpus: Rows | None) -> tuple[Rows, CorpusIds | None]:
     """Look up the ids that rows are labelled by; all processes together.
 
     Returns:
@@ -193,7 +193,7 @@ class _Fault:
         self.count += 1
 
 
-def _find_labels(rows: JsonLines, ids: CorpusIds) -> dict[str, Ragged]:
+def _find_labels(rows: Rows, ids: CorpusIds) -> dict[str, Ragged]:
     """The row numbers of labels that have none, by prefix; a UserError for ids that name no row or another one."""
     counts = {label: np.zeros(len(rows), dtype=np.int64) for label in LABELS}
     values = {label: array("q") for label in LABELS}
@@ -226,7 +226,7 @@ def _find_labels(rows: JsonLines, ids: CorpusIds) -> dict[str, Ragged]:
     }
 
 
-def _raise_faults(rows: JsonLines, ids: CorpusIds, unknown: _Fault, moved: _Fault) -> None:
+def _raise_faults(rows: Rows, ids: CorpusIds, unknown: _Fault, moved: _Fault) -> None:
     path = ids.corpus.path
     if unknown.first is not None:
         number, label, name, *_ = unknown.first

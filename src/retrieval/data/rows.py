@@ -165,12 +165,12 @@ def candidates(row: Row) -> tuple[list[str], list[str]]:
     """Return (positives, negatives) of a training row; a chat row's past turns are all negatives."""
     if row.get("history") is not None:
         return [], row["history"]
-    return row["pos"], row["neg"]
+    return row["pos"], row.get("neg") or []
 
 
 def _candidate_problems(row: Row) -> list[str]:
     if row.get("history") is None:
-        return _problems(row, {"pos": _STRINGS, "neg": _STRINGS}, required=("pos", "neg"))
+        return _problems(row, {"pos": _STRINGS, "neg": _STRINGS}, required=("pos",))
     return _problems(row, {"history": _STRINGS}) + [
         f"field {field!r} stands beside 'history': a chat row's candidates are its past turns, remove one of them"
         for field in ("pos", "neg")

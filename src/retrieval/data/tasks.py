@@ -16,7 +16,7 @@ from src.retrieval.data.rows import is_number
 from src.utils.config_file import read_settings
 from src.utils.errors import UserError
 from src.utils.flags import check_choice
-from src.utils.jsonl import JsonLines
+from src.utils.jsonl import Rows
 
 TASKS = ("qa", "convsearch", "chat", "lrlm", "icl", "tool")
 #: Folder names in a data path that name the task of the rows below.
@@ -146,12 +146,12 @@ def task_from_path(path: str, further: Collection[str] = ()) -> str | None:
     return None
 
 
-def distinct_tasks(rows: JsonLines, default: str | None) -> list[str | None]:
+def distinct_tasks(rows: Rows, default: str | None) -> list[str | None]:
     """List the distinct tasks of a file; rows without one count as `default`."""
     return sorted({str(task) or default for task in np.unique(rows.scan.columns["task"])}, key=str)
 
 
-def single_task(rows: JsonLines, default: str | None) -> str | None:
+def single_task(rows: Rows, default: str | None) -> str | None:
     """Return the task of all rows, or raise a UserError for several; rows without one count as `default`."""
     tasks = distinct_tasks(rows, default)
     if len(tasks) > 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from src.retrieval.args import DataArgs, RankerArgs, RetrievalArgs
+from src.retrieval.data.columns import Columns
 from src.retrieval.data.corpus import EvalData, load_corpus, load_eval_rows
 from src.retrieval.data.ids import resolve_labels
 from src.retrieval.data.rows import FurtherCheck
@@ -31,7 +32,7 @@ from src.retrieval.search.searcher import stores_written
 from src.utils import distributed
 from src.utils.display import metric_text
 from src.utils.errors import UserError
-from src.utils.files import check_writable, existing_file, resolve_path
+from src.utils.files import check_writable, existing_source, resolve_path, rows_file
 from src.utils.result_log import check_log, log_result
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def log_file(args: DataArgs, log_path: str) -> str:
     named = args.log_folder and not os.path.splitext(log_path)[1] and not os.path.isfile(log_path)
     if not (named or log_path.endswith("/") or os.path.isdir(log_path)):
         return log_path
-    data = Path(resolve_path(args.eval_data or "", args.data_root)).absolute()
+    data = Path(rows_file(resolve_path(args.eval_data or "", args.data_root))).absolute()
     return os.path.join(log_path, f"{data.parent.name or data.stem}.log")
 
 
@@ -81,7 +82,7 @@ def check_outputs(args: DataArgs, output_dir: str, log_path: str) -> None:
         check_writable(folder, "output_dir")
     collates = any(metric.startswith("collate") for metric in args.metrics)
     if args.eval_data is not None and collates and not args.save_to_output:
-        check_writable(os.path.dirname(resolve_path(args.eval_data, args.data_root)) or ".", "eval_data")
+        check_writable(os.path.dirname(rows_file(resolve_path(args.eval_data, args.data_root))) or ".", "eval_data")
 
 
 def load_eval_data(
@@ -94,17 +95,18 @@ def load_eval_data(
     """
     if args.eval_data is None:
         return None
-    path = existing_file(resolve_path(args.eval_data, args.data_root), "eval_data")
+    path = existing_source(resolve_path(args.eval_data, args.data_root), "eval_data")
     corpus = None
     if args.corpus is not None:
-        corpus_path = existing_file(resolve_path(args.corpus, args.data_root), "corpus")
+        corpus_path = existing_source(resolve_path(args.corpus, args.data_root), "corpus")
         corpus = load_corpus(corpus_path, args.key_template, args.dataset_cache_dir)
     elif config.ranks and not config.rerank:
         raise UserError(
             "--eval_data needs --corpus to retrieve from (run_dense.py --eval_method rerank orders each row's keys)"
         )
     size = len(corpus) if corpus is not None else None
-    rows = load_eval_rows(path, size, args.dataset_cache_dir, SCORE in config.args.metrics, further)
+    scoring, columns = SCORE in config.args.metrics, Columns.parse(args.columns)
+    rows = load_eval_rows(path, size, args.dataset_cache_dir, scoring, further, columns)
     rows, ids = resolve_labels(rows, corpus)
     # BM25 would take instructions for words of the text.
     lexical = isinstance(args, RetrievalArgs) and args.retrieval_method != "dense"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -16,6 +16,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from src.plan.retrieval import evaluation_lines, training_lines
 from src.retrieval.args import RankerArgs, RetrievalArgs
+from src.retrieval.data.columns import Columns
 from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.tasks import load_task_config
 from src.retrieval.jobs.evaluate import (
@@ -132,7 +133,7 @@ class Job(ABC, Generic[ArgsT, ModelT]):
         device = prepared(torch.device("cpu") if args.cpu else training.device)
         config = EvalConfig(args, output_dir=training.output_dir, seed=training.seed, rerank=self.reranks)
         data = load_eval_data(args, config)
-        sources = load_sources(args, training)
+        sources = load_sources(args, training, self.given)
         told = list(dict.fromkeys(task for source in sources for task in source.tasks))
         if data is not None and data.task not in told:
             told.append(data.task)
@@ -248,8 +249,13 @@ def _who_compares(training: RetrievalTrainingArgs) -> str:
     return f"--lr_scheduler_type {schedule}" if by_metric else "--metric_for_best_model"
 
 
-def load_sources(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArgs) -> list[Source]:
-    """The training rows of all files, none without --train_data; a UserError if the flags cannot train on them."""
+def load_sources(
+    args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArgs, given: Collection[str]
+) -> list[Source]:
+    """The training rows of all files, none without --train_data; a UserError if the flags cannot train on them.
+
+    `given` are the names of the flags that the command line set.
+    """
     if not args.train_data:
         return []
     task_config = load_task_config(args.task_config)
@@ -267,17 +273,31 @@ def load_sources(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingAr
         args.dataset_cache_dir,
         training.teacher_score_field,
         task_config,
+        Columns.parse(args.columns),
+        fits_groups="train_group_size" not in given,
+        mixes_files=training.inbatch_same_dataset is None,
     )
     if training.inbatch_same_dataset is None:
         check_mixable(sources)
-    if training.train_group_size == 1:
-        check_comparisons(sources, training)
+    sizes = {source.settings.selection.train_group_size for source in sources}
+    if len(sizes) == 1:
+        # What is saved of the settings says what was trained.
+        (training.train_group_size,) = sizes
+    alone = [source for source in sources if source.settings.selection.train_group_size == 1]
+    if alone and isinstance(args, RankerArgs):
+        raise UserError(
+            f"{alone[0].rows.path}: no row has a negative, and a ranker learns by comparing a query's keys: mine some "
+            "(evaluation.eval_retrieval with --metrics collate_neg)"
+        )
+    check_comparisons(alone, training, sum(map(len, sources)))
     return sources
 
 
-def check_comparisons(sources: Sequence[Source], training: RetrievalTrainingArgs) -> None:
-    """Raise a UserError for a file whose groups of one key have nothing to compare it with, so that the loss is 0."""
-    rows = sum(map(len, sources))
+def check_comparisons(sources: Sequence[Source], training: RetrievalTrainingArgs, rows: int) -> None:
+    """Raise a UserError for a file whose groups of one key have nothing to compare it with, so that the loss is 0.
+
+    `rows` are those of all files.
+    """
     for source in sources:
         loss = source.settings.loss
         batch = training.per_device_train_batch_size * distributed.world_size()

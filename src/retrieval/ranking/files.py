@@ -13,7 +13,7 @@ from src.retrieval.data.ids import HASHED, CorpusIds
 from src.retrieval.ranking.mining import MiningConfig, MiningSummary, mine_negatives
 from src.utils.errors import UserError
 from src.utils.files import json_line
-from src.utils.jsonl import JsonLines
+from src.utils.jsonl import Rows
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def qrels_lines(window: Window, ids: CorpusIds | None = None) -> Iterator[str]:
             yield f"{query_id(row, number)} 0 {key} {graded[place]}\n"
 
 
-def check_query_ids(rows: JsonLines) -> None:
+def check_query_ids(rows: Rows) -> None:
     """Raise a UserError if a query_id cannot stand in TREC's format: empty, with white space, or there twice."""
     seen: dict[str, int] = {}
     for number, row in enumerate(rows):

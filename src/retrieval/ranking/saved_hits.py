@@ -17,7 +17,7 @@ from src.retrieval.ranking.files import Hits, query_id
 from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.files import existing_file, text_hash
-from src.utils.jsonl import JsonLines, open_jsonl, sample
+from src.utils.jsonl import Rows, open_jsonl, sample
 from src.utils.manifest import Manifest, check_undamaged, file_checksum, read_manifest
 
 #: Queries searched for and written at a time: memory does not grow with the evaluation file.
@@ -44,7 +44,7 @@ def load_hits(data: EvalData, config: EvalConfig) -> Iterator[Hits]:
         yield distributed.on_main(partial(read_hits, saved, *bound, ids=data.ids))
 
 
-def open_hits(path: str, rows: JsonLines, corpus_size: int | None) -> JsonLines:
+def open_hits(path: str, rows: Rows, corpus_size: int | None) -> Rows:
     """Open what `result_lines` wrote of these rows; raise a UserError if it is missing, broken or of others.
 
     `corpus_size` is None without a corpus to compare with.
@@ -58,7 +58,7 @@ def open_hits(path: str, rows: JsonLines, corpus_size: int | None) -> JsonLines:
     return saved
 
 
-def read_hits(saved: JsonLines, first: int, end: int, ids: CorpusIds | None = None) -> Hits:
+def read_hits(saved: Rows, first: int, end: int, ids: CorpusIds | None = None) -> Hits:
     """The hits of the rows from `first` to before `end`, by ``pred``, or by the `ids` of the corpus in ``pred_id``.
 
     A UserError for an id that names no row, or another than ``pred`` does.

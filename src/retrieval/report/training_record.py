@@ -21,7 +21,7 @@ from src.retrieval.report.model_card import CARD_FILE, DataFile, EncoderUse, Tra
 from src.retrieval.report.plot import FIGURE, draw
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import Source
-from src.utils.files import DATA_PREFIX, atomic_write, file_hash
+from src.utils.files import DATA_PREFIX, atomic_write
 from src.utils.result_log import versions
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ def encoder_uses(model: DenseRetriever, query_max_length: int, key_max_length: i
 
 def data_files(sources: Sequence[Source], data_root: str) -> list[DataFile]:
     """List the training files with their hashes, each file read once."""
-    hashes = {path: file_hash(path, hashlib.sha256()) for path in {source.rows.path for source in sources}}
+    rows = {source.rows.path: source.rows for source in sources}
+    hashes = {path: each.fingerprint(hashlib.sha256) for path, each in rows.items()}
     files = []
     for source in sources:
         path, tasks = source.rows.path, ", ".join(task or "" for task in source.tasks)

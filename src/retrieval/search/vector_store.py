@@ -7,7 +7,6 @@ earlier vectors, which stay until that moment.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.search.exact import VectorShard
 from src.utils import distributed
 from src.utils.errors import UserError, first_line
-from src.utils.files import atomic_write, file_hash, text_hash
+from src.utils.files import atomic_write, text_hash
 from src.utils.locks import check_free
 from src.utils.manifest import Manifest, checksum, differences, read_manifest
 
@@ -43,7 +42,7 @@ def vectors_made_from(args: RetrievalArgs, data: EvalData, model: DenseRetriever
     encoder = model.encoders[model.key_name]
     return {
         "weights": encoder.fingerprint,
-        "corpus": file_fingerprint(data.corpus.path),
+        "corpus": data.corpus.fingerprint(),
         "rows": len(data.corpus),
         "key_template": data.key_template,
         "key_instruction": data.key_instruction,
@@ -54,11 +53,6 @@ def vectors_made_from(args: RetrievalArgs, data: EvalData, model: DenseRetriever
         "dtype": dtype,
         "truncate_dim": model.truncate_dim,
     }
-
-
-def file_fingerprint(path: str) -> str:
-    """A hash of a file's bytes."""
-    return file_hash(path, hashlib.blake2b(digest_size=8))
 
 
 class VectorStore:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from src.retrieval.data.columns import USUAL_NAMES, Columns
 from src.retrieval.data.rows import TEACHER_SCORES, TRAIN_CHECK, check_train_row
+from src.retrieval.data.sources import open_rows
 from src.retrieval.data.tasks import (
     NO_TASK_CONFIG,
     InstructionOf,
@@ -22,11 +24,11 @@ from src.retrieval.data.tasks import (
     training_settings_for,
 )
 from src.retrieval.training.losses import LossConfig
-from src.retrieval.training.select import SelectionPolicy, select_group, unusable
+from src.retrieval.training.select import SelectionPolicy, negatives_left, select_group, unusable
 from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.flags import flags_of
-from src.utils.jsonl import JsonLines, open_jsonl
+from src.utils.jsonl import Rows
 
 if TYPE_CHECKING:
     from src.retrieval.training.args import RetrievalTrainingArgs
@@ -76,7 +78,7 @@ class Source:
     `dropped` counts the others by reason. Rows that name no task have `default_task`.
     """
 
-    rows: JsonLines
+    rows: Rows
     kept: np.ndarray
     default_task: str | None
     instruction_of: InstructionOf
@@ -135,7 +137,7 @@ class TrainDataset(Dataset):
         return TrainExample(number, instruction.query + row["query"], keys, group.scores)
 
 
-def _keep(rows: JsonLines, settings: SourceSettings, seed: tuple[int, int]) -> tuple[np.ndarray, dict[str, int]]:
+def _keep(rows: Rows, settings: SourceSettings, seed: tuple[int, int]) -> tuple[np.ndarray, dict[str, int]]:
     """Return the numbers of rows that pass the filters, and how many rows each filter dropped."""
     columns = rows.scan.columns
     reasons = unusable(columns["positives"], columns["negatives"], columns["best"], settings.selection)
@@ -168,6 +170,9 @@ def load_train_sources(
     cache_dir: str | None,
     score_field: str = TEACHER_SCORES,
     task_config: Collection[str] = (),
+    columns: Columns = USUAL_NAMES,
+    fits_groups: bool = False,
+    mixes_files: bool = True,
 ) -> list[Source]:
     """Open, check and filter the training files; one named twice gives two sources.
 
@@ -176,18 +181,21 @@ def load_train_sources(
         instruction_of: instruction by task; asked for every task that occurs.
         task: of rows that name none, the ``--task`` flag.
         task_config: names of tasks besides the released ones.
+        columns: see `Columns`.
+        fits_groups: no flag says how many keys a group has, so it has no more than the rows fill.
+        mixes_files: a batch holds rows of several files, whose groups must have the same size.
 
     Raises:
         UserError: rows with problems; rows of several tasks in one file that would be trained differently; a
             file with no usable row; nothing that could be trained in any file.
     """
-    opened: dict[str, JsonLines] = {}
-    sources = []
-    for number, path in enumerate(files):
+    opened: dict[str, Rows] = {}
+    found: list[tuple[Rows, str | None, SourceSettings]] = []
+    for path in files:
         if path not in opened:
             check = partial(check_train_row, score_field=score_field)
             check_name = f"{TRAIN_CHECK} {score_field}"
-            opened[path] = distributed.on_main(partial(open_jsonl, path, check, check_name, cache_dir))
+            opened[path] = distributed.on_main(partial(open_rows, path, check, check_name, cache_dir, columns, "train"))
         rows = opened[path]
         default = task or task_from_path(path, task_config)
         tasks = distinct_tasks(rows, default)
@@ -199,16 +207,75 @@ def load_train_sources(
                 f"{path} mixes the tasks {', '.join(map(str, tasks))}, which --use_train_config trains differently: "
                 "split it into one file per task"
             )
-        settings = choices.pop()
+        found.append((rows, default, choices.pop()))
+    if fits_groups:
+        found = _fit_groups(found, mixes_files)
+    sources = []
+    for number, (rows, default, settings) in enumerate(found):
+        path = rows.path
         kept, dropped = _keep(rows, settings, (seed, number))
         summary = "; ".join(f"{count} dropped: {reason}" for reason, count in dropped.items())
         logger.info("%s: %d of %d rows in use%s", path, len(kept), len(rows), f" ({summary})" if summary else "")
         if len(kept) == 0:
-            raise UserError(f"{path}: no row can be trained on ({summary})")
+            raise UserError(f"{path}: no row can be trained on ({summary}){_way_on(dropped, mixes_files)}")
         scored = int((rows.scan.columns["best"][kept] >= 0).sum())
         sources.append(Source(rows, kept, default, instruction_of, settings, score_field, scored, dropped))
+        _say_repeats(sources[-1])
     _check_something_trains(sources)
     return sources
+
+
+def _left(rows: Rows, selection: SelectionPolicy) -> np.ndarray:
+    columns = rows.scan.columns
+    return negatives_left(columns["positives"], columns["negatives"], columns["best"], selection)
+
+
+def _fit_groups(
+    found: Sequence[tuple[Rows, str | None, SourceSettings]], mixes_files: bool
+) -> list[tuple[Rows, str | None, SourceSettings]]:
+    """Give groups no more keys than a positive and the most negatives that a row of the file has.
+
+    With `mixes_files` all files together count as one.
+    """
+    most = [int(_left(rows, settings.selection).max()) for rows, _, settings in found]
+    if mixes_files:
+        most = [max(most)] * len(most)
+    fitted = []
+    for (rows, default, settings), negatives in zip(found, most, strict=True):
+        selection = settings.selection
+        if (size := negatives + 1) < selection.train_group_size:
+            what = f"no row has more than {negatives} negatives" if negatives else "rows have no negatives"
+            how = f"{size} keys" if negatives else "the positive alone, compared with the other keys of the batch"
+            logger.info("%s: %s, so a group is %s (--train_group_size %d)", rows.path, what, how, size)
+            settings = replace(settings, selection=replace(selection, train_group_size=size))
+        fitted.append((rows, default, settings))
+    return fitted
+
+
+def _way_on(dropped: Mapping[str, int], mixes_files: bool) -> str:
+    """How rows without negatives can be trained on all the same, if that is what is missing."""
+    if "no negative" not in dropped:
+        return ""
+    own = ", --inbatch_same_dataset epoch gives each file groups of its own size" if mixes_files else ""
+    return f": --train_group_size 1 compares with the other keys of the batch alone{own}, and mining finds negatives"
+
+
+def _say_repeats(source: Source) -> None:
+    """Log how many keys of the groups are there a second time."""
+    selection = source.settings.selection
+    wanted = selection.train_group_size - 1
+    left = _left(source.rows, selection)[source.kept]
+    repeated = int(np.maximum(wanted - left, 0).sum())
+    if repeated:
+        logger.info(
+            "%s: %d rows have fewer than %d negatives, which are repeated: %.0f%% of all keys, whose tokens and memory "
+            "tell nothing new (--train_group_size %d repeats none)",
+            source.rows.path,
+            int((left < wanted).sum()),
+            wanted,
+            100 * repeated / (len(left) * (wanted + 1)),
+            int(left.min()) + 1,
+        )
 
 
 def _check_something_trains(sources: Sequence[Source]) -> None:

@@ -57,7 +57,11 @@ class SelectionFlags:
     """Training: which rows, and which of their keys."""
 
     max_sample_num: int | None = flag(None, "Most rows of each training file, drawn by --seed.")
-    train_group_size: int = flag(8, f"Keys per query: one positive, the rest negatives; {MOST_KEYS} at most.")
+    train_group_size: int = flag(
+        8,
+        f"Keys per query: one positive, the rest negatives; {MOST_KEYS} at most. When not given, no more than rows "
+        "have; when given, too few negatives are repeated. 1: only the other keys of the batch are negatives.",
+    )
     select_positive: str = flag(
         "first", "first, random, teacher (best teacher score of all candidates) or teacher-pos (best positive)."
     )

@@ -85,11 +85,17 @@ def unusable(
     """
     needs_scores = policy.select_positive.startswith("teacher") or policy.select_negative.startswith("teacher")
     reasons = {"no teacher_scores, which the selection needs": needs_scores & (best < 0)}
-    if policy.select_positive == "teacher":
-        left = negatives - ((best >= positives) & (best >= 0))
-    else:
-        left = negatives
+    if policy.select_positive != "teacher":
         reasons[f"no positive for --select_positive {policy.select_positive}"] = positives == 0
     if policy.train_group_size > 1:
-        reasons["no negative"] = left == 0
+        reasons["no negative"] = negatives_left(positives, negatives, best, policy) == 0
     return reasons
+
+
+def negatives_left(
+    positives: np.ndarray, negatives: np.ndarray, best: np.ndarray, policy: SelectionPolicy
+) -> np.ndarray:
+    """How many negatives each row has when its positive is taken, int ``(rows,)``; see `unusable`."""
+    if policy.select_positive != "teacher":
+        return negatives
+    return negatives - ((best >= positives) & (best >= 0))

@@ -91,7 +91,7 @@ def test_a_new_task_is_trained_as_the_file_says(tmp_path, claims, named_by, vers
         task_config=claims,
         task="claims" if named_by == "flag" else None,
     )
-    (source,) = load_sources(args, training(tmp_path, use_train_config=True))
+    (source,) = load_sources(args, training(tmp_path, use_train_config=True), {"train_group_size"})
     assert len(source) == 1
     example = TrainDataset([source], 0)[0, 0]
     assert example.query == "Find evidence for this claim: q"
@@ -135,7 +135,7 @@ def test_training_settings_are_not_left_unused(tmp_path, claims):
     file = write_rows(tmp_path / "claims" / "train.json", [ROW])
     args = RetrievalArgs(train_data=[str(file)], task_config=claims)
     with pytest.raises(UserError, match=r"'claims' are used with --use_train_config only"):
-        load_sources(args, training(tmp_path))
+        load_sources(args, training(tmp_path), {"train_group_size"})
 
 
 def test_evaluation_takes_the_instructions(tmp_path, claims):

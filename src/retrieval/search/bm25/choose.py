@@ -12,7 +12,6 @@ from src.retrieval.args import BM25Args
 from src.retrieval.search.bm25 import engine
 from src.retrieval.search.bm25.anserini import Anserini, build_anserini_searcher, check_language, find_anserini
 from src.retrieval.search.searcher import Searcher
-from src.retrieval.search.vector_store import file_fingerprint
 from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.jsonl import available_cores
@@ -26,15 +25,16 @@ EMBEDDED = "embedded"
 
 
 def build_bm25_searcher(
-    corpus: Sequence[str], corpus_path: str, key_template: str, folder: str, args: BM25Args
+    corpus: Sequence[str], fingerprint: str, key_template: str, folder: str, args: BM25Args
 ) -> Searcher:
-    """Index the key texts of a corpus file in `folder` with the engine of the flags, or load the saved index.
+    """Index the key texts of a corpus in `folder` with the engine of the flags, or load the saved index.
+
+    `fingerprint` is that of the corpus (see `Rows.fingerprint`).
 
     Raises:
         UserError: the engine is missing or fails, or a saved index or collection is missing or of another corpus.
     """
     anserini = distributed.on_main(partial(choose_engine, args))
-    fingerprint = distributed.on_main(partial(file_fingerprint, corpus_path))
     made_from = {"corpus": fingerprint, "rows": len(corpus), "key_template": key_template}
     if anserini is not None:
         return build_anserini_searcher(anserini, corpus, made_from, Path(folder).absolute(), args)
