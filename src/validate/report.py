@@ -215,7 +215,9 @@ class DataReport:
         lines, positives, negatives, best = np.array(self._candidates, dtype=np.int64).reshape(-1, 4).T
         lost = {}
         for policy in POLICIES:
-            reasons = unusable(positives, negatives, best, SelectionPolicy(policy))
+            # Where no row has negatives, those of the batch serve.
+            size = min(SelectionPolicy.train_group_size, int(negatives.max()) + 1)
+            reasons = unusable(positives, negatives, best, SelectionPolicy(policy, train_group_size=size))
             lost[policy] = np.any(list(reasons.values()), axis=0)
             self.untrainable[policy] = int(lost[policy].sum())
         for line in lines[np.all(list(lost.values()), axis=0)].tolist():

@@ -38,7 +38,7 @@ from src.retrieval.search.searcher import load_indexes, save_indexes
 from src.retrieval.search.vector_store import create_store, finish_store, load_store
 from src.utils.errors import UserError, describe_os_error
 from src.utils.jsonl import open_jsonl
-from src.utils.manifest import check_recorded, record_checksums
+from src.utils.manifest import check_recorded, file_checksum, record_checksums
 from tests.helpers import write_rows
 
 MADE_FROM = {"weights": "w1", "corpus": "c1", "rows": 8}
@@ -108,7 +108,9 @@ def bm25(folder: Path, load_index: bool) -> np.ndarray:
     """With or without ``--load_index``."""
     corpus = folder.parent / "corpus.json"
     args = BM25Args(bm25_backend="embedded", load_index=load_index)
-    return build_bm25_searcher(TEXTS, str(corpus), "{text}", str(folder), args).search(["more", "word3"], 3)[1]
+    return build_bm25_searcher(TEXTS, file_checksum(corpus), "{text}", str(folder), args).search(["more", "word3"], 3)[
+        1
+    ]
 
 
 RESPONSES = {"0": Response(("text",), (-1.5,), (3,)), "1": None}

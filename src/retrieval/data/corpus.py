@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from src.retrieval.data.ids import CorpusIds
 from src.retrieval.data.columns import USUAL_NAMES, Columns
+from src.retrieval.data.ids import CorpusIds
 from src.retrieval.data.rows import (
     CORPUS_CHECK,
     EVAL_CHECK,

@@ -168,9 +168,9 @@ def candidates(row: Row) -> tuple[list[str], list[str]]:
     return row["pos"], row.get("neg") or []
 
 
-def _candidate_problems(row: Row) -> list[str]:
+def _candidate_problems(row: Row, required: Collection[str] = ("pos", "neg")) -> list[str]:
     if row.get("history") is None:
-        return _problems(row, {"pos": _STRINGS, "neg": _STRINGS}, required=("pos",))
+        return _problems(row, {"pos": _STRINGS, "neg": _STRINGS}, required=required)
     return _problems(row, {"history": _STRINGS}) + [
         f"field {field!r} stands beside 'history': a chat row's candidates are its past turns, remove one of them"
         for field in ("pos", "neg")
@@ -186,7 +186,7 @@ def check_train_row(row: Row, score_field: str = TEACHER_SCORES) -> Checked:
         ``score_spread`` (highest minus lowest teacher score; NaN without scores), ``best`` (position of
         the highest score in pos + neg, -1 without scores), ``task`` (str, empty when missing).
     """
-    problems = _row_problems(row, "neg_index", "neg_id") + _candidate_problems(row)
+    problems = _row_problems(row, "neg_index", "neg_id") + _candidate_problems(row, required=("pos",))
     problems += _problems(row, {score_field: _NUMBERS})
     if problems:
         return problems, {}

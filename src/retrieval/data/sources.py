@@ -53,22 +53,27 @@ class Opened:
     def seen(self) -> dict[str, Any]:
         """The columns, each with its first value that is not null among the first rows."""
         seen: dict[str, Any] = {}
-        for row in islice(self.rows(), ROWS_SEEN):
-            for name, value in row.items():
+        for _, row, _ in islice(self.entries(), ROWS_SEEN):
+            for name, value in (row or {}).items():
                 if seen.get(name) is None:
                     seen[name] = value
         return seen
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows as they stand there, without those that cannot be read."""
-        return (row for _, row, _ in self.entries() if row is not None)
+    @property
+    def size(self) -> int:
+        """Rows of a table, else bytes."""
+        if not self.arrow:
+            return os.path.getsize(self.file)
+        from src.utils.table import open_arrow
+
+        return len(open_arrow(self.path, self.arrow))
 
     def entries(
         self, form: Form | None = None
     ) -> Iterator[tuple[tuple[int, int, int], dict[str, Any] | None, list[str]]]:
         """Place, row and problems, as `src.utils.jsonl.parse_lines` gives them."""
         if not self.arrow:
-            yield from parse_lines(self.file, 0, os.path.getsize(self.file), form)
+            yield from parse_lines(self.file, 0, self.size, form)
             return
         from src.utils.table import open_arrow, read_rows
 

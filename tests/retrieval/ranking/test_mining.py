@@ -262,7 +262,7 @@ def test_merged_without_indexes_and_cut(tmp_path):
         ([mined(3), mined(3)], "has 1 rows"),
         ([{**mined(3), "query": "other"}], "differ in 'query'"),
         ([{**mined(3), "query_id": 7}], "differ in 'query_id'"),
-        ([{**mined(3), "neg": "x"}], "1.json:1: field 'neg' must be a list of strings"),
+        ([{**mined(3), "neg": 5}], "1.json:1: field 'neg' must be a list of strings"),
     ],
 )
 def test_files_of_other_rows_are_refused(tmp_path, second, message):

@@ -24,6 +24,7 @@ from src.retrieval.models.lora import LoraSettings
 from src.retrieval.report import training_record
 from src.retrieval.report.model_card import KEYS, QUERY, DataFile, TrainingRecord, ancestor, converted_card, model_card
 from src.retrieval.report.training_record import encoder_uses
+from src.utils import jsonl
 from src.utils.files import file_hash
 from tests.helpers import write_rows
 
@@ -124,7 +125,7 @@ def trained(tiny_bert, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["run_dense.py", *map(str, line)])
         hashed = []
-        patch.setattr(training_record, "file_hash", lambda path, digest: hashed.append(path) or file_hash(path, digest))
+        patch.setattr(jsonl, "file_hash", lambda path, digest: hashed.append(path) or file_hash(path, digest))
         steps = []
         patch.setattr(
             training_record,

@@ -16,6 +16,7 @@ from src.retrieval.search.bm25.analyzer import MAX_QUERY_TERMS, EnglishAnalyzer,
 from src.retrieval.search.bm25.choose import EMBEDDED, build_bm25_searcher
 from src.retrieval.search.bm25.engine import BM25Index, EmbeddedSearcher, index_texts
 from src.utils.errors import UserError
+from src.utils.manifest import file_checksum
 from tests.helpers import write_rows
 from tests.reference.bm25 import byte_length, ranking
 
@@ -117,7 +118,9 @@ def corpus(tmp_path: Path) -> Path:
 
 def build(corpus: Path, texts=TEXTS, **config):
     template, folder = config.pop("template", "{text}"), str(corpus.parent / "bm25")
-    return build_bm25_searcher(texts, str(corpus), template, folder, BM25Args(**{"bm25_backend": "embedded", **config}))
+    return build_bm25_searcher(
+        texts, file_checksum(corpus), template, folder, BM25Args(**{"bm25_backend": "embedded", **config})
+    )
 
 
 def test_texts_are_found_and_nothing_else(corpus):

@@ -15,6 +15,7 @@ from src.retrieval.args import BM25Args
 from src.retrieval.search.bm25 import anserini
 from src.retrieval.search.bm25.choose import build_bm25_searcher
 from src.utils.errors import UserError
+from src.utils.manifest import file_checksum
 from tests.helpers import ROOT, read_rows, run
 
 SAMPLE = ROOT / "data" / "sample" / "tool"
@@ -67,7 +68,7 @@ def build(folder: Path, texts, backend="anserini", **config):
     if not path.exists() or path.read_text() != rows:
         path.write_text(rows)
     args = BM25Args(bm25_backend=backend, **config)
-    return build_bm25_searcher(texts, str(path), "{text}", str(folder / "bm25"), args)
+    return build_bm25_searcher(texts, file_checksum(path), "{text}", str(folder / "bm25"), args)
 
 
 def check_same(expected, found):
@@ -308,7 +309,7 @@ texts, queries = ["one cat", "two cats", "", "three dogs"], ["cat", "", "dog thr
 found = []
 for backend, place in (("embedded", None), ("anserini", anserini_dir)):
     args = BM25Args(bm25_backend=backend, anserini_dir=place)
-    searcher = build_bm25_searcher(texts, f"{folder}/corpus.json", "{text}", f"{folder}/bm25", args)
+    searcher = build_bm25_searcher(texts, file_checksum(f"{folder}/corpus.json"), "{text}", f"{folder}/bm25", args)
     scores, rows = searcher.search(queries, 3)
     found.append([rows.tolist(), (rows >= 0).tolist() == (scores > 0).tolist()])
 open(f"{folder}/found.{distributed.rank()}.json", "w").write(json.dumps(found))
