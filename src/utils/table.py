@@ -147,6 +147,8 @@ def _named(source: str, load: Any) -> Any:
             cause = cause.__cause__
         if isinstance(cause, OSError) and cause.errno is not None:
             raise cause from error
+        if "corresponds to no data" in str(cause):
+            raise UserError(f"{source} is empty: it must hold rows") from error
         raise UserError(f"{source} cannot be read: {first_line(cause)}") from error
 
 
