@@ -30,7 +30,7 @@ from src.utils.cli import parse_args, run, show_plan
 from src.utils.display import Line, describe
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output, check_writable, json_line
-from src.utils.jsonl import JsonLines, sample
+from src.utils.jsonl import Rows, sample
 from src.utils.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def ask(task: EvalTask, retrieved: Sequence[Retrieved], examples: Callable[[Row]
     return answers
 
 
-def count_empty(rows: JsonLines, responses: Mapping[int, Response | None]) -> int:
+def count_empty(rows: Rows, responses: Mapping[int, Response | None]) -> int:
     """Count the rows for which the LM wrote nothing but blanks, and warn if there are any."""
     written = {number: response.texts for number, response in sorted(responses.items()) if response and response.texts}
     empty = [number for number, texts in written.items() if not any(text.strip() for text in texts)]

@@ -156,7 +156,7 @@ class JsonLines(Rows):
     """The rows of one file of JSON lines, parsed on access.
 
     `stamp` is the file's when it was scanned; of one taken on another machine only the size counts. `source` is what
-    the file was unpacked from, if it was.
+    the file was made of, if it was, and `files` are those of the source.
     """
 
     def __init__(
@@ -166,9 +166,10 @@ class JsonLines(Rows):
         stamp: Stamp | None = None,
         form: RowForm | None = None,
         source: str | None = None,
+        files: Sequence[str] = (),
         unit: str = "",
     ) -> None:
-        super().__init__(source or path, [source or path], scan, form, unit)
+        super().__init__(source or path, files or [path], scan, form, unit)
         self.stamp = stamp or _stamp(os.stat(path))
         self._path = path
         self._file: io.FileIO | None = None
@@ -394,19 +395,20 @@ def open_jsonl(
     cache_dir: str | None = None,
     form: RowForm | None = None,
     source: str | None = None,
+    files: Sequence[str] = (),
     unit: str = "",
 ) -> JsonLines:
     """Scan and check a JSON lines file, and return its rows.
 
     `cache_dir` keeps the scans of unchanged files, so that a restart is quick; `check` must be picklable, and
     `check_name` change whenever it does. `form`, a frozen dataclass, turns each row into the one that is checked;
-    `source` is what the file was unpacked from, and `unit` stands before its row numbers in messages. A file without
-    rows or with problems raises a UserError.
+    `source` is what the file was made of, `files` are those of the source, and `unit` stands before its row numbers in
+    messages. A file without rows or with problems raises a UserError.
     """
     stamp = _stamp(os.stat(path))
     key = f"{os.path.abspath(path)}|{stamp.size}|{stamp.mtime_ns}|{check_name}{form or ''}"
     scan = checked_scan(source or path, unit, key, cache_dir, partial(scan_file, path, check, form))
-    return JsonLines(path, scan, stamp, form, source, unit)
+    return JsonLines(path, scan, stamp, form, source, files, unit)
 
 
 def checked_scan(path: str, unit: str, key: str, cache_dir: str | None, make: Callable[[], Scan]) -> Scan:

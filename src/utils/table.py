@@ -10,7 +10,7 @@ import csv
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date, time
 from decimal import Decimal
 from functools import partial
@@ -238,24 +238,18 @@ def _scan_rows(path: str, arrow: Sequence[str], check: RowCheck, form: RowForm |
 
 
 def open_table(
-    source: str,
+    path: str,
+    files: Sequence[str],
     arrow: Sequence[str],
     check: RowCheck,
     check_name: str,
     cache_dir: str | None,
     form: RowForm | None = None,
-    path: str | None = None,
 ) -> Table:
-    """Check the rows of a source whose `arrow_files` are given, named `path` in messages; see `open_jsonl`."""
-    files = [source] if os.path.isfile(source) else list(arrow)
-    stats = [os.stat(file) for file in files]
-    stamps: Mapping[str, tuple[int, int]] = {
-        os.path.abspath(file): (stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)
-    }
-    path = path or source
+    """Check the rows of a source that `files` hold, and whose `arrow_files` are given; see `open_jsonl`."""
     size = len(open_arrow(path, arrow))
     parts = [(first, min(first + PART_ROWS, size)) for first in range(0, size, PART_ROWS)] or [(0, 0)]
-    key = f"table|{stamps}|{check_name}{form or ''}"
+    key = f"table|{source_key(files)}|{check_name}{form or ''}"
     scan = checked_scan(
         path, UNIT, key, cache_dir, lambda: scan_parts(partial(_scan_rows, path, arrow, check, form), parts, path)
     )

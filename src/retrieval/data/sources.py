@@ -41,11 +41,12 @@ BLOCK = 1 << 20
 class Opened:
     """A source ready to be read: JSON lines in `file`, or a table in `arrow` files.
 
-    `path` names it in messages, with `unit` before the numbers of rows.
+    `path` names it in messages, with `unit` before the numbers of rows; `files` are what it depends on.
     """
 
     path: str
     file: str
+    files: tuple[str, ...] = ()
     unit: str = ""
     arrow: tuple[str, ...] = ()
     is_plain: bool = False
@@ -104,7 +105,7 @@ def _open_beir(folder: str, split: str | None, cache_dir: str | None, columns: C
     target = _made([corpus, queries, qrels], cache_dir, f"{split}.jsonl")
     if not os.path.exists(target):
         write_beir_rows(folder, corpus, queries, split, target)
-    return Opened(beir_name(folder, split), target, unit="row ")
+    return Opened(beir_name(folder, split), target, (corpus, queries, qrels), unit="row ")
 
 
 def _one_of(folder: str, name: str) -> str:
@@ -126,8 +127,8 @@ def _open_file(path: str, file: str, cache_dir: str | None, columns: Columns) ->
     if kind != ".json":
         return _open_table(path, file, kind, cache_dir, columns)
     if head.lstrip()[:1] == b"[" and not _is_line(head):
-        return Opened(path, _lines_of_array(path, file, cache_dir), unit="row ")
-    return Opened(path, file, is_plain=path == file)
+        return Opened(path, _lines_of_array(path, file, cache_dir), (path,), unit="row ")
+    return Opened(path, file, (path,), is_plain=path == file)
 
 
 def _is_line(head: bytes) -> bool:
@@ -145,7 +146,8 @@ def _open_table(path: str, source: str, kind: str, cache_dir: str | None, column
     names = None
     if columns.numbered and kind in (".csv", ".tsv"):
         names = [str(number) for number in range(csv_width(source))]
-    return Opened(path, source, "row ", tuple(arrow_files(source, kind, cache_dir, names)))
+    arrow = tuple(arrow_files(source, kind, cache_dir, names))
+    return Opened(path, source, (path,) if os.path.isfile(path) else arrow, "row ", arrow)
 
 
 def _made(files: Sequence[str], cache_dir: str | None, name: str) -> str:
@@ -290,5 +292,5 @@ def open_rows(
 
     cache_dir = cache_folder(cache_dir)
     if opened.arrow:
-        return open_table(opened.file, opened.arrow, check, check_name, cache_dir, form, opened.path)
-    return open_jsonl(opened.file, check, check_name, cache_dir, form, opened.path, opened.unit)
+        return open_table(opened.path, opened.files, opened.arrow, check, check_name, cache_dir, form)
+    return open_jsonl(opened.file, check, check_name, cache_dir, form, opened.path, opened.files, opened.unit)

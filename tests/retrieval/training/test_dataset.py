@@ -518,3 +518,70 @@ def test_scores_go_with_their_keys(tmp_path):
         places = {"p": 0.0, **{f"n{i}": i + 1.0 for i in range(20)}}
         assert example.scores == [places[key] for key in example.keys]
         assert dataset[epoch, 1].scores is None
+
+
+# ------------------------------------------------------------------------------------------------------ sizes of groups
+
+
+def fitted(folder, *negatives: list[int], mixes_files: bool = True, **settings) -> list:
+    """Sources of a file for each list of how many negatives its rows have, when no flag gives the group size."""
+    files = [
+        write_rows(folder / f"{number}.json", [row_of(f"q{n}", count) for n, count in enumerate(counts)])
+        for number, counts in enumerate(negatives)
+    ]
+    chosen = source_settings(group_size=8, **settings)
+    return load_train_sources(
+        list(map(str, files)),
+        lambda task: chosen,
+        no_instruction,
+        None,
+        0,
+        None,
+        fits_groups=True,
+        mixes_files=mixes_files,
+    )
+
+
+@pytest.mark.parametrize(
+    ("negatives", "sizes"),
+    [([[0, 0, 0]], [1]), ([[1, 1]], [2]), ([[1, 4, 2]], [5]), ([[9, 7]], [8]), ([[3], [1, 1]], [4, 4])],
+)
+def test_groups_have_no_more_keys_than_rows(tmp_path, negatives, sizes):
+    sources = fitted(tmp_path, *negatives)
+    assert [source.settings.selection.train_group_size for source in sources] == sizes
+    example = TrainDataset(sources, 0)[(0, 0)]
+    assert len(example.keys) == sizes[0]
+
+
+def test_files_of_their_own_batches_have_groups_of_their_own(tmp_path):
+    sources = fitted(tmp_path, [3, 3], [0, 0], mixes_files=False)
+    assert [source.settings.selection.train_group_size for source in sources] == [4, 1]
+    with pytest.raises(UserError, match=r"1.json: no row can be trained on .*_size 1 compares.*epoch gives"):
+        fitted(tmp_path, [3, 3], [0, 0])
+
+
+def test_a_negative_that_is_the_positive_counts_no_more(tmp_path):
+    rows = [row_of("a", 2, teacher_scores=[0, 1, 0])]
+    file = write_rows(tmp_path / "a.json", rows)
+    chosen = source_settings("teacher", group_size=8)
+    (source,) = load_train_sources([str(file)], lambda task: chosen, no_instruction, None, 0, None, fits_groups=True)
+    assert source.settings.selection.train_group_size == 2
+
+
+def test_repeated_negatives_are_said_with_their_cost(tmp_path, caplog):
+    """A group of 8 out of triplets: six of eight keys are copies."""
+    file = write_rows(tmp_path / "a.json", [row_of("a", 1), row_of("b", 1)])
+    (source,), log = log_of(caplog, [file], source_settings(group_size=8))
+    assert source.settings.selection.train_group_size == 8
+    assert "2 rows have fewer than 7 negatives, which are repeated: 75% of all keys" in log
+    assert "(--train_group_size 2 repeats none)" in log
+    _, log = log_of(caplog, [file], source_settings(group_size=2))
+    assert "fewer than" not in log
+
+
+def test_pairs_need_no_field_of_negatives(tmp_path, caplog):
+    file = write_rows(tmp_path / "a.json", [{"query": "a", "pos": ["p"]}, {"query": "b", "pos": ["r"], "neg": None}])
+    (source,), _ = log_of(caplog, [file], source_settings(group_size=1))
+    assert len(source) == 2
+    with pytest.raises(UserError, match=r"2 dropped: no negative.*--train_group_size 1 compares"):
+        load([file], source_settings(group_size=2))
