@@ -137,19 +137,20 @@ def _named(source: str, load: Any) -> Any:
     """What `load` returns; what `datasets` has against the source becomes a UserError."""
     try:
         return load()
-    except UserError:
-        raise
-    except MemoryError:
-        raise
     except Exception as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        if isinstance(cause, OSError) and cause.errno is not None:
-            raise cause from error
-        if "corresponds to no data" in str(cause):
-            raise UserError(f"{source} is empty: it must hold rows") from error
-        raise UserError(f"{source} cannot be read: {first_line(cause)}") from error
+        raise _described(source, error) from error
+
+
+def _described(source: str, error: Exception) -> BaseException:
+    """The error to raise for one of `datasets`: what is wrong with the disk as it is, the rest as a UserError."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(error, (UserError, MemoryError)) or (isinstance(cause, OSError) and cause.errno is not None):
+        return error if isinstance(error, (UserError, MemoryError)) else cause
+    if "corresponds to no data" in str(cause):
+        return UserError(f"{source} is empty: it must hold rows")
+    return UserError(f"{source} cannot be read: {first_line(cause)}")
 
 
 def _csv_settings(path: str, columns: Sequence[str] | None) -> dict[str, Any]:
@@ -203,7 +204,15 @@ def _from_hub(name: str, cache_dir: str | None) -> Dataset:
             raise UserError(f"{HUB_PREFIX}{name}: no split {split!r}: there are {', '.join(map(str, splits))}")
         return datasets.load_dataset(place, config, split=split, cache_dir=cache_dir)
 
-    return _named(f"{HUB_PREFIX}{name}", load)
+    try:
+        return load()
+    except ConnectionError as error:
+        raise UserError(
+            f"{HUB_PREFIX}{name} is not in the cache, and cannot be read from the hub: {first_line(error)} "
+            "(HF_HUB_OFFLINE keeps from the network)"
+        ) from error
+    except Exception as error:
+        raise _described(f"{HUB_PREFIX}{name}", error) from error
 
 
 def _check_hub(place: str, name: str) -> None:

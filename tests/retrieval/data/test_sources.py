@@ -299,7 +299,7 @@ def test_labels_that_name_nothing(tmp_path, labels, said):
         ("beir:{0}/none", "no such folder"),
         ("{0}", "is a folder in BEIR's layout: give beir:"),
         ("hf:{1}/owner/name:dev", "no split 'dev': there are train"),
-        ("hf:owner/nothing", "hf:owner/nothing cannot be read"),
+        ("hf:owner/nothing", "hf:owner/nothing is not in the cache"),
         ("hf:a:b:c:d", "give hf:owner/name"),
         ("hf:{1}/owner/name:train[:9]", "give hf:owner/name"),
         ("{1}/owner", "is a folder, and none that save_to_disk wrote"),
