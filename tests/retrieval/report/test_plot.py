@@ -97,9 +97,12 @@ def test_a_damaged_log_is_told(tmp_path, state):
 
 def test_the_only_part_of_a_loss_is_drawn_once():
     """Whatever the log's rounding; with a weight, or beside another part, it is a line of its own."""
-    history = [{"step": step, "loss": 1.0 / step, "contrastive": 1.0 / step + 4e-5} for step in (5, 10)]
-    assert panels_of(history) == {"loss": {"loss": [(5, 0.2), (10, 0.1)]}}
+    history = [{"step": step, "loss": 1.0 / step, "contrastive": 1.0 / step + 4e-5} for step in (5, 10, 20)]
+    assert panels_of(history) == {"loss": {"loss": [(5, 0.2), (10, 0.1), (20, 0.05)]}}
+    # An epoch's last batch may be smaller than others.
     history[1]["contrastive"] = 0.5
+    assert list(panels_of(history)["loss"]) == ["loss"]
+    history[2]["contrastive"] = 0.4
     assert list(panels_of(history)["loss"]) == ["loss", "contrastive"]
 
 
@@ -128,6 +131,7 @@ def test_steps_are_whole(tmp_path, monkeypatch):
     draw({"": [{"step": step, "loss": 1.0} for step in (1, 2)]}, str(tmp_path / "training.png"))
     ((axes,),) = [figure.axes for figure in figures]
     assert [place for place in axes.get_xticks() if place != int(place)] == []
+    assert [(line.get_linestyle(), line.get_marker()) for line in axes.get_lines()] == [("-", ".")]
 
 
 def test_entries_that_tell_nothing_are_left_out():
