@@ -63,11 +63,11 @@ class EvalRetrievalArgs(EvalOutputArgs, RetrievalArgs):
 
 @dataclass
 class LMEvalArgs(LMArgs, EvalOutputArgs, RetrievalArgs):
-    """Retrieval, then a language model; `oracle` retrieves the rows' own pos_index."""
+    """Retrieval, then a language model; `oracle` retrieves the rows' own positives."""
 
     methods: ClassVar[tuple[str, ...]] = (*RETRIEVAL_METHODS, ORACLE)
     retrieval_method: str = flag(
-        "dense", f"How to retrieve: {', '.join(methods)} (what pos_index names). With --corpus '' rows bring their key."
+        "dense", f"How to retrieve: {', '.join(methods)} (the rows' positives). With --corpus '' rows bring their key."
     )
     load_prev_result: bool = flag(
         False, "Take over the outputs that an earlier run saved for the same prompt, model and settings."

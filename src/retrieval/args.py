@@ -82,7 +82,8 @@ class DataArgs(MiningArgs):
     )
     eval_data: str | None = flag(None, "Evaluation file, in any of these forms.")
     corpus: str | None = flag(
-        None, "Corpus that pos_index refers to, in any of these forms (None: that of the beir: folder of eval_data)."
+        None,
+        "Corpus that pos_index or pos_id refer to, in any of these forms (None: that of the beir: folder of eval_data).",
     )
     columns: list[str] | None = columns_flag()
     key_template: str = flag("{title} {text}", "How a corpus row becomes a key: columns in braces.")
@@ -317,7 +318,7 @@ class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
     drop_query_from_hits: bool = flag(
         False,
         "Leave corpus rows with the words of the query itself out of its hits (duplicate questions, ArguAna, pools of "
-        "examples), unless its pos_index names them.",
+        "examples), unless its pos_index or pos_id names them.",
     )
 
     def __post_init__(self) -> None:
