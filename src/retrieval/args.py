@@ -83,7 +83,7 @@ class DataArgs(MiningArgs):
     eval_data: str | None = flag(None, "Evaluation file, in any of these forms.")
     corpus: str | None = flag(
         None,
-        "Corpus that pos_index or pos_id refer to, in any of these forms (None: that of the beir: folder of eval_data).",
+        "Corpus that pos_index or pos_id name, in any of these forms (None: that of the beir: folder of eval_data).",
     )
     columns: list[str] | None = columns_flag()
     key_template: str = flag("{title} {text}", "How a corpus row becomes a key: columns in braces.")
