@@ -23,43 +23,44 @@ fi
 if [ "$NPROC" -gt 1 ]; then TRAIN="torchrun --standalone --nproc_per_node $NPROC"; else TRAIN=python; fi
 
 [ -s $DATA/corpus.json ] || python scripts/sample/data.py --output_dir data/sample
-EVALUATE="--eval_data $DATA/test.json --corpus $DATA/corpus.json --key_template {text} --add_instruction False
-    --query_max_length 128 --key_max_length 128 --metrics mrr recall ndcg --cutoffs 1 5 10 100"
-
-if [ -s "$OUT/before.jsonl" ] && ! grep -qF "\"query_encoder\": \"$ENCODER\"" "$OUT/before.jsonl"; then
+if [ -s "$OUT/evaluation.jsonl" ] && ! grep -qF "\"query_encoder\": \"$ENCODER\"" "$OUT/evaluation.jsonl"; then
     echo "error: $OUT is of another encoder than $ENCODER: set OUT to another folder, or remove it" >&2
     exit 2
 fi
-if [ ! -s "$OUT/before.jsonl" ]; then
-    echo "== evaluating the encoder as it is"
-    python run_dense.py $EVALUATE --query_encoder "$ENCODER" --output_dir "$OUT/before" --log_path "$OUT/before.log"
+
+if [ ! -s "$OUT/evaluation.jsonl" ] && compgen -G "$OUT/checkpoint-*" > /dev/null; then
+    echo "error: $OUT holds another kind of run: set OUT to another folder, or remove it" >&2
+    exit 2
 fi
 
-echo "== fine-tuning on $NPROC process(es)"
+echo "== evaluating the encoder as it is, fine-tuning it on $NPROC process(es), evaluating it again"
 $TRAIN run_dense.py \
     --train_data $DATA/train.json \
+    --eval_data $DATA/test.json \
+    --corpus $DATA/corpus.json \
+    --key_template "{text}" \
+    --metrics mrr recall ndcg \
+    --cutoffs 1 5 10 100 \
+    --eval_on_start \
+    --eval_steps 50 \
     --query_encoder "$ENCODER" \
     --output_dir "$OUT" \
+    --log_path "$OUT/evaluation.log" \
     --add_instruction False \
-    --query_max_length 32 \
-    --key_max_length 40 \
+    --query_max_length 128 \
+    --key_max_length 128 \
     --learning_rate 2e-4 \
-    --num_train_epochs 1.5 \
+    --max_steps 50 \
+    --dropout 0 \
     --per_device_train_batch_size $((32 / NPROC > 0 ? 32 / NPROC : 1)) \
     --train_group_size 2 \
     --contrastive_weight 1 \
     --cos_temperature 0.05 \
     --save_only_model \
     --save_total_limit 1 \
-    --logging_steps 10 \
+    --logging_steps 5 \
     --resume_from_checkpoint True
 CHECKPOINT=$(ls -d "$OUT"/checkpoint-* | sort -V | tail -n 1)
-
-if [ ! "$OUT/after.jsonl" -nt "$CHECKPOINT/trainer_state.json" ]; then
-    echo "== evaluating the fine-tuned encoder"
-    python run_dense.py $EVALUATE --query_encoder "$CHECKPOINT" --output_dir "$OUT/after" \
-        --log_path "$OUT/after.log" --save_encode
-fi
 
 echo "== converting to sentence-transformers (scripts/ours2st.py), and answering a query"
 python scripts/quickstart_report.py --encoder "$CHECKPOINT/encoder" --output_dir "$OUT" --data_dir $DATA \

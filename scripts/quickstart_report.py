@@ -10,8 +10,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-
 from src.retrieval.ranking.metrics import retrieval_metrics
 from src.retrieval.report.plot import FIGURE
 from src.utils.cli import run
@@ -43,9 +41,8 @@ def to_look_at(args: argparse.Namespace, target: Path) -> dict[str, Path]:
         "the model": target,
         "its card": target / "README.md",
         "our checkpoint of it": checkpoint,
-        "loss and gradients by step": args.output_dir / FIGURE,
-        "hits before": args.output_dir / "before" / "test.result.json",
-        "hits after": args.output_dir / "after" / "test.result.json",
+        "loss and metrics by step": args.output_dir / FIGURE,
+        "hits of the requests": args.output_dir / "test.result.json",
         "training rows": args.data_dir / "train.json",
         "held-out requests": args.data_dir / "test.json",
         "the tools": args.data_dir / "corpus.json",
@@ -57,7 +54,7 @@ def main() -> None:
     """Report and write summary.json."""
     parser = Parser(description=__doc__)
     parser.add_argument("--encoder", required=True, help="the fine-tuned encoder, to convert")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder with before.jsonl and after.jsonl")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder with evaluation.jsonl")
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with corpus.json and test.json")
     parser.add_argument("--started", type=float, required=True, help="when the run began, in seconds since 1970")
     args = parser.parse_args()
@@ -71,18 +68,15 @@ def main() -> None:
     corpus = [row["text"] for row in read_jsonl(args.data_dir / "corpus.json")]
     rows = read_jsonl(args.data_dir / "test.json")
     model = SentenceTransformer(str(target))
-    print(f"\n{QUERY}")
-    # Saved by the evaluation.
-    saved = sorted((args.output_dir / "after/embeddings").glob("vectors.*.npy"))
-    scores = model.similarity(model.encode([QUERY]), np.concatenate([np.load(path) for path in saved]))[0]
-    for row in scores.argsort(descending=True)[:3].tolist():
-        print(f"  {scores[row]:.3f}  {' '.join(corpus[row].split())[:100]}")
+    found = sorted({row for each in rows for row in each["pos_index"]})
+    print(f"\n{QUERY} (best of the {len(found)} tools of the held-out requests)")
+    scores = model.similarity(model.encode([QUERY]), model.encode([corpus[row] for row in found]))[0]
+    for place in scores.argsort(descending=True)[:3].tolist():
+        print(f"  {scores[place]:.3f}  {' '.join(corpus[found[place]].split())[:100]}")
 
-    table = {
-        "bm25": bm25_metrics(corpus, rows),
-        "before": read_jsonl(args.output_dir / "before.jsonl")[-1]["metrics"],
-        "after": read_jsonl(args.output_dir / "after.jsonl")[-1]["metrics"],
-    }
+    # The last two: an interrupted run has evaluated before.
+    before, after = [entry["metrics"] for entry in read_jsonl(args.output_dir / "evaluation.jsonl")[-2:]]
+    table = {"bm25": bm25_metrics(corpus, rows), "before": before, "after": after}
     seconds = round(time.time() - args.started)
     summary = {
         **table,
