@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -305,3 +307,15 @@ def test_a_reader_that_has_enough_ends_the_command_quietly(tmp_path):
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
         assert process.wait(60) == 128 + signal.SIGPIPE
+
+
+def test_tables_are_checked_row_by_row(check, tmp_path):
+    rows = [{"anchor": "a", "positive": "p"}, {"anchor": None, "positive": "p"}, {"anchor": "a", "positive": "q"}]
+    path = tmp_path / "pairs.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    code, printed, report = check(path)
+    assert code == 1
+    assert f"{path}: checked as train" in printed
+    assert f"{path}:row 3: warning: the query repeats that of an earlier row (row 1)" in printed
+    assert report["files"][str(path)]["errors"][0]["lines"] == [2]
+    assert report["files"][str(path)]["untrainable_rows"]["first"] == 0

@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from src.retrieval.data.sources import array_items, open_rows
 from src.utils.errors import UserError
 from src.utils.files import derived_path, existing_source, expand_data_paths, resolve_path
 from src.utils.jsonl import Rows
-from tests.helpers import write_rows
+from tests.helpers import ROOT, write_rows
 
 ROWS: list[dict[str, Any]] = [
     {"query": f"query {n}, é \u2028", "pos": [f"p{n}"], "neg": [f"n{n}", f'"m", {n}'], "query_id": n, "task": "qa"}
@@ -355,3 +357,12 @@ def test_a_folder_of_several_splits(tmp_path):
 )
 def test_what_is_made_of_a_source_are_json_lines(source, name):
     assert derived_path(source, "neg", "x") == name
+
+
+def test_plain_json_lines_need_no_library(tmp_path):
+    path = write_rows(tmp_path / "a.json", ROWS[:3])
+    code = "import sys\nfrom src.retrieval.data.sources import open_rows\nfrom src.retrieval.data.rows import *\n"
+    code += f"rows = open_rows({str(path)!r}, check_train_row, 'x', use='train')\n"
+    code += "print(len(rows), [name for name in ('datasets', 'pyarrow', 'pandas') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "3 []\n"
