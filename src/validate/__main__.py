@@ -58,7 +58,7 @@ def check_file(path: str, args: argparse.Namespace, task_config: Mapping[str, Ta
         print(f"{path}: error: {error}")
     for message, lines in report.warnings.items():
         for line in lines[: args.shown]:
-            first = f" ({source.unit or "line "}{report.first_lines[line]})" if message in REPEATS.values() else ""
+            first = f" ({source.unit or 'line '}{report.first_lines[line]})" if message in REPEATS.values() else ""
             print(f"{path}:{source.unit}{line}: warning: {message}{first}")
         if len(lines) > args.shown:
             print(f"{path}: warning: {message} (+{len(lines) - args.shown:,} more)")
