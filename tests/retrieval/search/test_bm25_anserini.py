@@ -303,6 +303,7 @@ import torch
 from src.utils import distributed
 from src.retrieval.args import BM25Args
 from src.retrieval.search.bm25.choose import build_bm25_searcher
+from src.utils.manifest import file_checksum
 distributed.init_process_group(use_cpu=True)
 folder, anserini_dir = sys.argv[1:]
 texts, queries = ["one cat", "two cats", "", "three dogs"], ["cat", "", "dog three"]
