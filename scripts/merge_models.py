@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,6 +45,8 @@ logger = logging.getLogger("scripts.merge_models")
 
 ROOT = Path(__file__).resolve().parents[1]
 Model = DenseRetriever | CrossEncoder
+#: Settings of loading, by the names that flags have.
+LoadSettings = Mapping[str, Any]
 
 
 def chosen_folders(args: MergeArgs) -> list[str]:
@@ -70,13 +73,13 @@ def is_ranker(path: str) -> bool:
     return str(architectures).endswith("ForSequenceClassification']")
 
 
-def load(path: str, ranks: bool) -> Model:
+def load(path: str, ranks: bool, settings: LoadSettings) -> Model:
     """Load one of the models, on the CPU."""
     if not ranks:
-        return DenseRetriever.from_pretrained(path)
+        return DenseRetriever.from_pretrained(path, **settings)
     config = read_object(os.path.join(inner_folder(path, (RANKER,)), "config.json"), "configuration")
     length = min(DEFAULT_LENGTH, config.get("max_position_embeddings", sys.maxsize) // 2)
-    return CrossEncoder.from_pretrained(path, query_max_length=length, key_max_length=length)
+    return CrossEncoder.from_pretrained(path, query_max_length=length, key_max_length=length, **settings)
 
 
 def check_alike(first: Model, other: Model, paths: Sequence[str]) -> None:
@@ -99,15 +102,17 @@ def check_alike(first: Model, other: Model, paths: Sequence[str]) -> None:
         raise UserError(f"{named}: their tokenizers have different vocabularies")
 
 
-def merge(folders: Sequence[str], shares: Sequence[float], method: str, output_dir: str) -> None:
+def merge(
+    folders: Sequence[str], shares: Sequence[float], method: str, output_dir: str, settings: LoadSettings
+) -> None:
     """Load, merge, save with cards, and put the result in place once it is complete."""
     ranks = is_ranker(folders[0])
     if any(is_ranker(folder) != ranks for folder in folders):
         raise UserError("--models: some are encoders and some rankers")
-    merged, states = load(folders[0], ranks), []
+    merged, states = load(folders[0], ranks, settings), []
     states.append({name: tensor.clone() for name, tensor in merged.state_dict().items()})
     for folder in folders[1:]:
-        other = load(folder, ranks)
+        other = load(folder, ranks, settings)
         check_alike(merged, other, [folders[0], folder])
         states.append(dict(other.state_dict()))
     merged.load_state_dict(merge_states(states, shares, method))
@@ -119,7 +124,7 @@ def merge(folders: Sequence[str], shares: Sequence[float], method: str, output_d
         for name, use in uses(merged).items():
             with atomic_write(os.path.join(staging, name, CARD_FILE)) as file:
                 file.write(model_card(use, {}, merge=Merge(method, parts)))
-        saved = load(staging, ranks).state_dict()
+        saved = load(staging, ranks, settings).state_dict()
         if any(not torch.equal(tensor, saved[name]) for name, tensor in merged.state_dict().items()):
             raise UserError(f"{output_dir}: what was saved is not what was merged; nothing is kept of it")
         replace_folder(staging, output_dir)
@@ -190,7 +195,8 @@ def main() -> None:
     if args.eval_data:
         check_evaluation(args, folders[0])
     with locks.hold(output_dir):
-        merge(folders, shares, args.method, output_dir)
+        settings = {"allow_pickle": args.allow_pickle, "trust_remote_code": args.trust_remote_code}
+        merge(folders, shares, args.method, output_dir, settings)
     made = ", ".join(f"{share:.3g} × {folder}" for folder, share in zip(folders, shares, strict=True))
     logger.info("%s is the %s merge of %s", args.output_dir, args.method, made)
     if args.eval_data:

@@ -399,6 +399,10 @@ class MergeArgs:
     eval_data: str | None = flag(None, "Evaluation rows: the first model, the last and the merged one are compared.")
     corpus: str | None = flag(None, "Corpus of the evaluation.")
     evaluation: str | None = flag(None, "File of further flags of run_dense.py or run_ranker.py for it, see --config.")
+    allow_pickle: bool = flag(
+        False, "Load weights that are kept as pickles (pytorch_model.bin), a format that can carry code."
+    )
+    trust_remote_code: bool = flag(False, "Run model code that comes with the models.")
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, MERGE_METHODS)

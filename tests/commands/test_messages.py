@@ -21,6 +21,8 @@ FILES = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 COMMANDS = [name for name in TREES if re.match(r"run_|evaluation\.(eval_|report)|scripts\.", name)]
+# It loads what the quickstart has written.
+COMMANDS.remove("scripts.quickstart_report")
 COMMANDS += ["src.validate.__main__", "src.doctor.__main__", "src.retrieval.report.plot"]
 #: Of other programs.
 FOREIGN = {"nproc_per_node", "no-deps"}
@@ -28,7 +30,8 @@ FOREIGN = {"nproc_per_node", "no-deps"}
 ELSEWHERE = {
     **dict.fromkeys(("load_adapters", "add_adapters", "TextEncoder"), "of a training run, which has the flags"),
     **dict.fromkeys(("_load_encoder", "_read_modules", "_st_pooling"), "of an encoder, where it can be loaded"),
-    "packer_of": "only where the flag insists",
+    **dict.fromkeys(("packer_of", "may_pack"), "only where the flag is"),
+    "_check_head": "of an encoder in a ranker's place, which run_ranker.py trains",
     "_chosen_pooling": "only where instructions are given",
     "DenseRetriever": "of two encoders, which such a command has not",
     **dict.fromkeys(("choose_engine", "find_anserini", "_jar_in", "_jar_of_pyserini"), "only to retrieve"),
