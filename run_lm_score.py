@@ -63,7 +63,9 @@ def load_data(args: LMScoreArgs) -> ScoreData:
 def identity(args: LMScoreArgs, dtype: str, data: ScoreData, limit: int | None) -> dict[str, Any]:
     """What scores depend on: scores of anything else must not mix with these."""
     rows = data.rows
+    columns = {} if rows.form is None else {"columns": repr(rows.form)}
     return {
+        **columns,
         **model_identity(args.model_name_or_path, args.model_cache_dir),
         "eval_data": [os.path.abspath(rows.path), *rows.stamp_of_files],
         "lm_dtype": dtype,

@@ -44,7 +44,7 @@ class LRLM(FromPast):
 
     name = "lrlm"
     flags = LRLMArgs
-    no_effect = (*HISTORY_NO_EFFECT, "add_llama_inst", "use_chat_template")
+    no_effect = (*HISTORY_NO_EFFECT, "columns", "add_llama_inst", "use_chat_template")
     left_out = "they are not longer than --target_length"
     past = "chunks before their window"
 

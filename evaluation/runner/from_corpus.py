@@ -47,7 +47,7 @@ class Retrieved:
 
 def retriever_name(args: RetrievalArgs) -> str:
     """The retriever's name in logs and reports."""
-    if not args.corpus and args.retrieval_method != "no" and not isinstance(args, HistoryArgs):
+    if not args.searched_corpus and args.retrieval_method != "no" and not isinstance(args, HistoryArgs):
         return GIVEN_KEYS
     return args.query_encoder if args.retrieval_method == "dense" else args.retrieval_method
 

@@ -66,7 +66,7 @@ class EvalTask(ABC):
         self.device = device
         self.lm, self.encoder = LMConfig.from_args(args, given, device), EncoderConfig.from_args(args, given)
         unused = args.retrieval_method == "no" and not set(args.metrics).intersection((*LABEL_METRICS, "nq"))
-        if self.from_past or unused or not args.corpus:
+        if self.from_past or unused or not args.searched_corpus:
             if "metrics" in given and not self.from_past:
                 logger.warning("--metrics %s: left out, nothing is retrieved from a corpus", " ".join(args.metrics))
             args = replace(args, corpus=None, metrics=[])

@@ -129,8 +129,13 @@ class DataArgs(MiningArgs):
         if self.eval_data and self.eval_data.endswith(tuple("*?]")):
             raise UserError(f"--eval_data {self.eval_data!r}: one file is needed, no glob")
         Columns.parse(self.columns)
+
+    @property
+    def searched_corpus(self) -> str | None:
+        """The corpus that is named, or else that of the ``beir:`` folder of eval_data."""
         if self.corpus is None and (self.eval_data or "").startswith(BEIR_PREFIX):
-            self.corpus = beir_name(split_beir(self.eval_data or "")[0], None)
+            return beir_name(split_beir(self.eval_data or "")[0], None)
+        return self.corpus
 
     def check_cutoffs(self, hits: int | None) -> None:
         """Refuse metrics of more hits than there are; None for all."""

@@ -9,10 +9,12 @@ import logging
 import multiprocessing
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any, NoReturn, get_type_hints
 
 from src.utils import distributed
@@ -89,6 +91,8 @@ def answer_early(dataclass_types: Sequence[Any], hidden: Collection[str] = (), *
     For a command to call before it imports libraries that take seconds. See `parse_args`; the classes may be stand-ins
     with the same flags for those that need such libraries.
     """
+    if _config_is_read_once(sys.argv[1:]):
+        return
     try:
         parse_args(dataclass_types, hidden=hidden, **defaults)
     except UserError as error:
@@ -98,6 +102,13 @@ def answer_early(dataclass_types: Sequence[Any], hidden: Collection[str] = (), *
             raise problem
 
         run(say)
+
+
+def _config_is_read_once(words: Sequence[str]) -> bool:
+    """Whether ``--config`` names a pipe, such as that of ``<(command)``."""
+    named = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    named += [following for word, following in pairwise(words) if word == "--config"]
+    return any(os.path.exists(name) and stat.S_ISFIFO(os.stat(name).st_mode) for name in named)
 
 
 def _check_value(name: str, value: Any) -> None:

@@ -38,7 +38,7 @@ RowForm = Callable[[dict[str, Any]], dict[str, Any]]
 
 SHOWN_PROBLEMS = 10
 #: Rows read at once when all are.
-ROWS_A_TIME = 1000
+ROWS_A_TIME, BYTES_A_TIME = 1000, 16 << 20
 #: Characters of a problem that are shown: it may quote a value of any size.
 PROBLEM_LENGTH = 1000
 CHUNK_BYTES = 64 << 20
@@ -109,16 +109,25 @@ class Rows(Sequence[dict[str, Any]]):
         if isinstance(index, slice):
             rows = self._read(self.scan.places[index])
             return rows if self.form is None else list(map(self.form, rows))
-        (row,) = self._read(self.scan.places[[index]])
+        row = self._read_one(self.scan.places[index])
         return row if self.form is None else self.form(row)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for first in range(0, len(self), ROWS_A_TIME):
-            yield from self[first : first + ROWS_A_TIME]
+        ends, first = np.cumsum(self.sizes), 0
+        while first < len(self):
+            start = ends[first - 1] if first else 0
+            fitting = int(np.searchsorted(ends, start + BYTES_A_TIME, "right"))
+            last = min(max(fitting, first + 1), first + ROWS_A_TIME)
+            yield from self[first:last]
+            first = last
 
     def _read(self, places: np.ndarray) -> list[dict[str, Any]]:
         """The rows at `places`, as they stand there."""
         raise NotImplementedError
+
+    def _read_one(self, place: np.ndarray) -> dict[str, Any]:
+        """The row at a place, see `_read`."""
+        return self._read(place[None])[0]
 
     @property
     def sizes(self) -> np.ndarray:
@@ -176,6 +185,10 @@ class JsonLines(Rows):
 
     def _read(self, places: np.ndarray) -> list[dict[str, Any]]:
         return [self._parse(start, length) for start, length, _ in places.tolist()]
+
+    def _read_one(self, place: np.ndarray) -> dict[str, Any]:
+        start, length, _ = place.tolist()
+        return self._parse(start, length)
 
     def _parse(self, start: int, length: int) -> dict[str, Any]:
         if self._file is None:

@@ -261,3 +261,10 @@ def test_groups_of_one_key_need_something_to_compare_with(tmp_path, monkeypatch,
     else:
         with pytest.raises(UserError, match=f"a.json: --train_group_size 1 leaves nothing to learn: .*{said}"):
             check_comparisons(sources, training, sum(map(len, sources)))
+
+
+def test_the_corpus_of_a_beir_folder_is_not_taken_for_one_that_was_named():
+    args = RetrievalArgs(eval_data="beir:some/folder:dev")
+    assert (args.corpus, args.searched_corpus) == (None, "beir:some/folder")
+    assert RetrievalArgs(eval_data="beir:some/folder", corpus="other.json").searched_corpus == "other.json"
+    assert RetrievalArgs(eval_data="rows.json").searched_corpus is None

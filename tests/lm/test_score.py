@@ -543,17 +543,17 @@ def test_scores_without_a_manifest_are_not_trusted(models, score, tmp_path):
         {"lm_dtype": "bf16"},
         {"eval_data": "other rows"},
         {"model_name_or_path": "other weights"},
+        {"columns": ["neg=hard"]},
     ],
 )
 def test_scores_made_with_other_settings_are_not_mixed_in(other, models, tmp_path):
     folder = tmp_path / "lm"
     shutil.copytree(models["llama"], folder)
-    data = write_rows(tmp_path / "rows.json", [GOOD])
+    data = write_rows(tmp_path / "rows.json", [{**GOOD, "hard": ["x"]}])
 
     def made(**changed) -> dict:
         args = LMScoreArgs(eval_data=str(data), model_name_or_path=str(folder), **changed)
-        rows = ScoreData(open_jsonl(str(data), check_lm_row, "x"), None)
-        return run_lm_score.identity(args, args.lm_dtype, rows, args.context_max_length)
+        return run_lm_score.identity(args, args.lm_dtype, run_lm_score.load_data(args), args.context_max_length)
 
     changed = dict(other)
     store = ResponseStore(tmp_path / "parts")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import threading
 from dataclasses import asdict, dataclass, field
 
 import pytest
 import yaml
 
 import run_dense
-from src.retrieval.args import RetrievalArgs
+from src.retrieval.args import ConvertArgs, RetrievalArgs
 from src.retrieval.models.pooling import write_embedder_file
 from src.retrieval.training.args import RetrievalTrainingArgs
-from src.utils.cli import parse_args
+from src.utils.cli import answer_early, parse_args
 from src.utils.cli import run as run_entry
 from src.utils.errors import UserError
 from tests.helpers import write_rows
@@ -222,3 +224,16 @@ def test_a_run_is_repeated_from_the_arguments_beside_its_checkpoint(tmp_path, ti
     assert weights[0] == weights[1]
     again = json.loads((second / "args.json").read_text())
     assert again == {**saved, "output_dir": str(tmp_path / "second")}
+
+
+def test_flags_from_a_pipe(tmp_path, monkeypatch, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    monkeypatch.setattr(sys, "argv", ["ours2st.py", "--config", str(pipe)])
+    writer = threading.Thread(target=pipe.write_text, args=("encoder: here\n",))
+    writer.start()
+    # What can be read only once is left to the command itself.
+    answer_early([ConvertArgs])
+    ((args,), given) = parse_args([ConvertArgs])
+    writer.join()
+    assert (args.encoder, given) == ("here", {"encoder"})

@@ -258,3 +258,15 @@ def test_file_with_problems_is_not_cached(tmp_path):
     for _ in range(2):
         with pytest.raises(UserError, match="negative"):
             open_jsonl(str(path), number_check, "a", str(cache))
+
+
+def test_large_rows_are_read_few_at_a_time(tmp_path, monkeypatch):
+    rows = [{"text": "x" * size} for size in (10, 10, 500, 10, 10, 10)]
+    path = tmp_path / "rows.json"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    opened = open_jsonl(str(path), lambda row: ([], {}), "any", None)
+    monkeypatch.setattr(src.utils.jsonl, "BYTES_A_TIME", 70)
+    read, parts = opened._read, []
+    monkeypatch.setattr(opened, "_read", lambda places: parts.append(len(places)) or read(places))
+    assert list(opened) == rows
+    assert parts == [2, 1, 3]

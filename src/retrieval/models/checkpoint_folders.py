@@ -32,6 +32,8 @@ TRAINER_STATE = "trainer_state.json"
 ARGS_FILE = "args.json"
 #: Flags that make a step, with the number of processes; and those that decide which rows come when.
 BATCH_SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+#: Flags that say which keys a row has.
+ROW_KEYS = ("train_group_size", "columns")
 ROW_ORDER = ("train_data", "inbatch_same_dataset", "dataloader_drop_last", "seed", "data_seed", "max_sample_num")
 
 
@@ -233,6 +235,9 @@ def check_steps(folder: str, now: Batches, settings: Mapping[str, Any]) -> None:
     changed = [f"--{name} {saved[name]}, not {settings.get(name)}" for name in order]
     if settings["inbatch_same_dataset"] and then.processes * then.queries != now.processes * now.queries:
         changed.append(f"{then}, not {now}")
+    keys = [f"--{name} {saved[name]}" for name in ROW_KEYS if name in saved and saved[name] != settings.get(name)]
+    if keys:
+        logger.warning("%s was trained with %s, and goes on with other keys for each query", folder, "; ".join(keys))
     if changed:
         logger.warning(
             "%s was trained with %s: rows come in another order, and of this epoch's some come twice, some not at all",

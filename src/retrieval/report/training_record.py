@@ -94,7 +94,7 @@ def card_writer(
     shown = {name: arguments[name] for name in sorted(given - NOT_OF_THE_MODEL) if name in arguments}
     instructions = {task or "any": source.instruction_of(task) for source in sources for task in source.tasks}
     # Rows of training have their keys' texts; those of a corpus become texts by the template.
-    template = args.key_template if args.corpus or "key_template" in given else None
+    template = args.key_template if args.searched_corpus or "key_template" in given else None
     widths = training.matryoshka_dims or ()
     records = {
         name: TrainingRecord(base, not os.path.exists(base), data, shown, versions(), ancestor(base), template, widths)

@@ -400,6 +400,9 @@ def test_steps_of_the_same_size_go_over_the_same_rows(bench: Bench, tmp_path: Pa
         *(tmp_path / "seed", 1, None, "--resume_from_checkpoint", checkpoint, "--seed", 7, "--dataloader_drop_last")
     )
     assert "was trained with --dataloader_drop_last False, not True; --seed 42, not 7: rows come in another" in output
+    assert "goes on with other keys" not in output
+    output = bench.train(tmp_path / "group", 1, None, "--resume_from_checkpoint", checkpoint, "--train_group_size", 2)
+    assert "was trained with --train_group_size 3, and goes on with other keys for each query" in output
 
 
 def test_batches_of_one_file_cut_otherwise_are_told(bench: Bench, tmp_path: Path):
