@@ -190,9 +190,10 @@ def text_hash(texts: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
+def atomic_path(path: str | os.PathLike[str], keep: bool = False) -> Iterator[str]:
     """Yield a temporary name beside `path`, and rename the file there to `path` when the block ends without an error.
 
+    With `keep` a file that another process put there meanwhile stays: it may be in use, and has the same content.
     An exception leaves an existing `path` as it was and no temporary file. Of a symbolic link the target is replaced.
     Raises a UserError if `path` is a folder or a device.
     """
@@ -206,7 +207,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, target)
+        if keep:
+            _link(temporary, target)
+        else:
+            os.replace(temporary, target)
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -220,11 +224,23 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[str]:
         os.close(descriptor)
 
 
+def _link(temporary: str, target: Path) -> None:
+    """Rename a file unless `target` is there; on a disk without hard links it is replaced."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        pass
+    except OSError:
+        os.replace(temporary, target)
+        return
+    os.unlink(temporary)
+
+
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_write(path: str | os.PathLike[str], mode: str = "w", keep: bool = False) -> Iterator[IO[Any]]:
     """Open a file that is put at `path` when the block ends without an error; see `atomic_path`."""
     with (
-        atomic_path(path) as temporary,
+        atomic_path(path, keep) as temporary,
         open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file,
     ):
         yield file
@@ -270,10 +286,10 @@ def json_line(value: Mapping[str, Any]) -> str:
     return line + "\n"
 
 
-def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> int:
-    """Write `rows` as JSON lines, atomically, and return their number."""
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]], keep: bool = False) -> int:
+    """Write `rows` as JSON lines, atomically (see `atomic_path`), and return their number."""
     count = 0
-    with atomic_write(path) as file:
+    with atomic_write(path, keep=keep) as file:
         for row in rows:
             file.write(json_line(row))
             count += 1

@@ -10,7 +10,8 @@ import csv
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
 from functools import partial
@@ -32,6 +33,8 @@ PART_ROWS = 50_000
 READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow", ".feather": "arrow"}
 #: What stands before a row's number in messages.
 UNIT = "row "
+#: A value of a CSV file in quotes, with those in it doubled.
+QUOTED = re.compile(rb'"(?:[^"]|"")*"')
 #: Seconds to wait for the hub to answer at all.
 HUB_SECONDS = 10
 
@@ -160,25 +163,66 @@ def _csv_settings(path: str, columns: Sequence[str] | None) -> dict[str, Any]:
     """
     import datasets
 
-    separator = "\t" if path.lower().endswith(".tsv") else ","
+    plain_quotes = columns is not None or (_is_tsv(path) and not _quotes_values(path))
+    settings: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if plain_quotes else {}
     if columns is None:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            columns = _named(path, lambda: next(csv.reader(file, delimiter=separator), []))
-        settings: dict[str, Any] = {}
+        columns = _first_line(path, settings)
+        if twice := [name for name, same in groupby(sorted(columns)) if len(list(same)) > 1]:
+            raise UserError(f"{path}: the first line names the column {twice[0]!r} twice")
     else:
-        settings = {"header": None, "quoting": csv.QUOTE_NONE, "column_names": list(columns)}
-    if not columns:
-        raise UserError(f"{path} is empty: its first line must name the columns")
-    if twice := [name for name, same in groupby(sorted(columns)) if len(list(same)) > 1]:
-        raise UserError(f"{path}: the first line names the column {twice[0]!r} twice")
+        settings |= {"header": None, "column_names": list(columns)}
     features = datasets.Features(dict.fromkeys(columns, datasets.Value("string")))
-    return {"sep": separator, "features": features, "keep_default_na": False, "encoding": "utf-8-sig", **settings}
+    return {**_csv_format(path), "features": features, **settings}
+
+
+def _is_tsv(path: str) -> bool:
+    return path.lower().endswith(".tsv")
+
+
+def _csv_format(path: str) -> dict[str, Any]:
+    separator = "\t" if _is_tsv(path) else ","
+    # Of rows wider than the names the first column would else become an index, and no value of the row.
+    return {"sep": separator, "keep_default_na": False, "encoding": "utf-8-sig", "index_col": False}
+
+
+def _first_line(path: str, settings: Mapping[str, Any]) -> list[str]:
+    """The values of a CSV file's first line; a UserError where it has none, or fewer than the second.
+
+    Which no reader says of rows that are all wider than the names.
+    """
+    import pandas
+
+    def load() -> list[str]:
+        lines = pandas.read_csv(path, header=None, nrows=2, dtype=str, **_csv_format(path), **settings)
+        return list(lines.iloc[0])
+
+    try:
+        return _named(path, load)
+    except UserError as error:
+        if isinstance(error.__cause__, pandas.errors.EmptyDataError):
+            raise UserError(f"{path} is empty: its first line must name the columns") from error
+        raise
+
+
+def _quotes_values(path: str) -> bool:
+    """Whether a TSV file puts quotes around values: all that begin with one are quoted within their line.
+
+    In TSV files quotes are as often text, and one that is never closed would swallow the rows after it.
+    """
+    found = False
+    with open(path, "rb") as file:
+        for line in file:
+            if b'"' in line:
+                values = [value for value in line.rstrip(b"\r\n").split(b"\t") if value.startswith(b'"')]
+                if not all(map(QUOTED.fullmatch, values)):
+                    return False
+                found = found or bool(values)
+    return found
 
 
 def csv_width(path: str) -> int:
     """How many values the first line of a CSV file without names and quotes has."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return len(file.readline().rstrip("\r\n").split("\t" if path.lower().endswith(".tsv") else ","))
+    return len(_first_line(path, {"quoting": csv.QUOTE_NONE}))
 
 
 def _from_hub(name: str, cache_dir: str | None) -> Dataset:

@@ -118,7 +118,7 @@ def write_beir_rows(folder: str, corpus: str, queries: str, split: str, target: 
                     row["pos_grade"] = [label.grade for label in labels]
                 yield row
 
-    write_jsonl(target, rows())
+    write_jsonl(target, rows(), keep=True)
 
 
 def _row_at(descriptor: int, begin: int, size: int) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import logging
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 from src.retrieval.data.beir import CORPUS, QRELS, QUERIES, choose_split, write_beir_rows
 from src.retrieval.data.columns import USUAL_NAMES, Columns, Form
@@ -24,14 +27,23 @@ from src.utils.files import (
     beir_name,
     split_beir,
 )
-from src.utils.jsonl import RowCheck, Rows, open_jsonl, parse_lines
+from src.utils.jsonl import BYTE_ORDER_MARK, RowCheck, Rows, open_jsonl, parse_lines
 
 logger = logging.getLogger(__name__)
 
 #: What rows are for: which columns may be taken for their fields, and which split of a folder is meant.
 Use = Literal["train", "eval", "corpus", "any"]
-#: First bytes of files whose endings may say something else.
-SIGNATURES = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"PAR1": ".parquet", b"ARROW1": ".arrow"}
+#: First bytes, as patterns, of files whose endings may say something else.
+SIGNATURES = {
+    b"\x1f\x8b": ".gz",
+    # Of a frame, and of one to be skipped, as parallel compressors write it first.
+    rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": ".zst",
+    b"BZh": ".bz2",
+    b"PAR1": ".parquet",
+    b"ARROW1": ".arrow",
+}
+#: Of what is made of files: another one when the same file gives other content.
+MADE_VERSION = 2
 #: Rows by which the columns of JSON lines are known.
 ROWS_SEEN = 100
 BLOCK = 1 << 20
@@ -119,8 +131,8 @@ def _one_of(folder: str, name: str) -> str:
 def _open_file(path: str, file: str, cache_dir: str | None, columns: Columns) -> Opened:
     """Open `file`, which is `path` or what was unpacked from it."""
     with open(file, "rb") as opened:
-        head = opened.read(BLOCK)
-    kind = next((kind for begin, kind in SIGNATURES.items() if head.startswith(begin)), None)
+        head = opened.read(BLOCK).removeprefix(BYTE_ORDER_MARK)
+    kind = next((kind for begin, kind in SIGNATURES.items() if re.match(begin, head)), None)
     kind = kind or next((each for each in TABLE_ENDINGS if file.lower().endswith(each)), ".json")
     if kind in PACKED_ENDINGS:
         return _open_file(path, _unpacked(path, file, kind, cache_dir), cache_dir, columns)
@@ -154,7 +166,7 @@ def _made(files: Sequence[str], cache_dir: str | None, name: str) -> str:
     """Where what is made of files lies in the cache."""
     from src.utils.table import cache_folder, source_key
 
-    return os.path.join(cache_folder(cache_dir), "unpacked", source_key(files), name)
+    return os.path.join(cache_folder(cache_dir), "unpacked", f"{MADE_VERSION}-{source_key(files)}", name)
 
 
 def _unpacked(path: str, file: str, kind: str, cache_dir: str | None) -> str:
@@ -162,18 +174,24 @@ def _unpacked(path: str, file: str, kind: str, cache_dir: str | None) -> str:
     name = os.path.basename(file)
     target = _made([file], cache_dir, name[: -len(kind)] if name.lower().endswith(kind) else f"{name}.unpacked")
     if not os.path.exists(target):
-        import pyarrow
-
         logger.info("%s: unpacked once into %s", path, target)
         try:
-            codec = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}[kind]
-            with pyarrow.input_stream(file, compression=codec) as packed, atomic_write(target, "wb") as unpacked:
+            with _packed(file, kind) as packed, atomic_write(target, "wb", keep=True) as unpacked:
                 shutil.copyfileobj(packed, unpacked, BLOCK)
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, EOFError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise UserError(f"{path} cannot be unpacked, is it damaged? {first_line(error)}") from error
     return target
+
+
+def _packed(file: str, kind: str) -> IO[bytes]:
+    """Open a compressed file to read what it holds."""
+    if kind == ".gz":
+        return gzip.open(file)
+    import pyarrow
+
+    return cast(IO[bytes], pyarrow.input_stream(file, compression={".zst": "zstd", ".bz2": "bz2"}[kind]))
 
 
 def _lines_of_array(path: str, file: str, cache_dir: str | None) -> str:
@@ -181,7 +199,7 @@ def _lines_of_array(path: str, file: str, cache_dir: str | None) -> str:
     target = _made([file], cache_dir, "rows.jsonl")
     if not os.path.exists(target):
         logger.info("%s: a JSON array, written once as JSON lines into %s", path, target)
-        with atomic_write(target) as lines:
+        with atomic_write(target, keep=True) as lines:
             try:
                 lines.writelines(text + "\n" for text in array_items(path, file))
             except UnicodeDecodeError as error:

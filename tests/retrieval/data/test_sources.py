@@ -94,6 +94,22 @@ def test_rows_are_those_that_were_written(tmp_path, monkeypatch, name):
         rows[len(ROWS)]
 
 
+def test_compressed_files_and_arrays_that_begin_or_end_with_something_else(tmp_path):
+    lines, path = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS[:3]), tmp_path / "a"
+    frame = pyarrow.Codec("zstd").compress(lines, asbytes=True)
+    for content in (
+        b"\x53\x2a\x4d\x18\x04\0\0\0abcd" + frame,
+        gzip.compress(lines[:50]) + gzip.compress(lines[50:]) + b"\0" * 512,
+        b"\xef\xbb\xbf" + json.dumps(ROWS[:3], indent=1).encode(),
+    ):
+        path.write_bytes(content)
+        assert list(train_rows(str(path), tmp_path / "cache")) == ROWS[:3]
+    for content in (gzip.compress(lines)[:-20], frame[:-20], bz2.compress(lines)[:-20], gzip.compress(lines)[:60] * 2):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="a cannot be unpacked, is it damaged"):
+            train_rows(str(path), tmp_path / "cache")
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.parquet", "a.csv.gz"])
 def test_columns_of_sentence_transformers(tmp_path, caplog, name):
     path = tmp_path / name
@@ -130,6 +146,18 @@ def test_files_without_names_have_no_quotes(tmp_path):
     ]
 
 
+def test_quotes_of_tsv_are_text_unless_all_are_whole(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('query\tpos\nwho?\t"The Man\nwhat?\tp "x"\nwhen?\t"q"\n')
+    assert [row["pos"] for row in train_rows(str(path), tmp_path)] == [['"The Man'], ['p "x"'], ['"q"']]
+    path = tmp_path / "b.tsv"
+    path.write_text('"query"\tpos\nwho?\t"The ""Man"""\nwhat?\tp "x"\n')
+    assert list(train_rows(str(path), tmp_path)) == [
+        {"query": "who?", "pos": ['The "Man"']},
+        {"query": "what?", "pos": ['p "x"']},
+    ]
+
+
 def test_values_that_json_has_not_become_texts_and_numbers(tmp_path):
     table = pyarrow.table({"query": ["q"], "pos": [["p"]], "day": pyarrow.array([19000], pyarrow.date32())})
     table = table.append_column("raw", pyarrow.array([b"caf\xc3\xa9"]))
@@ -158,6 +186,14 @@ def test_broken_tables(tmp_path):
     wide = tmp_path / "a.csv"
     wide.write_text("query,pos\na,b\nc,d,e\n")
     with pytest.raises(UserError, match=r"a.csv cannot be read: .*Expected 2 fields in line 3, saw 3"):
+        train_rows(str(wide), tmp_path)
+    # The first column would be taken for an index when the rows are all wider than the names.
+    for rows in ("q1,p1,\nq2,p2,\n", "\n  \nq1,p1,x1\n"):
+        wide.write_text(f"query,pos\n{rows}")
+        with pytest.raises(UserError, match=r"a.csv cannot be read: .*Expected 2 fields in line \d, saw 3"):
+            train_rows(str(wide), tmp_path)
+    wide.write_text("")
+    with pytest.raises(UserError, match="is empty: its first line must name the columns"):
         train_rows(str(wide), tmp_path)
     wide.write_bytes("query,pos\né,b\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"a.csv cannot be read: .*utf-8"):
@@ -191,6 +227,22 @@ def test_a_cache_is_used_until_the_source_changes(tmp_path, monkeypatch, name):
     other = train_rows(source, tmp_path / "cache")
     assert list(other) == ROWS[:5]
     assert other.fingerprint() != fingerprint
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "array.json", "beir"])
+def test_runs_that_start_at_once_make_one_file(tmp_path, monkeypatch, name):
+    """The later one finds the other's, which is in use, and leaves it alone."""
+    source = f"beir:{beir(tmp_path / name)}" if name == "beir" else write(tmp_path, name)
+    first = train_rows(source, tmp_path / "cache")
+    row = first[0]
+    exists = os.path.exists
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "exists", lambda path: "unpacked" not in str(path) and exists(path))
+        second = train_rows(source, tmp_path / "cache")
+    # Also of a process that opens the file only now.
+    assert [first[0], pickle.loads(pickle.dumps(first))[0], second[0]] == [row] * 3
+    (made,) = list((tmp_path / "cache").rglob("unpacked/*/*"))
+    assert made.stat().st_nlink == 1
 
 
 def test_large_tables_are_checked_in_parts_by_processes(tmp_path, monkeypatch):
