@@ -94,6 +94,25 @@ def plain(value: Any) -> Any:
     return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
+def examples(path: str, files: Sequence[str]) -> dict[str, Any]:
+    """A value of each column's type, as `read_rows` gives it; None where the type is null alone."""
+    return {each.name: _example(each.type) for each in open_arrow(path, files).features.arrow_schema}
+
+
+def _example(kind: Any) -> Any:
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return {kind.field(place).name: _example(kind.field(place).type) for place in range(kind.num_fields)}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_example(kind.value_type)]
+    if types.is_null(kind):
+        return None
+    if types.is_boolean(kind):
+        return False
+    return 0 if types.is_integer(kind) else 0.0 if types.is_floating(kind) or types.is_decimal(kind) else ""
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the bars and warnings of `datasets` away: what goes wrong becomes an error of ours."""

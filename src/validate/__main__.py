@@ -43,7 +43,7 @@ def guess_kind(rows: Iterable[dict[str, Any]]) -> str:
 def check_file(path: str, args: argparse.Namespace, task_config: Mapping[str, TaskConfig]) -> DataReport:
     """Read a file, and print its errors as they come, then warnings and statistics."""
     source = open_source(path, args.dataset_cache_dir, args.columns, "corpus" if args.kind == "corpus" else "train")
-    form = None if args.kind == "corpus" else form_of(source, args.columns, "train")
+    form = None if args.kind == "corpus" else form_of(source, args.columns, "train", None)[0]
     kind = args.kind or guess_kind(row for _, row, _ in source.entries(form) if row is not None)
     print(f"{path}: checked as {kind}" + ("" if args.kind else " (guessed from its first row; --kind overrides it)"))
     task = args.task or task_from_path(path, task_config)
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the whole report there")
     args = parser.parse_args(argv)
     template_columns(args.key_template)
-    args.columns = Columns.parse(args.columns)
+    args.columns = Columns.parse(args.columns, args.teacher_score_field)
     task_config = load_task_config(args.task_config)
     check_choice("task", args.task, dict.fromkeys((*TASKS, *task_config)))
     files = list(dict.fromkeys(expand_data_paths(args.files, args.data_root, "FILE")))

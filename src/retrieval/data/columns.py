@@ -28,6 +28,8 @@ UNLESS: Mapping[str, tuple[str, ...]] = {
     "sentence2": ("label", "score", "similarity"),
     "answer": ("answers", "pos_index", "pos_id", "key", "history"),
 }
+#: Of `Form`.
+FORM_VERSION = 2
 #: FlagEmbedding's scores of positives, then of negatives.
 SPLIT_SCORES = ("pos_scores", "neg_scores")
 #: Names of the parts of a passage that is an object, as Tevatron and BEIR have them.
@@ -45,12 +47,16 @@ def columns_flag() -> Any:
 
 @dataclass(frozen=True)
 class Columns:
-    """Fields and the columns that each is taken from, in the order of ``--columns``; empty for the usual names."""
+    """Fields and the columns that each is taken from, in the order of ``--columns``; empty for the usual names.
+
+    `score_field` is the column that holds teacher scores, which stays as it is unless it has the usual name.
+    """
 
     fields: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    score_field: str = TEACHER_SCORES
 
     @classmethod
-    def parse(cls, words: Sequence[str] | None) -> Columns:
+    def parse(cls, words: Sequence[str] | None, score_field: str = TEACHER_SCORES) -> Columns:
         """Read ``--columns query=question neg=negative_1,negative_2``; raise a UserError for anything else."""
         fields: dict[str, tuple[str, ...]] = {}
         for word in words or ():
@@ -69,7 +75,7 @@ class Columns:
             if name in SINGLE and len(names) > 1:
                 raise UserError(f"--columns {word!r}: {name!r} is one value, not a list: name one column")
             fields[name] = names
-        return cls(tuple(fields.items()))
+        return cls(tuple(fields.items()), score_field)
 
     @property
     def numbered(self) -> bool:
@@ -79,31 +85,42 @@ class Columns:
     def form(self, path: str, seen: Mapping[str, Any], trains: bool) -> Form | None:
         """How the rows of a file become ours; None where they are.
 
-        `seen` are the columns, each with its first value that is not null. A file that has none of the columns of
+        `seen` are the columns, each with its first value that holds something. A file that has none of the columns of
         ``--columns`` is read by the usual names; a UserError for one that has only some.
         """
         wanted = [column for _, columns in self.fields for column in columns]
         missing = [column for column in wanted if column not in seen]
-        fields = dict(self.fields) if wanted and not missing else usual_fields(seen, trains)
+        fields = dict(self.fields) if wanted and not missing else usual_fields(seen, trains, self.score_field)
         if missing and (len(missing) < len(wanted) or "query" not in fields):
             raise UserError(f"--columns: {path} has no column {missing[0]!r}: it has {', '.join(sorted(seen))}")
         changed = any(columns != (name,) for name, columns in fields.items())
         wrapped = any(name not in SINGLE and isinstance(seen.get(name), (str, dict)) for name in fields)
-        nested = any(isinstance(seen.get(column), list) and _nested(seen[column]) for _, (column, *_) in fields.items())
+        nested = any(_nested(seen.get(column)) for _, (column, *_) in fields.items())
         return Form(tuple(fields.items())) if changed or wrapped or nested else None
 
 
-def _nested(value: list[Any]) -> bool:
-    return any(isinstance(each, dict) for each in value)
+def holds(value: Any) -> bool:
+    """Whether a value says what its column holds: neither null nor a list without items."""
+    if isinstance(value, dict):
+        return any(map(holds, value.values()))
+    return value is not None and value != []
 
 
-def usual_fields(seen: Mapping[str, Any], trains: bool) -> dict[str, tuple[str, ...]]:
+def _nested(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(each, dict) for each in value)
+
+
+def usual_fields(
+    seen: Mapping[str, Any], trains: bool, score_field: str = TEACHER_SCORES
+) -> dict[str, tuple[str, ...]]:
     """The fields of a file whose columns have their usual names; see `Columns.form` for `seen`.
 
     Only where the file `trains` is the answer of a question taken for its positive.
     """
     fields = {}
     for name, usual in USUAL.items():
+        if name == TEACHER_SCORES != score_field:
+            continue
         for column in usual:
             numbered = sorted(
                 (each for each in seen if re.fullmatch(rf"{column}_\d+", each)),
@@ -119,11 +136,11 @@ def usual_fields(seen: Mapping[str, Any], trains: bool) -> dict[str, tuple[str, 
     if scores and scores != (TEACHER_SCORES,) and (ours or not isinstance(seen[scores[0]], list)):
         # One number for the whole row is not one for each candidate, and rows of ours say which scores they mean.
         del fields[TEACHER_SCORES]
-    if TEACHER_SCORES not in fields and all(isinstance(seen.get(each), list) for each in SPLIT_SCORES):
+    split = all(isinstance(seen.get(each), list) for each in SPLIT_SCORES)
+    if split and score_field == TEACHER_SCORES and TEACHER_SCORES not in fields:
         fields[TEACHER_SCORES] = SPLIT_SCORES
     for name, label in (("pos", "pos_id"), ("neg", "neg_id")):
-        passages = seen.get(fields[name][0]) if name in fields else None
-        first = passages[0] if isinstance(passages, list) and passages else None
+        first = next(iter(_items(seen.get(fields[name][0]))), None) if name in fields else None
         if label not in seen and _part(first, PASSAGE_IDS) is not None:
             fields[label] = fields[name]
     return fields
@@ -135,15 +152,19 @@ USUAL_NAMES = Columns()
 
 @dataclass(frozen=True)
 class Form:
-    """From a row as it stands in a file to one of ours: `fields` as in `Columns`; other columns stay."""
+    """From a row as it stands in a file to one of ours: `fields` as in `Columns`; other columns stay.
+
+    Scans are kept by it, so `version` changes whenever it makes other rows.
+    """
 
     fields: tuple[tuple[str, tuple[str, ...]], ...]
+    version: int = FORM_VERSION
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         taken = {column for _, columns in self.fields for column in columns}
         values = {name: _value(name, [row.get(column) for column in columns]) for name, columns in self.fields}
         filled = {name: value for name, value in values.items() if value is not None}
-        return {**filled, **{name: value for name, value in row.items() if name not in taken and name not in filled}}
+        return {**filled, **{name: value for name, value in row.items() if name not in taken and name not in values}}
 
     def describe(self, seen: Mapping[str, Any]) -> str:
         """What was taken for what, in one line; `seen` are the columns of the file."""
@@ -154,15 +175,28 @@ class Form:
 
 
 def _value(name: str, values: Sequence[Any]) -> Any:
-    """The value of a field out of those of its columns: of a list all items of all columns that hold something."""
+    """The value of a field out of those of its columns: of a list the items of all columns that hold something.
+
+    Lists keep all their items, which other lists of the row count.
+    """
     if name in SINGLE:
         return values[0]
-    part = PASSAGE_IDS if name.endswith("_id") else PASSAGE_TEXTS
-    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    filled = [item for item in items if item is not None and item != ""]
     if all(value is None for value in values):
         return None
-    return [_passage(item, part) if isinstance(item, dict) else item for item in filled]
+    part = PASSAGE_IDS if name.endswith("_id") else PASSAGE_TEXTS
+    items = [item for value in values if value is not None and value != "" for item in _items(value)]
+    return [_passage(item, part) if isinstance(item, dict) else item for item in items]
+
+
+def _items(value: Any) -> list[Any]:
+    """The items of a list, of an object whose parts are lists of the same length (as `datasets` keeps a list of
+    objects), or the one value.
+    """
+    if isinstance(value, dict) and value:
+        parts = list(value.values())
+        if all(isinstance(part, list) for part in parts) and len(set(map(len, parts))) == 1:
+            return [dict(zip(value, each, strict=True)) for each in zip(*parts, strict=True)]
+    return value if isinstance(value, list) else [value]
 
 
 def _part(passage: Any, names: Sequence[str]) -> Any:

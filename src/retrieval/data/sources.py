@@ -11,12 +11,13 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import IO, Any, Literal, cast
 
 from src.retrieval.data.beir import CORPUS, QRELS, QUERIES, choose_split, write_beir_rows
-from src.retrieval.data.columns import USUAL_NAMES, Columns, Form
+from src.retrieval.data.columns import USUAL_NAMES, Columns, Form, holds
 from src.utils.errors import UserError, first_line
 from src.utils.files import (
     BEIR_PREFIX,
@@ -63,12 +64,21 @@ class Opened:
     arrow: tuple[str, ...] = ()
     is_plain: bool = False
 
-    def seen(self) -> dict[str, Any]:
-        """The columns, each with its first value that is not null among the first rows."""
+    def seen(self, most: int | None = ROWS_SEEN) -> dict[str, Any]:
+        """The columns, each with its first value that holds something among the first rows (None: all).
+
+        Those of a table in which there is none have a value of their type.
+        """
         seen: dict[str, Any] = {}
-        for _, row, _ in islice(self.entries(), ROWS_SEEN):
+        for _, row, _ in islice(self.entries(), most):
             for name, value in (row or {}).items():
-                if seen.get(name) is None:
+                if not holds(seen.get(name)):
+                    seen[name] = value
+        if self.arrow:
+            from src.utils.table import examples
+
+            for name, value in examples(self.path, self.arrow).items():
+                if not holds(seen.get(name)):
                     seen[name] = value
         return seen
 
@@ -188,7 +198,7 @@ def _unpacked(path: str, file: str, kind: str, cache_dir: str | None) -> str:
 def _packed(file: str, kind: str) -> IO[bytes]:
     """Open a compressed file to read what it holds."""
     if kind == ".gz":
-        return gzip.open(file)
+        return cast(IO[bytes], gzip.open(file))
     import pyarrow
 
     return cast(IO[bytes], pyarrow.input_stream(file, compression={".zst": "zstd", ".bz2": "bz2"}[kind]))
@@ -276,15 +286,57 @@ class _Text:
                 return value
 
 
-def form_of(opened: Opened, columns: Columns, use: Use) -> Form | None:
-    """How rows of an opened source become ours; logs what was taken for what, if anything."""
+class LateColumnError(Exception):
+    """A column that first comes after the rows by which columns are known, and would be taken for a field."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The form that was found by the first rows; raises a LateColumnError at a row that would change it."""
+
+    form: Form | None
+    columns: Columns
+    trains: bool
+    seen: dict[str, Any] = field(repr=False, compare=False)
+
+    @cached_property
+    def _known(self) -> set[str]:
+        return {name for name, value in self.seen.items() if holds(value)}
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        for name in row.keys() - self._known:
+            if holds(row[name]):
+                self.seen[name] = row[name]
+                self._known.add(name)
+                try:
+                    changes = self.columns.form("", self.seen, self.trains) != self.form
+                except UserError:
+                    changes = True
+                if changes:
+                    raise LateColumnError(name)
+        return row if self.form is None else self.form(row)
+
+
+def form_of(
+    opened: Opened, columns: Columns, use: Use, most: int | None = ROWS_SEEN
+) -> tuple[Form | None, dict[str, Any]]:
+    """How rows of an opened source become ours, by its first rows (None: all), and the columns seen there."""
     if use not in ("train", "eval"):
-        return None
-    seen = opened.seen()
-    form = columns.form(opened.path, seen, use == "train")
+        return None, {}
+    seen = opened.seen(most)
+    try:
+        return columns.form(opened.path, seen, use == "train"), seen
+    except UserError:
+        # A column of --columns may come later.
+        if most is None or opened.arrow:
+            raise
+        return form_of(opened, columns, use, None)
+
+
+def _say(opened: Opened, form: Form | None, seen: dict[str, Any], columns: Columns) -> None:
     if form is not None:
-        logger.info("%s: %s", opened.path, form.describe(seen))
-    return form
+        unread = {name: value for name, value in seen.items() if name != columns.score_field}
+        logger.info("%s: %s", opened.path, form.describe(unread))
 
 
 def open_rows(
@@ -303,12 +355,27 @@ def open_rows(
     found there again as long as it is unchanged. See `open_jsonl` for the other arguments and errors.
     """
     opened = open_source(source, cache_dir, columns, use)
-    form = form_of(opened, columns, use)
-    if opened.is_plain:
-        return open_jsonl(opened.file, check, check_name, cache_dir, form)
-    from src.utils.table import cache_folder, open_table
+    form, seen = form_of(opened, columns, use)
+    if not opened.is_plain:
+        from src.utils.table import cache_folder, open_table
 
-    cache_dir = cache_folder(cache_dir)
-    if opened.arrow:
-        return open_table(opened.path, opened.files, opened.arrow, check, check_name, cache_dir, form)
-    return open_jsonl(opened.file, check, check_name, cache_dir, form, opened.path, opened.files, opened.unit)
+        cache_dir = cache_folder(cache_dir)
+        if opened.arrow:
+            _say(opened, form, seen, columns)
+            return open_table(opened.path, opened.files, opened.arrow, check, check_name, cache_dir, form)
+
+    def opened_as(form: Form | Watched | None) -> Rows:
+        source = None if opened.is_plain else opened.path
+        return open_jsonl(opened.file, check, check_name, cache_dir, form, source, opened.files, opened.unit)
+
+    if use not in ("train", "eval"):
+        return opened_as(None)
+    try:
+        rows = opened_as(Watched(form, columns, use == "train", dict(seen)))
+    except LateColumnError as late:
+        logger.info("%s: the column %s comes late, so all rows are read for their columns", opened.path, late)
+        form, seen = form_of(opened, columns, use, None)
+        rows = opened_as(form)
+    rows.form = form
+    _say(opened, form, seen, columns)
+    return rows

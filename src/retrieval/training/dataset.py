@@ -189,6 +189,7 @@ def load_train_sources(
         UserError: rows with problems; rows of several tasks in one file that would be trained differently; a
             file with no usable row; nothing that could be trained in any file.
     """
+    columns = replace(columns, score_field=score_field)
     opened: dict[str, Rows] = {}
     found: list[tuple[Rows, str | None, SourceSettings]] = []
     for path in files:

@@ -45,9 +45,16 @@ UNTITLED = {**PASSAGE, "title": ""}
             },
             {"query_id": "1", "query": "a", "pos": ["T a text"], "neg": ["a text"], "pos_id": ["7"], "neg_id": ["7"]},
         ),
+        # Other lists count the items of a list, also those that hold nothing.
         (
-            {"query": "a", "positive": ["p"], "negatives": ["n", None, ""], "scores": [1, 2]},
-            {"query": "a", "pos": ["p"], "neg": ["n"], "teacher_scores": [1, 2]},
+            {"query": "a", "positive": ["p"], "negatives": ["", "n"], "scores": [1, 2, 3], "neg_index": [3, 4]},
+            {"query": "a", "pos": ["p"], "neg": ["", "n"], "teacher_scores": [1, 2, 3], "neg_index": [3, 4]},
+        ),
+        ({"query": "a", "pos": "p", "neg": ""}, {"query": "a", "pos": ["p"], "neg": []}),
+        # A list of objects as columns, which `datasets` calls a Sequence
+        (
+            {"query": "a", "positive_passages": {"docid": ["1", "2"], "title": ["T", ""], "text": ["p", "r"]}},
+            {"query": "a", "pos": ["T p", "r"], "pos_id": ["1", "2"]},
         ),
         ({"query": "a", "positive": "p", "score": 0.5}, {"query": "a", "pos": ["p"], "score": 0.5}),
     ],
@@ -72,6 +79,14 @@ def test_rows_of_ours_are_left_alone(row):
     assert form is None or form(row) == row
 
 
+def test_the_named_field_of_scores_stays():
+    row = {"question": "a", "pos": ["p"], "neg": ["n"], "scores": [1, 2], "pos_scores": [3], "neg_scores": [4]}
+    for name in ("scores", "score", "own"):
+        form = Columns.parse(None, name).form("a.json", row, True)
+        assert form is not None
+        assert form(row) == {"query": "a", **{name: value for name, value in row.items() if name != "question"}}
+
+
 def test_an_answer_is_no_positive_of_an_evaluation():
     form = Columns().form("a.json", {"question": "a", "answer": "b"}, False)
     assert form is not None
@@ -90,6 +105,8 @@ def test_named_columns():
     form = columns.form("a.json", row, True)
     assert form is not None
     assert form(row) == {"query": "a", "pos": ["p", "r"], "rest": 1}
+    # What the field was before does not come back where its column is null.
+    assert form({**row, "neg": ["old"]}) == {"query": "a", "pos": ["p", "r"], "rest": 1}
     # A file that has none of them is read by the usual names.
     usual = columns.form("b.json", {"anchor": "a", "positive": "p"}, True)
     assert usual is not None

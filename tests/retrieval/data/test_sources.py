@@ -166,6 +166,72 @@ def test_values_that_json_has_not_become_texts_and_numbers(tmp_path):
     assert json.loads(json.dumps(row)) == {"query": "q", "pos": ["p"], "day": "2022-01-08", "raw": "café"}
 
 
+def late(first: dict[str, Any], later: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of which one comes after those by which columns are known."""
+    return [{"query": "a", **first}] * 150 + [{"query": "b", **later}]
+
+
+DOCUMENT = [{"docid": "7", "text": "n"}]
+BY_ID: dict[str, Any] = {"pos": ["p"], "neg": ["n"], "neg_id": ["7"]}
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.parquet"])
+@pytest.mark.parametrize(
+    ("rows", "last"),
+    [
+        (late({"pos": ["p"]}, {"pos": ["p"], "negative": "n"}), {"pos": ["p"], "neg": ["n"]}),
+        (
+            late({"positive": "p", "negative_1": "m"}, {"positive": "p", "negative_1": "m", "negative_7": "n"}),
+            {"pos": ["p"], "neg": ["m", "n"]},
+        ),
+        (
+            late({"positive": "p"}, {"positive": "p", "negative": "n", "scores": [1.0, 2.0]}),
+            {"pos": ["p"], "neg": ["n"], "teacher_scores": [1.0, 2.0]},
+        ),
+        (
+            late({"pos": ["p"], "neg": []}, {"pos": ["p"], "neg": ["n"], "pos_scores": [1.0], "neg_scores": [2.0]}),
+            {"pos": ["p"], "neg": ["n"], "teacher_scores": [1.0, 2.0]},
+        ),
+        (
+            late({"pos": ["p"], "negative_passages": []}, {"pos": ["p"], "negative_passages": DOCUMENT}),
+            BY_ID,
+        ),
+        (
+            late({"pos": ["p"], "neg": []}, {"pos": ["p"], "neg": DOCUMENT}),
+            BY_ID,
+        ),
+    ],
+)
+def test_columns_that_come_late_count(tmp_path, monkeypatch, name, rows, last):
+    path = tmp_path / name
+    if name == "a.parquet":
+        names = dict.fromkeys(column for row in rows for column in row)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{c: row.get(c) for c in names} for row in rows]), path)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        path.write_bytes(gzip.compress(text) if name.endswith("gz") else text)
+    read = train_rows(str(path), tmp_path / "cache")
+    assert {field: value for field, value in read[-1].items() if value is not None} == {"query": "b", **last}
+    assert read.scan.columns["negatives"][-1] == len(last["neg"])
+    again = train_rows(str(path), tmp_path / "cache")
+    assert list(again) == list(read)
+    monkeypatch.setattr("src.utils.jsonl.CHUNK_BYTES", 2000)
+    parts = train_rows(str(path), tmp_path / "other")
+    assert list(parts) == list(read)
+
+
+def test_named_columns_and_labels_that_come_late(tmp_path):
+    path = write_rows(tmp_path / "a.json", late({"pos": ["p"]}, {"pos": ["p"], "hard": ["n"]}))
+    rows = train_rows(str(path), None, "neg=hard", "query=query")
+    assert rows[150] == {"query": "b", "pos": ["p"], "neg": ["n"]}
+    path = write_rows(
+        tmp_path / "b.json",
+        [{"sentence1": "a", "sentence2": "b"}] * 150 + [{"sentence1": "a", "sentence2": "b", "label": 0}],
+    )
+    with pytest.raises(UserError, match=r"b.json:1: field 'pos' is missing"):
+        train_rows(str(path))
+
+
 @pytest.mark.parametrize("name", ["a.parquet", "a.json.gz", "a.json"])
 def test_problems_name_file_and_row(tmp_path, name):
     bad = [*ROWS[:3], {**ROWS[3], "query": None}, *ROWS[4:9], {**ROWS[9], "pos": None}]

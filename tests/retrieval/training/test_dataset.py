@@ -107,6 +107,17 @@ def test_scores_of_another_field_are_taken(tmp_path):
         load_train_sources([str(path)], lambda _: best, no_instruction, None, 0, None, "reranker")
 
 
+def test_a_named_field_of_scores_is_no_column_to_move(tmp_path):
+    row = {"question": "q", "pos": ["p"], "neg": ["n", "m"], "scores": [0.5, 2.0, 1.0]}
+    path = write_rows(tmp_path / "rows.json", [row])
+    settings = source_settings("teacher", "first")
+    (source,) = load_train_sources([str(path)], lambda _: settings, no_instruction, None, 0, None, "scores")
+    assert source.scored == 1
+    example = TrainDataset([source], 0)[0, 0]
+    assert dict(zip(example.keys, example.scores, strict=True)).items() <= {"p": 0.5, "n": 2.0, "m": 1.0}.items()
+    assert example.keys[0] == "n"
+
+
 def test_rows_without_negatives_are_dropped_and_counted(tmp_path, caplog):
     file = write_rows(tmp_path / "train.json", [row_of("a"), row_of("b", 0), row_of("c", 1), row_of("d", 0)])
     sources, log = log_of(caplog, [file], source_settings())
