@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 
 from src.convert.forms import Counts, corpus_passages, write_beir, write_ours, write_parquet, write_triplets
@@ -18,11 +19,22 @@ from src.retrieval.data.rows import EVAL_CHECK, TRAIN_CHECK, check_eval_row, che
 from src.retrieval.data.sources import open_rows
 from src.utils.cli import run
 from src.utils.errors import UserError
-from src.utils.files import check_output, check_writable, existing_source, expand_data_paths, resolve_path, rows_file
+from src.utils.files import (
+    BEIR_PREFIX,
+    HUB_PREFIX,
+    check_output,
+    check_writable,
+    existing_source,
+    expand_data_paths,
+    resolve_path,
+    rows_file,
+)
 from src.utils.flags import default_data_root
 from src.utils.jsonl import Rows
 from src.utils.parser import Parser
 
+#: Changes whenever `corpus_passages` does.
+CONVERT_CHECK = "convert-2"
 OURS, PARQUET, TRIPLETS, BEIR = FORMS = ("ours", "parquet", "sentence-transformers", "beir")
 
 
@@ -40,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--corpus", metavar="SOURCE", help="to beir: the corpus that labels refer to (default: the rows' own texts)"
     )
     parser.add_argument(
-        "--split", nargs="+", default=["train"], help="to beir: name of the split of each source (default: train)"
+        "--split", nargs="+", metavar="NAME", help="to beir: name of the split of each source (default: train)"
     )
     parser.add_argument(
         "--negatives", type=int, help="to sentence-transformers: negatives a row (default: the fewest that a row has)"
@@ -53,6 +65,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError(f"--kind corpus: {args.to} is a form of rows, give --to {OURS} or {PARQUET}")
     if args.corpus and args.to != BEIR:
         raise UserError(f"--corpus is of use with --to {BEIR} only")
+    if args.columns.fields and args.kind == "corpus":
+        raise UserError("--columns is of use with --kind rows only: all columns of a corpus stay")
+    if args.split and args.to != BEIR:
+        raise UserError(f"--split is of use with --to {BEIR} only")
+    args.split = args.split or ["train"]
+    for name in args.split:
+        if not re.fullmatch(r"[\w][\w.-]*", name):
+            raise UserError(f"--split {name}: a split names a file, so give letters, digits, '.', '-' and '_'")
+    if args.output.startswith((HUB_PREFIX, BEIR_PREFIX)):
+        raise UserError(f"--output {args.output}: give a file, of --to {BEIR} a folder, without a prefix")
     if args.negatives is not None and (args.to != TRIPLETS or args.negatives < 0):
         raise UserError(f"--negatives {args.negatives}: give 0 or more, with --to {TRIPLETS}")
     return args
@@ -61,9 +83,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def open_source_rows(args: argparse.Namespace) -> list[Rows]:
     """Open and check what is read."""
     paths = expand_data_paths(args.sources, args.data_root, "from")
+    if args.to == BEIR and (len(args.split) != len(paths) or len(set(args.split)) < len(paths)):
+        raise UserError(f"--split {' '.join(args.split)}: give each of the {len(paths)} sources a name of its own")
     check, name = (check_train_row, TRAIN_CHECK) if args.to == TRIPLETS else (check_eval_row, EVAL_CHECK)
     if args.kind == "corpus":
-        return [open_rows(path, corpus_passages, "convert", args.dataset_cache_dir, use="corpus") for path in paths]
+        return [open_rows(path, corpus_passages, CONVERT_CHECK, args.dataset_cache_dir, use="corpus") for path in paths]
     return [open_rows(path, check, name, args.dataset_cache_dir, args.columns, "train") for path in paths]
 
 
@@ -77,8 +101,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_writable(output, "output")
     else:
         check_output(output, "output")
-        if args.to != OURS and rows_file(output) == output:
+        if args.to != OURS and not output.lower().endswith(".parquet"):
             raise UserError(f"--output {output}: a file of --to {args.to} is named .parquet")
+        if args.to == OURS and rows_file(output) != output:
+            raise UserError(f"--output {output}: JSON lines are written, so name it .json or .jsonl")
     rows = open_source_rows(args)
     if args.to == OURS:
         counts = write_ours(rows, output)
@@ -93,14 +119,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def beir(args: argparse.Namespace, rows: Sequence[Rows], output: str) -> Counts:
     """Write a folder in BEIR's layout."""
-    splits = args.split
-    if len(splits) != len(rows) or len(set(splits)) < len(splits):
-        raise UserError(f"--split {' '.join(splits)}: give each of the {len(rows)} sources a name of its own")
     corpus = None
     if args.corpus:
         path = existing_source(resolve_path(args.corpus, args.data_root), "corpus")
-        corpus = open_rows(path, corpus_passages, "convert", args.dataset_cache_dir, use="corpus")
-    return write_beir(dict(zip(splits, rows, strict=True)), corpus, output)
+        corpus = open_rows(path, corpus_passages, CONVERT_CHECK, args.dataset_cache_dir, use="corpus")
+    return write_beir(dict(zip(args.split, rows, strict=True)), corpus, output)
 
 
 if __name__ == "__main__":

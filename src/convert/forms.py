@@ -1,4 +1,8 @@
-"""Writers of the forms that data may have: rows are read one after the other, and memory stays flat."""
+"""Writers of the forms that data may have: rows are read one after the other.
+
+A BEIR folder takes memory for the texts of queries, for the labels of a split, and for the ids of its corpus; where no
+corpus is given also for all texts of the rows.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,7 @@ from typing import Any
 
 from src.retrieval.data.beir import CORPUS, QRELS, QRELS_HEADER, QUERIES
 from src.retrieval.data.columns import PASSAGE_TEXTS
-from src.retrieval.data.ids import row_id
-from src.retrieval.ranking.files import query_id
+from src.retrieval.data.ids import ID_FIELDS, CorpusIds, id_key, row_id
 from src.utils.errors import UserError, first_line
 from src.utils.files import atomic_path, write_jsonl
 from src.utils.jsonl import Rows
@@ -25,8 +28,8 @@ BATCH_ROWS = 1000
 
 
 def corpus_passages(row: Row) -> tuple[list[str], dict[str, Any]]:
-    """Check nothing of a corpus row but that it is one."""
-    return [], {}
+    """Check nothing of a corpus row but that it is one; ``id`` is what `CorpusIds` looks it up by."""
+    return [], {"id": id_key(row_id(row))}
 
 
 def filled(rows: Iterable[Rows]) -> Iterator[Row]:
@@ -85,7 +88,10 @@ def write_triplets(rows: Sequence[Rows], output: str, negatives: int | None) -> 
     """
     import pyarrow
 
-    fewest = min(int(each.scan.columns["negatives"].min()) for each in rows)
+    usable = [each.scan.columns["negatives"][each.scan.columns["positives"] > 0] for each in rows]
+    if not any(map(len, usable)):
+        raise UserError(f"{', '.join(each.path for each in rows)}: no row has a positive, which all rows have there")
+    fewest = min(int(each.min()) for each in usable if len(each))
     most = fewest if negatives is None else negatives
     counts: Counts = Counter()
     names = ["anchor", "positive", *(["negative"] if most == 1 else [f"negative_{n}" for n in range(1, most + 1)])]
@@ -93,7 +99,10 @@ def write_triplets(rows: Sequence[Rows], output: str, negatives: int | None) -> 
     def columns() -> Iterator[Row]:
         for row in filled(rows):
             given = row.get("neg") or []
-            if row.get("history") is not None or len(given) < most:
+            if not row.get("pos"):
+                counts["rows left out (no positive)"] += 1
+                continue
+            if len(given) < most:
                 counts["rows left out (too few negatives)"] += 1
                 continue
             counts["negatives cut"] += len(given) - most
@@ -135,22 +144,38 @@ def _write_parts(splits: Mapping[str, Rows], corpus: Rows | None, folder: str) -
     queries: dict[str, str] = {}
     counts: Counts = Counter()
     for split, rows in splits.items():
-        with open(os.path.join(folder, QRELS, f"{split}.tsv"), "w", encoding="utf-8") as file:
+        # By query: several rows may have the same.
+        labels: dict[str, dict[str, int]] = {}
+        for number, row in enumerate(rows):
+            where = rows.where(number)
+            name = _id(row["query_id"] if row.get("query_id") is not None else f"{split}-{number}", where)
+            if queries.setdefault(name, row["query"]) != row["query"]:
+                raise UserError(f"{where}: query_id {name!r} is that of another query already")
+            ids = passages.positives(row, where)
+            grades = row.get("pos_grade") or [1] * len(ids)
+            if len(grades) != len(ids):
+                raise UserError(f"{where}: {len(grades)} grades in 'pos_grade' for {len(ids)} labels")
+            graded = labels.setdefault(name, {})
+            for passage, grade in zip(ids, grades, strict=True):
+                graded[passage] = max(grade, graded.get(passage, 0))
+        with open(os.path.join(folder, QRELS, f"{split}.tsv"), "w", encoding="utf-8", newline="\n") as file:
             file.write("\t".join(QRELS_HEADER) + "\n")
-            for number, row in enumerate(rows):
-                name = str(query_id(row, number) if row.get("query_id") is not None else f"{split}-{number}")
-                if queries.setdefault(name, row["query"]) != row["query"]:
-                    raise UserError(f"{rows.where(number)}: query_id {name!r} is that of another query already")
-                ids = passages.positives(row, rows.where(number))
-                grades = row.get("pos_grade") or [1] * len(ids)
-                for passage, grade in dict(zip(ids, grades, strict=True)).items():
-                    file.write(f"{name}\t{passage}\t{grade}\n")
-                    counts[f"labels ({split})"] += 1
+            for name, graded in labels.items():
+                file.writelines(f"{name}\t{passage}\t{grade}\n" for passage, grade in graded.items())
+        counts[f"labels ({split})"] = sum(map(len, labels.values()))
     counts["queries"] = write_jsonl(
         os.path.join(folder, QUERIES), ({"_id": name, "text": text} for name, text in queries.items())
     )
     counts["passages"] = write_jsonl(os.path.join(folder, CORPUS), passages.rows())
     return counts
+
+
+def _id(value: Any, where: str) -> str:
+    """An id as text, which must stand between tabs in a line of labels."""
+    name = str(value)
+    if not name or any(sign in name for sign in "\t\r\n"):
+        raise UserError(f"{where}: the id {name!r} cannot stand in BEIR's labels: give text without tabs")
+    return name
 
 
 class _Texts:
@@ -163,7 +188,7 @@ class _Texts:
     def _add(self, text: str, name: Any, where: str) -> str:
         if name is None:
             name = self._ids.get(text, f"text-{len(self._ids)}")
-        name = str(name)
+        name = _id(name, where)
         if self._texts.setdefault(name, text) != text:
             raise UserError(f"{where}: the id {name!r} is that of another text already")
         self._ids.setdefault(text, name)
@@ -191,32 +216,43 @@ class _Passages:
 
     def __init__(self, corpus: Rows) -> None:
         self._corpus = corpus
-        self._names = [row_id(row) or str(number) for number, row in enumerate(corpus)]
-        self._known = set(self._names)
+        self._ids = ids = CorpusIds(corpus)
+        self._has_ids = bool((ids.keys != b"").any())
+        if self._has_ids and (problem := ids.problem()):
+            raise UserError(f"{problem}: labels need a corpus with an id of its own in every row, or in none")
 
     def positives(self, row: Row, where: str) -> list[str]:
         """The ids of a row's positives."""
-        if ids := row.get("pos_id"):
-            names = list(map(str, ids))
+        path, names = self._corpus.path, list(map(str, row.get("pos_id") or ()))
+        if names and self._has_ids:
+            for name, place in zip(names, self._ids.find(names).tolist(), strict=True):
+                if place < 0:
+                    raise UserError(f"{where}: no row of {path} has the id {name!r}")
         else:
-            if beyond := [each for each in row.get("pos_index") or () if each >= len(self._names)]:
-                raise UserError(f"{where}: pos_index {beyond[0]} is beyond {self._corpus.path}")
-            names = [self._names[each] for each in row.get("pos_index") or ()]
-        if unknown := [name for name in names if name not in self._known]:
-            raise UserError(f"{where}: no row of {self._corpus.path} has the id {unknown[0]!r}")
+            places = row.get("pos_index") or []
+            if names and not places:
+                raise UserError(f"{where}: labels are ids, and no row of {path} has one ('_id' or 'id')")
+            if beyond := [each for each in places if each >= len(self._corpus)]:
+                raise UserError(f"{where}: pos_index {beyond[0]} is beyond {path}")
+            names = self._ids.texts(places) if self._has_ids else list(map(str, places))
         return _some(names, where)
 
     def rows(self) -> Iterator[Row]:
-        """The rows of the corpus, with their text and title."""
-        for number, (name, row) in enumerate(zip(self._names, self._corpus, strict=True)):
-            text = next((row[column] for column in PASSAGE_TEXTS if row.get(column) is not None), None)
-            if text is None:
-                raise UserError(
-                    f"{self._corpus.where(number)}: none of the columns {', '.join(PASSAGE_TEXTS)} (it has "
-                    f"{', '.join(row)})"
-                )
-            kept = {column: value for column, value in row.items() if column not in ("id", "_id", *PASSAGE_TEXTS)}
-            yield {"_id": name, **kept, "title": row.get("title") or "", "text": text}
+        """The rows of the corpus, with their text and title; further columns stay."""
+        for number, row in enumerate(self._corpus):
+            where = self._corpus.where(number)
+            column = next((each for each in PASSAGE_TEXTS if row.get(each) is not None), None)
+            if column is None:
+                raise UserError(f"{where}: none of the columns {', '.join(PASSAGE_TEXTS)} (it has {', '.join(row)})")
+            name = row_id(row)
+            own = next((each for each in ID_FIELDS if name is not None and str(row.get(each)) == name), "_id")
+            kept = {each: value for each, value in row.items() if each not in ("_id", own, column, "text")}
+            yield {
+                "_id": _id(number if name is None else name, where),
+                **kept,
+                "title": row.get("title") or "",
+                "text": row[column],
+            }
 
 
 def _some(names: list[str], where: str) -> list[str]:

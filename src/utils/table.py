@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from src.utils.errors import UserError, first_line
-from src.utils.files import HUB_PREFIX
+from src.utils.files import HUB_PREFIX, read_object
 from src.utils.jsonl import RowCheck, RowForm, Rows, Scan, check_rows, checked_scan, scan_parts
 
 if TYPE_CHECKING:
@@ -143,6 +143,10 @@ def arrow_files(source: str, kind: str, cache_dir: str | None, columns: Sequence
         if source.startswith(HUB_PREFIX):
             loaded = _from_hub(source.removeprefix(HUB_PREFIX), cache_dir)
         elif os.path.isdir(source):
+            state = os.path.join(source, "state.json")
+            # The library finds no file that could tell it the columns.
+            if os.path.exists(state) and read_object(state, source).get("_data_files") == []:
+                raise UserError(f"{source} is empty: it must hold rows")
             loaded = _named(source, partial(datasets.load_from_disk, source))
         else:
             assert reader is not None
@@ -152,6 +156,8 @@ def arrow_files(source: str, kind: str, cache_dir: str | None, columns: Sequence
     if isinstance(loaded, datasets.DatasetDict):
         names = ", ".join(f"{source}/{name}" for name in loaded)
         raise UserError(f"{source} holds several splits: name one of {names}")
+    if not len(loaded):
+        raise UserError(f"{source} is empty: it must hold rows")
     return [each["filename"] for each in loaded.cache_files]
 
 
@@ -170,7 +176,8 @@ def _described(source: str, error: Exception) -> BaseException:
         cause = cause.__cause__
     if isinstance(error, (UserError, MemoryError)) or (isinstance(cause, OSError) and cause.errno is not None):
         return error if isinstance(error, (UserError, MemoryError)) else cause
-    if "corresponds to no data" in str(cause):
+    # What the library says of no rows, and of a parquet file without them.
+    if "corresponds to no data" in str(cause) or str(cause) == "BatchSize must be greater than 0, got 0":
         return UserError(f"{source} is empty: it must hold rows")
     return UserError(f"{source} cannot be read: {first_line(cause)}")
 

@@ -105,15 +105,90 @@ def test_splits_and_a_corpus_with_ids_and_grades(tmp_path):
     }
 
 
+def test_rows_of_one_query_share_their_labels(tmp_path):
+    rows = [
+        {"query_id": "q", "query": "x", "pos": ["a", "b"], "pos_id": ["1", "2"], "pos_grade": [1, 2]},
+        {"query_id": "r", "query": "y", "pos": ["a"], "pos_id": ["1"]},
+        {"query_id": "q", "query": "x", "pos": ["c", "a", "a"], "pos_id": ["3", "1", "1"], "pos_grade": [1, 3, 3]},
+    ]
+    output = convert(write_rows(tmp_path / "a.json", rows), "beir", tmp_path / "beir")
+    labels = (output / "qrels" / "train.tsv").read_text()
+    assert labels == "query-id\tcorpus-id\tscore\nq\t1\t3\nq\t2\t2\nq\t3\t1\nr\t1\t1\n"
+    assert [row["pos_id"] for row in rows_of(f"beir:{output}", tmp_path)] == [["1", "2", "3"], ["1"]]
+
+
+@pytest.mark.parametrize(
+    ("corpus", "row", "said"),
+    [
+        # The second row's number is the third's id.
+        ([{"text": "a"}, {"text": "b"}, {"id": "1", "text": "c"}], {"pos_index": [1]}, "c.json:1: no id, and other"),
+        (
+            [{"id": 1, "text": "a"}, {"_id": "1", "text": "b"}],
+            {"pos_id": [1]},
+            "c.json:2: id '1' is that of",
+        ),
+        ([{"text": "a"}], {"pos_id": ["0"]}, "a.json:1: labels are ids, and no row of .*c.json has one"),
+        ([{"id": "1", "text": "a"}], {"pos_id": ["2"]}, "a.json:1: no row of .*c.json has the id '2'"),
+        ([{"text": "a"}], {"pos_index": [1]}, "a.json:1: pos_index 1 is beyond .*c.json"),
+        ([{"id": "a\tb", "text": "a"}], {"pos_index": [0]}, r"c.json:1: the id 'a\\tb' cannot stand in BEIR's labels"),
+        ([{"text": "a"}], {"pos_index": [0], "query_id": "x\ny"}, r"a.json:1: the id 'x\\ny' cannot stand"),
+        ([{"title": "a"}], {"pos_index": [0]}, r"c.json:1: none of the columns text, contents, passage \(it has title"),
+    ],
+)
+def test_labels_that_a_corpus_does_not_bear(tmp_path, corpus, row, said):
+    source = write_rows(tmp_path / "a.json", [{"query": "x", **row}])
+    write_rows(tmp_path / "c.json", corpus)
+    with pytest.raises(UserError, match=said):
+        convert(source, "beir", tmp_path / "beir", "--corpus", str(tmp_path / "c.json"))
+    assert not (tmp_path / "beir").exists()
+
+
+def test_a_corpus_keeps_its_further_columns(tmp_path):
+    corpus = [{"_id": "x", "id": 7, "text": "t", "contents": "long", "title": None}, {"id": "y", "passage": "p"}]
+    source = write_rows(tmp_path / "a.json", [{"query": "x", "pos_index": [1]}])
+    output = convert(source, "beir", tmp_path / "beir", "--corpus", str(write_rows(tmp_path / "c.json", corpus)))
+    assert read_rows(output / "corpus.jsonl") == [
+        {"_id": "x", "id": 7, "contents": "long", "title": "", "text": "t"},
+        {"_id": "y", "title": "", "text": "p"},
+    ]
+    assert (output / "qrels" / "train.tsv").read_text().endswith("\ntrain-0\ty\t1\n")
+
+
+def test_triplets_count_what_they_leave_out(tmp_path, capsys):
+    rows = [
+        {"query": "a", "pos": ["p"], "neg": ["1", "2"]},
+        {"query": "b", "pos": [], "neg": ["3"]},
+        {"query": "c", "history": ["h"]},
+    ]
+    source = write_rows(tmp_path / "a.json", rows)
+    table = pyarrow.parquet.read_table(convert(source, "sentence-transformers", tmp_path / "a.parquet"))
+    assert table.to_pylist() == [{"anchor": "a", "positive": "p", "negative_1": "1", "negative_2": "2"}]
+    assert "1 rows with 2 negatives, 2 rows left out (no positive)" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"b.json: no row has a positive"):
+        convert(write_rows(tmp_path / "b.json", rows[1:]), "sentence-transformers", tmp_path / "b.parquet")
+
+
 @pytest.mark.parametrize(
     ("rows", "flags", "said"),
     [
         (PAIRS, ["--to", "beir", "--split", "a", "b"], "give each of the 1 sources a name of its own"),
         (PAIRS, ["--to", "parquet", "--output", "x.json"], "a file of --to parquet is named .parquet"),
         (PAIRS, ["--to", "ours", "--output", "train.json"], "is there already"),
+        (PAIRS, ["--to", "parquet", "--output", "x.csv"], "a file of --to parquet is named .parquet"),
+        (PAIRS, ["--to", "ours", "--output", "x.parquet"], "JSON lines are written, so name it .json"),
+        (PAIRS, ["--to", "ours", "--output", "x.json.gz"], "JSON lines are written, so name it .json"),
+        (PAIRS, ["--to", "beir", "--output", "beir:o"], "--output beir:o: give a file, of --to beir a folder"),
+        (PAIRS, ["--to", "beir", "--split", "a/b"], "--split a/b: a split names a file"),
+        (PAIRS, ["--to", "ours", "--split", "dev"], "--split is of use with --to beir only"),
+        (PAIRS, ["--to", "ours", "--kind", "corpus", "--columns", "pos=x"], "--columns is of use with --kind rows"),
         (PAIRS, ["--to", "beir", "--kind", "corpus"], "beir is a form of rows"),
         ([PAIRS[0], {**PAIRS[1], "query_id": "q0"}], ["--to", "beir"], "query_id 'q0' is that of another query"),
         ([PAIRS[0], {**PAIRS[1], "pos_id": ["d0"]}], ["--to", "beir"], "the id 'd0' is that of another text"),
+        (
+            [{"query": "a", "pos": ["b", "c"], "pos_index": [0], "pos_grade": [2]}],
+            ["--to", "beir"],
+            "train.json:1: 1 grades in 'pos_grade' for 2 labels",
+        ),
         ([{"query": "a", "pos": []}], ["--to", "beir"], "train.json:1: the row has no positive"),
     ],
 )

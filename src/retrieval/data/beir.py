@@ -56,16 +56,19 @@ def read_qrels(path: str) -> dict[str, list[Positive]]:
                 continue
             try:
                 query, passage, grade = (fields[0], *fields[-2:]) if len(fields) in (3, 4) else ()
-                number = int(float(grade))
+                number = float(grade)
+                if not number.is_integer():
+                    raise ValueError(grade)
             except (ValueError, OverflowError) as error:
                 raise UserError(
-                    f"{path}:{line}: give query id, passage id and grade with tabs between them, found {text.strip()!r}"
+                    f"{path}:{line}: give query id, passage id and a whole grade with tabs between them, found "
+                    f"{text.strip()!r}"
                 ) from error
             if (query, passage) in seen:
                 raise UserError(f"{path}:{line}: query {query!r} and passage {passage!r} have a label already")
             seen.add((query, passage))
             if number > 0:
-                positives.setdefault(query, []).append(Positive(passage, number, line))
+                positives.setdefault(query, []).append(Positive(passage, int(number), line))
     if not positives:
         raise UserError(f"{path}: no label has a grade above 0")
     return positives

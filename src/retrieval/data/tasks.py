@@ -15,6 +15,7 @@ import numpy as np
 from src.retrieval.data.rows import is_number
 from src.utils.config_file import read_settings
 from src.utils.errors import UserError
+from src.utils.files import BEIR_PREFIX, rows_file
 from src.utils.flags import check_choice
 from src.utils.jsonl import Rows
 
@@ -138,6 +139,8 @@ def prompt_task_problems(
 
 def task_from_path(path: str, further: Collection[str] = ()) -> str | None:
     """Return the task that the innermost task-named folder of `path` names; `further` are names besides `TASKS`."""
+    if path.startswith(BEIR_PREFIX):
+        path = rows_file(path)
     for folder in reversed(os.path.dirname(path).split(os.sep)):
         if folder in further:
             return folder

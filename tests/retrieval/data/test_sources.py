@@ -272,6 +272,22 @@ def test_broken_tables(tmp_path):
         train_rows(str(wide), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "saved", "owner/name"])
+def test_tables_without_rows(tmp_path, name):
+    path, none = tmp_path / name, pyarrow.Table.from_pylist(ROWS[:1]).slice(0, 0)
+    if name == "saved":
+        datasets.Dataset(none).save_to_disk(path)
+    elif name == "a.arrow":
+        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, none.schema) as writer:
+            writer.write_table(none)
+    else:
+        path.mkdir(parents=True) if name == "owner/name" else None
+        pyarrow.parquet.write_table(none, path / "train.parquet" if path.is_dir() else path)
+    source = f"hf:{path}" if name == "owner/name" else str(path)
+    with pytest.raises(UserError, match=f"{source} is empty: it must hold rows"):
+        train_rows(source, tmp_path / "cache")
+
+
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl.gz", "array.json"])
 def test_a_cache_is_used_until_the_source_changes(tmp_path, monkeypatch, name):
     source = write(tmp_path, name)
@@ -399,8 +415,11 @@ def test_beir_folders(tmp_path):
     [
         ("q1\td99\t1\n", "train.tsv:1: no passage of .*corpus.jsonl has the id 'd99'"),
         ("q1\td1\t1\nq9\td1\t1\n", "train.tsv:2: no query of .*queries.jsonl has the id 'q9'"),
-        ("q1 d1 1\n", "train.tsv:1: give query id, passage id and grade with tabs"),
+        ("q1 d1 1\n", "train.tsv:1: give query id, passage id and a whole grade with tabs"),
         ("q1\td1\tx\n", "train.tsv:1: give query id"),
+        ("q1\td1\t0.5\n", "train.tsv:1: give query id, passage id and a whole grade"),
+        ("q1\td1\tnan\n", "train.tsv:1: give query id"),
+        ("q1\td1\tinf\n", "train.tsv:1: give query id"),
         ("q1\td1\t1\nq1\td1\t1\n", "train.tsv:2: query 'q1' and passage 'd1' have a label already"),
         ("q1\td1\t0\n", "no label has a grade above 0"),
     ],

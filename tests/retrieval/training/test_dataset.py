@@ -253,6 +253,9 @@ def test_the_name_of_the_file_is_no_folder():
     assert task_from_path("data/qa.json") is None
     assert task_from_path("data/qa") is None
     assert task_from_path("data/qa/train.json") == "qa"
+    assert task_from_path("beir:data/tool:test") == "tool"
+    assert task_from_path("beir:qa/nq") == "qa"
+    assert task_from_path("beir:data/scifact:qa") is None
     assert task_from_path("/data/conversation/qrecc/train.json") == "convsearch"
 
 
