@@ -70,7 +70,7 @@ class Opened:
         Those of a table in which there is none have a value of their type.
         """
         seen: dict[str, Any] = {}
-        for _, row, _ in islice(self.entries(), most):
+        for _, row, _ in islice(self.entries(), ROWS_SEEN if self.arrow else most):
             for name, value in (row or {}).items():
                 if not holds(seen.get(name)):
                     seen[name] = value
@@ -304,7 +304,7 @@ class Watched:
         return {name for name, value in self.seen.items() if holds(value)}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        for name in row.keys() - self._known:
+        for name in sorted(row.keys() - self._known):
             if holds(row[name]):
                 self.seen[name] = row[name]
                 self._known.add(name)
