@@ -5,7 +5,7 @@ python -m evaluation.eval_retrieval --eval_data test.json --corpus corpus.json -
 
 from __future__ import annotations
 
-from evaluation.runner.args import EvalRetrievalArgs, answer_early, default_flags
+from evaluation.runner.args import EvalRetrievalArgs, answer_early, default_flags, with_corpus
 
 if __name__ == "__main__":
     # Before libraries are imported, which takes seconds.
@@ -42,6 +42,7 @@ def main(name: str = "retrieval") -> None:
     """Parse, load, search, and log under the task's `name`."""
     started = time.monotonic()
     (args,), given = parse_args([EvalRetrievalArgs], **default_flags(name))
+    args = with_corpus(args, given)
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)
     distributed.on_main(lambda: check_outputs(args, results_folder(args), args.log_path))
     config, encoder = results_config(args), EncoderConfig.from_args(args, given)

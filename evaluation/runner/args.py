@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from src.lm.args import NEWLINE_ID, LMArgs
 from src.retrieval.args import RETRIEVAL_METHODS, EvalOutputArgs, RetrievalArgs
 from src.utils import cli
 from src.utils.config_file import read_settings
 from src.utils.errors import UserError
+from src.utils.files import BEIR_PREFIX
 from src.utils.flags import check_choice, check_positive, flag
+
+ArgsT = TypeVar("ArgsT", bound=RetrievalArgs)
 
 ORACLE = "oracle"
 SAME_TASK = "same-task-random"
@@ -42,6 +45,13 @@ def read_table(name: str) -> dict[str, Any]:
 def default_flags(evaluation: str) -> dict[str, Any]:
     """The defaults of an evaluation that differ from its settings class's; none for one that is not listed."""
     return read_table("defaults").get(evaluation, {})
+
+
+def with_corpus(args: ArgsT, given: frozenset[str]) -> ArgsT:
+    """Flags without the evaluation's default corpus where it is not `given`, and a ``beir:`` folder has its own."""
+    if "corpus" not in given and (args.eval_data or "").startswith(BEIR_PREFIX):
+        return replace(args, corpus=None)
+    return args
 
 
 def answer_early(evaluation: str, flags: type, no_effect: Collection[str] = ("train_data",)) -> None:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from evaluation.runner.args import ORACLE, LMEvalArgs
+from evaluation.runner.args import ORACLE, LMEvalArgs, with_corpus
 from evaluation.runner.from_corpus import Retrieved, Row, Values, from_corpus, results_config
 from src.lm.ask import Asker
 from src.lm.model import LMConfig
@@ -64,12 +64,13 @@ class EvalTask(ABC):
     def __init__(self, args: Any, given: frozenset[str], device: torch.device) -> None:
         """Open and check rows and corpus; `given` are the flags that the command line set."""
         self.device = device
+        args = with_corpus(args, given)
         self.lm, self.encoder = LMConfig.from_args(args, given, device), EncoderConfig.from_args(args, given)
         unused = args.retrieval_method == "no" and not set(args.metrics).intersection((*LABEL_METRICS, "nq"))
         if self.from_past or unused or not args.searched_corpus:
             if "metrics" in given and not self.from_past:
                 logger.warning("--metrics %s: left out, nothing is retrieved from a corpus", " ".join(args.metrics))
-            args = replace(args, corpus=None, metrics=[])
+            args = replace(args, corpus="", metrics=[])
         self.args = args
         self.data = self.load()
         if self.data.corpus is None and not self.from_past and args.retrieval_method != "no":

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from evaluation import eval_lrlm, eval_tool
 from evaluation.eval_icl import ICL
 from evaluation.report import read_results
-from evaluation.runner.args import default_flags, read_table
+from evaluation.runner.args import EvalRetrievalArgs, default_flags, read_table, with_corpus
 from evaluation.runner.run import run_task
 from evaluation.runner.text_metrics import binary_f1, contains_answer, exact_match, rouge_l, token_f1
 from evaluation.self_retrieval.chunks import Integration, plan_chunks, windows
@@ -1057,3 +1057,22 @@ def test_a_row_that_does_not_fit_is_left_out_and_counted(evaluate, data_root, tm
     assert (
         f"1 of 8 rows are left out, since they do not fit into --context_max_length; the first is {path}:3" in printed
     )
+
+
+def test_a_beir_folder_brings_its_corpus_in_place_of_the_default_one(tmp_path, monkeypatch):
+    (tmp_path / "qrels").mkdir()
+    write_rows(tmp_path / "corpus.jsonl", [{"_id": "a", "text": "one"}, {"_id": "b", "text": "two"}])
+    write_rows(tmp_path / "queries.jsonl", [{"_id": "q", "text": "which?"}])
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq\tb\t1\n")
+    flags = ["--eval_data", f"beir:{tmp_path}", "--retrieval_method", "random", "--key_template", "{text}"]
+    flags += ["--metrics", "recall", "--cutoffs", "2", "--output_dir", tmp_path / "out", "--hits", 2]
+    flags += ["--log_path", tmp_path / "log.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["eval_tool", *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        run_entry(eval_tool.main)
+    assert not stop.value.code
+    (result,) = read_rows(tmp_path / "log.jsonl")
+    assert result["metrics"] == {"recall@2": 1.0}
+    args = EvalRetrievalArgs(eval_data=f"beir:{tmp_path}", corpus="default.json")
+    assert with_corpus(args, frozenset(["eval_data"])).searched_corpus == f"beir:{tmp_path}"
+    assert with_corpus(args, frozenset(["eval_data", "corpus"])).searched_corpus == "default.json"

@@ -97,7 +97,7 @@ def load_eval_data(
         return None
     path = existing_source(resolve_path(args.eval_data, args.data_root), "eval_data")
     corpus = None
-    if args.searched_corpus is not None:
+    if args.searched_corpus:
         corpus_path = existing_source(resolve_path(args.searched_corpus, args.data_root), "corpus")
         corpus = load_corpus(corpus_path, args.key_template, args.dataset_cache_dir)
     elif config.ranks and not config.rerank:
