@@ -30,6 +30,8 @@ UNLESS: Mapping[str, tuple[str, ...]] = {
 }
 #: Of `Form`.
 FORM_VERSION = 2
+#: Further lists of texts and ids.
+LISTS = ("answers", "key", "pos_id", "neg_id", "key_id")
 #: FlagEmbedding's scores of positives, then of negatives.
 SPLIT_SCORES = ("pos_scores", "neg_scores")
 #: Names of the parts of a passage that is an object, as Tevatron and BEIR have them.
@@ -143,6 +145,9 @@ def usual_fields(
         first = next(iter(_items(seen.get(fields[name][0]))), None) if name in fields else None
         if label not in seen and _part(first, PASSAGE_IDS) is not None:
             fields[label] = fields[name]
+    if all(isinstance(value, str) for value in seen.values()):
+        # A CSV file has no lists: one value stands for a list of one.
+        fields |= {name: (name,) for name in LISTS if name in seen and name not in fields}
     return fields
 
 

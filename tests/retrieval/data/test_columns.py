@@ -130,3 +130,14 @@ def test_named_columns():
 def test_columns_that_mean_nothing(words, said):
     with pytest.raises(UserError, match=said):
         Columns.parse(words)
+
+
+def test_lists_of_one_in_a_file_of_texts_alone():
+    row = {"question": "who?", "answers": "Ada", "pos_id": "b-7", "note": "x"}
+    form = Columns().form("rows.csv", row, trains=False)
+    assert form is not None
+    assert form(row) == {"query": "who?", "answers": ["Ada"], "pos_id": ["b-7"], "note": "x"}
+    # Rows that have lists say what is one.
+    listed = Columns().form("rows.json", {**row, "pos": ["a"]}, trains=False)
+    assert listed is not None
+    assert listed({**row, "pos": ["a"]})["answers"] == "Ada"
