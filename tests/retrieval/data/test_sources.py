@@ -337,7 +337,7 @@ def test_large_tables_are_checked_in_parts_by_processes(tmp_path, monkeypatch):
 
 
 def test_a_corpus_in_parquet_stays_on_the_disk(tmp_path):
-    """240 MB of passages, which would take more than that as objects; what checking and reading leave is the allocators."""
+    """240 MB of passages, more as objects: what checking and reading leave is what the allocators keep."""
     table = pyarrow.table({"title": ["t"] * 1000, "text": ["x" * 4000] * 1000})
     with pyarrow.parquet.ParquetWriter(tmp_path / "c.parquet", table.schema) as writer:
         for _ in range(60):
