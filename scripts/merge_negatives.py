@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from src.retrieval.data.columns import Columns, columns_flag
 from src.retrieval.data.rows import TRAIN_CHECK, check_train_row
 from src.retrieval.data.sources import open_rows
 from src.retrieval.ranking.files import query_id
@@ -36,6 +37,7 @@ class MergeArgs:
 
     files: list[str] = flag([], "Files of mined negatives of the same rows, globs allowed; the first one's rows stay.")
     output_file: str | None = flag(None, "File to write.")
+    columns: list[str] | None = columns_flag()
     data_root: str = data_root_flag()
     max_neg_num: int | None = flag(None, "Most negatives per row; all when None.")
 
@@ -43,6 +45,7 @@ class MergeArgs:
         if not self.output_file:
             raise UserError("--output_file is needed: the file to write")
         check_positive(self, "max_neg_num")
+        Columns.parse(self.columns)
 
 
 def merge_rows(rows: Sequence[dict[str, Any]], max_neg_num: int | None) -> dict[str, Any]:
@@ -105,7 +108,8 @@ def main() -> None:
             yield row
 
     with locks.hold(output):
-        files = [open_rows(path, check_train_row, TRAIN_CHECK, use="train") for path in paths]
+        columns = Columns.parse(args.columns)
+        files = [open_rows(path, check_train_row, TRAIN_CHECK, columns=columns, use="train") for path in paths]
         check_same_rows(files)
         count = write_jsonl(output, merged(files))
     logger.info("%d rows, %d negatives of %d given: %s", count, counts["negatives"], counts["given"], output)

@@ -91,8 +91,10 @@ def write_triplets(rows: Sequence[Rows], output: str, negatives: int | None) -> 
     usable = [each.scan.columns["negatives"][each.scan.columns["positives"] > 0] for each in rows]
     if not any(map(len, usable)):
         raise UserError(f"{', '.join(each.path for each in rows)}: no row has a positive, which all rows have there")
-    fewest = min(int(each.min()) for each in usable if len(each))
+    fewest, largest = (int(choose(list(map(choose, filter(len, usable))))) for choose in (min, max))
     most = fewest if negatives is None else negatives
+    if most > largest:
+        raise UserError(f"--negatives {most}: no row has so many, give {largest} or less")
     counts: Counts = Counter()
     names = ["anchor", "positive", *(["negative"] if most == 1 else [f"negative_{n}" for n in range(1, most + 1)])]
 

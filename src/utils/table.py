@@ -179,7 +179,12 @@ def _described(source: str, error: Exception) -> BaseException:
     # What the library says of no rows, and of a parquet file without them.
     if "corresponds to no data" in str(cause) or str(cause) == "BatchSize must be greater than 0, got 0":
         return UserError(f"{source} is empty: it must hold rows")
-    return UserError(f"{source} cannot be read: {first_line(cause)}")
+    problem = f"{source} cannot be read: {first_line(cause)}"
+    if isinstance(cause, UnicodeDecodeError):
+        problem += "; the file must be UTF-8, convert it (iconv -f LATIN1 -t UTF-8)"
+    elif "Error tokenizing data" in problem:
+        problem += "; values are separated by commas in .csv, by tabs in .tsv"
+    return UserError(problem)
 
 
 def _csv_settings(path: str, columns: Sequence[str] | None) -> dict[str, Any]:

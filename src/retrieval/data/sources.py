@@ -361,6 +361,11 @@ def open_rows(
 
         cache_dir = cache_folder(cache_dir)
         if opened.arrow:
+            if use in ("train", "eval") and "query" not in (seen if form is None else dict(form.fields)):
+                raise UserError(
+                    f"{opened.path}: no column is a query's by its name, there are {', '.join(sorted(seen))}: name "
+                    "those to read by --columns query=COLUMN pos=COLUMN (numbers from 0 for a file without names)"
+                )
             _say(opened, form, seen, columns)
             return open_table(opened.path, opened.files, opened.arrow, check, check_name, cache_dir, form)
 

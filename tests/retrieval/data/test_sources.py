@@ -503,3 +503,18 @@ def test_plain_json_lines_need_no_library(tmp_path):
     code += "print(len(rows), [name for name in ('datasets', 'pyarrow', 'pandas') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "3 []\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", "who is?\tAda\tBob\nwhat is?\tc\td\n", "there are Ada, Bob, who is.*--columns query=COLUMN"),
+        ("a.csv", "q,p\nx,y\n", "no column is a query's by its name, there are p, q: "),
+        ("a.csv", "query;pos\na, b;c, d\na;b\n", "commas in .csv"),
+        ("a.csv", "query,pos\n\u00e9,b\n".encode("latin1"), "convert it .iconv"),
+    ],
+)
+def test_tables_that_cannot_be_read_as_they_are_say_what_to_do(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        train_rows(str(tmp_path / name), tmp_path / "cache")

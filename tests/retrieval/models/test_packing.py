@@ -173,7 +173,9 @@ def test_a_head_that_reads_all_tokens_stays_as_it_is():
 
 @pytest.mark.parametrize("reach", [6, 600])
 def test_local_attention_that_is_handed_on_may_reach_far(reach: int):
-    enable(build("MistralModel", {**LLAMA, "sliding_window": reach}), tokens=range(3, 40))
+    model = build("MistralModel", {**LLAMA, "sliding_window": reach})
+    enable(model, tokens=range(3, 40))
+    assert model.config._attn_implementation == PACKED
 
 
 def test_a_tokenizer_that_knows_no_english_is_no_trial():

@@ -293,3 +293,13 @@ def test_mining_through_the_entry_point(tmp_path):
         row = json.loads(line)
         assert row["neg_index"]
         assert set(row["neg_index"]) <= set(found[1:8]) - set(row["pos_index"])
+
+
+def test_merged_files_have_columns_of_their_own(tmp_path):
+    for name, negative in (("a", "n"), ("b", "m")):
+        (tmp_path / f"{name}.csv").write_text(f"who,right,wrong\nq,p,{negative}\n")
+    command = ["scripts/merge_negatives.py", "--files", tmp_path / "a.csv", tmp_path / "b.csv"]
+    command += ["--columns", "query=who", "pos=right", "neg=wrong", "--output_file", tmp_path / "out.json"]
+    done = run(list(map(str, command)))
+    assert done.returncode == 0, done.stderr
+    assert read_rows(tmp_path / "out.json") == [{"query": "q", "pos": ["p"], "neg": ["n", "m"]}]
