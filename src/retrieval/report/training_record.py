@@ -14,9 +14,10 @@ from transformers import MODEL_MAPPING
 from transformers.trainer_callback import TrainerState
 
 from src.retrieval.args import RankerArgs, RetrievalArgs
-from src.retrieval.models.dense import ADAPTERS, DenseRetriever
+from src.retrieval.models.dense import DenseRetriever
 from src.retrieval.models.lora import has_adapters
 from src.retrieval.models.pair_tokenizer import PairTokenizer
+from src.retrieval.models.text_encoder import ADAPTERS
 from src.retrieval.report.model_card import CARD_FILE, DataFile, EncoderUse, TrainingRecord, ancestor, model_card
 from src.retrieval.report.plot import FIGURE, draw
 from src.retrieval.training.args import RetrievalTrainingArgs
