@@ -45,7 +45,7 @@ logger = logging.getLogger("scripts.ours2st")
 TOLERANCE = 1e-5
 #: The file that every sentence-transformers folder has.
 ST_FILE = "modules.json"
-ST_POOLING = {"cls": "cls", "mean": "mean", "last": "lasttoken"}
+ST_POOLING = {"cls": "cls", "mean": "mean", "weightedmean": "weightedmean", "last": "lasttoken"}
 ST_SIMILARITY = {"cos": "cosine", "ip": "dot", "l2": "euclidean"}
 #: Without this, texts of models that were tuned to chat are put into their template.
 PLAIN_TEXTS: ModalityConfig = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}

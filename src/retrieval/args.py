@@ -233,8 +233,9 @@ class DenseArgs(AttentionArgs):
     truncation_side: str = flag("right", "Side that loses tokens of a text too long: right or left.")
     pooling_method: list[str] = flag(
         ["cls"],
-        "cls, mean, last (last token, for decoder-only models) or decoder (T5 start token), optionally followed by "
-        "dense. When not given: what the checkpoint says, else last for decoder-only models.",
+        "cls, mean, weightedmean (the n-th token counts n times), last (last token, for decoder-only models) or "
+        "decoder (T5 start token), optionally followed by dense. When not given: what the checkpoint says, else last "
+        "for decoder-only models.",
     )
     dense_dim: int | None = flag(
         None, "Width of a new dense layer, when pooling_method names dense and the checkpoint has none (training only)."
@@ -375,7 +376,7 @@ class ConvertArgs:
 
     encoder: str | None = flag(None, "Encoder folder to convert.")
     output_dir: str | None = flag(None, "Folder to write; the encoder folder itself gets the missing files when None.")
-    pooling_method: list[str] = flag(["cls"], "When the encoder does not say: cls, mean or last, + dense.")
+    pooling_method: list[str] = flag(["cls"], "When the encoder does not say: cls, mean, weightedmean, last, + dense.")
     dense_metric: str = flag("cos", "When the encoder does not say: cos, ip or l2.")
     model_cache_dir: str | None = flag(None, "Folder where models from the hub are kept.")
     max_length: int | None = flag(None, "Most tokens of a text; what the model takes, up to 512, when None.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 #: Ways to pool, and the layer that may follow.
-POOLING_METHODS = ("cls", "mean", "last", "decoder", "dense")
+POOLING_METHODS = ("cls", "mean", "weightedmean", "last", "decoder", "dense")
 DENSE_METRICS = ("cos", "ip", "l2")
 #: What ``--lora_target_modules`` calls all linear layers.
 ALL_LINEAR = "all-linear"

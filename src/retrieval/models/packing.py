@@ -148,12 +148,18 @@ def join(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def pool_packed(states: Tensor, starts: Tensor, method: str) -> Tensor:
-    """Pool token states ``(tokens, D)`` of a packed batch to ``(texts, D)`` by ``cls``, ``mean`` or ``last``.
+    """Pool token states ``(tokens, D)`` of a packed batch to ``(texts, D)`` by any method but ``decoder``.
 
     Of a text without tokens all are zero, as of padding.
     """
     if method == "mean":
         pooled = torch.segment_reduce(states.float(), "mean", offsets=starts.long(), axis=0).to(states.dtype)
+    elif method == "weightedmean":
+        lengths = starts.diff()
+        before = starts[:-1].repeat_interleave(lengths, output_size=len(states))
+        weights = torch.arange(1, len(states) + 1, device=states.device) - before
+        sums = torch.segment_reduce(states.float() * weights[:, None], "sum", offsets=starts.long(), axis=0)
+        pooled = (sums / (lengths * (lengths + 1) / 2).clamp(min=1)[:, None]).to(states.dtype)
     else:
         places = starts[:-1] if method == "cls" else starts[1:] - 1
         pooled = states[places.long().clamp(0, len(states) - 1)]

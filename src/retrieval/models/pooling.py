@@ -26,7 +26,7 @@ DENSE_FOLDER = "dense"
 ORIGINAL_DENSE = "dense_pooler.bin"
 DENSE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
-_ST_POOLING = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+_ST_POOLING = {"cls": "cls", "mean": "mean", "weightedmean": "weightedmean", "lasttoken": "last"}
 _ST_SIMILARITY = {"cosine": "cos", "dot": "ip", "euclidean": "l2"}
 #: Modules that can be expressed here, each once at most, in the order in which they compute.
 _ST_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
@@ -159,12 +159,16 @@ def pool(states: Tensor, attention_mask: Tensor, method: str) -> Tensor:
 
     Args:
         attention_mask: ``(n, length)``, 1 for tokens, 0 for padding on either side.
-        method: ``cls`` (first token), ``mean`` (over tokens), ``last`` (last token), ``decoder`` (the states are of
-            the decoder's start token).
+        method: ``cls`` (first token), ``mean`` (over tokens), ``weightedmean`` (the n-th token counts n times: SGPT,
+            arXiv 2202.08904), ``last`` (last token), ``decoder`` (the states are of the decoder's start token).
     """
     if method == "mean":
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
         return (states * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+    if method == "weightedmean":
+        # In fp32: half precision cannot count far.
+        weights = (attention_mask.cumsum(1) * attention_mask).unsqueeze(-1).float()
+        return ((states * weights).sum(1) / weights.sum(1).clamp(min=1)).to(states.dtype)
     if method == "decoder":
         return states[:, 0]
     places = torch.arange(attention_mask.shape[1], device=attention_mask.device)

@@ -62,7 +62,7 @@ def load(path: str, **config):
 
 
 @pytest.mark.parametrize("backbone", ["tiny_bert", "tiny_llama"])
-@pytest.mark.parametrize("pooling", ["cls", "mean", "lasttoken"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "weightedmean", "lasttoken"])
 def test_sentence_transformers_folder_embeds_alike(backbone, pooling, tmp_path, request):
     folder = st_folder(request.getfixturevalue(backbone), tmp_path / "st", pooling)
     model = load(folder)
@@ -126,6 +126,7 @@ def test_pooling_by_hand(side):
     mask = torch.tensor([[0, 1, 1] if side == "left" else [1, 1, 0]])
     assert pool(states, mask, "cls").tolist() == [[1.0, 2.0]]
     assert pool(states, mask, "mean").tolist() == [[2.0, 4.0]]
+    torch.testing.assert_close(pool(states, mask, "weightedmean"), torch.tensor([[7.0, 14.0]]) / 3)
     assert pool(states, mask, "last").tolist() == [[3.0, 6.0]]
 
 
@@ -167,7 +168,7 @@ def convert(monkeypatch, *arguments: str) -> int:
 
 
 @pytest.mark.parametrize("metric", ["cos", "ip"])
-@pytest.mark.parametrize("pooling", [("cls",), ("mean",), ("last",), ("mean", "dense")])
+@pytest.mark.parametrize("pooling", [("cls",), ("mean",), ("weightedmean",), ("last",), ("mean", "dense")])
 def test_ours2st(pooling, metric, tiny_bert, tmp_path, monkeypatch):
     model = load(tiny_bert, pooling_method=pooling, dense_metric=metric, dense_dim=8 if "dense" in pooling else None)
     if "dense" in pooling:

@@ -183,7 +183,7 @@ def test_a_tokenizer_that_knows_no_english_is_no_trial():
         enable(build("BertModel", BERT), tokens=[7, 7, 8])
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "weightedmean", "last"])
 def test_texts_without_tokens_are_like_no_other(pooling: str, tiny_llama: str):
     model = load_dense_retriever(EncoderConfig(tiny_llama, pooling_method=(pooling,), padding_free="true")).eval()
     model.key_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
@@ -195,7 +195,7 @@ def test_texts_without_tokens_are_like_no_other(pooling: str, tiny_llama: str):
     assert not model.encode_keys(["", ""], config).any()
 
 
-@pytest.mark.parametrize("method", ["cls", "mean", "last"])
+@pytest.mark.parametrize("method", ["cls", "mean", "weightedmean", "last"])
 def test_pooling_is_that_of_padded_batches(method: str):
     states, lengths = torch.randn(sum(LENGTHS), 8, requires_grad=True), torch.tensor(LENGTHS)
     starts = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
@@ -243,7 +243,7 @@ TEXTS = ["a", "hello world", "x" * 200, "", "one two three", "The answer, 42!"] 
 
 
 @pytest.mark.parametrize("tokens", [None, 7, 64])
-@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+@pytest.mark.parametrize("pooling", ["cls", "mean", "weightedmean", "last"])
 def test_vectors_are_those_of_padded_batches(pooling: str, tokens: int | None, tiny_bert: str):
     found = []
     for padding_free in ("true", "false"):
