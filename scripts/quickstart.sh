@@ -41,7 +41,6 @@ $TRAIN run_dense.py \
     --key_template "{text}" \
     --metrics mrr recall ndcg \
     --cutoffs 1 5 10 100 \
-    --eval_on_start \
     --eval_steps 50 \
     --query_encoder "$ENCODER" \
     --output_dir "$OUT" \

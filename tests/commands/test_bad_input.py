@@ -255,7 +255,7 @@ BAD_ARGUMENTS = {
     ),
     "best model by an unknown metric": (
         "--train_data {train} --eval_data {eval} --corpus {corpus} --load_best_model_at_end --metric_for_best_model f1",
-        "--load_best_model_at_end needs --eval_data and --metric_for_best_model, one of mrr@1, ",
+        "--load_best_model_at_end needs --eval_data or --eval_sets, and --metric_for_best_model, one of mrr@1, ",
     ),
     "bm25 in run_dense": ("--eval_data {eval} --corpus {corpus} --retrieval_method bm25", "evaluation.eval_retrieval"),
     "index loaded in training": ("--train_data {train} --load_index", "--load_index is of no use in training"),

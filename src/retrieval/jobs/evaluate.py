@@ -133,9 +133,14 @@ def evaluate(
         return report(data, hits(), config) if config.ranks else {}
 
 
+def shown(metrics: Mapping[str, float]) -> str:
+    """Metrics in one line."""
+    return "  ".join(f"{name} {metric_text(value)}" for name, value in metrics.items())
+
+
 def record(metrics: Mapping[str, float], log_path: str, arguments: Mapping[str, Any], **facts: Any) -> None:
     """On the main process show metrics, if any, and append them to the log with arguments and facts."""
     if distributed.is_main() and metrics:
-        logger.info("%s", "  ".join(f"{name} {metric_text(value)}" for name, value in metrics.items()))
+        logger.info("%s", shown(metrics))
         log_result(log_path, metrics, arguments, **facts)
         logger.info("metrics appended to %s", log_path)

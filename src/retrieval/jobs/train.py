@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -12,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import SaveStrategy, SchedulerType
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from src.plan.retrieval import evaluation_lines, training_lines
 from src.retrieval.args import RankerArgs, RetrievalArgs
@@ -27,13 +28,16 @@ from src.retrieval.jobs.evaluate import (
     load_eval_data,
     log_file,
     record,
+    shown,
 )
 from src.retrieval.models.checkpoint_folders import checkpoint_to_resume
 from src.retrieval.models.packing import Packer, packs
 from src.retrieval.models.pair_scorer import PairScorer
 from src.retrieval.models.trainable import TrainableModel
 from src.retrieval.ranking.config import SCORE, EvalConfig, metric_names
-from src.retrieval.ranking.evaluate import hold_outputs
+from src.retrieval.ranking.eval_sets import FLAGS as EVAL_SET_FLAGS
+from src.retrieval.ranking.eval_sets import flags_by_set, means, metric_names_of, named_metrics
+from src.retrieval.ranking.evaluate import hold_outputs, written
 from src.retrieval.ranking.files import Hits
 from src.retrieval.report.plot import FIGURE
 from src.retrieval.report.training_record import Uses, card_writer, draw_training, remove_figure
@@ -62,6 +66,8 @@ ONLY_FIXED_WEIGHTS = ("load_result", "load_encode", "load_index", "save_encode",
 
 ArgsT = TypeVar("ArgsT", RetrievalArgs, RankerArgs)
 ModelT = TypeVar("ModelT", bound=TrainableModel)
+#: The rows to evaluate on, and what to compute of them.
+EvalSet = tuple[EvalData, EvalConfig]
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,8 @@ class Job(ABC, Generic[ArgsT, ModelT]):
         """Check, keep other runs away, and train, evaluate or plan."""
         args, training = self.args, self.training
         self.check_flags()
-        distributed.on_main(partial(check_outputs, args, training.output_dir, training.log_path))
+        for each in flags_by_set(args, training.eval_sets).values() or [args]:
+            distributed.on_main(partial(check_outputs, each, training.output_dir, training.log_path))
         folders = [training.output_dir] if args.train_data and not args.dry_run else []
         with locks.hold(*(os.path.join(folder, FIGURE) for folder in folders), folders=folders):
             self._run()
@@ -131,12 +138,10 @@ class Job(ABC, Generic[ArgsT, ModelT]):
     def _run(self) -> None:
         args, training = self.args, self.training
         device = prepared(torch.device("cpu") if args.cpu else training.device)
-        config = EvalConfig(args, output_dir=training.output_dir, seed=training.seed, rerank=self.reranks)
-        data = load_eval_data(args, config)
+        sets = self._load_sets()
         sources = load_sources(args, training, self.given)
-        told = list(dict.fromkeys(task for source in sources for task in source.tasks))
-        if data is not None and data.task not in told:
-            told.append(data.task)
+        tasks = [task for source in sources for task in source.tasks] + [data.task for data, _ in sets.values()]
+        told = list(dict.fromkeys(tasks))
         used = [describe_instruction(args, task, len(told) > 1) for task in told]
         for text in used if distributed.is_main() else ():
             logger.info("instruction: %s", text)
@@ -150,35 +155,55 @@ class Job(ABC, Generic[ArgsT, ModelT]):
         if args.dry_run:
             lines: list[Line] = [("instruction", text) for text in used]
             if sources:
-                lines += training_lines(model, training, sources, self.collator(model), resume, data is not None)
-            if data is not None:
+                lines += training_lines(model, training, sources, self.collator(model), resume, bool(sets))
+            for data, config in sets.values():
                 lines += evaluation_lines(data, config, device, model)
             show_plan(lines)
             return
         evaluate_model = None
-        if data is not None:
-            log = log_file(args, training.log_path)
-            evaluate_model = partial(self._evaluate, data, config, device, log, self.arguments(model))
+        if sets:
+            evaluate_model = partial(self._evaluate, sets, device, self.arguments(model))
         if sources:
-            with hold_outputs(data, config):
+            with contextlib.ExitStack() as stack:
+                for data, config in sets.values():
+                    stack.enter_context(hold_outputs(data, config))
                 self._train(model, sources, evaluate_model, resume)
         elif evaluate_model is not None:
             evaluate_model(model.ready(device, args.dtype))
 
+    def _load_sets(self) -> dict[str, EvalSet]:
+        """Open and check the rows and corpus of each evaluation, by name (see `flags_by_set`)."""
+        training, sets, writers = self.training, {}, dict[str, str]()
+        for name, args in flags_by_set(self.args, training.eval_sets).items():
+            folder = os.path.join(training.output_dir, "eval", name) if name else training.output_dir
+            config = EvalConfig(args, output_dir=folder, seed=training.seed, rerank=self.reranks)
+            data = load_eval_data(args, config)
+            assert data is not None
+            sets[name] = (data, config)
+            for path in written(data, config):
+                if other := writers.get(path):
+                    raise UserError(
+                        f"--eval_sets {training.eval_sets}: {other} and {name} would both write {path}: give "
+                        "--save_to_output, which has a folder for each"
+                    )
+                writers[path] = name
+        return sets
+
     def _evaluate(
-        self,
-        data: EvalData,
-        config: EvalConfig,
-        device: torch.device,
-        log: str,
-        arguments: Mapping[str, Any],
-        model: ModelT,
+        self, sets: Mapping[str, EvalSet], device: torch.device, arguments: Mapping[str, Any], model: ModelT
     ) -> dict[str, float]:
         """Return the metrics of `model`, which is in eval mode on `device`, and log them."""
-        score, hits = partial(self.scorer, model, device), partial(self.hits, model, data, config, device)
-        metrics = evaluate(data, config, score, hits)
-        record(metrics, log, arguments)
-        return metrics
+        metrics = {}
+        for name, (data, config) in sets.items():
+            if name:
+                logger.info("evaluation set %s: %s", name, data.rows.path)
+            score, hits = partial(self.scorer, model, device), partial(self.hits, model, data, config, device)
+            metrics[name] = evaluate(data, config, score, hits)
+            of_set = {flag: getattr(config.args, flag) for flag in EVAL_SET_FLAGS}
+            record(metrics[name], log_file(config.args, self.training.log_path), {**arguments, **of_set})
+        if len(sets) > 1 and distributed.is_main():
+            logger.info("mean over %d sets: %s", len(sets), shown(means(metrics)))
+        return named_metrics(metrics)
 
     def _train(
         self,
@@ -191,6 +216,9 @@ class Job(ABC, Generic[ArgsT, ModelT]):
         training, arguments = self.training, self.arguments(model)
         if evaluate_model is None:
             training.set_evaluate("no")
+        if training.eval_on_start is None:
+            # A continued run has that evaluation in its log.
+            training.eval_on_start = training.eval_strategy != IntervalStrategy.NO and resume is None
         if training.use_cpu and not training.bf16:
             logger.info("training on the CPU in fp32 (it has no fp16 training)")
         trainer = RetrievalTrainer(
@@ -215,7 +243,8 @@ class Job(ABC, Generic[ArgsT, ModelT]):
 
 def check_flags(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArgs) -> None:
     """Refuse flags that contradict each other, whatever the model, before anything is read."""
-    if not args.train_data and not args.eval_data:
+    sets = flags_by_set(args, training.eval_sets)
+    if not args.train_data and not sets:
         raise UserError("nothing to do: give --train_data to train, --eval_data to evaluate, or both")
     unused = [f"--{flag}" for flag in ONLY_FIXED_WEIGHTS if getattr(args, flag, False)]
     unused += [f"--metrics {SCORE}"] if SCORE in args.metrics else []
@@ -226,16 +255,20 @@ def check_flags(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArg
         )
     if args.train_data and args.cpu and not training.use_cpu:
         raise UserError("--cpu is for evaluation: give --use_cpu to train on the CPU as well")
-    if args.train_data and training.eval_on_start and not args.eval_data:
+    if args.train_data and training.eval_on_start and not sets:
         raise UserError("--eval_on_start needs --eval_data to evaluate on")
-    known = metric_names(args)
+    known = metric_names_of(sets)
     best = training.metric_for_best_model
-    compares = best is not None or training.save_strategy == SaveStrategy.BEST
-    if args.train_data and compares and (not args.eval_data or (best or "").removeprefix("eval_") not in known):
+    stops = training.early_stopping_patience is not None
+    compares = best is not None or training.save_strategy == SaveStrategy.BEST or stops
+    if args.train_data and compares and (best or "").removeprefix("eval_") not in known:
+        names = ", ".join(known) or ", ".join(metric_names(args))
         raise UserError(
-            f"{_who_compares(training)} needs --eval_data and --metric_for_best_model, one of {', '.join(known)}; "
+            f"{_who_compares(training)} needs --eval_data or --eval_sets, and --metric_for_best_model, one of {names}; "
             f"found {best!r}"
         )
+    if args.train_data and stops and training.eval_strategy == IntervalStrategy.NO:
+        raise UserError("--early_stopping_patience needs evaluations: give --eval_strategy steps or epoch")
 
 
 def _who_compares(training: RetrievalTrainingArgs) -> str:
@@ -244,6 +277,8 @@ def _who_compares(training: RetrievalTrainingArgs) -> str:
         return "--load_best_model_at_end"
     if training.save_strategy == SaveStrategy.BEST:
         return "--save_strategy best"
+    if training.early_stopping_patience is not None:
+        return "--early_stopping_patience"
     schedule = SchedulerType(training.lr_scheduler_type).value
     by_metric = schedule in ("reduce_lr_on_plateau", "greedy")
     return f"--lr_scheduler_type {schedule}" if by_metric else "--metric_for_best_model"

@@ -12,6 +12,7 @@ from src.utils.files import derived_path
 
 LABEL_METRICS = ("mrr", "recall", "ndcg")
 SCORE = "collate_score"
+NQ_RECALL = "nq_recall"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class EvalConfig:
 def metric_names(args: DataArgs) -> list[str]:
     """The names of all metrics that an evaluation reports."""
     names = [metric for metric in args.metrics if metric in LABEL_METRICS]
-    names += ["nq_recall"] if "nq" in args.metrics else []
+    names += [NQ_RECALL] if "nq" in args.metrics else []
     return [f"{name}@{cutoff}" for name in names for cutoff in sorted(set(args.cutoffs))]
 
 

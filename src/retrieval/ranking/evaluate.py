@@ -186,7 +186,7 @@ def _outputs(data: EvalData, config: EvalConfig) -> list[Output]:
     return outputs
 
 
-def _written(data: EvalData, config: EvalConfig) -> list[str]:
+def written(data: EvalData, config: EvalConfig) -> list[str]:
     """Paths of all files that the flags ask for."""
     paths = [output.path for output in _outputs(data, config)] if config.ranks else []
     paths += [origin_path(data, config)] if config.ranks and config.saves_hits else []
@@ -195,18 +195,16 @@ def _written(data: EvalData, config: EvalConfig) -> list[str]:
 
 def check_files(data: EvalData, config: EvalConfig) -> None:
     """Raise a UserError, before the work, if a file that the flags ask for cannot be written."""
-    for path in _written(data, config):
+    for path in written(data, config):
         inside = os.path.dirname(path) == os.path.normpath(config.output_dir)
         check_output(path, "output_dir" if inside else "eval_data")
 
 
-def hold_outputs(data: EvalData | None, config: EvalConfig) -> contextlib.AbstractContextManager[None]:
-    """Keep other runs from writing the same files, or raise a UserError if another one does; nothing without data."""
-    if data is None:
-        return contextlib.nullcontext()
+def hold_outputs(data: EvalData, config: EvalConfig) -> contextlib.AbstractContextManager[None]:
+    """Keep other runs from writing the same files, or raise a UserError if another one does."""
     args = config.args
     stores = stores_written(args, config.output_dir) if isinstance(args, RetrievalArgs) and not config.rerank else ()
-    return locks.hold(*_written(data, config), *stores)
+    return locks.hold(*written(data, config), *stores)
 
 
 def report(data: EvalData, windows_of_hits: Iterable[Hits], config: EvalConfig) -> dict[str, float]:

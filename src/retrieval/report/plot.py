@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from src.retrieval.models.checkpoint_folders import complete_checkpoints, is_complete, read_state
+from src.retrieval.ranking.config import LABEL_METRICS, NQ_RECALL
+from src.retrieval.ranking.eval_sets import MEAN
 from src.retrieval.ranking.metrics import by_cutoff
 from src.utils.errors import UserError
 from src.utils.files import atomic_write, check_output, short_names
@@ -53,10 +55,21 @@ def panels_of(history: Sequence[Mapping[str, Any]]) -> dict[str, Series]:
             # The only part, with a weight of 1, is the loss.
             del logged[part]
     panels = {panel: {name: logged[name] for name in names if name in logged} for panel, names in PANELS.items()}
-    metrics = [name.removeprefix(EVALUATION) for name in logged if name.startswith(EVALUATION)]
-    for metric in sorted(metrics, key=by_cutoff):
-        panels.setdefault(metric.partition("@")[0], {})[metric] = logged[EVALUATION + metric]
+    names = sorted((name.removeprefix(EVALUATION) for name in logged if name.startswith(EVALUATION)), key=by_cutoff)
+    several = any(name.startswith(f"{MEAN}_") for name in names)
+    for name in names:
+        panel, label = _split(name) if several else (name.partition("@")[0], name)
+        panels.setdefault(panel, {})[label] = logged[EVALUATION + name]
     return {panel: series for panel, series in panels.items() if series}
+
+
+def _split(name: str) -> tuple[str, str]:
+    """``nq_ndcg@10`` → the metric ``ndcg@10`` and the set ``nq``."""
+    kind, _, cutoff = name.partition("@")
+    for known in (NQ_RECALL, *LABEL_METRICS):
+        if kind.endswith(f"_{known}"):
+            return f"{known}@{cutoff}", kind.removesuffix(f"_{known}")
+    return name, name
 
 
 def _same(one: Sequence[tuple[int, float]], other: Sequence[tuple[int, float]]) -> bool:

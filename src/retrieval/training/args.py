@@ -32,7 +32,7 @@ from src.utils.flags import check_choice, refuse
 
 #: Flags whose fields are filled in or replaced when settings are made, by other flags or by what the machine has.
 INFERRED = (
-    *("use_cpu", "fp16", "warmup_steps", "eval_strategy", "eval_steps", "gradient_checkpointing"),
+    *("use_cpu", "fp16", "warmup_steps", "eval_strategy", "eval_steps", "eval_on_start", "gradient_checkpointing"),
     *("activation_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
     *("length_split_tokens", "disable_tqdm", "metric_for_best_model", "greater_is_better"),
     *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
@@ -44,9 +44,13 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "above 0": (
         lambda value: value > 0,
         "train_group_size cos_temperature teacher_temperature student_temperature max_sample_num early_exit_steps "
-        "per_device_train_batch_size gradient_accumulation_steps lora_r lora_alpha save_steps logging_steps eval_steps",
+        "per_device_train_batch_size gradient_accumulation_steps lora_r lora_alpha save_steps logging_steps eval_steps "
+        "early_stopping_patience",
     ),
-    "0 or more": (lambda value: value >= 0, "contrastive_weight distill_weight save_total_limit eval_delay"),
+    "0 or more": (
+        lambda value: value >= 0,
+        "contrastive_weight distill_weight save_total_limit eval_delay early_stopping_threshold",
+    ),
     "0 (off) or more": (lambda value: value >= 0, "grad_cache_chunk_size length_split_tokens"),
     "1 or more": (lambda value: value >= 1, "ddp_bucket_cap_mb dataloader_prefetch_factor"),
     "above 0, or -1 to train --num_train_epochs": (lambda value: value > 0 or value == -1, "max_steps"),
@@ -146,6 +150,9 @@ class RetrievalTrainingArgs(TrainingFlags, TrainingArguments):  # type: ignore[m
                 ),
                 f"--num_train_epochs {self.num_train_epochs}: nothing would be trained, give more than 0": (
                     self.max_steps <= 0 and not self.num_train_epochs > 0
+                ),
+                f"--early_stopping_threshold {self.early_stopping_threshold} needs --early_stopping_patience": (
+                    self.early_stopping_threshold and self.early_stopping_patience is None
                 ),
                 "--remove_unused_columns must stay False: the collator needs every column": self.remove_unused_columns,
                 "--accelerator_config: use_configured_state needs a state that nobody made: leave it out": (

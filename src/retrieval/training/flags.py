@@ -50,6 +50,17 @@ class RunFlags:
     eval_method: str = flag("retrieval", "retrieval (over the corpus) or rerank (the keys in each evaluation row).")
     evaluation_strategy: str = flag("steps", "When to evaluate during training, with eval_data: no, steps, epoch.")
     eval_strategy: str | None = flag(None, "Newer name of --evaluation_strategy, which it overrides.")
+    eval_on_start: bool | None = flag(None, "Evaluate before the first step, too (None: when training evaluates).")
+    eval_sets: str | None = flag(
+        None,
+        "File (YAML or JSON) with several sets to evaluate on in place of --eval_data: name → eval_data and, where "
+        "they differ from the flags, corpus, columns, key_template, task, metrics, cutoffs. Their metrics: "
+        "<name>_ndcg@10 …, mean_ndcg@10 ….",
+    )
+    early_stopping_patience: int | None = flag(
+        None, "Stop after so many evaluations in a row without a better --metric_for_best_model."
+    )
+    early_stopping_threshold: float = flag(0.0, "A metric is better when it is so by more than this.")
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -52,6 +53,8 @@ TORCH_SAVE_ERROR = re.compile("inline_container|PytorchStreamWriter|iostream")
 MOMENTS = {"exp_avg", "exp_avg_sq", "momentum_buffer"}
 #: Losses in a row that are no numbers and end a run in fp16, where the loss scaler leaves out the steps of a few.
 BAD_FP16_LOSSES = 16
+#: Before the names of metrics in the log.
+EVALUATION = "eval_"
 #: What a training log line has besides the loss.
 MEANS = ("contrastive", "distillation", "positive_similarity", "hardest_negative_similarity")
 DIVERGED = (
@@ -89,7 +92,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=() if evaluate_model else None,
-            callbacks=[StopCallback(), *callbacks],
+            callbacks=[StopCallback(), EarlyStopping(), *callbacks],
         )
         load_unsharded()
         self._uses_graphs = args.compilation is not None and args.compilation.uses_graphs
@@ -138,7 +141,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
             state = TrainerState(**read_state(checkpoint))
         except TypeError as error:
             raise UserError(f"{checkpoint}: its {TRAINER_STATE} is of another version ({first_line(error)})") from error
-        if state.global_step < last:
+        if state.global_step < last and not EarlyStopping.is_due(self.args, state):
             return None
         logger.info("%s is the end of this run already (step %d of %d)", checkpoint, state.global_step, last)
         self.state = state
@@ -439,3 +442,36 @@ class StopCallback(TrainerCallback):
         if args.early_exit_steps is not None and state.global_step >= args.early_exit_steps:
             control.should_training_stop = True
         return control
+
+
+class EarlyStopping(TrainerCallback):
+    """Ends training after --early_stopping_patience evaluations that are no better than the best before them.
+
+    What counts is in the log of the state, so that a continued run ends where an uninterrupted one does. The evaluation
+    before the first step does not count: no checkpoint has that model.
+    """
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Stop: the Trainer calls this once the metrics are logged."""
+        control.should_training_stop |= self.is_due(args, state)
+        return control
+
+    @staticmethod
+    def is_due(args: RetrievalTrainingArgs, state: TrainerState) -> bool:
+        """Whether the last evaluations in the log are too many without a gain."""
+        if args.early_stopping_patience is None or args.metric_for_best_model is None:
+            return False
+        name = f"{EVALUATION}{args.metric_for_best_model.removeprefix(EVALUATION)}"
+        values = [entry[name] for entry in state.log_history if name in entry and entry["step"] > 0]
+        sign = 1 if args.greater_is_better else -1
+        waited = evaluations_without_gain([sign * value for value in values], args.early_stopping_threshold)
+        return waited >= args.early_stopping_patience
+
+
+def evaluations_without_gain(values: Sequence[float], threshold: float) -> int:
+    """Count the last metrics, higher is better, that exceed the best before them by no more than `threshold`."""
+    count, best = 0, -math.inf
+    for value in values:
+        count = 0 if value - best > threshold else count + 1
+        best = max(best, value)
+    return count

@@ -53,6 +53,15 @@ def test_values_go_to_their_panels():
         assert [list(series) for series in found.values()] == [list(wanted[panel]) for panel in found]
 
 
+def test_several_evaluation_sets_are_lines_of_one_panel():
+    names = ("nq_recall@5", "nq_nq_recall@5", "my_set_recall@5", "mean_recall@5", "nq_ndcg@10", "mean_ndcg@10")
+    history = [{"step": 0, **{f"eval_{name}": 0.5 for name in names}}]
+    panels = {panel: list(series) for panel, series in panels_of(history).items()}
+    assert panels == {"recall@5": ["mean", "my_set", "nq"], "nq_recall@5": ["nq"], "ndcg@10": ["mean", "nq"]}
+    # Alone, it is the metric of answers.
+    assert panels_of([{"step": 0, "eval_nq_recall@5": 0.5}]) == {"nq_recall": {"nq_recall@5": [(0, 0.5)]}}
+
+
 def test_a_run_is_drawn_again_from_its_newest_checkpoint(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, 5, HISTORY[:1])
     newest = write_checkpoint(tmp_path, 10, HISTORY)
