@@ -120,7 +120,7 @@ class Runs:
 
 def _arm(kill: Kill) -> None:
     """Wrap the trainer so that this process kills itself where `kill` says."""
-    from src.retrieval.models import checkpoint_folders, dense
+    from src.retrieval.models import checkpoint_folders, text_encoder
     from src.retrieval.training import trainer
 
     step = -1
@@ -167,7 +167,7 @@ def _arm(kill: Kill) -> None:
     trainer.RetrievalTrainer._save_checkpoint = saving  # type: ignore[method-assign]
     trainer.RetrievalTrainer.training_step = training  # type: ignore[method-assign]
     if kill.point == "weights":  # the encoder's folder exists, without a tokenizer or settings
-        die_after(dense, "write_embedder_file", before=True)
+        die_after(text_encoder, "write_embedder_file", before=True)
     elif kill.point == "encoder":
         die_after(trainer.RetrievalTrainer, "save_model")
     elif kill.point == "optimizer":
