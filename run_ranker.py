@@ -53,7 +53,8 @@ class RankerJob(Job[RankerArgs, CrossEncoder]):
                 "the batch that would need one, so --gradient_accumulation_steps gives the same gradients in less "
                 "memory"
             )
-        for flag in ("negative_cross_device", "cos_temperature", "mask_margin", "matryoshka_dims"):
+        of_the_batch = ("negative_cross_device", "in_batch", "mask_same_text", "mask_margin")
+        for flag in (*of_the_batch, "cos_temperature", "matryoshka_dims"):
             if args.train_data and flag in self.given:
                 logger.warning("--%s has no effect: a cross-encoder compares a query with its own keys only", flag)
         if args.eval_data and training.eval_method != "rerank":

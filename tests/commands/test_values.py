@@ -85,6 +85,7 @@ from src.utils.errors import UserError
         ({"torch_compile": True, "torch_compile_backend": "foo"}, "--torch_compile_backend .*inductor"),
         ({"adam_beta2": 1.0}, "--adam_beta2 must be from 0 to below 1, found 1.0"),
         ({"warmup_ratio": 7.0}, "--warmup_ratio must be a share of the steps"),
+        ({"mask_margin": 0.1, "in_batch": False}, "--mask_margin 0.1 is for keys of other queries, which --in_batch"),
         ({"mask_margin": float("nan")}, "--mask_margin must be a number, found nan"),
         ({"teacher_temperature": float("nan")}, "--teacher_temperature must be above 0, found nan"),
         ({"num_train_epochs": -1.0}, "--num_train_epochs -1.0: nothing would be trained"),
@@ -251,6 +252,12 @@ def source(rows: int, scored: int = 0, **loss) -> Rows:
         ([source(9, 0, contrastive_weight=0)], {}, 1, None),  # rows without scores train contrastively
         ([source(9, 9, contrastive_weight=0, stable_distill=True)], {}, 1, None),
         ([source(9, 9)], {}, 1, None),
+        (
+            [source(9, 9, in_batch=False)],
+            {},
+            2,
+            "without keys of the batch .in_batch. a query is compared with its own",
+        ),
     ],
 )
 def test_groups_of_one_key_need_something_to_compare_with(tmp_path, monkeypatch, sources, flags, processes, said):

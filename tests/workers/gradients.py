@@ -1,14 +1,16 @@
 """Run under torchrun: the gradients of one backward pass per case through RetrievalTrainer and DistributedDataParallel.
 
-Usage: gradients.py MODEL_FOLDER OUTPUT_FOLDER. Rank r writes ``rank<r>.pt``: per case its loss and gradients.
+Usage: gradients.py MODEL_FOLDER OUTPUT_FOLDER. Rank r writes ``rank<r>.pt``: per case its loss, gradients and means for
+the log.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from src.retrieval.data.tasks import no_instruction
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
+from src.retrieval.training.answers import names_of
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.collator import ChunkPolicy, TrainCollator
 from src.retrieval.training.dataset import Source, SourceSettings, TrainDataset, TrainExample
@@ -44,6 +47,7 @@ class Case:
     widths: tuple[int, ...] = ()
     #: In units of the cosine.
     mask_margin: float | None = None
+    same_text: bool = False
 
 
 _CONTRASTIVE = LossConfig(1.0, 0.0, TEMPERATURE)
@@ -86,24 +90,64 @@ CASES = {
     ),
     "contrastive, masked": Case(_CONTRASTIVE, (3, 2), mask_margin=-0.01),
     "both graded, masked, a width": Case(_BOTH_GRADED, (3, 2), (4,), widths=(5,), mask_margin=0.005),
+    "contrastive, same text": Case(_CONTRASTIVE, (3, 2), same_text=True),
+    "contrastive, same text, 1 and 4, cached": Case(
+        _CONTRASTIVE, (1, 4), same_text=True, chunks=ChunkPolicy(2), cached=True
+    ),
+    "contrastive, same text, local negatives": Case(_CONTRASTIVE, (1, 4), same_text=True, negative_cross_device=False),
+    "both graded, same text, masked, a width": Case(
+        _BOTH_GRADED, (3, 2), (4,), widths=(5,), same_text=True, mask_margin=0.005
+    ),
+    "both, own keys only": Case(replace(_BOTH, in_batch=False), (3, 2), (1,)),
+    "both graded, own keys only, cached": Case(
+        replace(_BOTH_GRADED, in_batch=False), (3, 2), (4,), widths=(5,), chunks=ChunkPolicy(2), cached=True
+    ),
 }
 
 
-def examples_of(case: Case) -> list[TrainExample]:
-    """The joined batch, texts of different lengths, one text twice."""
+def rows_of(case: Case) -> list[dict[str, Any]]:
+    """The joined batch, texts of different lengths, one text twice; see `tests.reference.answers`.
+
+    With `same_text` rows also share labels by number, a positive that is not in its group, and the query.
+    """
     rng = np.random.default_rng(0)
     letters = list("abcdefghijklmnopqrstuvwxyz    ")
 
     def text() -> str:
         return "x" + "".join(rng.choice(letters, rng.integers(3, 20)))
 
-    examples = []
+    rows: list[dict[str, Any]] = []
     for query in range(sum(case.sizes)):
         keys = [text() for _ in range(GROUP)]
         if query == sum(case.sizes) - 1:
-            keys[1] = examples[0].keys[0]
-        scores = rng.normal(size=GROUP).tolist()
-        examples.append(TrainExample(0, text(), keys, None if query in case.unscored else scores))
+            keys[1] = rows[0]["pos"][0]
+        scores = None if query in case.unscored else rng.normal(size=GROUP).tolist()
+        read = text()
+        row = {
+            "query": read,
+            "read": read,
+            "pos": keys[:1],
+            "neg": keys[1:],
+            "teacher_scores": scores,
+            "file": "a.json",
+        }
+        rows.append({**row, "group": [0, 1, 2], "positives": 1})
+    if case.same_text:
+        # In no group of its own row.
+        rows[0] |= {"pos": [*rows[0]["pos"], rows[3]["neg"][1]], "group": [0, 2, 3]}
+        rows[1]["pos_index"], rows[3]["pos_index"], rows[4]["neg_index"] = [7, 9], [9], [2, 7]
+        rows[2]["read"] = rows[4]["read"]
+    return rows
+
+
+def examples_of(case: Case) -> list[TrainExample]:
+    """The rows as the dataset gives them."""
+    examples = []
+    for row in rows_of(case):
+        texts = [*row["pos"], *row["neg"]]
+        keys = [texts[place] for place in row["group"]]
+        names = names_of(row, row["group"], 1, row["read"], row["file"]) if case.same_text else None
+        examples.append(TrainExample(0, row["read"], keys, row["teacher_scores"], names))
     return examples
 
 
@@ -140,7 +184,7 @@ def gradients(model: DenseRetriever) -> dict[str, torch.Tensor]:
 
 
 def run_case(folder: str, output: str, case: Case) -> dict[str, object]:
-    """Loss and gradients that this process ends with, by the path that a training step takes."""
+    """Loss and gradients that this process ends with, by the path that a training step takes, and what is logged."""
     model = load_model(folder, case.tie_encoders)
     trainer = make_trainer(model, case, output)
     first = sum(case.sizes[: distributed.rank()])
@@ -153,7 +197,7 @@ def run_case(folder: str, output: str, case: Case) -> dict[str, object]:
     loss.backward()
     if cached is not None:
         cached.backpropagate()
-    return {"loss": float(loss.detach()), "gradients": gradients(model)}
+    return {"loss": float(loss.detach()), "gradients": gradients(model), "log": trainer._means.pop()}
 
 
 def main(folder: str, output: str) -> None:

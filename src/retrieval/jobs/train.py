@@ -338,7 +338,9 @@ def check_comparisons(sources: Sequence[Source], training: RetrievalTrainingArgs
         batch = training.per_device_train_batch_size * distributed.world_size()
         batch = min(batch, len(source) if training.inbatch_same_dataset else rows)
         keys = batch if training.negative_cross_device else -(-batch // distributed.world_size())
-        if keys < 2:
+        if not loss.in_batch:
+            problem = "without keys of the batch (in_batch) a query is compared with its own alone: raise it"
+        elif keys < 2:
             problem = f"a query is compared with the keys of a batch, and a batch has {keys}: raise one of "
             problem += "--train_group_size and --per_device_train_batch_size (within the rows there are)"
         elif source.scored and loss.contrastive_weight == 0 and not loss.stable_distill:

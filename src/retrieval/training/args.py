@@ -145,6 +145,8 @@ class RetrievalTrainingArgs(TrainingFlags, TrainingArguments):  # type: ignore[m
                 f"--matryoshka_dims {' '.join(map(str, dims))}: each only once, and above 0": (
                     len(set(dims)) < len(dims) or min(dims, default=1) < 1
                 ),
+                f"--mask_margin {self.mask_margin} is for keys of other queries, which --in_batch False leaves out: "
+                "give one of them": self.mask_margin is not None and not self.in_batch,
                 "--lora_alpha, --lora_dropout and --lora_target_modules need --lora_r, the adapters' rank": (
                     adapters and self.lora_r is None
                 ),

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from src.retrieval.models.packing import Packer
 from src.retrieval.models.padding import pad
 from src.retrieval.models.pair_tokenizer import PairTokenizer
+from src.retrieval.training.answers import name_tensors
 from src.retrieval.training.dataset import TrainExample
 from src.retrieval.training.flags import CPU_SPLIT_TOKENS, GPU_SPLIT_TOKENS
 
@@ -121,6 +122,12 @@ def teacher_scores(examples: Sequence[TrainExample]) -> Tensor | None:
     return torch.tensor([example.scores or [math.nan] * len(example.keys) for example in examples], dtype=torch.float32)
 
 
+def batch_names(examples: Sequence[TrainExample]) -> tuple[Tensor, Tensor] | None:
+    """See `name_tensors`; None where a row has no names."""
+    names = [example.names for example in examples if example.names is not None]
+    return name_tensors(names) if len(names) == len(examples) else None
+
+
 #: A label, a text as a model reads it (its tokens as text again, special ones too), and how many tokens it has.
 Shown = tuple[str, str, int]
 
@@ -144,7 +151,8 @@ class TrainCollator:
     """Tokenizes B examples for a dual encoder.
 
     Returns ``query`` (B texts) and ``key`` (B*N texts, groups one after the other) as chunks (see `token_chunks`),
-    ``teacher_scores``, and ``source``, the number of the first example's file, by which the loss settings are chosen.
+    ``teacher_scores``, ``names`` (see `name_tensors`; None where the same text in other rows is a negative), and
+    ``source``, the number of the first example's file, by which the loss settings are chosen.
     """
 
     query_tokenizer: PreTrainedTokenizerBase
@@ -163,6 +171,7 @@ class TrainCollator:
             ),
             "key": tokenize_chunks(self.key_tokenizer, keys, self.key_max_length, self.policy, self.key_packer),
             "teacher_scores": teacher_scores(examples),
+            "names": batch_names(examples),
             "source": examples[0].source,
         }
 

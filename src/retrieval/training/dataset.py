@@ -23,6 +23,7 @@ from src.retrieval.data.tasks import (
     task_from_path,
     training_settings_for,
 )
+from src.retrieval.training.answers import Names, names_of
 from src.retrieval.training.losses import LossConfig
 from src.retrieval.training.select import SelectionPolicy, negatives_left, select_group, unusable
 from src.utils import distributed
@@ -98,12 +99,16 @@ class Source:
 
 @dataclass(frozen=True)
 class TrainExample:
-    """One query of file number `source`, its `group_size` keys, positive first, and their teacher scores if any."""
+    """One query of file number `source`, its keys, positive first, and their teacher scores if any.
+
+    `names` say which keys answer which queries; None where all keys of other rows are negatives.
+    """
 
     source: int
     query: str
     keys: list[str]
     scores: list[float] | None
+    names: Names | None = None
 
 
 class TrainDataset(Dataset):
@@ -134,7 +139,9 @@ class TrainDataset(Dataset):
         group = select_group(row, source.settings.selection, np.random.default_rng((self.seed, epoch, index)))
         instruction = source.instruction_of(row.get("task") or source.default_task)
         keys = [instruction.key + key for key in group.keys]
-        return TrainExample(number, instruction.query + row["query"], keys, group.scores)
+        query, loss = instruction.query + row["query"], source.settings.loss
+        names = names_of(row, group.places, 1, query, source.rows.path) if loss.mask_same_text else None
+        return TrainExample(number, query, keys, group.scores, names)
 
 
 def _keep(rows: Rows, settings: SourceSettings, seed: tuple[int, int]) -> tuple[np.ndarray, dict[str, int]]:

@@ -96,6 +96,7 @@ class BatchFlags:
         "epoch-random: a file drawn in proportion to the rows left in it; random: file and rows drawn for each step.",
     )
     negative_cross_device: bool = flag(True, "Use the keys of all processes as negatives.")
+    in_batch: bool = flag(True, "The other keys of the batch are negatives, too; False: only a query's own.")
     length_split_tokens: int | None = flag(
         None,
         "Texts of a batch go through the model in parts of similar length, where a further part saves at least so "
@@ -116,6 +117,11 @@ class LossFlags:
         1.0, "Teacher scores are divided by this (plain distillation; graded takes them as they are)."
     )
     student_temperature: float = flag(1.0, "Student scores are divided by this (plain distillation).")
+    mask_same_text: bool = flag(
+        True,
+        "Keys of other rows that answer a query are not its negatives: its positive, one of its pos, pos_id or "
+        "pos_index, or the positive of the same query.",
+    )
     mask_margin: float | None = flag(
         None,
         "Keys of other queries that score above the query's positive plus this (cosine, inner product or negative "

@@ -18,7 +18,11 @@ from torch import Tensor, nn
 
 from src.retrieval.models.pooling import leading_dimensions
 from src.retrieval.models.similarity import similarity
+from src.retrieval.training.answers import answered
 from src.utils import distributed
+
+#: The score of a key that is no negative: it weighs nothing in a softmax, and sums of such scores have gradients.
+MASKED = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class LossConfig:
     teacher_temperature: float = 1.0
     student_temperature: float = 1.0
     stable_distill: bool = False
+    in_batch: bool = True
+    mask_same_text: bool = True
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class BatchScores:
     """What the queries of this process score.
 
     Attributes:
-        scores: fp32 ``(B, K)``, one tensor per width of the vectors, that of full vectors first.
+        scores: fp32 ``(B, K)``, one tensor per width of the vectors, that of full vectors first; of keys that are no
+            negatives of a query `MASKED`.
         positions: int64 ``(B, N)``, columns of each query's own keys, positive first.
         unit: the score of a similarity of 1, by which the log undoes the temperature.
         queries: how many queries all processes have together.
@@ -65,7 +72,8 @@ def dense_batch_scores(
 ) -> BatchScores:
     """Score every query of a dual encoder against the keys of the whole batch. See `ScoreBatch`.
 
-    With `negative_cross_device` the batch is that of all processes; each gets exact gradients for its own rows.
+    With `negative_cross_device` the batch is that of all processes; each gets exact gradients for its own rows. Keys of
+    other rows that answer a query are masked (see `answers`); with `in_batch` off there are only its own, K = N.
     `widths` are leading dimensions that are compared too, beside the full vectors (Matryoshka, arXiv 2205.13147).
     """
     query, key = inputs["query"], inputs["key"]
@@ -74,15 +82,23 @@ def dense_batch_scores(
     queries, keys = torch.cat(query_vectors)[query["places"]], torch.cat(key_vectors)[key["places"]]
     batch, group = len(queries), len(keys) // len(queries)
     sizes, offset = distributed.gather_sizes(batch, queries.device), 0
-    if negative_cross_device and distributed.world_size() > 1:
-        keys = distributed.gather_with_grad(keys, [size * group for size in sizes])
-        offset = sum(sizes[: distributed.rank()]) * group
+    names, answers = inputs["names"] or (None, None)
+    if negative_cross_device and config.in_batch and distributed.world_size() > 1:
+        of_keys = [size * group for size in sizes]
+        keys, offset = distributed.gather_with_grad(keys, of_keys), sum(of_keys[: distributed.rank()])
+        names = None if names is None else distributed.gather_with_grad(names, of_keys)
     leading = partial(leading_dimensions, metric=metric)
     scores = [
         similarity(leading(queries, width), leading(keys, width), metric, config.cos_temperature)
         for width in (None, *widths)
     ]
     positions = offset + torch.arange(batch * group, device=queries.device).view(batch, group)
+    if not config.in_batch:
+        scores = [each.gather(1, positions) for each in scores]
+        positions = torch.arange(group, device=queries.device).expand(batch, -1)
+    elif names is not None and answers is not None:
+        false = answered(names, answers).scatter(1, positions, False)
+        scores = [each.masked_fill(false, MASKED) for each in scores]
     return BatchScores(scores, positions, 1 / config.cos_temperature if metric == "cos" else 1.0, sum(sizes))
 
 
@@ -107,7 +123,7 @@ class LossParts:
 
 
 def mask_false_negatives(scores: Tensor, positions: Tensor, margin: float) -> Tensor:
-    """Set the scores of false negatives ``(B, K)`` to the lowest finite value.
+    """Set the scores of false negatives ``(B, K)`` to `MASKED`.
 
     Another query's key is one when it scores above the query's positive plus `margin`, in units of `scores` (the
     positive-aware filter of NV-Retriever, arXiv 2407.15831, with the student's own scores). A query's own keys always
@@ -115,7 +131,7 @@ def mask_false_negatives(scores: Tensor, positions: Tensor, margin: float) -> Te
     """
     threshold = scores.detach().gather(1, positions[:, :1]) + margin
     false = (scores.detach() > threshold).scatter(1, positions, False)
-    return scores.masked_fill(false, torch.finfo(scores.dtype).min)
+    return scores.masked_fill(false, MASKED)
 
 
 def contrastive(scores: Tensor, positions: Tensor) -> Tensor:
@@ -139,7 +155,7 @@ def graded_distillation(scores: Tensor, positions: Tensor, teacher: Tensor) -> T
     """
     own = scores.gather(1, positions)
     # A finite stand-in for -inf: with a single query there is no other key, and logsumexp of only -inf has no gradient.
-    others = scores.scatter(1, positions, torch.finfo(scores.dtype).min).logsumexp(1, keepdim=True)
+    others = scores.scatter(1, positions, MASKED).logsumexp(1, keepdim=True)
     own_from_rank = own.flip(1).logcumsumexp(1).flip(1)
     log_likelihood = own - torch.logaddexp(others, own_from_rank)
     return -(F.softmax(teacher, dim=1) * log_likelihood).sum(1)

@@ -21,10 +21,11 @@ class SelectionPolicy:
 
 @dataclass(frozen=True)
 class Group:
-    """The chosen keys, positive first, and their teacher scores when the row has them."""
+    """The chosen keys, positive first, their teacher scores when the row has them, and their places in pos + neg."""
 
     keys: list[str]
     scores: list[float] | None
+    places: list[int]
 
 
 def select_group(row: Row, policy: SelectionPolicy, rng: np.random.Generator) -> Group:
@@ -44,7 +45,7 @@ def select_group(row: Row, policy: SelectionPolicy, rng: np.random.Generator) ->
     if policy.stable_distill and scores:
         chosen = sorted(chosen, key=lambda i: -scores[i])
     group = [positive, *chosen]
-    return Group([texts[i] for i in group], [scores[i] for i in group] if scores else None)
+    return Group([texts[i] for i in group], [scores[i] for i in group] if scores else None, group)
 
 
 def _pick_positive(positives: int, scores: list[float] | None, policy: str, rng: np.random.Generator) -> int:

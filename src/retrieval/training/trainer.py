@@ -36,7 +36,7 @@ from src.retrieval.models.trainable import TrainableModel
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import TrainDataset, TrainExample
 from src.retrieval.training.grad_cache import GradCache
-from src.retrieval.training.losses import LossConfig, ScoreBatch, combine, mask_false_negatives
+from src.retrieval.training.losses import MASKED, LossConfig, ScoreBatch, combine, mask_false_negatives
 from src.retrieval.training.sampler import EpochDataLoader, GlobalBatchSampler
 from src.retrieval.training.sharding import check_optimizer_state, filled, full_state, load_unsharded, meta_copy
 from src.utils import distributed
@@ -56,7 +56,7 @@ BAD_FP16_LOSSES = 16
 #: Before the names of metrics in the log.
 EVALUATION = "eval_"
 #: What a training log line has besides the loss.
-MEANS = ("contrastive", "distillation", "positive_similarity", "hardest_negative_similarity")
+MEANS = ("contrastive", "distillation", "positive_similarity", "hardest_negative_similarity", "masked_negatives")
 DIVERGED = (
     "so training stops, and earlier checkpoints stay as they are: lower --learning_rate, take --bf16 or --fp16 False "
     "in place of fp16, raise a very low temperature, or see whether the model that it began with is damaged"
@@ -212,8 +212,12 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         similarities, positives = batch.scores[0].detach() / batch.unit, batch.positions[:, :1]
         self._means.add("positive_similarity", similarities.gather(1, positives))
         if similarities.shape[1] > 1:
-            hardest = similarities.scatter(1, positives, -torch.inf).max(1).values
-            self._means.add("hardest_negative_similarity", hardest)
+            others = similarities.masked_fill(batch.scores[0] == MASKED, -torch.inf)
+            hardest = others.scatter(1, positives, -torch.inf).max(1).values
+            # All may be masked.
+            self._means.add("hardest_negative_similarity", hardest, hardest > -torch.inf)
+        if (others_keys := similarities.shape[1] - batch.positions.shape[1]) > 0:
+            self._means.add("masked_negatives", (compared[0] == MASKED).sum(1) / others_keys)
         # Processes may hold parts of different size; the average over processes must be the mean over queries.
         total = torch.stack([part.total for part in parts]).mean(0)
         loss = total.sum() * distributed.world_size() / batch.queries
@@ -418,13 +422,15 @@ class RunningMeans:
     """Means of named values since the last `pop`; kept on the device, so that adding never waits for it."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor | float, int]] = {}
+        self._sums: dict[str, tuple[Tensor | float, Tensor | int]] = {}
 
-    def add(self, name: str, values: Tensor | None) -> None:
-        """Add a tensor of values, any shape, to one of `MEANS`; None and empty tensors add nothing."""
+    def add(self, name: str, values: Tensor | None, counted: Tensor | None = None) -> None:
+        """Add a tensor of values, any shape, to one of `MEANS`, or those `counted`; None and empty ones add nothing."""
         if values is not None and values.numel() > 0:
             total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + values.sum(), count + values.numel())
+            if counted is not None:
+                values = values.where(counted, 0)
+            self._sums[name] = (total + values.sum(), count + (values.numel() if counted is None else counted.sum()))
 
     def pop(self) -> dict[str, float]:
         """Return the means over all processes of all values added, and start anew."""

@@ -99,6 +99,19 @@ def test_a_new_task_is_trained_as_the_file_says(tmp_path, claims, named_by, vers
     assert (source.settings.loss.contrastive_weight, source.settings.loss.distill_weight) == (0, 1.0)
 
 
+def test_rows_of_a_task_may_be_no_negatives_of_each_other(tmp_path, claims):
+    """The settings of its file alone; a batch cannot mix them with others."""
+    path = tmp_path / "own.yaml"
+    path.write_text("claims: {training: {in_batch: false}}\nqa: {training: {}}")
+    files = [str(write_rows(tmp_path / task / "train.json", [ROW])) for task in ("claims", "qa")]
+    args = RetrievalArgs(train_data=files, task_config=str(path), add_instruction=False)
+    flags = {"use_train_config": True, "contrastive_weight": 1}
+    sources = load_sources(args, training(tmp_path, **flags, inbatch_same_dataset="epoch"), {"train_group_size"})
+    assert [source.settings.loss.in_batch for source in sources] == [False, True]
+    with pytest.raises(UserError, match="different losses, so a batch cannot mix them"):
+        load_sources(args, training(tmp_path, **flags), {"train_group_size"})
+
+
 def test_a_setting_of_ours_is_replaced_and_the_others_stay(claims):
     own = load_task_config(claims)
     assert training_settings_for("llm-embedder", "qa", own) == {
@@ -193,6 +206,7 @@ def test_scoring_needs_a_prompt(tmp_path):
         ("qa: {training: {distill_weight: .nan}}", r"distill_weight must be a number of 0 or more, found nan"),
         ("qa: {training: {teacher_temperature: 0}}", r"teacher_temperature must be a number above 0, found 0"),
         ("qa: {training: {stable_distill: 1}}", r"stable_distill must be true or false, found 1"),
+        ("qa: {training: {in_batch: no_}}", r"in_batch must be true or false, found 'no_'"),
         ("qa: {training: {max_sample_num: true}}", r"max_sample_num must be a whole number above 0, found True"),
         ("qa: {training: {teacher_scores_margin: 'nan'}}", r"teacher_scores_margin must be a number, found 'nan'"),
         ("qa: {training: {contrastive_weight: -1e-4}}", r"contrastive_weight must be a number of 0 or more, found '-1"),

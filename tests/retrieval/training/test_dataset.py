@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from torch.utils.data import DataLoader
 
 from src.retrieval.data.tasks import instruction_for, no_instruction, task_from_path
+from src.retrieval.training.answers import answered
 from src.retrieval.training.args import RetrievalTrainingArgs
+from src.retrieval.training.collator import batch_names
 from src.retrieval.training.dataset import SourceSettings, TrainDataset, TrainExample, load_train_sources
 from src.retrieval.training.losses import LossConfig
 from src.retrieval.training.select import SelectionPolicy
@@ -371,7 +374,21 @@ def test_instructions_come_first(tmp_path, version, task, query, key):
 def test_no_instruction_leaves_texts_alone(tmp_path):
     file = write_rows(tmp_path / "train.json", [row_of("what?", teacher_scores=[0.5, 2, 1])])
     example = TrainDataset(load([file], source_settings(negative="first")), 0)[0, 0]
-    assert example == TrainExample(0, "what?", ["p", "n0", "n1"], [0.5, 2, 1])
+    assert replace(example, names=None) == TrainExample(0, "what?", ["p", "n0", "n1"], [0.5, 2, 1])
+
+
+def test_names_are_those_of_the_texts_without_instruction(tmp_path):
+    """A text is the same under each task's instruction; labels count in their file; a query with its instruction."""
+    first = [row_of("q", task="qa", pos_index=[3]), row_of("q", task="tool", pos_index=[3], pos=["other"])]
+    files = [write_rows(tmp_path / "a.json", first), write_rows(tmp_path / "b.json", first[:1])]
+    chosen = source_settings(negative="first")
+    dataset = TrainDataset(load(files, chosen, instruction_of=partial(instruction_for, "llm-embedder")), 0)
+    keys, answers = batch_names([dataset[0, i] for i in range(3)])
+    # Groups of three; the positives of rows 0 and 2 are one text, those of 0 and 1 have one number in one file.
+    found = answered(keys, answers).nonzero().tolist()
+    assert found == [[0, 0], [0, 3], [0, 6], [1, 0], [1, 3], [2, 0], [2, 6]]
+    off = source_settings(negative="first", loss=LossConfig(mask_same_text=False))
+    assert batch_names([TrainDataset(load(files, off), 0)[0, 0]]) is None
 
 
 #: A command line unlike any default and any task's settings.
@@ -470,7 +487,7 @@ def test_train_config_reaches_the_examples(tmp_path):
     assert dataset.sizes == [1, 1]
     assert dataset[0, 0].keys[0] == "h1"
     assert set(dataset[0, 0].keys[1:]) == {"h0", "h2"}
-    assert dataset[0, 1] == TrainExample(1, "q", ["p0", "n1", "n2", "n0"], [0, 3, 2, 1])
+    assert replace(dataset[0, 1], names=None) == TrainExample(1, "q", ["p0", "n1", "n2", "n0"], [0, 3, 2, 1])
 
 
 # ------------------------------------------------------------------------------------------------ drawing of negatives

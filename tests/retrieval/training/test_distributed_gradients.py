@@ -6,8 +6,19 @@ import pytest
 import torch
 
 from tests.helpers import ROOT, run
+from tests.reference import answers
 from tests.reference import losses as reference
-from tests.workers.gradients import CASES, GROUP, TEMPERATURE, Case, examples_of, gradients, load_model, run_case
+from tests.workers.gradients import (
+    CASES,
+    GROUP,
+    TEMPERATURE,
+    Case,
+    examples_of,
+    gradients,
+    load_model,
+    rows_of,
+    run_case,
+)
 
 TOLERANCE = 1e-6
 
@@ -27,24 +38,33 @@ def loss_by_reference(folder: str, case: Case) -> tuple[float, dict[str, torch.T
     Without negative_cross_device a query sees the keys of its own rank only; the mean is over all queries always.
     """
     model = load_model(folder, case.tie_encoders).double()
-    examples = examples_of(case)
+    examples, rows = examples_of(case), rows_of(case)
     losses, masked = [], 0
     for rank in range(2):
         first = sum(case.sizes[:rank])
         mine = examples[first : first + case.sizes[rank]]
-        seen = examples if case.negative_cross_device else mine
-        offset = first if case.negative_cross_device else 0
+        whole = case.negative_cross_device and case.loss.in_batch
+        seen, seen_rows = (examples, rows) if whole else (mine, rows[first : first + len(mine)])
+        offset = first if whole else 0
         queries = embed(model, model.query_name, [example.query for example in mine])
         keys = embed(model, model.key_name, [key for example in seen for key in example.keys])
         own = [[(offset + row) * GROUP + i for i in range(GROUP)] for row in range(len(mine))]
         for width in (queries.shape[1], *case.widths):
             scores = reference.cosine_scores(queries[:, :width], keys[:, :width], TEMPERATURE)
+            places = own
+            if not case.loss.in_batch:
+                scores = torch.stack([row[columns] for row, columns in zip(scores, own, strict=True)])
+                places = [list(range(GROUP))] * len(mine)
+            if case.same_text:
+                false = answers.mask(rows[first : first + len(mine)], seen_rows)
+                scores = answers.without_answers(scores, false)
+                masked += int(false.sum())
             if case.mask_margin is not None:
-                scores = reference.without_false_negatives(scores, own, case.mask_margin / TEMPERATURE)
+                scores = reference.without_false_negatives(scores, places, case.mask_margin / TEMPERATURE)
                 masked += int((scores < -1e30).sum())
             losses += reference.total_loss(
                 scores,
-                own,
+                places,
                 [example.scores for example in mine],
                 case.loss.contrastive_weight,
                 case.loss.distill_weight,
@@ -52,7 +72,7 @@ def loss_by_reference(folder: str, case: Case) -> tuple[float, dict[str, torch.T
                 case.loss.student_temperature,
                 case.loss.stable_distill,
             )
-    if case.mask_margin is not None:
+    if case.mask_margin is not None or case.same_text:
         assert masked, "the case masks nothing"
     loss = torch.stack(losses).mean()
     loss.backward()
@@ -91,5 +111,23 @@ def test_gradients_equal_one_process(two_processes, tiny_bert, tmp_path, name):
     alone = run_case(tiny_bert, str(tmp_path), CASES[name])
     for rank in range(2):
         assert_same_gradients(two_processes[rank][name]["gradients"], alone["gradients"])
+        for value in set(alone["log"]) - {"contrastive", "distillation"}:
+            assert two_processes[rank][name]["log"][value] == pytest.approx(alone["log"][value], rel=1e-5), value
     mean = sum(results[name]["loss"] for results in two_processes) / 2
     assert mean == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def test_the_log_tells_the_share_of_masked_keys_and_leaves_them_out(two_processes, tiny_bert):
+    """Of the batch's 12 keys of other rows a query; the hardest negative is one of those that are left."""
+    case, model = CASES["contrastive, same text"], load_model(tiny_bert, True)
+    rows, examples = rows_of(case), examples_of(case)
+    false = answers.mask(rows, rows)
+    log = two_processes[0]["contrastive, same text"]["log"]
+    assert log["masked_negatives"] == pytest.approx(int(false.sum()) / (5 * 12))
+    with torch.no_grad():
+        queries = embed(model, model.query_name, [example.query for example in examples])
+        keys = embed(model, model.key_name, [key for example in examples for key in example.keys])
+    cosines = reference.cosine_scores(queries, keys, 1.0)
+    left = [max(c for k, c in enumerate(row) if k != b * GROUP and not false[b, k]) for b, row in enumerate(cosines)]
+    assert log["hardest_negative_similarity"] == pytest.approx(float(sum(left)) / 5, rel=1e-5)
+    assert "masked_negatives" not in two_processes[0]["both, own keys only"]["log"]

@@ -99,13 +99,14 @@ def test_groups_by_hand(row, positive, negative, size, ordered, keys):
     group = select_group(row, SelectionPolicy(positive, negative, size, ordered), rng())
     positives, negatives = reference.split(row)
     texts = positives + negatives
-    assert group == Group(keys, [row["teacher_scores"][texts.index(key)] for key in keys])
+    places = [texts.index(key) for key in keys]
+    assert group == Group(keys, [row["teacher_scores"][place] for place in places], places)
 
 
 def test_unscored_rows_keep_the_order_of_selection():
     row = {"query": "q", "pos": ["p"], "neg": ["n0", "n1", "n2"]}
     group = select_group(row, SelectionPolicy("first", "first", 4, stable_distill=True), rng())
-    assert group == Group(["p", "n0", "n1", "n2"], None)
+    assert group == Group(["p", "n0", "n1", "n2"], None, [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize(
