@@ -217,8 +217,10 @@ class Job(ABC, Generic[ArgsT, ModelT]):
         if evaluate_model is None:
             training.set_evaluate("no")
         if training.eval_on_start is None:
-            # A continued run has that evaluation in its log.
-            training.eval_on_start = training.eval_strategy != IntervalStrategy.NO and resume is None
+            training.eval_on_start = training.eval_strategy != IntervalStrategy.NO
+        if resume is not None:
+            # Its log has that evaluation, and a second one would count as one of its step.
+            training.eval_on_start = False
         if training.use_cpu and not training.bf16:
             logger.info("training on the CPU in fp32 (it has no fp16 training)")
         trainer = RetrievalTrainer(

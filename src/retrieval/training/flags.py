@@ -31,6 +31,11 @@ WITHOUT_EFFECT = {
 HIDDEN = (*WITHOUT_EFFECT, "liger_kernel_config", "parallelism_config", "local_rank")
 
 
+def _switch(help: str) -> Any:
+    """A flag that may stand alone, for True; None when not given."""
+    return field(default=None, metadata={"help": help, "nargs": "?", "const": True})
+
+
 @dataclass
 class RunFlags:
     """Training: where it writes, and how long it goes on."""
@@ -50,7 +55,7 @@ class RunFlags:
     eval_method: str = flag("retrieval", "retrieval (over the corpus) or rerank (the keys in each evaluation row).")
     evaluation_strategy: str = flag("steps", "When to evaluate during training, with eval_data: no, steps, epoch.")
     eval_strategy: str | None = flag(None, "Newer name of --evaluation_strategy, which it overrides.")
-    eval_on_start: bool | None = flag(None, "Evaluate before the first step, too (None: when training evaluates).")
+    eval_on_start: bool | None = _switch("Evaluate before the first step, too (None: when training evaluates).")
     eval_sets: str | None = flag(
         None,
         "File (YAML or JSON) with several sets to evaluate on in place of --eval_data: name → eval_data and, where "
@@ -158,13 +163,8 @@ class MemoryFlags:
         "GradCache: hold so many texts in memory at a time (at the last so many queries and so many keys), whatever "
         "the batch size, at the price of a second forward pass; gradients are those of the whole batch (0: off).",
     )
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Compute activations anew in the backward pass: less memory, more time.",
-            "nargs": "?",
-            "const": True,
-        },
+    gradient_checkpointing: bool | None = _switch(
+        "Compute activations anew in the backward pass: less memory, more time."
     )
     lora_r: int | None = flag(
         None, "Train adapters of this rank (LoRA) in place of all weights; saved both merged and alone. Needs peft."

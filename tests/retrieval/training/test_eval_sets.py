@@ -98,7 +98,7 @@ def test_the_best_by_a_set_or_the_mean_is_kept_and_training_stops(
     with caplog.at_level(logging.INFO):
         run(monkeypatch, files, tiny_bert, "out", *flags, "--resume_from_checkpoint", "True")
     assert f"checkpoint-{last} is the end of this run already" in caplog.text
-    run(monkeypatch, files, tiny_bert, "out", *flags[:-1], 3, "--resume_from_checkpoint", "True")
+    run(monkeypatch, files, tiny_bert, "out", *flags[:-1], 3, "--resume_from_checkpoint", "True", "--eval_on_start")
     state = json.loads((out / "checkpoint-5" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "eval_mean_ndcg@10" in entry] == list(range(6))
 
