@@ -90,6 +90,9 @@ def check_alike(first: Model, other: Model, paths: Sequence[str]) -> None:
     kinds = [[backbone.config.model_type for backbone in model.backbones] for model in (first, other)]
     if kinds[0] != kinds[1]:
         raise UserError(f"{named}: they are of the architectures {kinds[0][0]} and {kinds[1][0]}")
+    seen = [[getattr(backbone.config, "is_causal", None) for backbone in model.backbones] for model in (first, other)]
+    if seen[0] != seen[1]:
+        raise UserError(f"{named}: one was trained with --attention bidirectional, the other was not")
     if isinstance(first, DenseRetriever) and isinstance(other, DenseRetriever):
         for name, encoder in first.encoders.items():
             its = [(each.pooling_method, each.metric) for each in (encoder, other.encoders[name])]
@@ -98,8 +101,11 @@ def check_alike(first: Model, other: Model, paths: Sequence[str]) -> None:
         tokenizers = [(model.query_tokenizer, model.key_tokenizer) for model in (first, other)]
     else:
         tokenizers = [(model.pairs.tokenizer,) for model in (first, other)]  # type: ignore[union-attr]
-    if any(one.get_vocab() != same.get_vocab() for one, same in zip(*tokenizers, strict=True)):
-        raise UserError(f"{named}: their tokenizers have different vocabularies")
+    for one, same in zip(*tokenizers, strict=True):
+        if one.get_vocab() != same.get_vocab():
+            raise UserError(f"{named}: their tokenizers have different vocabularies")
+        if one("a")["input_ids"] != same("a")["input_ids"]:
+            raise UserError(f"{named}: their tokenizers put other tokens around texts (--append_eos)")
 
 
 def merge(

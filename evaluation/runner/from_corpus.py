@@ -73,6 +73,7 @@ def retriever_identity(args: RetrievalArgs, data: EvalData, encoder: EncoderConf
         identity |= {"query instruction": instruction.query, "key instruction": instruction.key}
         identity |= {name: getattr(args, name) for name in ("query_max_length", "key_max_length", "truncation_side")}
         identity |= {"truncate_dim": args.truncate_dim, "dense_metric": encoder.dense_metric}
+        identity |= {name: getattr(args, name) for name in ("attention", "append_eos") if getattr(args, name)}
         # None where the encoder's folder has it; lists, as JSON has them.
         identity["pooling_method"] = list(encoder.pooling_method) if encoder.pooling_method else None
         if args.faiss_index_factory != "Flat":

@@ -12,7 +12,7 @@ from typing import ClassVar
 from src.retrieval.data.columns import Columns, columns_flag
 from src.retrieval.data.rows import ROW_FIELDS
 from src.retrieval.data.tasks import VERSIONS
-from src.retrieval.models.choices import DENSE_METRICS, MERGE_METHODS, POOLING_METHODS
+from src.retrieval.models.choices import DENSE_METRICS, DIRECTIONS, MERGE_METHODS, POOLING_METHODS
 from src.utils.distributed import TIMEOUT
 from src.utils.errors import UserError
 from src.utils.files import BEIR_PREFIX, beir_name, split_beir
@@ -192,8 +192,14 @@ class BM25Args:
 
 @dataclass(kw_only=True)
 class AttentionArgs:
-    """How a transformer computes attention."""
+    """How a transformer reads texts."""
 
+    attention: str | None = flag(
+        None,
+        "What a token sees: causal (those before it) or bidirectional (all, also in decoder-only models); kept with "
+        "the model, whose own it is when None.",
+    )
+    append_eos: bool = flag(False, "End each text in the tokenizer's end token; kept with the tokenizer.")
     padding_free: str = flag(
         "auto",
         "Texts of a batch go through the model without padding, as one sequence: auto (in half precision on a GPU, "
@@ -208,6 +214,7 @@ class AttentionArgs:
         self.padding_free = str(self.padding_free).lower()
         check_choice("padding_free", self.padding_free, PADDING_FREE)
         check_choice("attn_implementation", self.attn_implementation, ATTENTION)
+        check_choice("attention", self.attention, DIRECTIONS)
         if self.attn_implementation in ("eager", "sdpa"):
             if self.padding_free == "true":
                 raise UserError(

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from src.retrieval.models.checks import check_padding, check_vocabulary, counted_positions, position_limit
+from src.retrieval.models.decoders import append_eos, check_reads_alike, padding_beside, set_attention
 from src.retrieval.models.encode import EncodeConfig, compute
 from src.retrieval.models.loading import Checkpoint, inner_folder
 from src.retrieval.models.packed_attention import enable_head, packed_logits, packer_of
@@ -54,6 +55,8 @@ class RankerConfig:
     allow_pickle: bool = False
     padding_free: str = "auto"
     attn_implementation: str | None = None
+    attention: str | None = None
+    append_eos: bool = False
 
     @classmethod
     def from_args(cls, args: RankerArgs) -> RankerConfig:
@@ -119,7 +122,9 @@ class CrossEncoder(TrainableModel):
         source = os.path.join(folder, FOLDER)
         if not os.path.isdir(source):
             raise UserError(f"{folder} has no {FOLDER!r} folder: it is no checkpoint of run_ranker.py")
-        Checkpoint(source, "ranker").load_into(self.backbone)
+        checkpoint = Checkpoint(source, "ranker")
+        check_reads_alike(checkpoint, self.backbone, self.pairs.tokenizer)
+        checkpoint.load_into(self.backbone)
 
 
 def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEncoder:
@@ -144,6 +149,10 @@ def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEnco
         _check_head(checkpoint, missing, f"{backbone.base_model_prefix}.", new_head)
     if check_vocabulary(tokenizer, backbone, checkpoint):
         tokenizer.split_special_tokens = True
+    if config.append_eos:
+        append_eos(tokenizer, path)
+        padding_beside(tokenizer, path)
+    set_attention(cast(PreTrainedModel, backbone.base_model), tokenizer, config.attention, checkpoint)
     ranker = CrossEncoder(backbone, _pair_tokenizer(checkpoint, tokenizer, backbone, config))
     if counted_positions(backbone) is None:
         # Decoders read the score at the last token that is not this one.

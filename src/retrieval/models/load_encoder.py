@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import normalizers
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     MODEL_MAPPING,
     AutoModel,
@@ -22,6 +20,7 @@ from transformers import (
 )
 
 from src.retrieval.models.checks import check_padding, check_vocabulary, position_limit, trial_run
+from src.retrieval.models.decoders import append_eos, is_causal, set_attention
 from src.retrieval.models.loading import Checkpoint, inner_folder
 from src.retrieval.models.lora import LoraSettings, add_adapters, base_of, is_adapter_folder, merge_into
 from src.retrieval.models.packed_attention import enable, packer_of
@@ -73,6 +72,9 @@ class EncoderConfig:
     #: ``auto``, ``true`` or ``false``; see `packer_of`.
     padding_free: str = "auto"
     attn_implementation: str | None = None
+    #: ``causal`` or ``bidirectional``; None for what the checkpoint says.
+    attention: str | None = None
+    append_eos: bool = False
 
     @classmethod
     def from_args(
@@ -121,14 +123,6 @@ def _load_backbone(checkpoint: Checkpoint, decoder: bool, empty: bool, above: tu
         pooler = no_pooler(MODEL_MAPPING[type(config)])  # type: ignore[arg-type]
     load = checkpoint.empty if empty else checkpoint.load_complete
     return load(auto_class, config, **pooler)
-
-
-def _is_causal(config: PretrainedConfig) -> bool:
-    """Whether each token of a model sees those before it alone, so that only the last one has read the text."""
-    kind = type(config)
-    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
-    both_ways = getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False
-    return causal and not both_ways
 
 
 def _load_tokenizer(checkpoint: Checkpoint, truncation_side: str, lower_case: bool) -> PreTrainedTokenizerBase:
@@ -189,7 +183,7 @@ def _chosen_pooling(
     if config.pooling_method is not None:
         return config.pooling_method, "flag"
     if spec.pooling_method is None:
-        if _is_causal(model):
+        if is_causal(model):
             return ("last",), "default of decoder-only models"
         return DEFAULT_POOLING, "default"
     if spec.without_prompt and config.add_instruction:
@@ -209,11 +203,15 @@ def load_encoder(path: str, config: EncoderConfig) -> TextEncoder:
     backbone.config.use_cache = False
     if check_vocabulary(tokenizer, backbone, checkpoint):
         tokenizer.split_special_tokens = True
+    if config.append_eos:
+        append_eos(tokenizer, path)
     _check_lengths(backbone, tokenizer, path, spec, config)
     if spec.prompts:
         unused = "%s: its prompts (%s) are not used: instructions are those of --version and --task_config"
         logger.info(unused, path, ", ".join(spec.prompts))
     methods, origin = _chosen_pooling(spec, path, backbone.config, config)
+    attention = config.attention or spec.attention
+    set_attention(backbone, tokenizer, attention, checkpoint)
     if methods[0] == "decoder" and not backbone.config.is_encoder_decoder:
         # What the original takes of the states of a model without a decoder.
         methods = ("cls", *methods[1:])
@@ -223,6 +221,7 @@ def load_encoder(path: str, config: EncoderConfig) -> TextEncoder:
     width = backbone.config.hidden_size if states is None else states.shape[-1]
     metric = config.dense_metric or spec.dense_metric or DEFAULT_METRIC
     encoder = TextEncoder(path, tokenizer, backbone, methods, width, metric)
+    encoder.attention = attention
     if not config.empty:
         check_padding(encoder, tokenizer, tokenizer(["a", "a b c d e f g h"]), backbone, checkpoint)
     encoder.packer = packer_of(backbone, tokenizer, path, config.padding_free, enable)
@@ -236,6 +235,11 @@ def load_encoder(path: str, config: EncoderConfig) -> TextEncoder:
     # The path is said already.
     sources = [os.path.basename(source or "") for source in (origin, said_by)]
     logger.info("%s: pooling %s (%s), similarity %s (%s)", path, "+".join(methods), sources[0], metric, sources[1])
+    if attention is not None:
+        in_place_of = (
+            f"in place of {spec.attention}" if spec.attention not in (None, attention) else "as flag or folder say"
+        )
+        logger.info("%s: attention %s, %s", path, attention, in_place_of)
     return encoder
 
 

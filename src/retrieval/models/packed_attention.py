@@ -107,12 +107,14 @@ def attention(
 
     Args:
         query, key, value: ``(1, heads, tokens, D)``; keys and values may have fewer heads.
-        sliding_window: as transformers' flash attention takes it: so many tokens to each side, the token included.
+        sliding_window: as transformers' masks take it: so many tokens to each side, the token included; not included
+            where a decoder sees both ways.
 
     Raises:
         NotImplementedError: a model asks for what this attention does not compute.
     """
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    decodes = bool(getattr(module, "is_causal", False))
+    causal = decodes if is_causal is None else is_causal
     if (starts := kwargs.get(STARTS)) is None:
         return sdpa_attention_forward(
             module,
@@ -138,7 +140,8 @@ def attention(
         # Kernels are called past autocast, and rotary positions leave queries and keys in fp32.
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    view = _View(starts, kwargs[LONGEST], causal, None if sliding_window is None else sliding_window - 1)
+    reach = sliding_window and sliding_window - (causal or not decodes)
+    view = _View(starts, kwargs[LONGEST], causal, reach)
     attend = _flash if query.dtype in (torch.float16, torch.bfloat16) and has_flash(query.device) else _blocks
     return attend(query, key, value, view, dropout, scaling), None
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from src.retrieval.models.choices import DENSE_METRICS, POOLING_METHODS
+from src.retrieval.models.choices import DENSE_METRICS, DIRECTIONS, POOLING_METHODS
 from src.retrieval.models.loading import Checkpoint, loading
 from src.utils.errors import UserError
 from src.utils.files import read_json, read_object, write_json
@@ -68,6 +68,7 @@ class PoolingSpec:
     max_length: int | None = None
     without_prompt: bool = False
     prompts: tuple[str, ...] = ()
+    attention: str | None = None
 
 
 def leading_dimensions(vectors: Tensor, width: int | None, metric: str) -> Tensor:
@@ -192,17 +193,23 @@ def read_pooling_spec(checkpoint: Checkpoint, pooling_given: bool = False) -> Po
 def _read_embedder_file(path: str) -> PoolingSpec:
     settings = read_object(path, "encoder settings")
     methods, metric = settings.get("pooling_method"), settings.get("dense_metric")
+    attention = settings.get("attention")
     if not isinstance(methods, list) or not methods or not set(map(str, methods)) <= set(POOLING_METHODS):
         raise UserError(f"{path}: 'pooling_method' must be a list of {', '.join(POOLING_METHODS)}, found {methods!r}")
     if metric not in DENSE_METRICS:
         raise UserError(f"{path}: 'dense_metric' must be one of {', '.join(DENSE_METRICS)}, found {metric!r}")
+    if attention not in (None, *DIRECTIONS):
+        raise UserError(f"{path}: 'attention' must be one of {', '.join(DIRECTIONS)}, found {attention!r}")
     dense = os.path.join(os.path.dirname(path), DENSE_FOLDER) if "dense" in methods else None
-    return PoolingSpec(tuple(methods), metric, dense, path)
+    return PoolingSpec(tuple(methods), metric, dense, path, attention=attention)
 
 
-def write_embedder_file(folder: str, pooling_method: tuple[str, ...], dense_metric: str) -> None:
-    """Record beside an encoder how it pools and compares, for `read_pooling_spec`."""
-    write_json(Path(folder) / EMBEDDER_FILE, {"pooling_method": list(pooling_method), "dense_metric": dense_metric})
+def write_embedder_file(
+    folder: str, pooling_method: tuple[str, ...], dense_metric: str, attention: str | None = None
+) -> None:
+    """Record beside an encoder how it pools, compares and attends, for `read_pooling_spec`."""
+    settings = {"pooling_method": list(pooling_method), "dense_metric": dense_metric}
+    write_json(Path(folder) / EMBEDDER_FILE, settings | ({"attention": attention} if attention else {}))
 
 
 def _read_modules(checkpoint: Checkpoint, modules_file: str, pooling_given: bool) -> PoolingSpec:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.retrieval.models.checks import position_limit
+from src.retrieval.models.decoders import check_reads_alike
 from src.retrieval.models.loading import Checkpoint, loading
 from src.retrieval.models.lora import has_adapters, load_adapters, merged_weights, save_adapters
 from src.retrieval.models.packed_attention import SAMPLE, packed_states
@@ -55,6 +56,8 @@ class TextEncoder(nn.Module):
         self.metric = metric
         self.dense: DenseLayer | None = None
         self.packer: Packer | None = None
+        #: As `set_attention` takes it.
+        self.attention: str | None = None
         self._loaded_fingerprint: str | None = None
 
     @property
@@ -114,13 +117,14 @@ class TextEncoder(nn.Module):
             self.tokenizer.save_pretrained(target)
             if self.dense is not None:
                 self.dense.save(os.path.join(target, DENSE_FOLDER), below(state, "dense."))
-            write_embedder_file(target, self.pooling_method, self.metric)
+            write_embedder_file(target, self.pooling_method, self.metric, self.attention)
 
     def load_weights(self, folder: str, name: str) -> None:
         """Take the weights that `save` wrote; see `TrainableModel.load_weights`."""
         source, adapters = os.path.join(folder, name), os.path.join(folder, ADAPTERS, name)
         if not os.path.isdir(source):
             raise UserError(f"{folder} has no {name!r} folder: was it trained with the same --tie_encoders?")
+        check_reads_alike(Checkpoint(source, "encoder"), self.backbone, self.tokenizer)
         if has_adapters(self.backbone):
             load_adapters(self.backbone, adapters)
         elif os.path.isdir(adapters):

@@ -57,6 +57,8 @@ class EncoderUse:
     key_max_length: int
     #: Whether the folder holds LoRA adapters alone.
     adapters: bool = False
+    #: What a token sees, where that was chosen: ``causal`` or ``bidirectional``.
+    attention: str | None = None
 
 
 @dataclass(frozen=True)

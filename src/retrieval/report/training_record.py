@@ -53,6 +53,7 @@ def encoder_uses(model: DenseRetriever, query_max_length: int, key_max_length: i
             metric=model.metric,
             query_max_length=query_max_length,
             key_max_length=key_max_length,
+            attention=encoder.attention,
         )
         uses[name] = (encoder.path, use)
         if has_adapters(encoder.backbone):

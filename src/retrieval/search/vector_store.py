@@ -40,7 +40,10 @@ def vectors_made_from(args: RetrievalArgs, data: EvalData, model: DenseRetriever
     """The identity of vectors that `model` computes in `dtype`; saved ones are only loaded for the same."""
     assert data.corpus is not None
     encoder = model.encoders[model.key_name]
+    # Of vectors without them nothing is said, so that those of earlier versions can be loaded.
+    reading = {"attention": encoder.attention, "append_eos": args.append_eos}
     return {
+        **{name: value for name, value in reading.items() if value},
         "weights": encoder.fingerprint,
         "corpus": data.corpus.fingerprint(),
         "rows": len(data.corpus),

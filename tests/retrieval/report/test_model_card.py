@@ -68,7 +68,7 @@ def expected(model: DenseRetriever, instruction: Instruction, lengths=LENGTHS) -
         ("bert", {"pooling_method": ("mean",), "dense_metric": "l2", "tie_encoders": False}),
         ("llama", {"pooling_method": ("last",)}),
         ("llama", {"pooling_method": ("weightedmean",)}),
-        ("llama", {"pooling_method": ("last",), "lora": LoraSettings(2, 4.0)}),
+        ("llama", {"pooling_method": ("last",), "lora": LoraSettings(2, 4.0), "attention": "bidirectional"}),
         ("t5", {"pooling_method": ("mean",)}),
         ("t5", {"pooling_method": ("decoder",), "dense_metric": "ip"}),
     ],
