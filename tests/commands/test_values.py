@@ -85,6 +85,8 @@ from src.utils.errors import UserError
         ({"torch_compile": True, "torch_compile_backend": "foo"}, "--torch_compile_backend .*inductor"),
         ({"adam_beta2": 1.0}, "--adam_beta2 must be from 0 to below 1, found 1.0"),
         ({"warmup_ratio": 7.0}, "--warmup_ratio must be a share of the steps"),
+        ({"positives_per_query": 8}, "--positives_per_query 8 must be below --train_group_size 8"),
+        ({"positives_per_query": 0}, "--positives_per_query must be above 0, found 0"),
         ({"mask_margin": 0.1, "in_batch": False}, "--mask_margin 0.1 is for keys of other queries, which --in_batch"),
         ({"mask_margin": float("nan")}, "--mask_margin must be a number, found nan"),
         ({"teacher_temperature": float("nan")}, "--teacher_temperature must be above 0, found nan"),

@@ -32,6 +32,35 @@ def contrastive_loss(scores: Tensor, own: Sequence[Sequence[int]]) -> list[Tenso
     return [cross_entropy(list(row.double()), columns[0]) for row, columns in zip(scores, own, strict=True)]
 
 
+def several_positives_loss(scores: Tensor, own: Sequence[Sequence[int]], positives: Sequence[int]) -> list[Tensor]:
+    """-log of the summed softmax of each query's positives, which stand first among its own keys."""
+    losses = []
+    for row, columns, count in zip(scores.double(), own, positives, strict=True):
+        total = torch.zeros((), dtype=torch.float64)
+        for label in columns[:count]:
+            total = total + probability(list(row), label)
+        losses.append(-torch.log(total))
+    return losses
+
+
+def margin_loss(
+    scores: Tensor,
+    own: Sequence[Sequence[int]],
+    teacher: Sequence[Sequence[float]],
+    teacher_temperature: float,
+    student_temperature: float,
+) -> list[Tensor]:
+    """The mean squared difference of margins between the first of a group and each other."""
+    losses = []
+    for row, columns, grades in zip(scores.double(), own, teacher, strict=True):
+        loss = torch.zeros((), dtype=torch.float64)
+        for i in range(1, len(columns)):
+            found = (row[columns[0]] - row[columns[i]]) / student_temperature
+            loss = loss + (found - (grades[0] - grades[i]) / teacher_temperature) ** 2
+        losses.append(loss / (len(columns) - 1) if len(columns) > 1 else loss)
+    return losses
+
+
 def distillation_loss(
     scores: Tensor,
     own: Sequence[Sequence[int]],
@@ -76,15 +105,20 @@ def total_loss(
     teacher_temperature: float = 1.0,
     student_temperature: float = 1.0,
     stable_distill: bool = False,
+    margin_mse: bool = False,
+    positives: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """What each query is trained with; `teacher[b]` is None for a row without scores."""
     losses = []
-    for row, columns, grades in zip(scores, own, teacher, strict=True):
-        contrastive = contrastive_loss(row[None], [columns])[0]
+    counts = positives or [1] * len(own)
+    for row, columns, grades, count in zip(scores, own, teacher, counts, strict=True):
+        contrastive = several_positives_loss(row[None], [columns], [count])[0]
         if grades is None or distill_weight == 0:
             losses.append(contrastive)
             continue
-        if stable_distill:
+        if margin_mse:
+            distilled = margin_loss(row[None], [columns], [grades], teacher_temperature, student_temperature)[0]
+        elif stable_distill:
             distilled = graded_loss(row[None], [columns], [grades])[0]
         else:
             distilled = distillation_loss(row[None], [columns], [grades], teacher_temperature, student_temperature)[0]

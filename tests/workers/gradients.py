@@ -48,6 +48,8 @@ class Case:
     #: In units of the cosine.
     mask_margin: float | None = None
     same_text: bool = False
+    #: Of each query but the first, which has one.
+    positives: int = 1
 
 
 _CONTRASTIVE = LossConfig(1.0, 0.0, TEMPERATURE)
@@ -98,6 +100,11 @@ CASES = {
     "both graded, same text, masked, a width": Case(
         _BOTH_GRADED, (3, 2), (4,), widths=(5,), same_text=True, mask_margin=0.005
     ),
+    "contrastive, two positives, same text": Case(_CONTRASTIVE, (3, 2), same_text=True, positives=2),
+    "both graded, two positives, cached": Case(
+        _BOTH_GRADED, (3, 2), (4,), positives=2, chunks=ChunkPolicy(2), cached=True
+    ),
+    "both by margins, rank 1 without scores": Case(replace(_BOTH, margin_mse=True), (3, 2), (3, 4)),
     "both, own keys only": Case(replace(_BOTH, in_batch=False), (3, 2), (1,)),
     "both graded, own keys only, cached": Case(
         replace(_BOTH_GRADED, in_batch=False), (3, 2), (4,), widths=(5,), chunks=ChunkPolicy(2), cached=True
@@ -122,19 +129,12 @@ def rows_of(case: Case) -> list[dict[str, Any]]:
         if query == sum(case.sizes) - 1:
             keys[1] = rows[0]["pos"][0]
         scores = None if query in case.unscored else rng.normal(size=GROUP).tolist()
-        read = text()
-        row = {
-            "query": read,
-            "read": read,
-            "pos": keys[:1],
-            "neg": keys[1:],
-            "teacher_scores": scores,
-            "file": "a.json",
-        }
-        rows.append({**row, "group": [0, 1, 2], "positives": 1})
+        read, count = text(), case.positives if query else 1
+        row = {"query": read, "read": read, "pos": keys[:count], "neg": keys[count:], "teacher_scores": scores}
+        rows.append({**row, "file": "a.json", "group": [0, 1, 2], "positives": count})
     if case.same_text:
         # In no group of its own row.
-        rows[0] |= {"pos": [*rows[0]["pos"], rows[3]["neg"][1]], "group": [0, 2, 3]}
+        rows[0] |= {"pos": [*rows[0]["pos"], rows[3]["neg"][-1]], "group": [0, 2, 3]}
         rows[1]["pos_index"], rows[3]["pos_index"], rows[4]["neg_index"] = [7, 9], [9], [2, 7]
         rows[2]["read"] = rows[4]["read"]
     return rows
@@ -146,8 +146,8 @@ def examples_of(case: Case) -> list[TrainExample]:
     for row in rows_of(case):
         texts = [*row["pos"], *row["neg"]]
         keys = [texts[place] for place in row["group"]]
-        names = names_of(row, row["group"], 1, row["read"], row["file"]) if case.same_text else None
-        examples.append(TrainExample(0, row["read"], keys, row["teacher_scores"], names))
+        names = names_of(row, row["group"], row["positives"], row["read"], row["file"]) if case.same_text else None
+        examples.append(TrainExample(0, row["read"], keys, row["teacher_scores"], names, row["positives"]))
     return examples
 
 

@@ -176,6 +176,8 @@ TRAINING_SETTINGS: Mapping[str, _Kind] = {
     "distill_weight": _WEIGHT,
     "teacher_temperature": ("a number above 0", lambda value: is_number(value) and value > 0),
     "stable_distill": ("true or false", lambda value: isinstance(value, bool)),
+    "margin_mse": ("true or false", lambda value: isinstance(value, bool)),
+    "positives_per_query": ("a whole number above 0", lambda value: type(value) is int and value > 0),
     "in_batch": ("true or false", lambda value: isinstance(value, bool)),
     "max_sample_num": ("a whole number above 0", lambda value: type(value) is int and value > 0),
     "teacher_scores_margin": _NUMBER,

@@ -43,9 +43,9 @@ BACKENDS_WITH_MODES = ("inductor", "eager")
 RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "above 0": (
         lambda value: value > 0,
-        "train_group_size cos_temperature teacher_temperature student_temperature max_sample_num early_exit_steps "
-        "per_device_train_batch_size gradient_accumulation_steps lora_r lora_alpha save_steps logging_steps eval_steps "
-        "early_stopping_patience",
+        "train_group_size positives_per_query cos_temperature teacher_temperature student_temperature max_sample_num "
+        "early_exit_steps per_device_train_batch_size gradient_accumulation_steps lora_r lora_alpha save_steps "
+        "logging_steps eval_steps early_stopping_patience",
     ),
     "0 or more": (
         lambda value: value >= 0,
@@ -147,6 +147,10 @@ class RetrievalTrainingArgs(TrainingFlags, TrainingArguments):  # type: ignore[m
                 ),
                 f"--mask_margin {self.mask_margin} is for keys of other queries, which --in_batch False leaves out: "
                 "give one of them": self.mask_margin is not None and not self.in_batch,
+                f"--positives_per_query {self.positives_per_query} must be below --train_group_size "
+                f"{self.train_group_size}: a query is compared with a negative at least": (
+                    1 < self.positives_per_query >= self.train_group_size
+                ),
                 "--lora_alpha, --lora_dropout and --lora_target_modules need --lora_r, the adapters' rank": (
                     adapters and self.lora_r is None
                 ),

@@ -122,6 +122,12 @@ def teacher_scores(examples: Sequence[TrainExample]) -> Tensor | None:
     return torch.tensor([example.scores or [math.nan] * len(example.keys) for example in examples], dtype=torch.float32)
 
 
+def positive_counts(examples: Sequence[TrainExample]) -> Tensor | None:
+    """How many of each query's keys are positives, int64 ``(B,)``; None where all have one."""
+    counts = [example.positives for example in examples]
+    return torch.tensor(counts) if max(counts) > 1 else None
+
+
 def batch_names(examples: Sequence[TrainExample]) -> tuple[Tensor, Tensor] | None:
     """See `name_tensors`; None where a row has no names."""
     names = [example.names for example in examples if example.names is not None]
@@ -142,8 +148,8 @@ class Collator(Protocol):
         """Return what the model reads of an example, query and keys in their order."""
 
 
-def _labels(keys: Sequence[str]) -> list[str]:
-    return ["positive", *["negative"] * (len(keys) - 1)]
+def _labels(example: TrainExample) -> list[str]:
+    return ["positive" if place < example.positives else "negative" for place in range(len(example.keys))]
 
 
 @dataclass(frozen=True)
@@ -151,8 +157,8 @@ class TrainCollator:
     """Tokenizes B examples for a dual encoder.
 
     Returns ``query`` (B texts) and ``key`` (B*N texts, groups one after the other) as chunks (see `token_chunks`),
-    ``teacher_scores``, ``names`` (see `name_tensors`; None where the same text in other rows is a negative), and
-    ``source``, the number of the first example's file, by which the loss settings are chosen.
+    ``teacher_scores``, ``positives`` (see `positive_counts`), ``names`` (see `name_tensors`; None where the same text
+    in other rows is a negative), and ``source``, the number of the first example's file, which chooses the settings.
     """
 
     query_tokenizer: PreTrainedTokenizerBase
@@ -171,6 +177,7 @@ class TrainCollator:
             ),
             "key": tokenize_chunks(self.key_tokenizer, keys, self.key_max_length, self.policy, self.key_packer),
             "teacher_scores": teacher_scores(examples),
+            "positives": positive_counts(examples),
             "names": batch_names(examples),
             "source": examples[0].source,
         }
@@ -178,7 +185,7 @@ class TrainCollator:
     def shown(self, example: TrainExample) -> list[Shown]:
         """See `Collator`."""
         texts = [("query", self.query_tokenizer, example.query, self.query_max_length)]
-        for label, key in zip(_labels(example.keys), example.keys, strict=True):
+        for label, key in zip(_labels(example), example.keys, strict=True):
             texts.append((label, self.key_tokenizer, key, self.key_max_length))
         return [(label, *as_read(tokenizer, text, length)) for label, tokenizer, text, length in texts]
 
@@ -188,7 +195,7 @@ class PairCollator:
     """Tokenizes B examples for a cross-encoder.
 
     Returns ``pair`` (B*N pairs as chunks: each query with its keys, groups one after the other), ``group_size`` (N),
-    ``teacher_scores`` and ``source`` (see `TrainCollator`).
+    ``teacher_scores``, ``positives`` and ``source`` (see `TrainCollator`).
     """
 
     pairs: PairTokenizer
@@ -201,11 +208,12 @@ class PairCollator:
             "pair": token_chunks(self.pairs.tokenizer, encoded, self.policy, self.packer),
             "group_size": len(examples[0].keys),
             "teacher_scores": teacher_scores(examples),
+            "positives": positive_counts(examples),
             "source": examples[0].source,
         }
 
     def shown(self, example: TrainExample) -> list[Shown]:
         """See `Collator`; a pair holds the query, too."""
         rows = self.pairs([(example.query, key) for key in example.keys])["input_ids"]
-        pairs = zip(_labels(example.keys), rows, strict=True)
+        pairs = zip(_labels(example), rows, strict=True)
         return [(label, str(self.pairs.tokenizer.decode(ids)), len(ids)) for label, ids in pairs]

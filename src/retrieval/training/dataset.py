@@ -28,7 +28,7 @@ from src.retrieval.training.losses import LossConfig
 from src.retrieval.training.select import SelectionPolicy, negatives_left, select_group, unusable
 from src.utils import distributed
 from src.utils.errors import UserError
-from src.utils.flags import flags_of
+from src.utils.flags import flags_of, refuse
 from src.utils.jsonl import Rows
 
 if TYPE_CHECKING:
@@ -64,6 +64,21 @@ class SourceSettings:
             vars(args).update(training_settings_for(version, task, task_config))
         if args.contrastive_weight == 0 and args.distill_weight == 0:
             raise UserError("--contrastive_weight and --distill_weight are both 0: nothing would be trained")
+        several = f"--positives_per_query {args.positives_per_query}"
+        refuse(
+            {
+                "--margin_mse and --stable_distill are two ways to distil: give one of them": (
+                    args.margin_mse and args.stable_distill
+                ),
+                "--margin_mse needs --distill_weight above 0": (
+                    args.margin_mse and args.distill_weight == 0 and not args.use_train_config
+                ),
+                f"{several} does not go with --margin_mse, which compares one positive with the negatives: leave one "
+                "of them out": args.positives_per_query > 1 and args.margin_mse,
+                f"{several} takes a row's pos, and --select_positive teacher the best of all candidates: give first, "
+                "random or teacher-pos": args.positives_per_query > 1 and args.select_positive == "teacher",
+            }
+        )
         return cls(
             selection=SelectionPolicy(**flags_of(SelectionPolicy, args)),
             loss=LossConfig(**flags_of(LossConfig, args)),
@@ -99,7 +114,7 @@ class Source:
 
 @dataclass(frozen=True)
 class TrainExample:
-    """One query of file number `source`, its keys, positive first, and their teacher scores if any.
+    """One query of file number `source`, its keys, `positives` first, and their teacher scores if any.
 
     `names` say which keys answer which queries; None where all keys of other rows are negatives.
     """
@@ -109,6 +124,7 @@ class TrainExample:
     keys: list[str]
     scores: list[float] | None
     names: Names | None = None
+    positives: int = 1
 
 
 class TrainDataset(Dataset):
@@ -140,8 +156,10 @@ class TrainDataset(Dataset):
         instruction = source.instruction_of(row.get("task") or source.default_task)
         keys = [instruction.key + key for key in group.keys]
         query, loss = instruction.query + row["query"], source.settings.loss
-        names = names_of(row, group.places, 1, query, source.rows.path) if loss.mask_same_text else None
-        return TrainExample(number, query, keys, group.scores, names)
+        names = None
+        if loss.mask_same_text:
+            names = names_of(row, group.places, group.positives, query, source.rows.path)
+        return TrainExample(number, query, keys, group.scores, names, group.positives)
 
 
 def _keep(rows: Rows, settings: SourceSettings, seed: tuple[int, int]) -> tuple[np.ndarray, dict[str, int]]:
@@ -218,6 +236,12 @@ def load_train_sources(
         found.append((rows, default, choices.pop()))
     if fits_groups:
         found = _fit_groups(found, mixes_files)
+    for rows, _, settings in found:
+        if 1 < (several := settings.selection.positives_per_query) >= settings.selection.train_group_size:
+            raise UserError(
+                f"{rows.path}: --positives_per_query {several} leaves no negative in groups of "
+                f"{settings.selection.train_group_size} keys: mine some, or raise --train_group_size"
+            )
     sources = []
     for number, (rows, default, settings) in enumerate(found):
         path = rows.path
@@ -233,27 +257,32 @@ def load_train_sources(
     return sources
 
 
-def _left(rows: Rows, selection: SelectionPolicy) -> np.ndarray:
+def _left(rows: Rows, selection: SelectionPolicy) -> tuple[np.ndarray, np.ndarray]:
+    """How many negatives each row has, and how many positives it gives at most (one where a negative wins)."""
     columns = rows.scan.columns
-    return negatives_left(columns["positives"], columns["negatives"], columns["best"], selection)
+    left = negatives_left(columns["positives"], columns["negatives"], columns["best"], selection)
+    return left, np.clip(columns["positives"], 1, selection.positives_per_query)
 
 
 def _fit_groups(
     found: Sequence[tuple[Rows, str | None, SourceSettings]], mixes_files: bool
 ) -> list[tuple[Rows, str | None, SourceSettings]]:
-    """Give groups no more keys than a positive and the most negatives that a row of the file has.
+    """Give groups no more keys than the most that a row of the file fills, with negatives; else one.
 
     With `mixes_files` all files together count as one.
     """
-    most = [int(_left(rows, settings.selection).max()) for rows, _, settings in found]
+    most = []
+    for rows, _, settings in found:
+        left, taken = _left(rows, settings.selection)
+        most.append(int(np.where(left > 0, left + taken, 1).max()))
     if mixes_files:
         most = [max(most)] * len(most)
     fitted = []
-    for (rows, default, settings), negatives in zip(found, most, strict=True):
+    for (rows, default, settings), size in zip(found, most, strict=True):
         selection = settings.selection
-        if (size := negatives + 1) < selection.train_group_size:
-            what = f"no row has more than {negatives} negatives" if negatives else "rows have no negatives"
-            how = f"{size} keys" if negatives else "the positive alone, compared with the other keys of the batch"
+        if size < selection.train_group_size:
+            what = f"no row fills more than {size} keys" if size > 1 else "rows have no negatives"
+            how = f"{size} keys" if size > 1 else "the positive alone, compared with the other keys of the batch"
             logger.info("%s: %s, so a group is %s (--train_group_size %d)", rows.path, what, how, size)
             settings = replace(settings, selection=replace(selection, train_group_size=size))
         fitted.append((rows, default, settings))
@@ -271,8 +300,8 @@ def _way_on(dropped: Mapping[str, int], mixes_files: bool) -> str:
 def _say_repeats(source: Source) -> None:
     """Log how many keys of the groups are there a second time."""
     selection = source.settings.selection
-    wanted = selection.train_group_size - 1
-    left = _left(source.rows, selection)[source.kept]
+    left, taken = (each[source.kept] for each in _left(source.rows, selection))
+    wanted = selection.train_group_size - taken
     repeated = int(np.maximum(wanted - left, 0).sum())
     if repeated:
         logger.info(
@@ -280,9 +309,9 @@ def _say_repeats(source: Source) -> None:
             "tell nothing new (--train_group_size %d repeats none)",
             source.rows.path,
             int((left < wanted).sum()),
-            wanted,
-            100 * repeated / (len(left) * (wanted + 1)),
-            int(left.min()) + 1,
+            int(wanted.max()),
+            100 * repeated / (len(left) * selection.train_group_size),
+            int((left + taken).min()),
         )
 
 
@@ -296,6 +325,11 @@ def _check_something_trains(sources: Sequence[Source]) -> None:
             idle.append(path)
         if unscored:
             logger.info("%s: %d rows have no %s and train contrastively", path, unscored, source.score_field)
+    if any(source.settings.loss.margin_mse for source in sources) and not any(source.scored for source in sources):
+        raise UserError(
+            f"--margin_mse: no row of {', '.join(sorted({source.rows.path for source in sources}))} has "
+            f"{sources[0].score_field} to distil from: score them (run_ranker.py, run_lm_score.py)"
+        )
     if len(idle) == len(sources):
         raise UserError(
             f"the contrastive weight is 0 and no row of {', '.join(sorted(set(idle)))} has {sources[0].score_field} to "

@@ -78,6 +78,11 @@ class SelectionFlags:
         f"Keys per query: one positive, the rest negatives; {MOST_KEYS} at most. When not given, no more than rows "
         "have; when given, too few negatives are repeated. 1: only the other keys of the batch are negatives.",
     )
+    positives_per_query: int = flag(
+        1,
+        "Up to so many of a query's keys are positives of its row, as --select_positive says, and the contrastive loss "
+        "is that of the sum of their probabilities.",
+    )
     select_positive: str = flag(
         "first", "first, random, teacher (best teacher score of all candidates) or teacher-pos (best positive)."
     )
@@ -117,11 +122,16 @@ class LossFlags:
     contrastive_weight: float = flag(0.2, "Weight of the contrastive loss.")
     distill_weight: float = flag(1.0, "Weight of the distillation loss.")
     stable_distill: bool = flag(False, "Graded distillation: a contrastive loss per rank of the teacher.")
+    margin_mse: bool = flag(
+        False,
+        "Distil by the mean squared error between the student's and the teacher's margins of the positive over each "
+        "negative, both over their temperatures.",
+    )
     cos_temperature: float = flag(0.01, "Cosine scores are divided by this.")
     teacher_temperature: float = flag(
-        1.0, "Teacher scores are divided by this (plain distillation; graded takes them as they are)."
+        1.0, "Teacher scores are divided by this (graded distillation takes them as they are)."
     )
-    student_temperature: float = flag(1.0, "Student scores are divided by this (plain distillation).")
+    student_temperature: float = flag(1.0, "Student scores are divided by this (but in graded distillation).")
     mask_same_text: bool = flag(
         True,
         "Keys of other rows that answer a query are not its negatives: its positive, one of its pos, pos_id or "

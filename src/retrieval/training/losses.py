@@ -1,8 +1,9 @@
 """From a training batch to the loss of each query: how the kinds of models score it, and losses over the scores.
 
 Losses are pure functions that return one value per query, ``(B,)``. Shapes: B local queries, N keys per query (group,
-positive first), K keys in all (of every process when negatives cross processes). `scores` are ``(B, K)``, `positions`
-int64 ``(B, N)``, the columns of each query's own keys, and `teacher` scores ``(B, N)``.
+positives first), K keys in all (of every process when negatives cross processes). `scores` are ``(B, K)``, `positions`
+int64 ``(B, N)``, the columns of each query's own keys, `positives` int64 ``(B,)``, how many of them are positives
+(None: one each), and `teacher` scores ``(B, N)``.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class LossConfig:
     stable_distill: bool = False
     in_batch: bool = True
     mask_same_text: bool = True
+    margin_mse: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,21 @@ def mask_false_negatives(scores: Tensor, positions: Tensor, margin: float) -> Te
     return scores.masked_fill(false, MASKED)
 
 
-def contrastive(scores: Tensor, positions: Tensor) -> Tensor:
-    """Cross-entropy of each query over all keys, label = its own positive (InfoNCE, arXiv 1807.03748)."""
-    return F.cross_entropy(scores, positions[:, 0], reduction="none")
+def contrastive(scores: Tensor, positions: Tensor, positives: Tensor | None = None) -> Tensor:
+    """Cross-entropy of each query over all keys, label = its own positive (InfoNCE, arXiv 1807.03748).
+
+    Of several positives the probabilities are summed: -log sum_p softmax(scores)_p (SumMargLH, arXiv 2504.05220).
+    """
+    if positives is None:
+        return F.cross_entropy(scores, positions[:, 0], reduction="none")
+    own = scores.gather(1, positions).masked_fill(~is_positive(positions, positives), -torch.inf)
+    return scores.logsumexp(1) - own.logsumexp(1)
+
+
+def is_positive(positions: Tensor, positives: Tensor | None) -> Tensor:
+    """Which of each query's own keys are positives, bool ``(B, N)``."""
+    counts = 1 if positives is None else positives[:, None]
+    return (torch.arange(positions.shape[1], device=positions.device) < counts).expand(len(positions), -1)
 
 
 def distillation(own_scores: Tensor, teacher: Tensor, teacher_temperature: float, student_temperature: float) -> Tensor:
@@ -144,6 +158,15 @@ def distillation(own_scores: Tensor, teacher: Tensor, teacher_temperature: float
     target = F.log_softmax(teacher / teacher_temperature, dim=1)
     student = F.log_softmax(own_scores / student_temperature, dim=1)
     return (target.exp() * (target - student)).sum(1)
+
+
+def margin_mse(own_scores: Tensor, teacher: Tensor, teacher_temperature: float, student_temperature: float) -> Tensor:
+    """Mean over negatives of (student margin / T_s - teacher margin / T_t)², scores ``(B, N)`` (arXiv 2010.02666).
+
+    A margin is that of the positive over the negative; a query without negatives has a loss of 0.
+    """
+    difference = own_scores / student_temperature - teacher / teacher_temperature
+    return (difference[:, :1] - difference[:, 1:]).square().sum(1) / max(own_scores.shape[1] - 1, 1)
 
 
 def graded_distillation(scores: Tensor, positions: Tensor, teacher: Tensor) -> Tensor:
@@ -161,7 +184,9 @@ def graded_distillation(scores: Tensor, positions: Tensor, teacher: Tensor) -> T
     return -(F.softmax(teacher, dim=1) * log_likelihood).sum(1)
 
 
-def combine(scores: Tensor, positions: Tensor, teacher: Tensor | None, config: LossConfig) -> LossParts:
+def combine(
+    scores: Tensor, positions: Tensor, teacher: Tensor | None, config: LossConfig, positives: Tensor | None = None
+) -> LossParts:
     """Weight the losses of each query.
 
     A query with teacher scores gets contrastive_weight * contrastive + distill_weight * distillation, or the one
@@ -171,18 +196,18 @@ def combine(scores: Tensor, positions: Tensor, teacher: Tensor | None, config: L
     # Without teacher scores decided without a look at the device, which would have to be waited for.
     has_teacher = None if teacher is None or config.distill_weight <= 0 else ~teacher.isnan().any(1)
     if teacher is None or has_teacher is None or not bool(has_teacher.any()):
-        total = contrastive(scores, positions)
+        total = contrastive(scores, positions, positives)
         return LossParts(total, total.detach(), None)
     contrastive_part = None
     if config.contrastive_weight > 0 or not bool(has_teacher.all()):
-        contrastive_part = contrastive(scores, positions)
+        contrastive_part = contrastive(scores, positions, positives)
     # Rows without scores are set aside by the mask; a zero keeps NaN out of their gradient.
     filled = torch.where(has_teacher[:, None], teacher, torch.zeros_like(teacher))
     if config.stable_distill:
         distillation_part = graded_distillation(scores, positions, filled)
     else:
-        own = scores.gather(1, positions)
-        distillation_part = distillation(own, filled, config.teacher_temperature, config.student_temperature)
+        own, distil = scores.gather(1, positions), margin_mse if config.margin_mse else distillation
+        distillation_part = distil(own, filled, config.teacher_temperature, config.student_temperature)
     total = distillation_part
     if contrastive_part is not None:
         if config.contrastive_weight > 0:

@@ -11,41 +11,45 @@ from src.retrieval.data.rows import Row, candidates
 
 @dataclass(frozen=True)
 class SelectionPolicy:
-    """How to choose the positive and the negatives of a group, as the flags."""
+    """How to choose the positives and the negatives of a group, as the flags."""
 
     select_positive: str = "first"
     select_negative: str = "random"
     train_group_size: int = 8
     stable_distill: bool = False
+    positives_per_query: int = 1
 
 
 @dataclass(frozen=True)
 class Group:
-    """The chosen keys, positive first, their teacher scores when the row has them, and their places in pos + neg."""
+    """The chosen keys, positives first, their teacher scores when the row has them, and their places in pos + neg."""
 
     keys: list[str]
     scores: list[float] | None
     places: list[int]
+    positives: int = 1
 
 
 def select_group(row: Row, policy: SelectionPolicy, rng: np.random.Generator) -> Group:
-    """Choose one positive and ``train_group_size - 1`` negatives.
+    """Choose up to `positives_per_query` positives, and negatives up to ``train_group_size`` keys.
 
     The positive is the ``first``, a ``random`` one, ``teacher`` (best score of all candidates; a negative that wins
     leaves the negatives) or ``teacher-pos`` (best positive); negatives are ``random``, the ``first``, ``teacher+``
     (best first) or ``teacher-`` (worst first). Too few negatives are repeated: in turn, or by teacher score each as
-    often as it takes before the next. `rng` is the source of all randomness.
+    often as it takes before the next. Further positives are others of the row, each text once, chosen likewise. `rng`
+    is the source of all randomness.
     """
     positives, negatives = candidates(row)
     texts = positives + negatives
     scores = row.get("teacher_scores") or None
     positive = _pick_positive(len(positives), scores, policy.select_positive, rng)
     pool = np.array([i for i in range(len(positives), len(texts)) if i != positive], dtype=np.int64)
-    chosen = _pick_negatives(pool, scores, policy, rng)
+    first = [positive, *_pick_more(positives, positive, scores, policy, rng)]
+    chosen = _pick_negatives(pool, scores, policy, policy.train_group_size - len(first), rng)
     if policy.stable_distill and scores:
         chosen = sorted(chosen, key=lambda i: -scores[i])
-    group = [positive, *chosen]
-    return Group([texts[i] for i in group], [scores[i] for i in group] if scores else None, group)
+    group = [*first, *chosen]
+    return Group([texts[i] for i in group], [scores[i] for i in group] if scores else None, group, len(first))
 
 
 def _pick_positive(positives: int, scores: list[float] | None, policy: str, rng: np.random.Generator) -> int:
@@ -58,11 +62,26 @@ def _pick_positive(positives: int, scores: list[float] | None, policy: str, rng:
     return int(np.argmax(scores if policy == "teacher" else scores[:positives]))
 
 
-def _pick_negatives(
-    pool: np.ndarray, scores: list[float] | None, policy: SelectionPolicy, rng: np.random.Generator
+def _pick_more(
+    texts: list[str], positive: int, scores: list[float] | None, policy: SelectionPolicy, rng: np.random.Generator
 ) -> list[int]:
-    """``train_group_size - 1`` positions out of `pool`, taken several times when it has too few."""
-    count = policy.train_group_size - 1
+    """Positions of further positives; each text once."""
+    if policy.positives_per_query == 1:
+        return []
+    places = list({text: place for place, text in reversed([*enumerate(texts)]) if text != texts[positive]}.values())
+    places.sort()
+    if policy.select_positive == "random":
+        places = rng.permutation(places).tolist()
+    elif policy.select_positive == "teacher-pos":
+        assert scores is not None
+        places.sort(key=lambda place: -scores[place])
+    return places[: policy.positives_per_query - 1]
+
+
+def _pick_negatives(
+    pool: np.ndarray, scores: list[float] | None, policy: SelectionPolicy, count: int, rng: np.random.Generator
+) -> list[int]:
+    """`count` positions out of `pool`, taken several times when it has too few."""
     if count == 0:
         return []
     if policy.select_negative == "random":

@@ -36,7 +36,14 @@ from src.retrieval.models.trainable import TrainableModel
 from src.retrieval.training.args import RetrievalTrainingArgs
 from src.retrieval.training.dataset import TrainDataset, TrainExample
 from src.retrieval.training.grad_cache import GradCache
-from src.retrieval.training.losses import MASKED, LossConfig, ScoreBatch, combine, mask_false_negatives
+from src.retrieval.training.losses import (
+    MASKED,
+    LossConfig,
+    ScoreBatch,
+    combine,
+    is_positive,
+    mask_false_negatives,
+)
 from src.retrieval.training.sampler import EpochDataLoader, GlobalBatchSampler
 from src.retrieval.training.sharding import check_optimizer_state, filled, full_state, load_unsharded, meta_copy
 from src.utils import distributed
@@ -206,13 +213,15 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
         compared = batch.scores
         if (margin := self.args.mask_margin) is not None:
             compared = [mask_false_negatives(scores, batch.positions, margin * batch.unit) for scores in compared]
-        parts = [combine(scores, batch.positions, inputs["teacher_scores"], config) for scores in compared]
+        teacher, counts = inputs["teacher_scores"], inputs["positives"]
+        parts = [combine(scores, batch.positions, teacher, config, counts) for scores in compared]
         self._means.add("contrastive", parts[0].contrastive)
         self._means.add("distillation", parts[0].distillation)
-        similarities, positives = batch.scores[0].detach() / batch.unit, batch.positions[:, :1]
-        self._means.add("positive_similarity", similarities.gather(1, positives))
+        similarities, first = batch.scores[0].detach() / batch.unit, batch.positions[:, :1]
+        self._means.add("positive_similarity", similarities.gather(1, first))
         if similarities.shape[1] > 1:
             others = similarities.masked_fill(batch.scores[0] == MASKED, -torch.inf)
+            positives = torch.where(is_positive(batch.positions, counts), batch.positions, first)
             hardest = others.scatter(1, positives, -torch.inf).max(1).values
             # All may be masked.
             self._means.add("hardest_negative_similarity", hardest, hardest > -torch.inf)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from src.retrieval.data.tasks import instruction_for, no_instruction, task_from_path
 from src.retrieval.training.answers import answered
 from src.retrieval.training.args import RetrievalTrainingArgs
-from src.retrieval.training.collator import batch_names
+from src.retrieval.training.collator import batch_names, positive_counts
 from src.retrieval.training.dataset import SourceSettings, TrainDataset, TrainExample, load_train_sources
 from src.retrieval.training.losses import LossConfig
 from src.retrieval.training.select import SelectionPolicy
@@ -462,6 +462,47 @@ def test_train_config_with_a_version_that_has_none(tmp_path):
             SourceSettings.from_args(args, version, "qa")
     with pytest.raises(UserError, match="--task"):
         SourceSettings.from_args(args, "llm-embedder", None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"margin_mse": True, "stable_distill": True}, "two ways to distil"),
+        ({"margin_mse": True, "distill_weight": 0}, "--margin_mse needs --distill_weight"),
+        ({"margin_mse": True, "positives_per_query": 2}, "--positives_per_query 2 does not go with --margin_mse"),
+        ({"positives_per_query": 2, "select_positive": "teacher"}, "--select_positive teacher the best of all"),
+    ],
+)
+def test_losses_that_do_not_go_together(tmp_path, flags, said):
+    with pytest.raises(UserError, match=said):
+        SourceSettings.from_args(training_args(tmp_path, **flags), "bge", None)
+
+
+def test_several_positives_from_the_file_to_the_batch(tmp_path):
+    """A group has as many keys as the row with the most fills; counts go with the batch, scores with their keys."""
+    rows = [
+        {"query": "a", "pos": ["p0", "p1"], "neg": ["n0", "n1"], "teacher_scores": [4, 3, 2, 1]},
+        {"query": "b", "pos": ["p2"], "neg": ["n2"]},
+    ]
+    file = str(write_rows(tmp_path / "train.json", rows))
+    args = training_args(tmp_path, positives_per_query=2, select_negative="first", margin_mse=False)
+    settings_of = partial(SourceSettings.from_args, args, "bge")
+    (source,) = load_train_sources([file], settings_of, no_instruction, None, 0, None, fits_groups=True)
+    examples = [TrainDataset([source], 0)[0, index] for index in range(2)]
+    assert examples[0].keys == ["p0", "p1", "n0", "n1"]
+    assert examples[0].scores == [4, 3, 2, 1]
+    assert examples[1].keys == ["p2", "n2", "n2", "n2"]
+    assert positive_counts(examples).tolist() == [2, 1]
+    assert positive_counts(examples[1:]) is None
+    write_rows(tmp_path / "train.json", [{**row, "neg": [], "teacher_scores": None} for row in rows])
+    with pytest.raises(UserError, match="--positives_per_query 2 leaves no negative in groups of 1 keys"):
+        load_train_sources([file], settings_of, no_instruction, None, 0, None, fits_groups=True)
+
+
+def test_margin_mse_needs_scores(tmp_path):
+    file = write_rows(tmp_path / "train.json", [row_of("q")])
+    with pytest.raises(UserError, match=r"--margin_mse: no row of .*train.json has teacher_scores"):
+        load([file], source_settings(loss=LossConfig(margin_mse=True)))
 
 
 def test_both_weights_zero_is_an_error(tmp_path):

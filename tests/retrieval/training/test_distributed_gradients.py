@@ -71,6 +71,8 @@ def loss_by_reference(folder: str, case: Case) -> tuple[float, dict[str, torch.T
                 case.loss.teacher_temperature,
                 case.loss.student_temperature,
                 case.loss.stable_distill,
+                case.loss.margin_mse,
+                [example.positives for example in mine],
             )
     if case.mask_margin is not None or case.same_text:
         assert masked, "the case masks nothing"

@@ -17,6 +17,7 @@ from src.retrieval.training.losses import (
     contrastive,
     distillation,
     graded_distillation,
+    margin_mse,
     mask_false_negatives,
 )
 from tests.reference import losses as reference
@@ -101,6 +102,25 @@ def test_graded_distillation_follows_the_order_of_the_group_not_of_the_scores():
     """
     found = graded_distillation(doubles([LOG2, LOG3, LOG5]), columns([0, 1]), doubles([0, LOG3]))
     torch.testing.assert_close(found, doubles(0.25 * LOG5 + 0.75 * (3 * LOG2 - LOG3)))
+
+
+def test_several_positives_by_hand():
+    """exp(scores) = 2, 3, 5, 10; keys 0 and 1 are positives of the first query, 2 alone of the second: 5/20 each."""
+    scores = doubles([LOG2, LOG3, LOG5, LOG2 + LOG5]).expand(2, 4)
+    found = contrastive(scores, columns([0, 1, 3], [2, 3, 1]), torch.tensor([2, 1]))
+    torch.testing.assert_close(found, doubles(2 * LOG2, 2 * LOG2))
+
+
+def test_margin_mse_by_hand():
+    """Student margins 6 - 1 and 6 - 8 over 2: 2.5 and -1. Teacher's 3 - 1 and 3 - 0 over 4: 0.5 and 0.75.
+
+    ((2.5 - 0.5)² + (-1 - 0.75)²) / 2 = (4 + 3.0625) / 2.
+    """
+    own, teacher = doubles([6, 1, 8]), doubles([3, 1, 0])
+    torch.testing.assert_close(margin_mse(own, teacher, 4.0, 2.0), doubles(3.53125))
+    config = LossConfig(0.0, 0.3, teacher_temperature=4.0, student_temperature=2.0, margin_mse=True)
+    torch.testing.assert_close(combine(own, columns([0, 1, 2]), teacher, config).total, doubles(3.53125))
+    assert margin_mse(own[:, :1], teacher[:, :1], 1.0, 1.0).tolist() == [0]
 
 
 def test_similarity_by_hand():
@@ -216,6 +236,29 @@ def test_graded_distillation_equals_reference(shape):
     torch.testing.assert_close(graded_distillation(scores, torch.tensor(own), teacher), expected)
 
 
+@quick
+@given(SHAPES, st.floats(0.1, 5), st.floats(0.1, 5))
+def test_margin_mse_equals_reference(shape, teacher_temperature, student_temperature):
+    scores, own, teacher = random_problem(*shape)
+    found = margin_mse(scores.gather(1, torch.tensor(own)), teacher, teacher_temperature, student_temperature)
+    expected = reference.margin_loss(scores, own, teacher.tolist(), teacher_temperature, student_temperature)
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+@quick
+@given(SHAPES, st.lists(st.integers(1, 5), min_size=4, max_size=4))
+def test_several_positives_equal_reference(shape, counts):
+    """Also of keys that are masked, and one positive is the usual loss."""
+    scores, own, _ = random_problem(*shape)
+    positives = torch.tensor(counts)[: len(own)].clamp(max=len(own[0]))
+    expected = torch.stack(reference.several_positives_loss(scores, own, positives.tolist()))
+    torch.testing.assert_close(contrastive(scores, torch.tensor(own), positives), expected)
+    one = contrastive(scores, torch.tensor(own), torch.ones_like(positives))
+    torch.testing.assert_close(one, contrastive(scores, torch.tensor(own)))
+    masked = torch.cat([scores, torch.full((len(own), 2), MASKED, dtype=torch.float64)], dim=1)
+    torch.testing.assert_close(contrastive(masked, torch.tensor(own), positives), expected)
+
+
 @pytest.mark.parametrize("stable", [False, True])
 def test_fp32_holds_at_the_default_temperature(stable):
     """Cosines over 0.01 span -100 to 100; values and gradients must still be those of float64."""
@@ -261,7 +304,10 @@ def test_gradients_equal_finite_differences(batch, group):
     scores.requires_grad_()
     assert torch.autograd.gradcheck(lambda s: contrastive(s, positions), scores)
     assert torch.autograd.gradcheck(lambda s: graded_distillation(s, positions, teacher), scores)
+    counts = 1 + torch.arange(batch) % group
+    assert torch.autograd.gradcheck(lambda s: contrastive(s, positions, counts), scores)
     own_scores = scores.detach().gather(1, positions).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: margin_mse(s, teacher, 0.5, 2.0), own_scores)
     assert torch.autograd.gradcheck(lambda s: distillation(s, teacher, 0.5, 2.0), own_scores)
     teacher[0] = NAN
     for stable in (False, True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -107,6 +108,39 @@ def test_unscored_rows_keep_the_order_of_selection():
     row = {"query": "q", "pos": ["p"], "neg": ["n0", "n1", "n2"]}
     group = select_group(row, SelectionPolicy("first", "first", 4, stable_distill=True), rng())
     assert group == Group(["p", "n0", "n1", "n2"], None, [0, 1, 2, 3])
+
+
+MANY = {
+    "query": "q",
+    "pos": ["p0", "p1", "p0", "p2"],
+    "neg": ["n0", "n1"],
+    "teacher_scores": [0.1, 0.2, 0.1, 0.3, 0.5, 0.6],
+}
+
+
+@pytest.mark.parametrize(
+    ("policy", "keys", "positives"),
+    [
+        (SelectionPolicy("first", "first", 4, positives_per_query=2), ["p0", "p1", "n0", "n1"], 2),
+        (SelectionPolicy("first", "first", 6, positives_per_query=5), ["p0", "p1", "p2", "n0", "n1", "n0"], 3),
+        (SelectionPolicy("teacher-pos", "teacher+", 4, positives_per_query=2), ["p2", "p1", "n1", "n0"], 2),
+        (SelectionPolicy("first", "first", 5, True, positives_per_query=3), ["p0", "p1", "p2", "n1", "n0"], 3),
+    ],
+)
+def test_several_positives(policy, keys, positives):
+    """Each text once, as many as there are; the other places are for negatives, and scores stay with their texts."""
+    group = select_group(MANY, policy, rng())
+    scores = dict(zip([*MANY["pos"], *MANY["neg"]], MANY["teacher_scores"], strict=True))
+    assert (group.keys, group.positives, group.scores) == (keys, positives, [scores[key] for key in keys])
+
+
+def test_several_positives_at_random():
+    """Each pair of two comes, one before the other and behind it."""
+    policy = SelectionPolicy("random", "random", 3, positives_per_query=2)
+    row = {"query": "q", "pos": ["p0", "p1", "p2"], "neg": ["n0"]}
+    groups = Counter(tuple(select_group(row, policy, rng(seed)).keys[:2]) for seed in range(200))
+    assert groups.keys() == set(itertools.permutations(row["pos"], 2))
+    assert min(groups.values()) > 10
 
 
 @pytest.mark.parametrize(
