@@ -18,6 +18,7 @@ EXTRAS = {
     "gpu": "FAISS indexes on a GPU",
     "lm": "language models in .gguf files",
     "lora": "--lora_r",
+    "qlora": "--load_in_4bit",
     "eval": "ROUGE-L and F1 of the evaluations, and the leaderboard's drawing",
     "dev": "tests and lint",
 }

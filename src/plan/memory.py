@@ -3,6 +3,7 @@
 - weights: 4 bytes a parameter (fp32), and 2 more under fp16 or bf16 autocast, which keeps copies of them. ZeRO from
   stage 1 on computes with 2 bytes a parameter in half precision and trains fp32 copies besides, 4 bytes a trained
   parameter, in fp32 too;
+- or, of weights in 4 bits, 33 bytes of 64 parameters (QLoRA, arXiv 2305.14314: 4.127 bits each);
 - gradients: 4 bytes a trained parameter, and as much again for the buckets of several processes (DDP);
 - optimizer: 8 bytes a trained parameter for AdamW's two moments (see `OPTIMIZER_BYTES`);
 - activations kept for the backward pass: for each token about as many numbers as twice the outputs of all linear maps
@@ -38,6 +39,7 @@ class ModelSize:
     Attributes:
         linear_outputs: sum of the output widths of the linear maps of all layers.
         kept_attention: attention weights kept per layer, token and key token; 0 where attention is fused.
+        four_bit: parameters that are held in 4 bits.
     """
 
     parameters: int
@@ -46,6 +48,7 @@ class ModelSize:
     hidden: int
     linear_outputs: int
     kept_attention: int = 0
+    four_bit: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,8 @@ def training_memory(
     each = next((number for name, number in OPTIMIZER_BYTES.items() if name in optimizer_name), ADAMW_BYTES)
     optimizer = share(each * size.trainable, 1)
     copies = share(4 * size.trainable, 1) if fp32_copies else 0
-    weights = share(size.parameters * ((2 if fp32_copies else 6) if half else 4), 3)
+    whole = size.parameters - size.four_bit
+    weights = share(whole * ((2 if fp32_copies else 6) if half else 4), 3) + size.four_bit * 33 // 64
     gradients = share(4 * size.trainable * (2 if processes > 1 and not sharded else 1), 2)
     gathered = 4 * size.parameters if evaluates and sharded >= 3 else 0
     on_cpu = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
+def _linear_weights(backbone: nn.Module) -> int:
+    """The number of weights of all linear layers, those of adapters apart: what bitsandbytes holds in 4 bits."""
+    layers = (part for name, part in backbone.named_modules() if isinstance(part, nn.Linear) and "lora_" not in name)
+    return sum(layer.weight.numel() for layer in layers)
+
+
 def count_tasks(names: np.ndarray, default: str | None) -> Counter[str]:
     """Rows by task; `names` are str ``(rows,)``, empty for rows of the default."""
     return Counter(name or default or "none" for name in names.tolist())
@@ -103,6 +110,8 @@ def training_lines(
     half = training.fp16 or training.bf16
     fused = not training.use_cpu or training.dropout == 0
     size = model_size(model.backbones[0], *count_parameters(model), fused_attention=fused)
+    if training.load_in_4bit:
+        size = replace(size, four_bit=sum(map(_linear_weights, model.backbones)))
     memory = training_memory(
         size,
         _most_activations(size, batches, training, half),

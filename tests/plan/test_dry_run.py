@@ -6,6 +6,7 @@ import importlib
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,8 @@ def test_memory_adds_up():
 )
 def test_memory_of_engines_adds_up(half, sharing, weights, gradients, optimizer, evaluation, offloaded):
     size = ModelSize(100, 60, layers=1, hidden=1, linear_outputs=1)
+    rounded = training_memory(replace(size, parameters=164, four_bit=64), 0, "adamw_torch", half=True)
+    assert rounded.weights == 6 * 100 + 33
     found = training_memory(size, 7, "adamw_torch", half, processes=4, **sharing)
     assert found == Memory(weights, gradients, optimizer, 7, evaluation, offloaded)
 

@@ -22,7 +22,15 @@ from transformers import (
 from src.retrieval.models.checks import check_padding, check_vocabulary, position_limit, trial_run
 from src.retrieval.models.decoders import append_eos, is_causal, set_attention
 from src.retrieval.models.loading import Checkpoint, inner_folder
-from src.retrieval.models.lora import LoraSettings, add_adapters, base_of, is_adapter_folder, merge_into
+from src.retrieval.models.lora import (
+    LoraSettings,
+    add_adapters,
+    base_of,
+    compute_in,
+    four_bit_options,
+    is_adapter_folder,
+    merge_into,
+)
 from src.retrieval.models.packed_attention import enable, packer_of
 from src.retrieval.models.packing import may_pack
 from src.retrieval.models.padding import pad
@@ -94,15 +102,21 @@ class EncoderConfig:
         return cls(**chosen, lora=lora, new_dense=training is not None, empty=args.dry_run)
 
 
-def _load_backbone(checkpoint: Checkpoint, decoder: bool, empty: bool, above: tuple[str, ...] = ()) -> PreTrainedModel:
+def _load_backbone(
+    checkpoint: Checkpoint, decoder: bool, empty: bool, four_bit: bool = False, above: tuple[str, ...] = ()
+) -> PreTrainedModel:
     """Load a transformer; of adapters what they belong to, maybe adapters in turn (`above` belong to them), merged."""
     path = checkpoint.path
     if is_adapter_folder(path):
+        if four_bit:
+            raise UserError(
+                f"--load_in_4bit: adapters as in {path} cannot be merged into 4 bits: name the whole encoder"
+            )
         origin = base_of(path)
         if origin in (*above, path):
             raise UserError(f"{path} holds adapters of {origin}, which are adapters of it in turn")
         try:
-            base = _load_backbone(replace(checkpoint, path=origin), decoder, empty, (*above, path))
+            base = _load_backbone(replace(checkpoint, path=origin), decoder, empty, above=(*above, path))
         except UserError as error:
             raise UserError(f"{path} holds adapters of another encoder, {origin}: {error}") from error
         return base if empty else merge_into(base, path)
@@ -121,8 +135,18 @@ def _load_backbone(checkpoint: Checkpoint, decoder: bool, empty: bool, above: tu
         raise UserError(f"--pooling_method decoder: {path!r} is an encoder that was saved without its decoder")
     elif type(config) in MODEL_MAPPING:
         pooler = no_pooler(MODEL_MAPPING[type(config)])  # type: ignore[arg-type]
-    load = checkpoint.empty if empty else checkpoint.load_complete
-    return load(auto_class, config, **pooler)
+    if empty:
+        return checkpoint.empty(auto_class, config, **pooler)
+    return checkpoint.load_complete(auto_class, config, **pooler, **(four_bit_options() if four_bit else {}))
+
+
+def _whole(checkpoint: Checkpoint, decoder: bool, backbone: PreTrainedModel) -> PreTrainedModel:
+    """Load the transformer that another one is in 4 bits, with its settings."""
+    whole = _load_backbone(checkpoint, decoder, False)
+    its = backbone.config.get_text_config()
+    kept = {name: getattr(its, name) for name in ("is_causal", "use_cache") if hasattr(its, name)}
+    whole.config.get_text_config().update(kept)
+    return whole
 
 
 def _load_tokenizer(checkpoint: Checkpoint, truncation_side: str, lower_case: bool) -> PreTrainedTokenizerBase:
@@ -199,7 +223,8 @@ def load_encoder(path: str, config: EncoderConfig) -> TextEncoder:
     spec = read_pooling_spec(checkpoint, config.pooling_method is not None)
     tokenizer = _load_tokenizer(checkpoint, config.truncation_side, spec.lower_case)
     decoder = "decoder" in (config.pooling_method or spec.pooling_method or ())
-    backbone = _load_backbone(checkpoint, decoder, config.empty)
+    four_bit = config.lora.four_bit if config.lora is not None else None
+    backbone = _load_backbone(checkpoint, decoder, config.empty, four_bit is not None)
     backbone.config.use_cache = False
     if check_vocabulary(tokenizer, backbone, checkpoint):
         tokenizer.split_special_tokens = True
@@ -227,6 +252,9 @@ def load_encoder(path: str, config: EncoderConfig) -> TextEncoder:
     encoder.packer = packer_of(backbone, tokenizer, path, config.padding_free, enable)
     if config.lora is not None:
         add_adapters(backbone, config.lora)
+    if four_bit is not None:
+        compute_in(backbone, four_bit)
+        encoder.load_whole = partial(_whole, checkpoint, decoder, backbone)
     if "dense" in methods:
         encoder.dense = _load_dense(spec, width, path, config)
     elif config.dense_dim is not None:

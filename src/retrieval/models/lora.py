@@ -10,10 +10,12 @@ import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from src.retrieval.models.choices import ALL_LINEAR
@@ -42,6 +44,8 @@ class LoraSettings:
     alpha: float
     dropout: float = 0.0
     target_modules: tuple[str, ...] = (ALL_LINEAR,)
+    #: Precision in which weights of 4 bits compute; None where they are whole.
+    four_bit: torch.dtype | None = None
 
     @classmethod
     def from_args(cls, training: RetrievalTrainingArgs) -> LoraSettings | None:
@@ -53,7 +57,33 @@ class LoraSettings:
             alpha=training.lora_alpha or 2 * training.lora_r,
             dropout=training.lora_dropout,
             target_modules=tuple(training.lora_target_modules),
+            four_bit=_compute_dtype(training) if training.load_in_4bit else None,
         )
+
+
+def _compute_dtype(training: RetrievalTrainingArgs) -> torch.dtype:
+    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+
+
+def four_bit_options() -> dict[str, Any]:
+    """How transformers loads a model in 4 bits (QLoRA, arXiv 2305.14314) onto the GPU of this process.
+
+    It computes in fp32 until `compute_in` says otherwise, so that trials of a model are exact.
+    """
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
+
+
+def compute_in(backbone: nn.Module, dtype: torch.dtype) -> None:
+    """Have layers of 4 bits compute in a precision."""
+    for module in backbone.modules():
+        if hasattr(module, "compute_dtype"):
+            cast(Any, module).compute_dtype = dtype
 
 
 def _peft() -> Any:

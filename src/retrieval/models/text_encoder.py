@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -58,6 +58,8 @@ class TextEncoder(nn.Module):
         self.packer: Packer | None = None
         #: As `set_attention` takes it.
         self.attention: str | None = None
+        #: Loads the transformer as it is before training, where `backbone` has it in 4 bits.
+        self.load_whole: Callable[[], PreTrainedModel] | None = None
         self._loaded_fingerprint: str | None = None
 
     @property
@@ -109,7 +111,11 @@ class TextEncoder(nn.Module):
     def save(self, folder: str, name: str, state: Mapping[str, Tensor]) -> None:
         """Write all with weights `state` to ``folder/name``, and adapters alone to ``folder/adapters/name``."""
         weights, targets = below(state, "backbone."), [os.path.join(folder, name)]
-        self.backbone.save_pretrained(targets[0], state_dict=merged_weights(self.backbone, weights))
+        whole, base = self.backbone, weights
+        if self.load_whole is not None:
+            whole = self.load_whole()
+            base = {**whole.state_dict(), **{name: part for name, part in weights.items() if ".lora_" in name}}
+        whole.save_pretrained(targets[0], state_dict=merged_weights(self.backbone, base))
         if has_adapters(self.backbone):
             targets.append(os.path.join(folder, ADAPTERS, name))
             save_adapters(self.backbone, weights, targets[1], self.path)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -153,6 +154,15 @@ class RetrievalTrainingArgs(TrainingFlags, TrainingArguments):  # type: ignore[m
                 ),
                 "--lora_alpha, --lora_dropout and --lora_target_modules need --lora_r, the adapters' rank": (
                     adapters and self.lora_r is None
+                ),
+                "--load_in_4bit holds weights that do not train: it needs --lora_r, the rank of adapters that do": (
+                    self.load_in_4bit and self.lora_r is None
+                ),
+                "--load_in_4bit needs a GPU: leave it out": (
+                    self.load_in_4bit and (self.use_cpu or self.no_cuda or not torch.cuda.is_available())
+                ),
+                "--load_in_4bit needs bitsandbytes: pip install -e '.[qlora]'": (
+                    self.load_in_4bit and find_spec("bitsandbytes") is None
                 ),
                 f"--num_train_epochs {self.num_train_epochs}: nothing would be trained, give more than 0": (
                     self.max_steps <= 0 and not self.num_train_epochs > 0
@@ -307,6 +317,8 @@ class RetrievalTrainingArgs(TrainingFlags, TrainingArguments):  # type: ignore[m
                 "--save_only_model does not work with --fsdp, which saves the parts of all processes: leave it out": (
                     self.save_only_model and self.fsdp
                 ),
+                "--load_in_4bit does not work where weights are divided over processes (ZeRO-3, FSDP): leave it out, "
+                "or take data/deepspeed/stage2.json": self.load_in_4bit and self.sharded == 3,
                 f"--save_only_model leaves nothing that --load_best_model_at_end could load with --{self.engine}": (
                     self.save_only_model and self.load_best_model_at_end
                 ),

@@ -181,6 +181,11 @@ class MemoryFlags:
     )
     lora_alpha: float | None = flag(None, "LoRA: adapters are scaled by lora_alpha / lora_r (2 * lora_r when None).")
     lora_dropout: float = flag(0.0, "LoRA: dropout before the adapters.")
+    load_in_4bit: bool = flag(
+        False,
+        "LoRA: hold the weights that do not train in 4 bits (QLoRA; on a GPU, needs bitsandbytes); saved models are "
+        "whole.",
+    )
     lora_target_modules: list[str] = flag([ALL_LINEAR], "LoRA: names of the layers that get adapters, or all-linear.")
     ddp_find_unused_parameters: bool | None = flag(False, "Passed on to DistributedDataParallel.")
     remove_unused_columns: bool = flag(False, "Must be False: rows are tokenized in the collator.", hidden=True)

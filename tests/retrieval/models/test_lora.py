@@ -13,7 +13,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, GPT2Config, GPT2Model
 
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
+from src.retrieval.models.loading import Checkpoint
 from src.retrieval.models.lora import LoraSettings, add_adapters, load_adapters
+from src.retrieval.training import args as training_args
 from src.utils.errors import UserError
 from tests.conftest import VOCABULARY, make_tokenizer
 from tests.helpers import run, write_rows
@@ -183,3 +185,80 @@ def test_what_cannot_be_is_said(trained, tiny_llama, tiny_bert, tmp_path):
         assert "need --lora_r" in done.stderr
     done = run(["run_ranker.py", "--train_data", str(data), "--lora_r", "4"])
     assert "adapters are for run_dense.py" in done.stderr
+
+
+# --- weights in 4 bits -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rounding(monkeypatch):
+    """In place of bitsandbytes and a GPU: what is loaded in 4 bits has rounded weights. Return what was asked."""
+    asked, load = [], Checkpoint.load_complete
+
+    def rounded(self, auto_class, config, quantization_config=None, device_map=None, **options):
+        model = load(self, auto_class, config, **options)
+        if quantization_config is not None:
+            asked.append((quantization_config.to_dict(), device_map))
+            for part in model.modules():
+                if isinstance(part, torch.nn.Linear):
+                    part.weight.data = (part.weight * 50).round() / 50
+                    part.compute_dtype = quantization_config.bnb_4bit_compute_dtype
+        return model
+
+    monkeypatch.setattr(Checkpoint, "load_complete", rounded)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    return asked
+
+
+def test_adapters_over_weights_of_4_bits_are_merged_into_whole_ones(tiny_llama, rounding, tmp_path):
+    torch.manual_seed(0)
+    config = EncoderConfig(tiny_llama, attention="bidirectional", lora=LoraSettings(2, 4, four_bit=torch.bfloat16))
+    model = load_dense_retriever(config)
+    ((settings, device_map),) = rounding
+    assert device_map == {"": 3}
+    assert settings["load_in_4bit"]
+    assert settings["bnb_4bit_quant_type"] == "nf4"
+    assert settings["bnb_4bit_use_double_quant"]
+    # Trials were in fp32, training is not.
+    assert settings["bnb_4bit_compute_dtype"] == "float32"
+    layers = {name: part for name, part in model.backbones[0].named_modules() if hasattr(part, "lora_A")}
+    assert {layer.base_layer.compute_dtype for layer in layers.values()} == {torch.bfloat16}
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+    model.save(str(tmp_path))
+    whole = AutoModel.from_pretrained(tiny_llama).state_dict()
+    saved = AutoModel.from_pretrained(tmp_path / "encoder")
+    assert saved.config.is_causal is False
+    assert not hasattr(saved.config, "quantization_config")
+    assert len(layers) == 14
+    for name, weights in saved.state_dict().items():
+        expected = whole[name]
+        if (layer := layers.get(name.removesuffix(".weight"))) is not None:
+            assert not torch.equal(layer.base_layer.weight, expected)
+            expected = expected + 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        torch.testing.assert_close(weights, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(embed(tmp_path / "adapters" / "encoder"), embed(tmp_path / "encoder"), atol=1e-5, rtol=0)
+    again = load_dense_retriever(config)
+    again.load_weights(str(tmp_path))
+    torch.testing.assert_close(again.state_dict(), model.state_dict())
+    alone = EncoderConfig(str(tmp_path / "adapters" / "encoder"), lora=config.lora)
+    with pytest.raises(UserError, match="cannot be merged into 4 bits"):
+        load_dense_retriever(alone)
+
+
+@pytest.mark.parametrize(
+    ("missing", "flags", "message"),
+    [
+        ("", {}, "it needs --lora_r"),
+        ("GPU", {"lora_r": 2}, "--load_in_4bit needs a GPU"),
+        ("", {"lora_r": 2, "use_cpu": True}, "--load_in_4bit needs a GPU"),
+        ("bitsandbytes", {"lora_r": 2}, r"pip install -e '.\[qlora\]'"),
+        ("", {"lora_r": 2, "deepspeed": "data/deepspeed/stage3.json"}, "divided over processes"),
+    ],
+)
+def test_where_weights_cannot_be_held_in_4_bits(missing, flags, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: missing != "GPU")
+    monkeypatch.setattr(training_args, "find_spec", lambda name: None if name == missing else name)
+    monkeypatch.setattr(training_args.distributed, "is_launched", lambda: True)
+    with pytest.raises(UserError, match=message):
+        training_args.RetrievalTrainingArgs(str(tmp_path), load_in_4bit=True, **flags)
