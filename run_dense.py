@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from src.retrieval.data.corpus import EvalData
+from src.retrieval.jobs.instructions import with_version
 from src.retrieval.jobs.train import Job
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.models.pair_scorer import PairScorer, dense_scorer
@@ -98,7 +99,7 @@ class DenseJob(Job[RetrievalArgs, DenseRetriever]):
 def main() -> None:
     """Parse the flags and do the job."""
     (args, training), given = parse_args([RetrievalArgs, RetrievalTrainingArgs])
-    DenseJob(args, training, given).run()
+    DenseJob(with_version(args, given), training, given).run()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.rows import text_problems
 from src.retrieval.data.sources import open_rows
 from src.retrieval.data.tasks import no_instruction
-from src.retrieval.jobs.evaluate import instructions
+from src.retrieval.jobs.instructions import instructions
 from src.utils import distributed
 from src.utils.errors import UserError
 from src.utils.files import existing_source, resolve_path

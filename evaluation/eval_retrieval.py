@@ -25,7 +25,8 @@ from evaluation.runner.from_corpus import (
     retriever_name,
 )
 from src.plan.retrieval import evaluation_lines
-from src.retrieval.jobs.evaluate import check_outputs, describe_instruction, evaluate, load_eval_data, log_file, record
+from src.retrieval.jobs.evaluate import check_outputs, evaluate, load_eval_data, log_file, record
+from src.retrieval.jobs.instructions import say_instructions, with_version
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.models.pair_scorer import dense_scorer
 from src.retrieval.ranking.evaluate import retrieve
@@ -42,21 +43,19 @@ def main(name: str = "retrieval") -> None:
     """Parse, load, search, and log under the task's `name`."""
     started = time.monotonic()
     (args,), given = parse_args([EvalRetrievalArgs], **default_flags(name))
-    args = with_corpus(args, given)
+    args = with_version(with_corpus(args, given), given)
     device = distributed.init_process_group(args.cpu, args.ddp_timeout)
     distributed.on_main(lambda: check_outputs(args, results_folder(args), args.log_path))
     config, encoder = results_config(args), EncoderConfig.from_args(args, given)
     data = load_eval_data(args, config)
     assert data is not None
-    instruction = describe_instruction(args, data.task)
-    if distributed.is_main():
-        logger.info("instruction: %s", instruction)
+    used = say_instructions(args, [data])
 
     if args.dry_run:
         model = load_dense_retriever(encoder) if args.retrieval_method == "dense" else None
         show_plan(
             [
-                ("instruction", instruction),
+                *(("instruction", text) for text in used),
                 *evaluation_lines(data, config, device, model),
                 ("output", config.output_dir),
             ]

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,6 +27,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.transformer import ModalityConfig
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 
+from src.retrieval.data.tasks import ANY, Instruction
 from src.retrieval.models.checkpoint_folders import beside, complete_checkpoints, replace_folder
 from src.retrieval.models.checks import position_limit
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
@@ -113,6 +114,31 @@ def st_modules(folder: str, model: DenseRetriever, max_length: int, trust_remote
     return modules
 
 
+def st_prompts(instructions: Mapping[str, Instruction]) -> dict[str, str]:
+    """Instructions by task as prompts: those of each task, and for queries and documents those of the first one."""
+    prompts = {}
+    for task, instruction in instructions.items():
+        own = {"query": instruction.query, "document": instruction.key}
+        prompts = {**own, **prompts, **({f"{task}_{side}": text for side, text in own.items()} if task != ANY else {})}
+    if len(instructions) > 1:
+        names = ", ".join(name for name in prompts if name not in ("query", "document"))
+        logger.info(
+            "encode_query and encode_document take the prompts of task %s; by name: %s", next(iter(instructions)), names
+        )
+    return prompts
+
+
+def largest_difference(model: DenseRetriever, saved: SentenceTransformer, max_length: int) -> float:
+    """How far vectors of texts as they are, of queries and of keys are from each other in both models."""
+    texts, config = list(SENTENCES), EncodeConfig(max_length, torch.device("cpu"))
+    first = next(iter((model.instructions or {ANY: Instruction()}).values()))
+    pairs = []
+    for encode, prefix in ((saved.encode, ""), (saved.encode_query, first.query), (saved.encode_document, first.key)):
+        ours = model.encode_queries([prefix + text for text in texts], config)
+        pairs.append((ours, encode(texts, convert_to_numpy=True, batch_size=len(texts))))
+    return max(float(np.abs(ours - theirs).max()) for ours, theirs in pairs)
+
+
 def check_target(source: str, target: str) -> None:
     """Refuse an output folder that holds the encoder, or files that are no earlier conversion; paths are absolute."""
     if is_adapter_folder(source) and os.path.realpath(target) == os.path.realpath(source):
@@ -137,7 +163,7 @@ def write_card(source: str, model: DenseRetriever, max_length: int, folder: str)
         card = existing.read_text(encoding="utf-8")
     else:
         ((_, use),) = encoder_uses(model, max_length, max_length).values()
-        card = model_card(use, {})
+        card = model_card(use, model.instructions or {})
     with atomic_write(os.path.join(folder, CARD_FILE)) as file:
         file.write(converted_card(card))
 
@@ -185,13 +211,16 @@ def convert(args: ConvertArgs, given: frozenset[str], source: str, target: str) 
             tokenizer.save_pretrained(merged)
         folder = merged if is_adapter_folder(source) else source
         modules = st_modules(folder, model, max_length, args.trust_remote_code)
-        converted = SentenceTransformer(modules=modules, similarity_fn_name=ST_SIMILARITY[model.metric], device="cpu")
+        converted = SentenceTransformer(
+            modules=modules,
+            similarity_fn_name=ST_SIMILARITY[model.metric],
+            prompts=st_prompts(model.instructions or {}),
+            device="cpu",
+        )
         shutil.rmtree(merged, ignore_errors=True)
         converted.save(staging)
         saved = SentenceTransformer(staging, device="cpu", trust_remote_code=args.trust_remote_code)
-        ours = model.encode_queries(SENTENCES, EncodeConfig(max_length, torch.device("cpu")))
-        theirs = saved.encode(list(SENTENCES), convert_to_numpy=True, batch_size=len(SENTENCES))
-        difference = float(np.abs(ours - theirs).max())
+        difference = largest_difference(model, saved, max_length)
         if not difference <= TOLERANCE:
             raise UserError(f"the converted model embeds differently: by up to {difference:.2e}, above {TOLERANCE:.0e}")
         write_card(source, model, max_length, staging)

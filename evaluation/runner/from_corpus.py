@@ -71,6 +71,8 @@ def retriever_identity(args: RetrievalArgs, data: EvalData, encoder: EncoderConf
     if args.retrieval_method == "dense":
         instruction = data.instruction_of(data.task)
         identity |= {"query instruction": instruction.query, "key instruction": instruction.key}
+        if data.rows.scan.columns["instructed"].any():
+            identity["template of instructions"] = instruction.template
         identity |= {name: getattr(args, name) for name in ("query_max_length", "key_max_length", "truncation_side")}
         identity |= {"truncate_dim": args.truncate_dim, "dense_metric": encoder.dense_metric}
         identity |= {name: getattr(args, name) for name in ("attention", "append_eos") if getattr(args, name)}

@@ -23,7 +23,8 @@ from src.lm.prompts import PromptEncoder
 from src.lm.response_store import Response, ResponseStore
 from src.plan.lm import SAMPLED_ROWS, lm_lines
 from src.plan.retrieval import evaluation_lines
-from src.retrieval.jobs.evaluate import check_outputs, describe_instruction, log_file, record
+from src.retrieval.jobs.evaluate import check_outputs, log_file, record
+from src.retrieval.jobs.instructions import say_instructions
 from src.retrieval.models.dense import load_dense_retriever
 from src.utils import distributed, locks
 from src.utils.cli import parse_args, run, show_plan
@@ -61,16 +62,14 @@ def run_task(kind: type[EvalTask], argv: Sequence[str] | None = None) -> None:
     task = kind(args, given, device)
     args, rows = task.args, task.data.rows
     path = output_path(args, rows.path)
-    told = describe_instruction(args, task.data.task) if args.retrieval_method == "dense" else ""
-    if told and distributed.is_main():
-        logger.info("instruction of the retriever: %s", told)
+    used = say_instructions(args, [task.data]) if args.retrieval_method == "dense" else []
     asks = task.asks()
     if asks:
         distributed.on_main(lambda: check_output(path, "output_dir"))
         distributed.on_main(lambda: check_writable(f"{path}.parts", "output_dir"))
         task.ask = make_asker(task, path)
     if args.dry_run:
-        show_plan([*([("instruction", told)] if told else []), *task_lines(task, path)])
+        show_plan([*(("instruction", text) for text in used), *task_lines(task, path)])
         return
     facts: dict[str, Any] = {"task": task.name, "retriever": retriever_name(args), "rows": len(rows)}
     with locks.hold(path):

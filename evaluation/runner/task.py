@@ -25,6 +25,7 @@ from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.rows import EVAL_CHECK, FurtherCheck, check_eval_row, check_further
 from src.retrieval.data.sources import open_rows
 from src.retrieval.jobs.evaluate import load_eval_data
+from src.retrieval.jobs.instructions import with_version
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.ranking.config import LABEL_METRICS
 from src.utils import distributed
@@ -64,7 +65,7 @@ class EvalTask(ABC):
     def __init__(self, args: Any, given: frozenset[str], device: torch.device) -> None:
         """Open and check rows and corpus; `given` are the flags that the command line set."""
         self.device = device
-        args = with_corpus(args, given)
+        args = with_version(with_corpus(args, given), given)
         self.lm, self.encoder = LMConfig.from_args(args, given, device), EncoderConfig.from_args(args, given)
         unused = args.retrieval_method == "no" and not set(args.metrics).intersection((*LABEL_METRICS, "nq"))
         if self.from_past or unused or not args.searched_corpus:

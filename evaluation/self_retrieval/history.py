@@ -97,7 +97,8 @@ class FromPast(EvalTask):
 
     def _dense_scores(self, cases: Sequence[Case]) -> list[np.ndarray]:
         instruction = self.data.instruction_of(self.data.task)
-        queries = [instruction.query + case.query for case in cases]
+        before = {number: instruction.before(self.data.rows[number]) for number in {case.row for case in cases}}
+        queries = [before[case.row] + case.query for case in cases]
         keys = [[instruction.key + key for key in case.keys] for case in cases]
         return _split(self._scorer(queries, keys, tqdm(disable=True)), cases)
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from src.retrieval.data.columns import Columns, columns_flag
 from src.retrieval.data.rows import ROW_FIELDS
-from src.retrieval.data.tasks import VERSIONS
+from src.retrieval.data.tasks import MODEL, NONE, VERSIONS
 from src.retrieval.models.choices import DENSE_METRICS, DIRECTIONS, MERGE_METHODS, POOLING_METHODS
 from src.utils.distributed import TIMEOUT
 from src.utils.errors import UserError
@@ -224,8 +224,19 @@ class AttentionArgs:
             self.padding_free = "false"
 
 
+@dataclass(kw_only=True)
+class InstructionArgs:
+    """Texts before queries and keys, other than those of a version."""
+
+    query_instruction: str | None = flag(
+        None,
+        "Text before each query, over what --version and --task_config say; what rows bring goes over it.",
+    )
+    key_instruction: str | None = flag(None, "Text before each key, over what --version and --task_config say.")
+
+
 @dataclass
-class DenseArgs(AttentionArgs):
+class DenseArgs(AttentionArgs, InstructionArgs):
     """The dual encoder and its index."""
 
     query_encoder: str = flag(
@@ -234,7 +245,11 @@ class DenseArgs(AttentionArgs):
     )
     key_encoder: str = flag("BAAI/bge-base-en", "Key encoder, used with --tie_encoders False.")
     add_instruction: bool = flag(True, "Put the instructions of --version before queries and keys.")
-    version: str = flag("bge", f"Instruction set: {', '.join(VERSIONS)}.")
+    version: str = flag(
+        "bge",
+        f"Instruction set: {', '.join(VERSIONS)}, model (what the model brings) or none. When not given: model, else "
+        "that of models of its name, else none.",
+    )
     query_max_length: int = flag(256, "Most tokens of a query, instruction included.")
     key_max_length: int = flag(256, "Most tokens of a key, instruction included.")
     truncation_side: str = flag("right", "Side that loses tokens of a text too long: right or left.")
@@ -269,7 +284,9 @@ class DenseArgs(AttentionArgs):
     def __post_init__(self) -> None:
         self.check_attention()
         check_name("embedding_name", self.embedding_name, needed=True)
-        check_choice("version", self.version, VERSIONS)
+        check_choice("version", self.version, (*VERSIONS, MODEL, NONE))
+        if not self.add_instruction and (self.query_instruction or self.key_instruction):
+            raise UserError("--add_instruction False leaves out --query_instruction and --key_instruction: drop one")
         check_choice("dense_metric", self.dense_metric, DENSE_METRICS)
         check_choice("dtype", self.dtype, DTYPE_NAMES)
         check_choice("truncation_side", self.truncation_side, ("right", "left"))
@@ -290,7 +307,7 @@ class DenseArgs(AttentionArgs):
 
 
 @dataclass
-class RankerArgs(AttentionArgs, CandidateArgs):
+class RankerArgs(AttentionArgs, InstructionArgs, CandidateArgs):
     """The reranker."""
 
     ranker: str = flag(

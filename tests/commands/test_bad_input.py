@@ -124,7 +124,10 @@ BAD_ARGUMENTS = {
     ),
     "dense alone": ("--train_data {train} --pooling_method dense", "optionally followed by dense"),
     "unknown similarity": ("--train_data {train} --dense_metric euclid", "choose from cos, ip, l2"),
-    "unknown version": ("--train_data {train} --version bgee", "choose from llm-embedder, bge, e5, instructor"),
+    "unknown version": (
+        "--train_data {train} --version bgee",
+        "choose from llm-embedder, bge, bge-zh, e5-instruct, e5",
+    ),
     "unknown selection": ("--train_data {train} --select_positive best", "choose from first, random, teacher"),
     "unknown batching": ("--train_data {train} --inbatch_same_dataset yes", "choose from epoch, epoch-static"),
     "unknown dtype": ("--train_data {train} --dtype int8", "choose from fp32, fp16, bf16"),
@@ -140,7 +143,7 @@ BAD_ARGUMENTS = {
         "no teacher_scores, which the selection needs",
     ),
     "training settings of bge": (
-        "--train_data {train} --use_train_config",
+        "--train_data {train} --use_train_config --version bge",
         "version 'bge' has no training settings, choose --version from llm-embedder",
     ),
     "unknown task": ("--train_data {train} --version llm-embedder --task sport", None),

@@ -457,10 +457,12 @@ def test_an_example_is_shown_as_the_model_reads_it(files, dry, tiny_bert, tmp_pa
     common = ["--train_data", train, "--output_dir", files["out"], "--log_path", files["log"], "--use_cpu"]
     common += ["--query_max_length", 64, "--key_max_length", 3]
     plan = dry(run_dense.main, *common, "--query_encoder", tiny_bert)
+    assert plan["instruction"] == ["none (--version none)"]
+    plan = dry(run_dense.main, *common, "--query_encoder", tiny_bert, "--version", "bge")
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     query = tokenizer("Represent this sentence for searching relevant passages: cat dog")["input_ids"]
     assert plan["instruction"] == [
-        "before queries 'Represent this sentence for searching relevant passages: ' (--version bge, the default; "
+        "before queries 'Represent this sentence for searching relevant passages: ' (--version bge; "
         "--add_instruction False leaves it out)"
     ]
     assert plan["example"][0] == f"query, {len(query)} tokens: {tokenizer.decode(query)}"

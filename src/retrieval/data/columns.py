@@ -13,7 +13,7 @@ from src.utils.errors import UserError
 from src.utils.flags import flag
 
 #: Fields with one value; the others are lists.
-SINGLE = ("query", "task", "query_id", "context")
+SINGLE = ("query", "task", "query_id", "instruction", "context")
 #: Fields that ``--columns`` may fill.
 FIELDS = (*ROW_FIELDS, TEACHER_SCORES)
 #: Usual names of a field's column, the first that is there counts; of the lists also numbered ones, all of which count.

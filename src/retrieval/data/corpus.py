@@ -111,7 +111,7 @@ class EvalData:
         return Texts(self.rows, self._render_query)
 
     def _render_query(self, row: dict[str, Any]) -> str:
-        return self.instruction_of(row.get("task") or self.task).query + row["query"]
+        return self.instruction_of(row.get("task") or self.task).before(row) + row["query"]
 
     @property
     def key_instruction(self) -> str:

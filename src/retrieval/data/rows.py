@@ -17,8 +17,8 @@ from typing import Any
 from src.retrieval.data.ids import ID_FIELDS, LABELS, id_key, row_id
 from src.utils.errors import UserError
 
-TRAIN_CHECK = "train-4"
-EVAL_CHECK = "eval-5"
+TRAIN_CHECK = "train-5"
+EVAL_CHECK = "eval-6"
 LM_CHECK = "lm-5"
 CORPUS_CHECK = "corpus-2"
 
@@ -106,6 +106,7 @@ ROW_FIELDS: Mapping[str, Kind] = {
     "pos_id": _IDS,
     "pos_grade": _GRADES,
     "query_id": _id,
+    "instruction": _string,
     "pos": _STRINGS,
     "neg": _STRINGS,
     "history": _STRINGS,
@@ -116,7 +117,7 @@ ROW_FIELDS: Mapping[str, Kind] = {
     "key_id": _IDS,
     "context": _string,
 }
-_COMMON = ("query", "task", "answers", "pos_index", "pos_id", "pos_grade", "query_id")
+_COMMON = ("query", "task", "answers", "pos_index", "pos_id", "pos_grade", "query_id", "instruction")
 #: Fields of an lrlm row that carries tokens of the LM in place of text; one list of tokens per candidate in the first.
 TOKEN_FIELDS = ("score_inputs", "context_inputs", "query_inputs", "answer_inputs")
 
@@ -184,7 +185,8 @@ def check_train_row(row: Row, score_field: str = TEACHER_SCORES) -> Checked:
     Returns:
         The problems, and the numbers ``positives``, ``negatives`` (counts), ``score_max`` and
         ``score_spread`` (highest minus lowest teacher score; NaN without scores), ``best`` (position of
-        the highest score in pos + neg, -1 without scores), ``task`` (str, empty when missing).
+        the highest score in pos + neg, -1 without scores), ``instructed`` (whether it brings an
+        instruction), ``task`` (str, empty when missing).
     """
     problems = _row_problems(row, "neg_index", "neg_id") + _candidate_problems(row, required=("pos",))
     problems += _problems(row, {score_field: _NUMBERS})
@@ -203,6 +205,7 @@ def check_train_row(row: Row, score_field: str = TEACHER_SCORES) -> Checked:
         "score_max": float(max(scores)) if scores else math.nan,
         "score_spread": float(max(scores)) - float(min(scores)) if scores else math.nan,
         "best": scores.index(max(scores)) if scores else -1,
+        "instructed": bool(row.get("instruction")),
         "task": row.get("task") or "",
     }
 
@@ -213,8 +216,9 @@ def check_eval_row(row: Row, scoring: bool = False) -> Checked:
     Returns:
         The problems, and ``positives`` (count, by row number or id), ``pos_index_max`` (-1 without row numbers),
         ``answers``, ``keys`` and ``key_indices`` (counts), ``key_index_max`` (like that of the positives), ``ids``
-        (how many name rows of the corpus), ``by_id`` (whether positives or keys have ids alone), ``task`` (str, empty
-        when missing), with `scoring` also ``candidates`` (count).
+        (how many name rows of the corpus), ``by_id`` (whether positives or keys have ids alone), ``instructed``
+        (whether it brings an instruction), ``task`` (str, empty when missing), with `scoring` also ``candidates``
+        (count).
     """
     # Of negatives nothing but ids is of use here, and these are compared with their row numbers.
     negatives = ("neg_index", "neg_id") if row.get("neg_id") else ()
@@ -234,6 +238,7 @@ def check_eval_row(row: Row, scoring: bool = False) -> Checked:
         "key_index_max": max(key_index, default=-1),
         "ids": len(pos_id) + len(neg_id) + len(key_id),
         "by_id": bool(pos_id and not pos_index) or bool(key_id and not key_index),
+        "instructed": bool(row.get("instruction")),
         "task": row.get("task") or "",
     }
     return [], {**numbers, "candidates": sum(map(len, candidates(row)))} if scoring else numbers

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 from typing import Any
@@ -29,21 +30,40 @@ SELECT_NEGATIVE = ("random", "first", "teacher+", "teacher-")
 _HOW_TO_NAME = "name it with --task, in the rows' 'task' field or by a folder of that name in the path"
 
 
+#: What stands for a row's own instruction in a template.
+OWN = "{instruction}"
+
+
 @dataclass(frozen=True)
 class Instruction:
-    """Texts put before a query and before a key."""
+    """Texts put before a query and before a key.
+
+    A row's own ``instruction``, put into `template`, takes the place of `query`.
+    """
 
     query: str = ""
     key: str = ""
+    template: str = OWN
+
+    def before(self, row: Mapping[str, Any]) -> str:
+        """The text before the query of a row."""
+        own = row.get("instruction")
+        return self.template.replace(OWN, own) if own else self.query
+
+    def __str__(self) -> str:
+        parts = {"queries": self.query, "keys": self.key}
+        return ", ".join(f"before {name} {text!r}" for name, text in parts.items() if text) or "none"
 
 
 #: Instruction of a task (None: the rows name no task).
 InstructionOf = Callable[[str | None], Instruction]
+#: Which puts nothing before a text, whatever the rows bring.
+NOTHING = Instruction(template="")
 
 
 def no_instruction(task: str | None) -> Instruction:
     """The instruction texts with ``--add_instruction False``: none."""
-    return Instruction()
+    return NOTHING
 
 
 @dataclass(frozen=True)
@@ -62,28 +82,64 @@ class TaskConfig:
 #: Tasks without a --task_config file.
 NO_TASK_CONFIG: Mapping[str, TaskConfig] = MappingProxyType({})
 
-#: Versions of the instructions, as in versions.yaml.
-VERSIONS = ("llm-embedder", "bge", "e5", "instructor")
+#: Versions of the instructions, as in versions.yaml; a model's own ones; none but those that rows bring.
+VERSIONS = (
+    *("llm-embedder", "bge", "bge-zh", "e5-instruct", "e5", "instructor", "gte-instruct", "gte", "qwen3-embedding"),
+    *("arctic-v2", "arctic", "embeddinggemma"),
+)
+MODEL, NONE = "model", "none"
+#: The task in a version, or among a model's own ones, that stands for any.
+ANY = "*"
 
 
 def instruction_for(
-    version: str, task: str | None, task_config: Mapping[str, TaskConfig] = NO_TASK_CONFIG
+    version: str,
+    task: str | None,
+    task_config: Mapping[str, TaskConfig] = NO_TASK_CONFIG,
+    own: Mapping[str, Instruction] | None = None,
+    query: str | None = None,
+    key: str | None = None,
 ) -> Instruction:
-    """Return the instruction of a task by the task file, else by the version; raise a UserError if neither has one."""
-    released, custom = released_tasks().get(version, {}), task_config.get(task or "")
-    for settings in (custom, released.get(task or "*", released.get("*"))):
-        if settings is not None and settings.instruction is not None:
-            return settings.instruction
-    check_choice("version", version, VERSIONS)
-    if custom is not None:
+    """Return the instruction of a task by the task file, else by the version; raise a UserError if neither has one.
+
+    `own` are those of ``--version model``, by task. The texts `query` and `key` go over whatever else is said.
+    """
+    released, custom = _tasks_of(version, own), task_config.get(task or "")
+    of_version = released.get(task or ANY, released.get(ANY))
+    found = [each.instruction for each in (custom, of_version) if each is not None and each.instruction is not None]
+    if not found and (query is None or key is None):
+        check_choice("version", version, (*VERSIONS, MODEL, NONE))
+        if custom is not None:
+            raise UserError(
+                f"--task_config: the task {task!r} has no instruction, and --version {version} has none for it: add "
+                "one to the file"
+            )
+        choices = _listed(task_config) if own is None else ", ".join(own)
         raise UserError(
-            f"--task_config: the task {task!r} has no instruction, and --version {version} has none for it: add "
-            "one to the file"
+            f"--version {version} needs a task of {choices}, found {task!r}: {_HOW_TO_NAME}, or give "
+            "--add_instruction False"
         )
-    raise UserError(
-        f"--version {version} needs a task of {_listed(task_config)}, found {task!r}: {_HOW_TO_NAME}, or give "
-        "--add_instruction False"
-    )
+    chosen = found[0] if found else Instruction()
+    if chosen.template == OWN and of_version is not None and of_version.instruction is not None:
+        chosen = replace(chosen, template=of_version.instruction.template)
+    texts = {name: text for name, text in (("query", query), ("key", key)) if text is not None}
+    return replace(chosen, **texts)
+
+
+def _tasks_of(version: str, own: Mapping[str, Instruction] | None) -> Mapping[str, TaskConfig]:
+    """The tasks of a version, or a model's `own`."""
+    if version == NONE:
+        return {ANY: TaskConfig(Instruction())}
+    if version == MODEL:
+        return {task: TaskConfig(instruction) for task, instruction in (own or {}).items()}
+    return released_tasks().get(version, {})
+
+
+def version_of(name: str) -> str | None:
+    """The version that a model is of by its name (a hub name or path); None for no known one."""
+    last = os.path.basename(os.path.normpath(name)).lower()
+    _, versions = _versions()
+    return next((version for version, tasks in versions.items() if re.match(tasks["names"], last)), None)
 
 
 def training_settings_for(
@@ -166,6 +222,7 @@ def single_task(rows: Rows, default: str | None) -> str | None:
 _Kind = tuple[str, Callable[[Any], bool]]
 _TEXT: _Kind = ("text", lambda value: isinstance(value, str))
 _NUMBER: _Kind = ("a number", is_number)
+_TEMPLATE: _Kind = (f"text with {OWN} in it", lambda value: isinstance(value, str) and OWN in value)
 _WEIGHT: _Kind = ("a number of 0 or more", lambda value: is_number(value) and value >= 0)
 
 #: The settings of training that a task may have, by flag. All may be null: what the command line says.
@@ -185,7 +242,7 @@ TRAINING_SETTINGS: Mapping[str, _Kind] = {
 }
 #: The parts of a task in the file, and what they hold.
 _PARTS: Mapping[str, Mapping[str, _Kind]] = {
-    "instruction": {"query": _TEXT, "key": _TEXT},
+    "instruction": {"query": _TEXT, "key": _TEXT, "template": _TEMPLATE},
     "training": TRAINING_SETTINGS,
     "lm_prompt": {},
 }
@@ -225,11 +282,34 @@ def load_task_config(path: str | None) -> dict[str, TaskConfig]:
 
 
 @cache
+def _versions() -> tuple[str, dict[str, Any]]:
+    """The path of versions.yaml, and what is in it."""
+    path = os.path.join(os.path.dirname(__file__), "versions.yaml")
+    return path, read_settings(path, "--version")
+
+
+@cache
 def released_tasks() -> dict[str, dict[str, TaskConfig]]:
     """Read the released tasks by version, as versions.yaml has them; the task ``*`` is whatever the task."""
-    path = os.path.join(os.path.dirname(__file__), "versions.yaml")
-    versions = read_settings(path, "--version")
-    return {version: _read_tasks(f"{path}: {version}", tasks) for version, tasks in versions.items()}
+    path, versions = _versions()
+    return {
+        version: _read_tasks(f"{path}: {version}", {name: task for name, task in tasks.items() if name != "names"})
+        for version, tasks in versions.items()
+    }
+
+
+def read_instructions(file: str, content: Any) -> dict[str, Instruction]:
+    """Read instructions by task, as a model's folder has them; a UserError names the `file` that is damaged."""
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{file}: 'instructions' must be a mapping from names of tasks to texts, found {content!r}")
+    parts = {task: {"instruction": texts} for task, texts in content.items()}
+    return {
+        task: _instruction(_read_part(f"{file}: {task}", part, "instruction") or {}) for task, part in parts.items()
+    }
+
+
+def _instruction(texts: Mapping[str, str | None]) -> Instruction:
+    return Instruction(**{part: text for part, text in texts.items() if text is not None})
 
 
 def _read_tasks(file: str, content: Any) -> dict[str, TaskConfig]:
@@ -242,7 +322,7 @@ def _read_tasks(file: str, content: Any) -> dict[str, TaskConfig]:
             raise UserError(f"{file}: {name!r} is no name of a task: text in quotes without / is")
         task = _check_names(where, value, _PARTS)
         texts = _read_part(where, task, "instruction")
-        instruction = None if texts is None else Instruction(texts.get("query") or "", texts.get("key") or "")
+        instruction = None if texts is None else _instruction(texts)
         training, prompt = _read_part(where, task, "training"), task.get("lm_prompt")
         if prompt is not None and prompt not in TASKS:
             raise UserError(f"{where}.lm_prompt must be one of {', '.join(TASKS)}, found {prompt!r}")

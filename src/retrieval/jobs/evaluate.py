@@ -14,14 +14,8 @@ from src.retrieval.data.columns import Columns
 from src.retrieval.data.corpus import EvalData, load_corpus, load_eval_rows
 from src.retrieval.data.ids import resolve_labels
 from src.retrieval.data.rows import FurtherCheck
-from src.retrieval.data.tasks import (
-    InstructionOf,
-    instruction_for,
-    load_task_config,
-    no_instruction,
-    single_task,
-    task_from_path,
-)
+from src.retrieval.data.tasks import load_task_config, no_instruction, single_task, task_from_path
+from src.retrieval.jobs.instructions import instructions
 from src.retrieval.models.checkpoint_folders import check_places
 from src.retrieval.models.pair_scorer import PairScorer
 from src.retrieval.ranking.config import SCORE, EvalConfig, scored_path
@@ -36,30 +30,6 @@ from src.utils.files import check_writable, existing_source, resolve_path, rows_
 from src.utils.result_log import check_log, log_result
 
 logger = logging.getLogger(__name__)
-
-
-def instructions(args: RetrievalArgs | RankerArgs) -> InstructionOf:
-    """Instruction by task."""
-    if not args.add_instruction:
-        return no_instruction
-    return partial(instruction_for, args.version, task_config=load_task_config(args.task_config))
-
-
-def describe_instruction(args: RetrievalArgs | RankerArgs, task: str | None, named: bool = False) -> str:
-    """What stands before queries and keys of a task, and which flag says so; the task is `named` among several."""
-    if isinstance(args, RetrievalArgs) and args.retrieval_method != "dense":
-        return f"none (--retrieval_method {args.retrieval_method})"
-    if not args.add_instruction:
-        return "none (--add_instruction False)"
-    config = load_task_config(args.task_config)
-    instruction = instructions(args)(task)
-    parts = {"queries": instruction.query, "keys": instruction.key}
-    shown = ", ".join(f"before {name} {text!r}" for name, text in parts.items() if text) or "none"
-    own = task in config and config[task].instruction is not None
-    default = ", the default" if args.version == type(args).version and not own else ""
-    reason = f"--task_config {args.task_config}" if own else f"--version {args.version}{default}"
-    whose = f"task {task or 'none'}: " if named else ""
-    return f"{whose}{shown} ({reason}{'' if shown == 'none' else '; --add_instruction False leaves it out'})"
 
 
 def log_file(args: DataArgs, log_path: str) -> str:

@@ -22,14 +22,13 @@ from src.retrieval.data.corpus import EvalData
 from src.retrieval.data.tasks import load_task_config
 from src.retrieval.jobs.evaluate import (
     check_outputs,
-    describe_instruction,
     evaluate,
-    instructions,
     load_eval_data,
     log_file,
     record,
     shown,
 )
+from src.retrieval.jobs.instructions import instructions, say_instructions
 from src.retrieval.models.checkpoint_folders import checkpoint_to_resume
 from src.retrieval.models.packing import Packer, packs
 from src.retrieval.models.pair_scorer import PairScorer
@@ -49,6 +48,7 @@ from src.retrieval.training.dataset import (
     TrainDataset,
     check_mixable,
     load_train_sources,
+    used_instructions,
 )
 from src.retrieval.training.losses import ScoreBatch
 from src.retrieval.training.trainer import RetrievalTrainer
@@ -140,16 +140,14 @@ class Job(ABC, Generic[ArgsT, ModelT]):
         device = prepared(torch.device("cpu") if args.cpu else training.device)
         sets = self._load_sets()
         sources = load_sources(args, training, self.given)
-        tasks = [task for source in sources for task in source.tasks] + [data.task for data, _ in sets.values()]
-        told = list(dict.fromkeys(tasks))
-        used = [describe_instruction(args, task, len(told) > 1) for task in told]
-        for text in used if distributed.is_main() else ():
-            logger.info("instruction: %s", text)
+        used = say_instructions(args, [data for data, _ in sets.values()], sources)
         resume = distributed.on_main(
             partial(checkpoint_to_resume, training.resume_from_checkpoint, training.output_dir)
         )
         set_seed(training.seed)
         model = self.load(trains=bool(sources))
+        if sources:
+            model.instructions = used_instructions(sources)
         if sources and training.dropout is not None:
             model.set_dropout(training.dropout)
         if args.dry_run:

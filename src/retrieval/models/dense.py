@@ -14,8 +14,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from src.retrieval.data.tasks import MODEL, Instruction, instruction_for
 from src.retrieval.models.encode import EncodeConfig, encode
-from src.retrieval.models.load_encoder import TIED, UNTIED, EncoderConfig, encoder_folders, load_encoder
+from src.retrieval.models.load_encoder import (
+    TIED,
+    UNTIED,
+    EncoderConfig,
+    encoder_folders,
+    encoder_instructions,
+    load_encoder,
+)
 from src.retrieval.models.packing import STARTS, Packer, is_packed, join
 from src.retrieval.models.pooling import leading_dimensions
 from src.retrieval.models.similarity import similarity
@@ -118,6 +126,12 @@ class DenseRetriever(TrainableModel):
         """Token tensors ``(n, length)`` to fp32 vectors ``(n, D)``."""
         return self._embed(self.key_name, inputs)
 
+    def instruction(self, task: str | None = None) -> Instruction:
+        """What goes before queries and keys of a task; a UserError where the model brings nothing for it."""
+        if self.instructions is None:
+            raise UserError(f"{self.encoders[self.query_name].path!r} does not say what goes before texts")
+        return instruction_for(MODEL, task, own=self.instructions)
+
     def encode_queries(
         self, texts: Sequence[str], config: EncodeConfig | None = None, bar: tqdm | None = None
     ) -> np.ndarray:
@@ -153,7 +167,7 @@ class DenseRetriever(TrainableModel):
         """Write ``encoder``, or ``query_encoder`` and ``key_encoder``; see `TrainableModel.save`."""
         state = self.state_dict() if state_dict is None else state_dict
         for name, encoder in self.encoders.items():
-            encoder.save(folder, name, below(state, f"modules_by_name.{name}."))
+            encoder.save(folder, name, below(state, f"modules_by_name.{name}."), self.instructions)
 
     def load_weights(self, folder: str) -> None:
         """Take the weights that `save` wrote; see `TrainableModel.load_weights`."""
@@ -167,4 +181,7 @@ def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:
     Raise a UserError where a checkpoint cannot be loaded, or does not fit the settings.
     """
     encoders = {name: load_encoder(path, config) for name, path in encoder_folders(config).items()}
-    return DenseRetriever(encoders, config.truncate_dim)
+    model = DenseRetriever(encoders, config.truncate_dim)
+    if (own := encoder_instructions(config)) is not None:
+        model.instructions = own[1]
+    return model

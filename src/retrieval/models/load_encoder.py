@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from src.retrieval.data.tasks import ANY, Instruction
 from src.retrieval.models.checks import check_padding, check_vocabulary, position_limit, trial_run
 from src.retrieval.models.decoders import append_eos, is_causal, set_attention
 from src.retrieval.models.loading import Checkpoint, inner_folder
@@ -35,6 +36,7 @@ from src.retrieval.models.packed_attention import enable, packer_of
 from src.retrieval.models.packing import may_pack
 from src.retrieval.models.padding import pad
 from src.retrieval.models.pooling import DenseLayer, PoolingSpec, read_pooling_spec
+from src.retrieval.models.prompts import own_instructions
 from src.retrieval.models.text_encoder import TextEncoder, no_pooler, states_of
 from src.utils.errors import UserError
 from src.utils.flags import flags_of
@@ -231,9 +233,6 @@ def load_encoder(path: str, config: EncoderConfig) -> TextEncoder:
     if config.append_eos:
         append_eos(tokenizer, path)
     _check_lengths(backbone, tokenizer, path, spec, config)
-    if spec.prompts:
-        unused = "%s: its prompts (%s) are not used: instructions are those of --version and --task_config"
-        logger.info(unused, path, ", ".join(spec.prompts))
     methods, origin = _chosen_pooling(spec, path, backbone.config, config)
     attention = config.attention or spec.attention
     set_attention(backbone, tokenizer, attention, checkpoint)
@@ -277,3 +276,21 @@ def encoder_folders(config: EncoderConfig) -> dict[str, str]:
     if config.tie_encoders:
         return {TIED: query}
     return {UNTIED[0]: query, UNTIED[1]: inner_folder(config.key_encoder or config.query_encoder, (UNTIED[1], TIED))}
+
+
+def encoder_instructions(config: EncoderConfig) -> tuple[str, dict[str, Instruction]] | None:
+    """The file that brings instructions, and these by task (see `own_instructions`); None where there are none.
+
+    Of two encoders each tells what goes before its own texts.
+    """
+    checkpoints = [Checkpoint(path, "encoder", config.model_cache_dir) for path in encoder_folders(config).values()]
+    found = [own_instructions(checkpoint) for checkpoint in checkpoints]
+    files = [each[0] for each in found if each is not None]
+    if len(found) == 1 or not files:
+        return found[0]
+    queries, keys = ({} if each is None else each[1] for each in found)
+    both = {}
+    for task in {**queries, **keys}:
+        query, key = (side.get(task) or side.get(ANY) or Instruction() for side in (queries, keys))
+        both[task] = replace(query, key=key.key)
+    return files[0], both

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from src.retrieval.data.tasks import Instruction
 from src.retrieval.models.choices import DENSE_METRICS, DIRECTIONS, POOLING_METHODS
 from src.retrieval.models.loading import Checkpoint, loading
+from src.retrieval.models.prompts import EMBEDDER_FILE, ST_CONFIG
 from src.utils.errors import UserError
 from src.utils.files import read_json, read_object, write_json
 
-EMBEDDER_FILE = "embedder.json"
 DENSE_FOLDER = "dense"
 #: The dense layer of the original toolkit: one weight, in a pickle.
 ORIGINAL_DENSE = "dense_pooler.bin"
@@ -57,7 +58,7 @@ class PoolingSpec:
     """What a checkpoint says of itself, None where it says nothing, and the file (`origin`) that says so.
 
     `dense` is the folder of the dense layer, or dense_pooler.bin of the original; `without_prompt`: the tokens of an
-    instruction are not pooled; `prompts` are names of instructions.
+    instruction are not pooled.
     """
 
     pooling_method: tuple[str, ...] | None = None
@@ -67,7 +68,6 @@ class PoolingSpec:
     lower_case: bool = False
     max_length: int | None = None
     without_prompt: bool = False
-    prompts: tuple[str, ...] = ()
     attention: str | None = None
 
 
@@ -205,11 +205,19 @@ def _read_embedder_file(path: str) -> PoolingSpec:
 
 
 def write_embedder_file(
-    folder: str, pooling_method: tuple[str, ...], dense_metric: str, attention: str | None = None
+    folder: str,
+    pooling_method: tuple[str, ...],
+    dense_metric: str,
+    attention: str | None = None,
+    instructions: Mapping[str, Instruction] | None = None,
 ) -> None:
-    """Record beside an encoder how it pools, compares and attends, for `read_pooling_spec`."""
-    settings = {"pooling_method": list(pooling_method), "dense_metric": dense_metric}
-    write_json(Path(folder) / EMBEDDER_FILE, settings | ({"attention": attention} if attention else {}))
+    """Record beside an encoder how it pools, compares and attends, for `read_pooling_spec`, and its instructions."""
+    settings: dict[str, Any] = {"pooling_method": list(pooling_method), "dense_metric": dense_metric}
+    if attention is not None:
+        settings["attention"] = attention
+    if instructions is not None:
+        settings["instructions"] = {task: asdict(instruction) for task, instruction in instructions.items()}
+    write_json(Path(folder) / EMBEDDER_FILE, settings)
 
 
 def _read_modules(checkpoint: Checkpoint, modules_file: str, pooling_given: bool) -> PoolingSpec:
@@ -233,18 +241,11 @@ def _read_modules(checkpoint: Checkpoint, modules_file: str, pooling_given: bool
         config_file, *_ = [checkpoint.find(f"{folders['Dense']}/{name}") for name in ("config.json", *DENSE_WEIGHTS)]
         dense = os.path.dirname(config_file) if config_file else os.path.join(checkpoint.path, folders["Dense"])
         methods.append("dense")
-    settings_file, settings = _read_settings(checkpoint, ("config_sentence_transformers.json",))
+    settings_file, settings = _read_settings(checkpoint, (ST_CONFIG,))
     similarity = "cosine" if "Normalize" in kinds else settings.get("similarity_fn_name")
     if similarity is not None and str(similarity) not in _ST_SIMILARITY:
         raise UserError(
             f"{settings_file}: similarity {similarity!r} is not supported: one of {', '.join(_ST_SIMILARITY)}"
-        )
-    prompts, default = settings.get("prompts"), settings.get("default_prompt_name")
-    prompts = prompts if isinstance(prompts, dict) else {}
-    if default is not None and not pooling_given and prompts.get(str(default)) != "":
-        raise UserError(
-            f"{settings_file}: default_prompt_name {default!r} puts a text before each that is embedded, which is not "
-            "supported: remove it there (run_dense.py and evaluations take instructions: --version, --task_config)"
         )
     text_file, texts = _read_settings(checkpoint, [f"sentence_{name}_config.json" for name in _ST_FAMILIES])
     for name, value in texts.items():
@@ -258,7 +259,6 @@ def _read_modules(checkpoint: Checkpoint, modules_file: str, pooling_given: bool
         lower_case=bool(texts.get("do_lower_case")),
         max_length=texts.get("max_seq_length") or sys.maxsize,
         without_prompt=pooling.get("include_prompt") is False,
-        prompts=tuple(str(name) for name, text in prompts.items() if text),
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from src.retrieval.data.tasks import Instruction
 from src.retrieval.models.checks import position_limit
 from src.retrieval.models.decoders import check_reads_alike
 from src.retrieval.models.loading import Checkpoint, loading
@@ -108,7 +109,9 @@ class TextEncoder(nn.Module):
                 pooled = pool(states_of(self.backbone, method, inputs), inputs["attention_mask"], method)
             return pooled if self.dense is None else self.dense(pooled)
 
-    def save(self, folder: str, name: str, state: Mapping[str, Tensor]) -> None:
+    def save(
+        self, folder: str, name: str, state: Mapping[str, Tensor], instructions: Mapping[str, Instruction] | None
+    ) -> None:
         """Write all with weights `state` to ``folder/name``, and adapters alone to ``folder/adapters/name``."""
         weights, targets = below(state, "backbone."), [os.path.join(folder, name)]
         whole, base = self.backbone, weights
@@ -123,7 +126,7 @@ class TextEncoder(nn.Module):
             self.tokenizer.save_pretrained(target)
             if self.dense is not None:
                 self.dense.save(os.path.join(target, DENSE_FOLDER), below(state, "dense."))
-            write_embedder_file(target, self.pooling_method, self.metric, self.attention)
+            write_embedder_file(target, self.pooling_method, self.metric, self.attention, instructions)
 
     def load_weights(self, folder: str, name: str) -> None:
         """Take the weights that `save` wrote; see `TrainableModel.load_weights`."""

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from src.retrieval.data.tasks import Instruction
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,7 +46,13 @@ class Compilation:
 
 
 class TrainableModel(nn.Module, ABC):
-    """A model with transformers inside, saved and loaded below a checkpoint-N folder."""
+    """A model with transformers inside, saved and loaded below a checkpoint-N folder.
+
+    Attributes:
+        instructions: by task what goes before queries and keys, as far as it is known; dual encoders save it.
+    """
+
+    instructions: Mapping[str, Instruction] | None = None
 
     @property
     @abstractmethod

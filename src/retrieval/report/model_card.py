@@ -133,7 +133,7 @@ def model_card(
         ranker=encoder is None,
         conversions=list(_CONVERSION),
         instructions=instructions,
-        plain=all(instruction == Instruction() for instruction in instructions.values()),
+        plain=not any(each.query or each.key for each in instructions.values()),
         instruction=next(iter(instructions.values()), Instruction()),
         query=QUERY,
         keys=KEYS,

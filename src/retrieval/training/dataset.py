@@ -16,7 +16,10 @@ from src.retrieval.data.columns import USUAL_NAMES, Columns
 from src.retrieval.data.rows import TEACHER_SCORES, TRAIN_CHECK, check_train_row
 from src.retrieval.data.sources import open_rows
 from src.retrieval.data.tasks import (
+    ANY,
     NO_TASK_CONFIG,
+    OWN,
+    Instruction,
     InstructionOf,
     TaskConfig,
     distinct_tasks,
@@ -155,7 +158,7 @@ class TrainDataset(Dataset):
         group = select_group(row, source.settings.selection, np.random.default_rng((self.seed, epoch, index)))
         instruction = source.instruction_of(row.get("task") or source.default_task)
         keys = [instruction.key + key for key in group.keys]
-        query, loss = instruction.query + row["query"], source.settings.loss
+        query, loss = instruction.before(row) + row["query"], source.settings.loss
         names = None
         if loss.mask_same_text:
             names = names_of(row, group.places, group.positives, query, source.rows.path)
@@ -335,6 +338,14 @@ def _check_something_trains(sources: Sequence[Source]) -> None:
             f"the contrastive weight is 0 and no row of {', '.join(sorted(set(idle)))} has {sources[0].score_field} to "
             "distil from: score them (run_lm_score.py), or give --contrastive_weight above 0"
         )
+
+
+def used_instructions(sources: Sequence[Source]) -> dict[str, Instruction]:
+    """Instructions of training, by task; by `ANY` where all tasks have the same."""
+    by_task = {task or ANY: source.instruction_of(task) for source in sources for task in source.tasks}
+    # Without --add_instruction there is none.
+    used = {task: replace(each, template=each.template or OWN) for task, each in by_task.items()}
+    return used if len(set(used.values())) > 1 else {ANY: next(iter(used.values()))}
 
 
 def check_mixable(sources: Sequence[Source]) -> None:

@@ -274,10 +274,6 @@ def test_what_is_pooled_with_an_instruction(tiny_bert, tmp_path):
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (
-            (MODEL_FILE, {"prompts": {"q": "query: "}, "default_prompt_name": "q"}),
-            "default_prompt_name 'q' puts a text",
-        ),
         ((MODEL_FILE, {"similarity_fn_name": "manhattan"}), "similarity 'manhattan' is not supported"),
         (
             (TEXT_FILE, {"processing_kwargs": {"text": {"truncation_side": "left"}}}),
@@ -287,7 +283,7 @@ def test_what_is_pooled_with_an_instruction(tiny_bert, tmp_path):
         ((TEXT_FILE, {"query_length": 8}), "query_length 8 is not supported"),
         ((TEXT_FILE, {"config_kwargs": {"hidden_act": "relu"}}), "config_kwargs .* not supported"),
         (("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}), r"pooling \['cls', 'mean'\] of"),
-        (("1_Pooling/config.json", {"pooling_mode": "weightedmean"}), "pooling weightedmean of"),
+        (("1_Pooling/config.json", {"pooling_mode": "max"}), "pooling max of"),
     ],
 )
 def test_settings_that_would_change_vectors_are_refused_by_name(edit, said, tiny_bert, tmp_path):
@@ -320,11 +316,6 @@ def test_flags_win_over_the_length_of_sentence_transformers_and_that_is_said(tin
     assert "max_seq_length" not in caplog.text
     found = embed(folder, query_max_length=16, key_max_length=32)
     assert "cuts texts to 16 tokens (max_seq_length), here they are cut to 32" in caplog.text
-    assert "prompts" not in caplog.text
-    embed(
-        st_folder(tiny_bert, tmp_path / "prompted", edit=[(MODEL_FILE, {"prompts": {"query": "q: ", "document": ""}})])
-    )
-    assert "its prompts (query) are not used" in caplog.text
     np.testing.assert_allclose(found, embed(tiny_bert, pooling_method=("mean",)), atol=1e-6)
 
 
