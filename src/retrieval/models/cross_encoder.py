@@ -122,9 +122,11 @@ class CrossEncoder(TrainableModel):
         source = os.path.join(folder, FOLDER)
         if not os.path.isdir(source):
             raise UserError(f"{folder} has no {FOLDER!r} folder: it is no checkpoint of run_ranker.py")
-        checkpoint = Checkpoint(source, "ranker")
-        check_reads_alike(checkpoint, self.backbone, self.pairs.tokenizer)
-        checkpoint.load_into(self.backbone)
+        Checkpoint(source, "ranker").load_into(self.backbone)
+
+    def check_reads_alike(self, folder: str) -> None:
+        """See `TrainableModel.check_reads_alike`."""
+        check_reads_alike(os.path.join(folder, FOLDER), self.backbone, self.pairs.tokenizer)
 
 
 def load_cross_encoder(config: RankerConfig, new_head: bool = True) -> CrossEncoder:

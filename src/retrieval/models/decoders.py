@@ -6,6 +6,7 @@ Both are kept where transformers and sentence-transformers read them: in the mod
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -141,8 +142,11 @@ def _template(encoding: Encoding, eos: str) -> tuple[list[str], dict[str, int]]:
     return pieces, special
 
 
-def check_reads_alike(checkpoint: Checkpoint, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse to go on from a checkpoint that was trained with other attention, or other ends of texts."""
+def check_reads_alike(folder: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse to go on from a saved model, if there is one, that was trained with other attention or ends of texts."""
+    if not os.path.isdir(folder):
+        return
+    checkpoint = Checkpoint(folder, "model")
     saved: Any = getattr(checkpoint.config().get_text_config(), "is_causal", None)
     if saved != getattr(model.config.get_text_config(), "is_causal", None):
         raise UserError(f"{checkpoint.path} was trained with another --attention: give it as then")

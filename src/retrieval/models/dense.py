@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.retrieval.data.tasks import MODEL, Instruction, instruction_for
+from src.retrieval.models.decoders import check_reads_alike
 from src.retrieval.models.encode import EncodeConfig, encode
 from src.retrieval.models.load_encoder import (
     TIED,
@@ -173,6 +174,11 @@ class DenseRetriever(TrainableModel):
         """Take the weights that `save` wrote; see `TrainableModel.load_weights`."""
         for name, encoder in self.encoders.items():
             encoder.load_weights(folder, name)
+
+    def check_reads_alike(self, folder: str) -> None:
+        """See `TrainableModel.check_reads_alike`."""
+        for name, encoder in self.encoders.items():
+            check_reads_alike(os.path.join(folder, name), encoder.backbone, encoder.tokenizer)
 
 
 def load_dense_retriever(config: EncoderConfig) -> DenseRetriever:

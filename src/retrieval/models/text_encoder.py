@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.retrieval.data.tasks import Instruction
 from src.retrieval.models.checks import position_limit
-from src.retrieval.models.decoders import check_reads_alike
 from src.retrieval.models.loading import Checkpoint, loading
 from src.retrieval.models.lora import has_adapters, load_adapters, merged_weights, save_adapters
 from src.retrieval.models.packed_attention import SAMPLE, packed_states
@@ -133,7 +132,6 @@ class TextEncoder(nn.Module):
         source, adapters = os.path.join(folder, name), os.path.join(folder, ADAPTERS, name)
         if not os.path.isdir(source):
             raise UserError(f"{folder} has no {name!r} folder: was it trained with the same --tie_encoders?")
-        check_reads_alike(Checkpoint(source, "encoder"), self.backbone, self.tokenizer)
         if has_adapters(self.backbone):
             load_adapters(self.backbone, adapters)
         elif os.path.isdir(adapters):

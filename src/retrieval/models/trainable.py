@@ -70,6 +70,10 @@ class TrainableModel(nn.Module, ABC):
     def load_weights(self, folder: str) -> None:
         """Take the weights that `save` wrote; a UserError where some are missing, damaged, or of another shape."""
 
+    @abstractmethod
+    def check_reads_alike(self, folder: str) -> None:
+        """Refuse to go on from what `save` wrote of a model with other attention, or other ends of texts."""
+
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""

@@ -126,6 +126,7 @@ class RetrievalTrainer(Trainer, Generic[ModelT]):
                 return finished
             check_optimizer_state(resume_from_checkpoint, args.optimizer_layout)
             check_complete(resume_from_checkpoint, distributed.rank(), distributed.world_size())
+            self.model.check_reads_alike(resume_from_checkpoint)
             micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
             batches = Batches(distributed.world_size(), micro, accumulation)
             check_steps(resume_from_checkpoint, batches, {**self.saved_args, **args.to_dict()})

@@ -187,9 +187,9 @@ def test_an_encoder_sees_both_ways_by_itself(tiny_bert, tmp_path):
 def test_going_on_otherwise_is_refused(changed, tmp_path):
     folder = build(tmp_path / "base", "LlamaModel")
     load(folder, **changed).save(str(tmp_path))
-    load(folder, **changed).load_weights(str(tmp_path))
+    load(folder, **changed).check_reads_alike(str(tmp_path))
     with pytest.raises(UserError, match=f"--{next(iter(changed))}"):
-        load(folder).load_weights(str(tmp_path))
+        load(folder).check_reads_alike(str(tmp_path))
 
 
 # --- an end token ---------------------------------------------------------------------------------------------------
@@ -257,7 +257,9 @@ def test_scores_of_a_decoder_are_read_at_the_end_token(name, padding, attention,
     np.testing.assert_allclose(packed.score_pairs(PAIRS, config), scores, atol=1e-5)
     np.testing.assert_allclose(TheirCrossEncoder(str(saved), device="cpu").predict(PAIRS), scores, atol=1e-5)
     with pytest.raises(UserError, match="give it as then" if attention else "give --append_eos as then"):
-        load_cross_encoder(RankerConfig(folder, 60, 60, append_eos=attention is not None)).load_weights(str(tmp_path))
+        load_cross_encoder(RankerConfig(folder, 60, 60, append_eos=attention is not None)).check_reads_alike(
+            str(tmp_path)
+        )
 
 
 def test_a_ranker_without_another_token_to_pad_with(tmp_path):
