@@ -25,6 +25,8 @@ from src.retrieval.data.rows import Row, candidates
 KINDS = ("text", "id", "index", "query")
 #: In place of a name that a key, and an answer that a query lacks: not equal, and no hash.
 NO_NAME, NO_ANSWER = -1, -2
+#: Queries times keys that are compared at once, or the keys of one query.
+COMPARED = 2**22
 
 
 class Names(NamedTuple):
@@ -79,10 +81,13 @@ def name_tensors(rows: Sequence[Names]) -> tuple[Tensor, Tensor]:
 
 
 def answered(names: Tensor, answers: Tensor) -> Tensor:
-    """Which keys answer each query, bool ``(B, K)``; see `name_tensors`. In memory it is a few times its result."""
+    """Which keys answer each query, bool ``(B, K)``; see `name_tensors`."""
     found = torch.zeros(len(answers), len(names), dtype=torch.bool, device=names.device)
-    for ours, theirs in zip(answers.unbind(2), names.unbind(1), strict=True):
-        ours, theirs = ours.contiguous(), theirs.expand(len(ours), -1)
-        places = torch.searchsorted(ours, theirs.contiguous()).clamp_(max=ours.shape[1] - 1)
-        found |= ours.gather(1, places) == theirs
+    # What is compared takes 24 times the memory of its result.
+    queries = max(1, COMPARED // len(names))
+    for part, some in zip(found.split(queries), answers.split(queries), strict=True):
+        for ours, theirs in zip(some.unbind(2), names.unbind(1), strict=True):
+            ours, theirs = ours.contiguous(), theirs.expand(len(ours), -1)
+            places = torch.searchsorted(ours, theirs.contiguous()).clamp_(max=ours.shape[1] - 1)
+            part |= ours.gather(1, places) == theirs
     return found

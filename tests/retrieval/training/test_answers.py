@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from src.retrieval.training import answers as answers_module
 from src.retrieval.training.answers import NO_ANSWER, NO_NAME, answered, name_tensors, names_of
 from tests.reference import answers as reference
 
@@ -50,6 +53,30 @@ def test_masks_equal_the_reference(rows, first):
     own = torch.arange(len(keys)).view(len(rows), GROUP)[first:]
     found = answered(keys, answers).scatter(1, own, False)
     assert found.equal(reference.mask(rows[first:], rows))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most bytes that a result of PyTorch has."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.size = max(self.size, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("compared", [1, 120, 600])
+def test_many_keys_are_compared_part_by_part(monkeypatch, compared):
+    """The mask is that of one part, and nothing takes more memory than it, here 60 queries times 120 keys."""
+    rows = [{"pos": [str(n % 5)], "neg": [str(n % 3)]} for n in range(60)]
+    keys, answers = name_tensors([names_of(row, [0, 1], 1, str(n % 4), "f") for n, row in enumerate(rows)])
+    whole = answered(keys, answers)
+    monkeypatch.setattr(answers_module, "COMPARED", compared)
+    with Largest() as largest:
+        assert answered(keys, answers).equal(whole)
+    assert largest.size == 60 * 120
 
 
 def test_names_by_hand():
