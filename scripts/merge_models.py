@@ -44,6 +44,8 @@ from src.utils.files import atomic_write, check_writable, read_jsonl, read_objec
 logger = logging.getLogger("scripts.merge_models")
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Flags that say what is trusted of the models, in an evaluation too.
+TRUST = ("allow_pickle", "trust_remote_code")
 Model = DenseRetriever | CrossEncoder
 #: Settings of loading, by the names that flags have.
 LoadSettings = Mapping[str, Any]
@@ -156,6 +158,7 @@ def evaluation_command(args: MergeArgs, folder: str, ranks: bool, into: str) -> 
     if not ranks and os.path.isdir(os.path.join(folder, UNTIED[0])):
         command += ["--tie_encoders", "False", "--key_encoder", folder]
     command += ["--corpus", args.corpus] if args.corpus else []
+    command += [word for flag in TRUST if getattr(args, flag) for word in (f"--{flag}", "True")]
     return [*command, "--output_dir", into, "--log_path", os.path.join(into, "evaluation.jsonl")]
 
 
@@ -201,7 +204,7 @@ def main() -> None:
     if args.eval_data:
         check_evaluation(args, folders[0])
     with locks.hold(output_dir):
-        settings = {"allow_pickle": args.allow_pickle, "trust_remote_code": args.trust_remote_code}
+        settings = {flag: getattr(args, flag) for flag in TRUST}
         merge(folders, shares, args.method, output_dir, settings)
     made = ", ".join(f"{share:.3g} × {folder}" for folder, share in zip(folders, shares, strict=True))
     logger.info("%s is the %s merge of %s", args.output_dir, args.method, made)
@@ -212,9 +215,12 @@ def main() -> None:
 
 
 def is_merged(folder: str) -> bool:
-    """Whether a folder holds what this command writes."""
-    cards = [Path(folder, name, CARD_FILE) for name in (RANKER, TIED, *UNTIED)]
-    return any(MERGED in card.read_text(encoding="utf-8") for card in cards if card.is_file())
+    """Whether a folder holds what this command writes, and nothing else that would be lost with it."""
+    names = (RANKER, TIED, *UNTIED)
+    cards = [Path(folder, name, CARD_FILE) for name in names]
+    return set(os.listdir(folder)) <= set(names) and any(
+        MERGED in card.read_text(encoding="utf-8") for card in cards if card.is_file()
+    )
 
 
 if __name__ == "__main__":

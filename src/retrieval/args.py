@@ -373,8 +373,6 @@ class RetrievalArgs(DenseArgs, BM25Args, CandidateArgs):
             raise UserError(
                 f"--neg_range {self.neg_range[0]} {self.neg_range[1]}: only --hits {self.hits} are retrieved"
             )
-        if self.load_result and not self.eval_data:
-            raise UserError("--load_result needs --eval_data")
 
 
 @dataclass
@@ -447,7 +445,7 @@ class MergeArgs:
                 f"--weights: give one for each of the {len(self.models)} models, found {len(self.weights or ())}": (
                     self.weights is not None and len(self.weights) != len(self.models)
                 ),
-                "--weights must be 0 or more, one of them above 0": (
+                f"--weights must be 0 or more, one of them above 0, found {self.weights}": (
                     self.weights is not None and (min(self.weights) < 0 or not sum(self.weights) > 0)
                 ),
                 f"--method slerp merges two models, found {self.last or len(self.models)}": (

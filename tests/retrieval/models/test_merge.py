@@ -73,6 +73,15 @@ def test_the_mean_is_that_of_numpy(models, merge, tmp_path):
     assert not np.allclose(DenseRetriever.from_pretrained(str(tmp_path / "merged")).encode_keys(["a text"]), vectors)
 
 
+def test_what_else_is_in_an_earlier_merge_is_kept(models, merge, tmp_path):
+    merge("--models", *models, "--output_dir", tmp_path / "merged")
+    trained = tmp_path / "merged" / "checkpoint-5" / "trainer_state.json"
+    trained.parent.mkdir()
+    trained.touch()
+    assert "holds other files" in merge("--models", models[0], "--output_dir", tmp_path / "merged", expect=2)
+    assert trained.is_file()
+
+
 def test_the_merge_of_one_is_that_one(models, merge, tmp_path):
     merge("--models", models[0], "--output_dir", tmp_path / "merged")
     one, same = load_file(Path(models[0]) / FILE), load_file(tmp_path / "merged" / "encoder" / FILE)
@@ -170,7 +179,12 @@ def test_both_ends_and_the_merge_are_compared(models, merge, tmp_path):
     missing = merge(*flags, "--eval_data", tmp_path / "missing.json", expect=2)
     assert "missing.json" in missing
     assert not (tmp_path / "merged").exists()
-    table = merge(*flags, "--eval_data", write_rows(tmp_path / "rows.json", rows)).strip().splitlines()
+    # What is trusted of the models is so in their evaluations.
+    pickled = Path(models[1])
+    torch.save(load_file(pickled / FILE), pickled / "pytorch_model.bin")
+    (pickled / FILE).unlink()
+    flags += ["--eval_data", write_rows(tmp_path / "rows.json", rows), "--allow_pickle", "True"]
+    table = merge(*flags).strip().splitlines()
     assert table[0] == "| model | ndcg@3 |"
     assert [line.split(" | ")[0].removeprefix("| ") for line in table[2:]] == [*models[:2], str(tmp_path / "merged")]
 
@@ -181,7 +195,7 @@ def test_both_ends_and_the_merge_are_compared(models, merge, tmp_path):
         ([], "--models is needed"),
         (["--models", "A"], "--output_dir is needed"),
         (["--models", "A", "B", "--weights", "1", "--output_dir", "X"], "one for each of the 2 models, found 1"),
-        (["--models", "A", "B", "--weights", "0", "0", "--output_dir", "X"], "one of them above 0"),
+        (["--models", "A", "B", "--weights", "0", "0", "--output_dir", "X"], "one of them above 0, found [0.0, 0.0]"),
         (["--models", "A", "B", "C", "--method", "slerp", "--output_dir", "X"], "slerp merges two models, found 3"),
         (["--models", "A", "--method", "mean", "--output_dir", "X"], "choose from linear, slerp"),
         (["--models", "A", "B", "--last", "2", "--output_dir", "X"], "name one training run"),
