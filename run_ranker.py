@@ -57,7 +57,7 @@ class RankerJob(Job[RankerArgs, CrossEncoder]):
         for flag in (*of_the_batch, "cos_temperature", "matryoshka_dims"):
             if args.train_data and flag in self.given:
                 logger.warning("--%s has no effect: a cross-encoder compares a query with its own keys only", flag)
-        if args.eval_data and training.eval_method != "rerank":
+        if (args.eval_data or training.eval_sets) and training.eval_method != "rerank":
             logger.info("--eval_method %s is taken as rerank: a ranker orders each row's keys", training.eval_method)
 
     def load(self, trains: bool) -> CrossEncoder:

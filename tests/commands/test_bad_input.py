@@ -205,8 +205,11 @@ BAD_ARGUMENTS = {
         "--train_data {train} --deepspeed data/deepspeed/stage2.json --fsdp",
         "--deepspeed and --fsdp do the same work",
     ),
-    "the best of nothing": ("--train_data {train} --save_strategy best", "--save_strategy best needs --eval_data and"),
-    "an evaluation of nothing": ("--train_data {train} --eval_on_start", "--eval_on_start needs --eval_data"),
+    "the best of nothing": ("--train_data {train} --save_strategy best", "--save_strategy best needs --eval_data or"),
+    "an evaluation of nothing": (
+        "--train_data {train} --eval_on_start",
+        "--eval_on_start needs --eval_data or --eval_sets",
+    ),
     "FSDP on a CPU": ("--train_data {train} --use_cpu --fsdp", "on a CPU it would be ignored"),
     "FSDP settings alone": (
         "--train_data {train} --fsdp_config data/fsdp/full_shard.json",

@@ -161,13 +161,13 @@ class Job(ABC, Generic[ArgsT, ModelT]):
         evaluate_model = None
         if sets:
             evaluate_model = partial(self._evaluate, sets, device, self.arguments(model))
-        if sources:
-            with contextlib.ExitStack() as stack:
-                for data, config in sets.values():
-                    stack.enter_context(hold_outputs(data, config))
+        with contextlib.ExitStack() as stack:
+            for data, config in sets.values():
+                stack.enter_context(hold_outputs(data, config))
+            if sources:
                 self._train(model, sources, evaluate_model, resume)
-        elif evaluate_model is not None:
-            evaluate_model(model.ready(device, args.dtype))
+            elif evaluate_model is not None:
+                evaluate_model(model.ready(device, args.dtype))
 
     def _load_sets(self) -> dict[str, EvalSet]:
         """Open and check the rows and corpus of each evaluation, by name (see `flags_by_set`)."""
@@ -215,7 +215,7 @@ class Job(ABC, Generic[ArgsT, ModelT]):
         if evaluate_model is None:
             training.set_evaluate("no")
         if training.eval_on_start is None:
-            training.eval_on_start = training.eval_strategy != IntervalStrategy.NO
+            training.eval_on_start = training.eval_strategy != IntervalStrategy.NO and not training.eval_delay
         if resume is not None:
             # Its log has that evaluation, and a second one would count as one of its step.
             training.eval_on_start = False
@@ -256,7 +256,7 @@ def check_flags(args: RetrievalArgs | RankerArgs, training: RetrievalTrainingArg
     if args.train_data and args.cpu and not training.use_cpu:
         raise UserError("--cpu is for evaluation: give --use_cpu to train on the CPU as well")
     if args.train_data and training.eval_on_start and not sets:
-        raise UserError("--eval_on_start needs --eval_data to evaluate on")
+        raise UserError("--eval_on_start needs --eval_data or --eval_sets to evaluate on")
     known = metric_names_of(sets)
     best = training.metric_for_best_model
     stops = training.early_stopping_patience is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -36,12 +37,17 @@ def flags_by_set(args: ArgsT, path: str | None) -> dict[str, ArgsT]:
     content = read_settings(path, "--eval_sets")
     if not isinstance(content, dict) or not content:
         raise UserError(f"--eval_sets: {path} must be a mapping from names of sets to their flags")
-    return {name: _flags_of_set(f"--eval_sets: {path}: {name}", name, flags, args) for name, flags in content.items()}
+    sets = {name: _flags_of_set(f"--eval_sets: {path}: {name}", name, flags, args) for name, flags in content.items()}
+    counts = Counter(f"{name}_{metric}" for name, each in sets.items() for metric in set(metric_names(each)))
+    if twice := [metric for metric, count in counts.items() if count > 1]:
+        raise UserError(f"--eval_sets: {path}: two sets would have a metric {twice[0]!r}: rename one of them")
+    return sets
 
 
 def _flags_of_set(where: str, name: Any, flags: Any, args: ArgsT) -> ArgsT:
-    if not isinstance(name, str) or name == MEAN or "@" in name:
-        raise UserError(f"{where}: a set's name is text without @, and not {MEAN!r}")
+    if not isinstance(name, str) or name == MEAN or "@" in name or name.startswith("eval_"):
+        # Metrics are called eval_… in the log, and by their names without it on the command line.
+        raise UserError(f"{where}: a set's name is text without @, and not {MEAN!r} or eval_…")
     check_name("eval_sets", name, needed=True)
     if not isinstance(flags, dict) or not flags.get("eval_data"):
         raise UserError(f"{where}: a set needs eval_data; it may give {', '.join(FLAGS[1:])} besides")

@@ -35,7 +35,8 @@ Uses = Mapping[str, tuple[str, EncoderUse | PairTokenizer]]
 #: Flags about places and the run, which say nothing of the model.
 NOT_OF_THE_MODEL = {
     *("output_dir", "log_path", "data_root", "model_cache_dir", "dataset_cache_dir", "logging_dir", "report_to"),
-    *("resume_from_checkpoint", "run_name", "train_data", "eval_data", "corpus", "disable_tqdm", "local_rank"),
+    *("resume_from_checkpoint", "run_name", "train_data", "eval_data", "eval_sets", "corpus", "disable_tqdm"),
+    "local_rank",
 }
 
 

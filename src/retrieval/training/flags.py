@@ -55,7 +55,9 @@ class RunFlags:
     eval_method: str = flag("retrieval", "retrieval (over the corpus) or rerank (the keys in each evaluation row).")
     evaluation_strategy: str = flag("steps", "When to evaluate during training, with eval_data: no, steps, epoch.")
     eval_strategy: str | None = flag(None, "Newer name of --evaluation_strategy, which it overrides.")
-    eval_on_start: bool | None = _switch("Evaluate before the first step, too (None: when training evaluates).")
+    eval_on_start: bool | None = _switch(
+        "Evaluate before the first step, too (None: when training evaluates, without --eval_delay)."
+    )
     eval_sets: str | None = flag(
         None,
         "File (YAML or JSON) with several sets to evaluate on in place of --eval_data: name → eval_data and, where "

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from filelock import FileLock
 from transformers import EarlyStoppingCallback
 
 import run_dense
@@ -18,6 +19,7 @@ from src.retrieval.args import RetrievalArgs
 from src.retrieval.jobs import train
 from src.retrieval.ranking.eval_sets import flags_by_set, metric_names_of, named_metrics
 from src.retrieval.training.trainer import evaluations_without_gain
+from src.utils import locks
 from src.utils.errors import UserError
 from tests.helpers import read_rows, write_rows
 
@@ -66,6 +68,36 @@ def test_each_set_is_evaluated_as_in_a_run_of_its_own(monkeypatch, files, tiny_b
         assert saved == (files / "one" / f"{name}.result.json").read_text()
 
 
+def test_saved_hits_of_sets_are_loaded(monkeypatch, files, tiny_bert):
+    run(monkeypatch, files, tiny_bert, "out", "--eval_sets", files / "sets.yaml")
+    monkeypatch.setattr(run_dense, "dense_searcher", None)
+    run(monkeypatch, files, tiny_bert, "out", "--eval_sets", files / "sets.yaml", "--load_result")
+    first, again = read_rows(files / "out.jsonl")[:2], read_rows(files / "out.jsonl")[2:]
+    assert [each["metrics"] for each in again] == [each["metrics"] for each in first]
+
+
+def test_a_set_that_another_run_writes_stops_before_the_first_is_evaluated(monkeypatch, files, tiny_bert):
+    calls = []
+    monkeypatch.setattr(train, "evaluate", lambda *rest: calls.append(rest))
+    lock = FileLock(locks.lock_file(str(files / "out" / "eval" / "b" / "b.result.json")))
+    (files / "out" / "eval" / "b").mkdir(parents=True)
+    with lock, pytest.raises(UserError, match=r"another run .* writes .*b\.result\.json"):
+        run(monkeypatch, files, tiny_bert, "out", "--eval_sets", files / "sets.yaml")
+    assert not calls
+
+
+@pytest.mark.parametrize(("more", "steps"), [([], [3, 4]), (["--eval_on_start"], [0, 3, 4])])
+def test_a_delay_puts_off_the_evaluation_before_the_first_step_too(monkeypatch, files, tiny_bert, more, steps):
+    monkeypatch.setattr(train, "evaluate", lambda *rest: {"ndcg@10": 0.5})
+    flags = [
+        *("--train_data", files / "train.json", "--eval_data", files / "a.json", "--train_group_size", 2),
+        *("--per_device_train_batch_size", 4, "--max_steps", 4, "--eval_steps", 1, "--eval_delay", 3),
+    ]
+    out = run(monkeypatch, files, tiny_bert, "out", *flags, *more)
+    state = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_ndcg@10" in entry] == steps
+
+
 @pytest.mark.parametrize(("metric", "best", "last"), [("mean_ndcg@10", 3, 4), ("a_ndcg@10", 2, 3), ("b_ndcg@10", 1, 2)])
 def test_the_best_by_a_set_or_the_mean_is_kept_and_training_stops(
     monkeypatch, files, tiny_bert, caplog, metric, best, last
@@ -94,6 +126,10 @@ def test_the_best_by_a_set_or_the_mean_is_kept_and_training_stops(
         assert entry["eval_b_ndcg@2"] == 0.5
         assert entry["eval_mean_ndcg@10"] == pytest.approx((INJECTED["a"][step] + INJECTED["b"][step]) / 2)
     assert (out / "training.png").is_file()
+    # The card shows what makes the model, and the file of sets is none of it.
+    card = (out / f"checkpoint-{best}" / "encoder" / "README.md").read_text()
+    assert "--max_steps 5" in card
+    assert "sets.yaml" not in card
     # Resumed, it has ended; with more patience it goes on, without a second evaluation of the step it stopped at.
     with caplog.at_level(logging.INFO):
         run(monkeypatch, files, tiny_bert, "out", *flags, "--resume_from_checkpoint", "True")
@@ -134,6 +170,11 @@ def test_names_of_metrics():
     [
         ("[a]", "must be a mapping from names of sets to their flags"),
         ("mean: {eval_data: x}", "mean: a set's name is text without @, and not 'mean'"),
+        ("eval_a: {eval_data: x}", "eval_a: a set's name is text .* or eval_"),
+        (
+            "{a: {eval_data: x, metrics: [nq], cutoffs: [5]}, a_nq: {eval_data: x, metrics: [recall, recall]}}",
+            "two sets would have a metric 'a_nq_recall@5': rename one",
+        ),
         ("a/b: {eval_data: x}", "--eval_sets 'a/b' becomes a part of file names"),
         ("1: {eval_data: x}", "1: a set's name is text"),
         ("a: {corpus: x}", "a: a set needs eval_data; it may give corpus, "),
