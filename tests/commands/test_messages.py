@@ -29,7 +29,10 @@ FOREIGN = {"nproc_per_node", "no-deps"}
 #: What names flags that some of the commands that use it lack, and why that is right.
 ELSEWHERE = {
     **dict.fromkeys(("load_adapters", "add_adapters", "TextEncoder"), "of a training run, which has the flags"),
-    **dict.fromkeys(("_load_encoder", "_read_modules", "_st_pooling"), "of an encoder, where it can be loaded"),
+    **dict.fromkeys(("SourceSettings", "append_eos", "check_reads_alike"), "of a training run, too"),
+    "check_alike": "of the training run that a model comes from",
+    **dict.fromkeys(("load_encoder", "_read_modules", "_st_pooling"), "of an encoder, where it can be loaded"),
+    "instruction_for": "only where texts get instructions",
     **dict.fromkeys(("packer_of", "may_pack"), "only where the flag is"),
     "_check_head": "of an encoder in a ranker's place, which run_ranker.py trains",
     "_chosen_pooling": "only where instructions are given",
