@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 import torch
 
+from src.retrieval.data.tasks import Instruction
 from src.retrieval.models.checkpoint_folders import beside, complete_checkpoints, replace_folder
 from src.retrieval.models.cross_encoder import FOLDER as RANKER
 from src.retrieval.models.cross_encoder import CrossEncoder
@@ -35,6 +36,7 @@ from src.retrieval.models.loading import inner_folder
 from src.retrieval.models.lora import is_adapter_folder
 from src.retrieval.models.merge import differences, merge_states
 from src.retrieval.models.pair_tokenizer import PairTokenizer
+from src.retrieval.models.pooling import EMBEDDER_FILE
 from src.retrieval.report.model_card import CARD_FILE, MERGED, EncoderUse, Merge, model_card
 from src.retrieval.report.training_record import encoder_uses
 from src.utils import locks
@@ -110,6 +112,21 @@ def check_alike(first: Model, other: Model, paths: Sequence[str]) -> None:
             raise UserError(f"{named}: their tokenizers put other tokens around texts (--append_eos)")
 
 
+def joined(
+    first: Mapping[str, Instruction] | None, other: Mapping[str, Instruction] | None, path: str
+) -> Mapping[str, Instruction] | None:
+    """The instructions of all tasks of two models, None where neither says any; refuse two for one task."""
+    if first is None or other is None:
+        return other if first is None else first
+    for task in first.keys() & other.keys():
+        if first[task] != other[task]:
+            raise UserError(
+                f"--models {path}: the instruction of the task {task!r} is {other[task]}; of a model named earlier, "
+                f"{first[task]}: merge models that read the same, or make it the same in {EMBEDDER_FILE}"
+            )
+    return {**first, **other}
+
+
 def merge(
     folders: Sequence[str], shares: Sequence[float], method: str, output_dir: str, settings: LoadSettings
 ) -> None:
@@ -122,6 +139,7 @@ def merge(
     for folder in folders[1:]:
         other = load(folder, ranks, settings)
         check_alike(merged, other, [folders[0], folder])
+        merged.instructions = joined(merged.instructions, other.instructions, folder)
         states.append(dict(other.state_dict()))
     merged.load_state_dict(merge_states(states, shares, method))
     parts = [(Path(folder).name, share) for folder, share in zip(folders, shares, strict=True)]
@@ -131,7 +149,7 @@ def merge(
         merged.save(staging)
         for name, use in uses(merged).items():
             with atomic_write(os.path.join(staging, name, CARD_FILE)) as file:
-                file.write(model_card(use, {}, merge=Merge(method, parts)))
+                file.write(model_card(use, merged.instructions or {}, merge=Merge(method, parts)))
         saved = load(staging, ranks, settings).state_dict()
         if any(not torch.equal(tensor, saved[name]) for name, tensor in merged.state_dict().items()):
             raise UserError(f"{output_dir}: what was saved is not what was merged; nothing is kept of it")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scripts import merge_models
+from src.retrieval.data.tasks import Instruction
 from src.retrieval.models.cross_encoder import CrossEncoder, RankerConfig, load_cross_encoder
 from src.retrieval.models.dense import DenseRetriever, EncoderConfig, load_dense_retriever
 from src.retrieval.models.merge import merge_states
@@ -217,6 +218,23 @@ def test_what_cannot_be_merged_is_refused(flags, message, models, merge, tiny_ll
     assert message in merge(*[named.get(flag, flag) for flag in flags], expect=2)
     assert not (tmp_path / "x").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+
+
+def test_instructions_of_all_tasks_are_kept_and_two_for_one_are_refused(models, merge, tmp_path):
+    told = {"base": None, "qa": {"qa": Instruction("ask: ")}, "tool": {"tool": Instruction("use: ", "tool: ")}}
+    told["other"] = {"qa": Instruction("question: ")}
+    for name, instructions in told.items():
+        model = DenseRetriever.from_pretrained(models[0])
+        model.instructions = instructions
+        model.save(str(tmp_path / name))
+    merge("--models", *(tmp_path / name for name in ("base", "qa", "tool")), "--output_dir", tmp_path / "x")
+    assert DenseRetriever.from_pretrained(str(tmp_path / "x")).instructions == {**told["qa"], **told["tool"]}
+    assert "| tool | `use: ` | `tool: ` |" in (tmp_path / "x" / "encoder" / "README.md").read_text()
+    message = merge("--models", tmp_path / "qa", tmp_path / "other", "--output_dir", tmp_path / "y", expect=2)
+    assert (
+        "other: the instruction of the task 'qa' is before queries 'question: '; of a model named earlier, " in message
+    )
+    assert not (tmp_path / "y").exists()
 
 
 def test_models_that_pool_differently_are_refused(models, merge, tmp_path):
