@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from src.retrieval import CrossEncoder, DenseRetriever
+from src.retrieval.data.tasks import ANY, Instruction
 from src.retrieval.models.cross_encoder import RankerConfig, load_cross_encoder
 from src.retrieval.models.dense import EncoderConfig, load_dense_retriever
 from src.retrieval.models.encode import EncodeConfig
@@ -38,7 +39,9 @@ def test_a_retriever_from_a_checkpoint(tied, tiny_bert, tmp_path):
 
 
 def test_the_example_of_the_readme_runs(tiny_bert, tmp_path, capsys):
-    load_dense_retriever(EncoderConfig(tiny_bert)).save(str(tmp_path / "retriever"))
+    retriever = load_dense_retriever(EncoderConfig(tiny_bert))
+    retriever.instructions = {ANY: Instruction("ask: ", "tell: ")}
+    retriever.save(str(tmp_path / "retriever"))
     load_cross_encoder(RankerConfig(tiny_bert, 60, 60)).save(str(tmp_path / "ranker"))
     (code,) = re.findall(r"^```python\n(from .*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     for kind in ("retriever", "ranker"):

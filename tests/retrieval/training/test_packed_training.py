@@ -32,7 +32,7 @@ def assert_same_way(one: Path, other: Path, most: float) -> None:
     assert ours.keys() == theirs.keys()
     apart = sum(float((ours[name] - theirs[name]).square().sum()) for name in theirs)
     way = sum(float((theirs[name] - began[name]).square().sum()) for name in theirs)
-    assert way > 1e-5
+    assert way > 1e-6
     assert (apart / way) ** 0.5 < most
 
 
