@@ -314,7 +314,7 @@ def copy_without_checksums(source: Path, target: Path) -> None:
         ("optimizer.pt", "junk", "the state of the optimizer or of the random numbers is damaged"),
         ("scheduler.pt", "junk", "the state of the optimizer or of the random numbers is damaged"),
         ("encoder/model.safetensors", "\x10\0\0\0\0\0\0\0{", "cannot load the encoder"),
-        ("encoder/config.json", "{", "cannot load the encoder"),
+        ("encoder/config.json", "{", "config.json' is not a valid JSON file"),
     ],
 )
 def test_damaged_checkpoints_end_in_one_line(
