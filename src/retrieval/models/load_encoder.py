@@ -221,6 +221,10 @@ def _chosen_pooling(
 
 
 def load_encoder(path: str, config: EncoderConfig) -> TextEncoder:
+    """Load one encoder in fp32 (or in 4 bits, with adapters), with the pooling, attention and layers that flags name.
+
+    Raise a UserError where a checkpoint cannot be loaded, or does not fit the settings.
+    """
     checkpoint = Checkpoint(path, "encoder", **flags_of(Checkpoint, config))
     spec = read_pooling_spec(checkpoint, config.pooling_method is not None)
     tokenizer = _load_tokenizer(checkpoint, config.truncation_side, spec.lower_case)

@@ -153,6 +153,7 @@ def _keeps_fp32(backbone: PreTrainedModel) -> bool:
 
 
 def states_of(backbone: PreTrainedModel, method: str, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Token tensors ``(n, length)`` to the last states ``(n, length, width)``; of a decoder ``(n, 1, width)``."""
     kwargs = dict(inputs)
     if method == "decoder":
         start = backbone.config.decoder_start_token_id
